@@ -108,23 +108,16 @@ class SamplingParams:
     def _check_int(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)
         # bool is an int in Python; numpy integers are Integral
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Integral)
-            or not low <= (number := int(value)) <= high
-        ):
+        is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_int or not low <= value <= high:
             raise _wrong(field, value, f"a whole number from {low} to {high}")
-        self._set(field, number)
+        self._set(field, int(value))
 
     def _check_real(self, field: str, low: float, high: float, low_is_out: bool = False) -> None:
         value = getattr(self, field)
-        # compared before float(), which overflows on huge integers; NaN fails both comparisons
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Real)
-            or not (low <= value <= high)
-            or (low_is_out and value == low)
-        ):
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # compared before float(), which overflows on huge integers; NaN fails the comparison
+        if not is_real or not low <= value <= high or (low_is_out and value == low):
             expected = f"above {low:g} and at most {high:g}" if low_is_out else f"from {low:g} to {high:g}"
             raise _wrong(field, value, f"a number {expected}")
         self._set(field, float(value))
