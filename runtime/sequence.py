@@ -1,0 +1,162 @@
+"""One running or waiting request as the scheduler and the KV cache see it: token ids, pages, counts.
+
+It knows nothing of sampling, text or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from blockzoo.runtime.pool import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.prefix_tree import KVCache, Node
+
+_PAGE_TABLE_CHUNK = 16  # columns; 512 tokens
+# Page keys decide who reads whose KV. Keyed per process, so that no tenant can look for collisions offline.
+_HASH_KEY = os.urandom(16)
+_DIGEST_BYTES = 16
+
+
+def root_key(scope: str) -> bytes:
+    """The key before the first page: what keeps scopes apart."""
+    data = scope.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=_HASH_KEY, person=b"scope").digest()
+
+
+def page_key(parent: bytes, token_ids: np.ndarray) -> bytes:
+    """The key of a full page, so of all tokens up to its end. `token_ids` int32 [32]."""
+    data = parent + token_ids.tobytes()
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=_HASH_KEY, person=b"page").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers [first_layer, end_layer) of a chain; equal `key`s compute equal KV there from equal tokens."""
+
+    first_layer: int
+    end_layer: int
+    key: str
+
+
+class Sequence:
+    """The state of one request. The KV cache owns the fields about pages; the scheduler reads counts."""
+
+    __slots__ = (
+        "_page_keys",
+        "_root_key",
+        "_tokens",
+        "arrival",
+        "cache",
+        "model",
+        "nodes",
+        "num_cached",
+        "num_computed",
+        "num_layers",
+        "num_pages",
+        "num_preemptions",
+        "num_tokens",
+        "page_table",
+        "prompt_len",
+        "request_id",
+        "scope",
+        "segments",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        cache: KVCache,
+        segments: Iterable[Segment],
+        scope: str,
+        prompt_token_ids: AnySequence[int] | np.ndarray,
+        arrival: float,
+    ) -> None:
+        """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic()."""
+        self.request_id = request_id
+        self.model = model
+        self.cache = cache
+        self.segments = tuple(segments)
+        self.scope = scope
+        self.arrival = arrival
+        self.num_layers = _check_segments(self.segments)
+
+        self._tokens = np.array(prompt_token_ids, dtype=np.int32)  # [capacity], first num_tokens valid
+        if self._tokens.ndim != 1 or self._tokens.size == 0:
+            raise ValueError(f"prompt token ids have shape {self._tokens.shape}, expected [n] with n >= 1")
+        self.prompt_len = self.num_tokens = self._tokens.size
+        self.num_computed = 0  # leading tokens whose KV is written
+        self.num_cached = 0  # of these, tokens taken from the cache at the last admission
+        self.num_preemptions = 0
+
+        self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]
+        self.num_pages = 0  # valid columns of page_table
+        # Per segment: the tree nodes of the leading pages. These pages belong to the tree and are read only;
+        # the columns from num_tree_pages on are the sequence's own.
+        self.nodes: list[list[Node]] = [[] for _ in self.segments]
+        self._root_key = root_key(scope)
+        self._page_keys: list[bytes] = []
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """Prompt and generated tokens, int32 [num_tokens]; a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_tree_pages(self) -> int:
+        """Leading pages that belong to the prefix tree."""
+        return len(self.nodes[0])
+
+    def append_token(self, token_id: int) -> None:
+        """Add a generated token."""
+        if self.num_tokens == self._tokens.size:
+            grown = np.empty(self.num_tokens + max(64, self.num_tokens // 2), dtype=np.int32)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    def page_keys(self, count: int) -> list[bytes]:
+        """Keys of the first `count` pages or more, which must be full of tokens; each is computed once."""
+        keys = self._page_keys
+        assert count * PAGE_TOKENS <= self.num_tokens, f"page {count - 1} of {self} is not full"
+        for page in range(len(keys), count):
+            parent = keys[page - 1] if page else self._root_key
+            keys.append(page_key(parent, self._tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]))
+        return keys
+
+    def grow_page_table(self, num_pages: int) -> None:
+        """Make room for `num_pages` columns; new entries are -1."""
+        layers, capacity = self.page_table.shape
+        if num_pages <= capacity:
+            return
+        capacity = -(-max(num_pages, 2 * capacity) // _PAGE_TABLE_CHUNK) * _PAGE_TABLE_CHUNK
+        grown = np.full((layers, capacity), -1, dtype=np.int32)
+        grown[:, : self.num_pages] = self.page_table[:, : self.num_pages]
+        self.page_table = grown
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.request_id!r}, {self.model!r}, {self.num_computed}/{self.num_tokens} tokens)"
+
+
+def _check_segments(segments: tuple[Segment, ...]) -> int:
+    end = 0
+    for segment in segments:
+        if segment.first_layer != end or segment.end_layer <= end:
+            raise ValueError(f"segments {segments} do not cover the layers from 0 on without gap or overlap")
+        end = segment.end_layer
+    if end == 0:
+        raise ValueError("a chain needs at least one segment")
+    return end
