@@ -1,0 +1,1 @@
+"""Engines: loaded, runnable blocks. One protocol (`base`), one sub-package a maker."""

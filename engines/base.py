@@ -1,0 +1,112 @@
+"""What every engine maker offers, whatever compiles the blocks.
+
+An engine runs a *span*: a run of consecutive blocks of a chain, without the embedding (a table
+look-up, see `embedding`). It is bound by tensor name and then run; between steps of equal shape only
+the contents of the bound arrays change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec, HeadSpec
+
+Precision = Literal["f32", "bf16"]
+
+PAGE_TOKENS = 32
+"""Tokens in a page: the granularity at which attention operators address the KV pool."""
+
+
+class EngineError(RuntimeError):
+    """An engine cannot be made or run here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanSpec:
+    """The shape of a span: its operators in order, and where rows may leave it.
+
+    Attributes:
+        specs: operator specs of the blocks, in order.
+        drops_rows: True when only the rows named by the input `rows` pass the span's last attention
+            (or, in a span without attention, its first block): the K and V of the others are written,
+            nothing else of them is needed.
+    """
+
+    specs: tuple[BlockSpec, ...]
+    drops_rows: bool
+
+    @property
+    def layers(self) -> tuple[AttnSpec, ...]:
+        """The attention operators of the span, in order; each needs one `block_indices.<i>`."""
+        return tuple(spec for spec in self.specs if isinstance(spec, AttnSpec))
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """The head's spec where the span ends in logits."""
+        last = self.specs[-1]
+        return last if isinstance(last, HeadSpec) else None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that enter the span."""
+        return self.specs[0].hidden_size
+
+
+class Engine(Protocol):
+    """A compiled span.
+
+    Inputs by name (T rows, S sequences, E page-table entries, R kept rows):
+        hidden          precision  [T, hidden]
+        rows            int32      [R]          only when `spec.drops_rows`
+      and when the span holds attention:
+        cos, sin        float32    [T, 1, 1, head_dim]
+        key_cache, value_cache     precision [pages, kv_heads, 32, head_dim], updated in place
+        past_lens       int32 [S], subsequence_begins int32 [S + 1], block_indices_begins int32 [S + 1]
+        block_indices.<i>          int32 [E]    page ids of the span's i-th layer
+        max_context_len int32      scalar, max over sequences of past + new
+    Outputs:
+        hidden_out      precision  [T or R, hidden], or
+        logits          float32    [T or R, vocab]   when the span ends in a head
+    """
+
+    spec: SpanSpec
+
+    def bind(self, name: str, array: np.ndarray) -> None:
+        """Bind a C-contiguous array, kept alive by the engine; bf16 data comes as uint16."""
+
+    def run(self) -> None:
+        """Run on what is bound; blocks until the outputs are written."""
+
+
+class EngineMaker(Protocol):
+    """Compiles spans for one backend at one precision."""
+
+    name: str
+    precision: Precision
+
+    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> Engine:
+        """Compile consecutive blocks into one engine. Raises EngineError."""
+
+    def facts(self) -> dict[str, Any]:
+        """Backend name, version, precision and target, for manifests and reports."""
+
+
+def activation_dtype(precision: Precision) -> np.dtype[Any]:
+    """The numpy dtype that carries activations and KV: bf16 is held as uint16."""
+    return np.dtype(np.uint16 if precision == "bf16" else np.float32)
+
+
+def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bf16 (nearest, ties to even), as uint16 of the same shape. NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def bf16_to_f32(values: np.ndarray) -> np.ndarray:
+    """Widen bf16 held as uint16 to float32 of the same shape, exactly."""
+    return (values.astype(np.uint32) << 16).view(np.float32)

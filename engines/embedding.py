@@ -1,0 +1,33 @@
+"""Embedding look-up: a gather from the block's memory-mapped table, no compiled engine.
+
+Only the rows that are asked for are ever read, so the table costs no resident memory of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blockzoo.engines.base import Precision, activation_dtype, bf16_to_f32, f32_to_bf16
+from blockzoo.zoo.blocks import Block
+
+
+class EmbeddingTable:
+    """Rows of an embed block in the activation type of a precision."""
+
+    def __init__(self, block: Block, precision: Precision) -> None:
+        weight = block.tensors["weight"]
+        self._dtype, self._table = weight.dtype, weight.data
+        self._precision = precision
+        self.vocab_size: int = self._table.shape[0]
+
+    def lookup(self, token_ids: np.ndarray, out: np.ndarray) -> None:
+        """Write the rows of `token_ids` (int32 [n], each below vocab_size) to `out` [n, hidden].
+
+        `out` has the precision's activation type (bf16 as uint16).
+        """
+        if self._table.dtype == out.dtype == activation_dtype(self._precision):
+            np.take(self._table, token_ids, axis=0, out=out, mode="clip")
+            return
+        rows = self._table[token_ids]
+        wide = bf16_to_f32(rows) if self._dtype == "bf16" else rows.astype(np.float32)
+        out[:] = f32_to_bf16(wide) if self._precision == "bf16" else wide

@@ -1,0 +1,101 @@
+"""OpenVINO CPU engines: spans compiled at load, run on bound arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from blockzoo.engines.base import EngineError, Precision, SpanSpec
+from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
+from blockzoo.zoo.blocks import Block
+
+
+class OpenVINOEngine:
+    """A compiled span with one infer request. Not thread-safe: one caller at a time."""
+
+    def __init__(self, compiled: ov.CompiledModel, spec: SpanSpec, precision: Precision) -> None:
+        self.spec = spec
+        self._precision = precision
+        self._request = compiled.create_infer_request()
+        self._bound: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
+
+    def bind(self, name: str, array: np.ndarray) -> None:
+        """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
+        dtype = "bf16" if array.dtype == np.uint16 else str(array.dtype)
+        tensor = openvino_tensor(array, dtype)
+        self._request.set_tensor(name, tensor)
+        self._bound[name] = tensor
+
+    def run(self) -> None:
+        """Run the span on what is bound."""
+        self._request.infer(share_outputs=True)
+
+    def release_memory(self) -> None:
+        """Give activation scratch back; the next run allocates it again."""
+        self._request.get_compiled_model().release_memory()
+
+
+class OpenVINOEngines:
+    """Compiles spans for this machine's CPU.
+
+    Args:
+        precision: of activations, weights in use and KV; None takes bf16 where the CPU computes it in
+            hardware (avx512_bf16, amx_bf16) and f32 elsewhere.
+        num_threads: compute threads; None leaves OpenVINO's choice (the physical cores).
+
+    Raises:
+        EngineError: the precision is not available on this CPU.
+    """
+
+    name = "openvino"
+
+    def __init__(self, precision: Precision | None = None, num_threads: int | None = None) -> None:
+        self._core = ov.Core()
+        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in capabilities
+        if precision == "bf16" and not has_bf16:
+            raise EngineError(
+                f"precision bf16 was asked for, but this CPU offers {', '.join(capabilities)}; use f32"
+            )
+        self.precision: Precision = precision or ("bf16" if has_bf16 else "f32")
+        self._properties: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "KV_CACHE_PRECISION": self.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if num_threads is not None:
+            self._properties["INFERENCE_NUM_THREADS"] = num_threads
+
+    @property
+    def version(self) -> str:
+        """The OpenVINO build in use."""
+        return ov.get_version()
+
+    def facts(self) -> dict[str, Any]:
+        """Backend, version, precision and CPU, for manifests and reports."""
+        cpu = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        return {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
+
+    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> OpenVINOEngine:
+        """Compile consecutive blocks (no embed) into one engine.
+
+        The blocks' mappings must stay open while the engine lives; their pages may be dropped
+        (`Block.drop_pages`) after the first run, when the plugin holds its own packed copy.
+
+        Raises:
+            EngineError: OpenVINO refused the graph.
+        """
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows)
+        try:
+            model = build_span(blocks, spec, self.precision)
+            compiled = self._core.compile_model(model, "CPU", self._properties)
+        except RuntimeError as error:
+            kinds = "-".join(block.spec.kind for block in blocks)
+            raise EngineError(
+                f"OpenVINO {self.version} could not compile the span {kinds}: {error}"
+            ) from error
+        return OpenVINOEngine(compiled, spec, self.precision)

@@ -1,0 +1,186 @@
+"""OpenVINO graphs of spans: blocks -> one `openvino.Model` around the paged attention operator.
+
+Weights are constants over the blocks' memory-mapped files (no copy); the CPU plugin packs them at
+the first inference. All layers of a span write to one KV pool through one pair of cache parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+from openvino import Model, PartialShape, Tensor, Type
+from openvino.op import Constant, Parameter, _PagedAttentionExtension
+
+from blockzoo.engines.base import Precision, SpanSpec
+from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
+
+Node = Any  # ov.Node or ov.Output: the opset functions take both
+
+_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32}
+
+
+def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision) -> Model:
+    """The graph of consecutive blocks; inputs and outputs are named as in `engines.base.Engine`."""
+    return _SpanBuilder(spec, precision).build(blocks)
+
+
+def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """A zero-copy ov.Tensor over a C-contiguous array; bf16 and f16 data are given by their bits.
+
+    The caller keeps the returned wrapper alive as long as an engine may use the memory.
+    """
+    if dtype == "bf16":
+        return Tensor(array.view(np.int16), list(array.shape), Type.bf16)
+    return Tensor(array, shared_memory=True)
+
+
+def _const(value: object, dtype: Any = np.int64) -> Node:
+    return op.constant(np.array(value, dtype=dtype))
+
+
+def _weight(tensor: BlockTensor) -> Node:
+    """The tensor as f32 in the graph: a constant in its stored type, marked as a weight to unpack."""
+    constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
+    if tensor.dtype == "f32":
+        return constant
+    unpacked = op.convert(constant, "f32")
+    unpacked.get_rt_info()["decompression_0"] = ""
+    return unpacked
+
+
+def _vector(tensor: BlockTensor) -> Node:
+    """Norm weights and biases: small, kept in f32."""
+    return op.constant(np.ascontiguousarray(tensor.to_f32()))
+
+
+def _linear(x: Node, weight: Node, bias: BlockTensor | None) -> Node:
+    y = op.matmul(x, weight, False, True)
+    return y if bias is None else op.add(y, _vector(bias))
+
+
+def _rms_norm(x: Node, weight: BlockTensor, eps: float) -> Node:
+    mean = op.reduce_mean(op.power(x, _const(2.0, np.float32)), _const([-1]), keep_dims=True)
+    scale = op.divide(_const(1.0, np.float32), op.sqrt(op.add(mean, _const(eps, np.float32))))
+    return op.multiply(op.multiply(x, scale), _vector(weight))
+
+
+def _rotate(x: Node, cos: Node, sin: Node, head_dim: int) -> Node:
+    """Rotary embedding in the half-split layout; this exact pattern is fused by the CPU plugin."""
+    half = head_dim // 2
+    low = op.slice(x, _const([0]), _const([half]), _const([1]), _const([3]))
+    high = op.slice(x, _const([half]), _const([2**31 - 1]), _const([1]), _const([3]))
+    rotated = op.concat([op.multiply(high, _const(-1.0, np.float32)), low], -1)
+    return op.add(op.multiply(x, cos), op.multiply(rotated, sin))
+
+
+class _SpanBuilder:
+    def __init__(self, spec: SpanSpec, precision: Precision) -> None:
+        self._spec = spec
+        self._dtype = _TYPES[precision]
+        self._params: list[Parameter] = []
+        self._rows: Node | None = None
+        self._meta: dict[str, Node] = {}
+
+    def build(self, blocks: Sequence[Block]) -> Model:
+        spec = self._spec
+        x = self._to_f32(self._param("hidden", self._dtype, [-1, spec.hidden_size]))
+        if spec.drops_rows:
+            self._rows = self._param("rows", Type.i32, [-1])
+        if spec.layers:
+            self._attention_params(spec.layers[0].head_dim)
+        elif spec.drops_rows:
+            x = op.gather(x, self._rows, _const(0))
+        layer = 0
+        for block in blocks:
+            if isinstance(block.spec, AttnSpec):
+                x = self._attention(x, block, block.spec, layer)
+                layer += 1
+            elif isinstance(block.spec, FfnSpec):
+                x = self._ffn(x, block, block.spec)
+            elif isinstance(block.spec, HeadSpec):
+                x = self._head(x, block, block.spec)
+        name = "logits" if spec.head else "hidden_out"
+        output = x if spec.head or self._dtype == Type.f32 else op.convert(x, self._dtype)
+        result = op.result(output)
+        result.input_value(0).get_tensor().set_names({name})
+        return Model([result], self._params, "span")
+
+    def _param(self, name: str, dtype: Type, shape: list[int] | PartialShape) -> Parameter:
+        shape = shape if isinstance(shape, PartialShape) else PartialShape(shape)
+        param = Parameter(dtype, shape)
+        param.set_friendly_name(name)
+        param.output(0).get_tensor().set_names({name})
+        self._params.append(param)
+        return param
+
+    def _to_f32(self, x: Node) -> Node:
+        return x if self._dtype == Type.f32 else op.convert(x, "f32")
+
+    def _attention_params(self, head_dim: int) -> None:
+        for name in ("cos", "sin"):
+            self._meta[name] = self._param(name, Type.f32, [-1, 1, 1, head_dim])
+        for name in ("key_cache", "value_cache"):
+            self._meta[name] = self._param(name, Type.dynamic, PartialShape.dynamic(4))
+        for name in ("past_lens", "subsequence_begins", "block_indices_begins"):
+            self._meta[name] = self._param(name, Type.i32, [-1])
+        self._meta["max_context_len"] = self._param("max_context_len", Type.i32, [])
+
+    def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int) -> Node:
+        t = block.tensors
+        normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
+        qkv = _linear(normed, _weight(t["qkv"]), t.get("qkv_bias"))
+        kv_width = spec.num_kv_heads * spec.head_dim
+        sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
+        q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()
+        q = self._heads(q, spec, spec.num_heads, t.get("q_norm"))
+        k = self._heads(k, spec, spec.num_kv_heads, t.get("k_norm"))
+        attended = self._paged_attention(q, k, v, spec, layer)
+        if self._spec.drops_rows and layer == len(self._spec.layers) - 1:
+            attended = op.gather(attended, self._rows, _const(0))
+            x = op.gather(x, self._rows, _const(0))
+        return op.add(x, _linear(attended, _weight(t["o"]), t.get("o_bias")))
+
+    def _heads(self, x: Node, spec: AttnSpec, heads: int, norm: BlockTensor | None) -> Node:
+        """[T, heads * D] -> per-head norm where the model has one -> rotated -> [T, heads * D]."""
+        x = op.reshape(x, _const([-1, 1, heads, spec.head_dim]), False)
+        if norm is not None:
+            x = _rms_norm(x, norm, spec.rms_norm_eps)
+        x = op.transpose(x, _const([0, 2, 1, 3]))
+        x = _rotate(x, self._meta["cos"], self._meta["sin"], spec.head_dim)
+        x = op.transpose(x, _const([0, 2, 1, 3]))
+        return op.reshape(x, _const([-1, heads * spec.head_dim]), False)
+
+    def _paged_attention(self, q: Node, k: Node, v: Node, spec: AttnSpec, layer: int) -> Node:
+        meta = self._meta
+        page_ids = self._param(f"block_indices.{layer}", Type.i32, [-1])
+        none_i32, none_f32 = (op.constant(np.zeros(0, dtype=d)) for d in (np.int32, np.float32))
+        zero = _const(0, np.int32)
+        inputs = [q, k, v, meta["key_cache"], meta["value_cache"]]
+        inputs += [meta["past_lens"], meta["subsequence_begins"], page_ids, meta["block_indices_begins"]]
+        inputs += [_const(spec.head_dim**-0.5, np.float32), _const(spec.sliding_window, np.int32)]
+        inputs += [none_f32, meta["max_context_len"], none_i32]  # alibi slopes, ., score window
+        inputs += [none_i32, none_i32, none_f32]  # cache rotation
+        inputs += [none_f32, zero, zero]  # sparse attention
+        inputs += [none_f32, zero, none_i32, none_i32, none_i32]  # sinks, eviction
+        inputs += [none_i32, op.constant(np.zeros(0, dtype=np.uint8)), none_i32]  # token types, qq bias
+        outputs = [node.output(0) if isinstance(node, ov.Node) else node for node in inputs]
+        attention = _PagedAttentionExtension(outputs)
+        info = attention.get_rt_info()
+        info["num_k_heads"] = info["num_v_heads"] = spec.num_kv_heads
+        info["k_head_size"] = info["v_head_size"] = spec.head_dim
+        return attention.output(0)
+
+    def _ffn(self, x: Node, block: Block, spec: FfnSpec) -> Node:
+        t = block.tensors
+        normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
+        gate = _linear(normed, _weight(t["gate"]), t.get("gate_bias"))
+        up = _linear(normed, _weight(t["up"]), t.get("up_bias"))
+        return op.add(x, _linear(op.multiply(op.swish(gate), up), _weight(t["down"]), t.get("down_bias")))
+
+    def _head(self, x: Node, block: Block, spec: HeadSpec) -> Node:
+        normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)
+        return op.matmul(normed, _weight(block.tensors["weight"]), False, True)

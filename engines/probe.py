@@ -1,0 +1,108 @@
+"""One sequence through one chain: for verification and profiles (serving is runtime's)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker, activation_dtype, f32_to_bf16
+from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.zoo.blocks import AttnSpec, Block
+from blockzoo.zoo.model_config import ModelConfig, RopeConfig
+
+
+class ProbeChain:
+    """Runs one sequence through a whole chain, with the logits of every token.
+
+    Args:
+        engines: the maker that compiles the chain as one span.
+        blocks: the chain, from embed to head.
+        config: the model's configuration.
+        max_tokens: longest sequence that will be run.
+    """
+
+    def __init__(
+        self, engines: EngineMaker, blocks: Sequence[Block], config: ModelConfig, max_tokens: int
+    ) -> None:
+        self._precision = engines.precision
+        self._embedding = EmbeddingTable(blocks[0], engines.precision)
+        self._engine = engines.span(blocks[1:])
+        self._vocab = config.vocab_size
+        self._hidden = config.hidden_size
+        self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
+        for block in blocks:
+            block.drop_pages()
+
+    def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
+        """Append n tokens at position `past`: their logits, float32 [n, vocab]."""
+        count = len(token_ids)
+        hidden = np.empty((count, self._hidden), activation_dtype(self._precision))
+        self._embedding.lookup(np.asarray(token_ids, np.int32), hidden)
+        logits = np.empty((count, self._vocab), np.float32)
+        self._engine.bind("hidden", hidden)
+        self._engine.bind("logits", logits)
+        self._attention.bind(past, count)
+        self._engine.run()
+        return logits
+
+
+class _ProbeAttention:
+    """A private pool, page tables and rotary tables for one sequence."""
+
+    def __init__(self, engine: Engine, rope: RopeConfig, max_tokens: int, engines: EngineMaker) -> None:
+        layers = engine.spec.layers
+        self._engine, self._layers, self._max_tokens = engine, layers, max_tokens
+        self._pages = -(-max_tokens // PAGE_TOKENS)
+        shape = (self._pages * len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
+        dtype = activation_dtype(engines.precision)
+        self._caches = {name: np.zeros(shape, dtype) for name in ("key_cache", "value_cache")}
+        self._cos, self._sin = rope.tables(layers[0].head_dim, max_tokens)
+        for name, cache in self._caches.items():
+            engine.bind(name, cache)
+        for layer in range(len(layers)):
+            ids = np.arange(self._pages, dtype=np.int32) + layer * self._pages
+            engine.bind(f"block_indices.{layer}", ids)
+        engine.bind("block_indices_begins", np.array([0, self._pages], np.int32))
+
+    def bind(self, past: int, count: int) -> None:
+        if past + count > self._max_tokens:
+            raise ValueError(f"{past} + {count} tokens exceed the {self._max_tokens} this probe was made for")
+        positions = slice(past, past + count)
+        self._engine.bind("cos", np.ascontiguousarray(self._cos[positions, None, None]))
+        self._engine.bind("sin", np.ascontiguousarray(self._sin[positions, None, None]))
+        self._engine.bind("past_lens", np.array([past], np.int32))
+        self._engine.bind("subsequence_begins", np.array([0, count], np.int32))
+        self._engine.bind("max_context_len", np.array(past + count, np.int32))
+
+
+def time_block(engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5) -> float:
+    """Median time of one block alone on `num_tokens` new tokens of one sequence, in microseconds."""
+    rng = np.random.default_rng(0)
+    spec = block.spec
+    if spec.kind == "embed":
+        table = EmbeddingTable(block, engines.precision)
+        out = np.empty((num_tokens, spec.hidden_size), activation_dtype(engines.precision))
+        ids = rng.integers(0, table.vocab_size, num_tokens, dtype=np.int32)
+        return _median_us(lambda: table.lookup(ids, out), repeats)
+    engine = engines.span([block])
+    values = rng.standard_normal((num_tokens, spec.hidden_size), dtype=np.float32)
+    engine.bind("hidden", f32_to_bf16(values) if engines.precision == "bf16" else values)
+    if engine.spec.head:
+        engine.bind("logits", np.empty((num_tokens, engine.spec.head.vocab_size), np.float32))
+    else:
+        engine.bind("hidden_out", np.empty_like(values, activation_dtype(engines.precision)))
+    if isinstance(spec, AttnSpec):
+        _ProbeAttention(engine, spec.rope, num_tokens, engines).bind(0, num_tokens)
+    return _median_us(engine.run, repeats)
+
+
+def _median_us(run: Callable[[], None], repeats: int) -> float:
+    times = []
+    run()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e6

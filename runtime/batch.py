@@ -1,0 +1,295 @@
+"""Row programs: which rows of a step run through which engine, in what order, over which arrays.
+
+A step's sequences are ordered by chain. A *group* is the run of sequences of one chain; a *call* is
+one engine run over the groups whose chains use that span at that position. Where those groups are
+neighbours (the usual case) the call works on slices of the step's buffers; else its rows are
+gathered into scratch and scattered back.
+
+Two kinds of rows: *token rows*, one per new token, until a chain's last attention has run; then
+*logit rows*, those whose logits somebody needs.
+
+Only ints and arrays here: the executor binds the arrays to engines and runs them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from blockzoo.runtime.topology import ChainPlan, Span
+
+
+class SeqShape(NamedTuple):
+    """What decides the shapes of a step for one sequence."""
+
+    chain: int  # index into the topology's chains
+    num_tokens: int  # new tokens
+    table_len: int  # page-table entries handed to the engines, >= pages in use
+    wants_logits: bool  # of its last new token
+
+
+@dataclass(slots=True)
+class Buffers:
+    """Preallocated activations of one family.
+
+    Attributes:
+        hidden: two arrays [max_tokens, hidden]: a call reads one and writes the other.
+        kept: the same for logit rows, [max_seqs, hidden].
+        scratch: two arrays [max_tokens, hidden] for calls whose rows are not neighbours.
+        cos, sin: float32 [max_tokens, 1, 1, head_dim].
+        logits: float32 flat [max_seqs * largest vocabulary].
+    """
+
+    hidden: tuple[np.ndarray, np.ndarray]
+    kept: tuple[np.ndarray, np.ndarray]
+    scratch: tuple[np.ndarray, np.ndarray]
+    cos: np.ndarray
+    sin: np.ndarray
+    logits: np.ndarray
+
+
+@dataclass(slots=True)
+class StepArrays:
+    """Integer inputs of a step; S sequences, T token rows, E page-table entries, L layers."""
+
+    token_ids: np.ndarray  # [T] int32
+    past_lens: np.ndarray  # [S] int32
+    tables: np.ndarray  # [L, E] int32, the sequences' page tables side by side
+    max_context_len: np.ndarray  # scalar int32
+    seq_begins: np.ndarray  # [S + 1] int32, first token row of each sequence
+    table_begins: np.ndarray  # [S + 1] int32, first entry of each sequence
+
+
+@dataclass(slots=True)
+class Call:
+    """One engine run. Before it, `copies_in` fill its private arrays; after it, `copies_out`."""
+
+    span: int
+    first_layer: int
+    num_rows: int
+    binds: dict[str, np.ndarray]
+    copies_in: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (destination, source)
+    copies_out: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+class _Range(NamedTuple):
+    """Neighbouring sequences: their sequence, token-row and logit-row index ranges."""
+
+    seqs: slice
+    rows: slice
+    kept: slice
+
+
+@dataclass(slots=True)
+class _Group:
+    chain: int
+    range: _Range
+    dropped: bool = False  # now logit rows
+    side: int = 0  # which of the two buffers holds its rows
+
+
+class StepLayout:
+    """The calls of all steps with one sequence of `SeqShape`s; array contents change, shapes do not.
+
+    Args:
+        shapes: one per sequence, ordered by chain.
+        chains, spans: of the topology.
+        buffers: of the family.
+    """
+
+    def __init__(
+        self, shapes: Sequence[SeqShape], chains: Sequence[ChainPlan], spans: Sequence[Span], buffers: Buffers
+    ) -> None:
+        self.shapes = tuple(shapes)
+        self._spans, self._chains, self._buffers = spans, chains, buffers
+        counts = np.array([shape.num_tokens for shape in shapes])
+        entries = np.array([shape.table_len for shape in shapes])
+        self._wants = np.array([shape.wants_logits for shape in shapes])
+        num_layers = max(chains[shape.chain].num_layers for shape in shapes)
+        self.arrays = StepArrays(
+            token_ids=np.zeros(counts.sum(), np.int32),
+            past_lens=np.zeros(len(shapes), np.int32),
+            tables=np.zeros((num_layers, entries.sum()), np.int32),
+            max_context_len=np.zeros((), np.int32),
+            seq_begins=_begins(counts),
+            table_begins=_begins(entries),
+        )
+        self._kept_begins = _begins(self._wants.astype(np.int32))
+        self.logits: list[np.ndarray | None] = [None] * len(shapes)  # [vocab] views, per sequence
+        self._logits_used = 0
+        self._groups = self._make_groups()
+        self.calls = self._make_calls()
+
+    @property
+    def num_rows(self) -> int:
+        """New tokens of the step."""
+        return int(self.arrays.token_ids.size)
+
+    def group_rows(self) -> list[tuple[int, slice]]:
+        """Chain and token rows of each group, for the embedding look-up."""
+        return [(group.chain, group.range.rows) for group in self._groups]
+
+    def _make_groups(self) -> list[_Group]:
+        starts = [i for i, s in enumerate(self.shapes) if i == 0 or s.chain != self.shapes[i - 1].chain]
+        ends = [*starts[1:], len(self.shapes)]
+        return [_Group(self.shapes[a].chain, self._range(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+    def _range(self, first: int, end: int) -> _Range:
+        def between(begins: np.ndarray) -> slice:
+            return slice(int(begins[first]), int(begins[end]))
+
+        return _Range(slice(first, end), between(self.arrays.seq_begins), between(self._kept_begins))
+
+    def _make_calls(self) -> list[Call]:
+        users: dict[tuple[int, int, int], list[_Group]] = defaultdict(list)
+        for group in self._groups:
+            for use in self._chains[group.chain].uses:
+                users[use.position, use.span, use.first_layer].append(group)
+        calls = []
+        for (_, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
+            span = self._spans[span_index]
+            if span.num_layers == 0:  # nobody reads what comes out for groups without logits
+                groups = [g for g in groups if _length(g.range.kept)]
+            if groups:
+                calls.append(self._make_call(span_index, first_layer, groups))
+        return calls
+
+    def _make_call(self, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
+        span = self._spans[span_index]
+        call = Call(span_index, first_layer, 0, {})
+        joined = self._joined(groups)
+        self._bind_source(call, groups, joined)
+        if span.num_layers:
+            self._bind_attention(call, groups, joined, span.num_layers)
+        if span.drops_rows:
+            rows = self._rows_to_keep(groups)
+            call.binds["rows"] = rows if rows.size else np.zeros(1, np.int32)
+            for group in groups:
+                if not group.dropped:
+                    group.dropped, group.side = True, 1
+        last = self._chains[groups[0].chain].uses[-1]
+        if (last.span, last.first_layer) == (span_index, first_layer):
+            self._bind_logits(call, groups)
+        else:
+            self._bind_output(call, groups)
+        return call
+
+    def _joined(self, groups: list[_Group]) -> _Range | None:
+        """One range over all groups where their rows are neighbours in one buffer, else None."""
+        if len({(group.dropped, group.side) for group in groups}) > 1:
+            return None
+        joined = self._range(groups[0].range.seqs.start, groups[-1].range.seqs.stop)
+        if groups[0].dropped:  # groups without logit rows may lie between, they part nothing
+            return joined if _length(joined.kept) == sum(_length(g.range.kept) for g in groups) else None
+        return joined if _length(joined.rows) == sum(_length(g.range.rows) for g in groups) else None
+
+    def _view(self, group: _Group, part: _Range | None = None) -> np.ndarray:
+        """Where the group's rows are now (or those of a range in the same buffer)."""
+        part = part or group.range
+        if group.dropped:
+            return self._buffers.kept[group.side][part.kept]
+        return self._buffers.hidden[group.side][part.rows]
+
+    def _bind_source(self, call: Call, groups: list[_Group], joined: _Range | None) -> None:
+        if joined is not None:
+            call.binds["hidden"] = self._view(groups[0], joined)
+        else:
+            views = [self._view(group) for group in groups]
+            call.binds["hidden"] = self._stack(self._buffers.scratch[0], views, call.copies_in)
+        call.num_rows = len(call.binds["hidden"])
+
+    @staticmethod
+    def _stack(
+        scratch: np.ndarray, views: list[np.ndarray], copies: list[tuple[np.ndarray, np.ndarray]]
+    ) -> np.ndarray:
+        """The leading rows of `scratch`, with one copy per view in `copies`."""
+        end = 0
+        for view in views:
+            copies.append((scratch[end : end + len(view)], view))
+            end += len(view)
+        return scratch[:end]
+
+    def _bind_attention(
+        self, call: Call, groups: list[_Group], joined: _Range | None, num_layers: int
+    ) -> None:
+        arrays, buffers, binds = self.arrays, self._buffers, call.binds
+        binds["max_context_len"] = arrays.max_context_len
+        layers = range(call.first_layer, call.first_layer + num_layers)
+        if joined is not None:
+            entries = self._entries(joined)
+            binds["cos"], binds["sin"] = buffers.cos[joined.rows], buffers.sin[joined.rows]
+            binds["past_lens"] = arrays.past_lens[joined.seqs]
+            for i, layer in enumerate(layers):
+                binds[f"block_indices.{i}"] = arrays.tables[layer, entries]
+        else:
+            rows = [group.range.rows for group in groups]
+            for name, table in (("cos", buffers.cos), ("sin", buffers.sin)):
+                binds[name] = self._private(call, [table[part] for part in rows])
+            binds["past_lens"] = self._private(call, [arrays.past_lens[g.range.seqs] for g in groups])
+            for i, layer in enumerate(layers):
+                parts = [arrays.tables[layer, self._entries(g.range)] for g in groups]
+                binds[f"block_indices.{i}"] = self._private(call, parts)
+        shapes = [shape for group in groups for shape in self.shapes[group.range.seqs]]
+        binds["subsequence_begins"] = _begins(np.array([shape.num_tokens for shape in shapes]))
+        binds["block_indices_begins"] = _begins(np.array([shape.table_len for shape in shapes]))
+
+    def _private(self, call: Call, parts: list[np.ndarray]) -> np.ndarray:
+        """A new array with the parts one after the other, refreshed before every run of the call."""
+        own = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        return self._stack(own, parts, call.copies_in)
+
+    def _entries(self, part: _Range) -> slice:
+        begins = self.arrays.table_begins
+        return slice(int(begins[part.seqs.start]), int(begins[part.seqs.stop]))
+
+    def _rows_to_keep(self, groups: list[_Group]) -> np.ndarray:
+        """Positions of the logit rows among the rows that enter the call."""
+        keep, offset = [], 0
+        for group in groups:
+            if group.dropped:
+                count = _length(group.range.kept)
+                keep.append(np.arange(offset, offset + count))
+            else:
+                count = _length(group.range.rows)
+                last = self.arrays.seq_begins[1:][group.range.seqs] - 1 - group.range.rows.start
+                keep.append(offset + last[self._wants[group.range.seqs]])
+            offset += count
+        return np.concatenate(keep).astype(np.int32)
+
+    def _bind_output(self, call: Call, groups: list[_Group]) -> None:
+        for group in groups:
+            group.side = 1 - group.side
+        joined = self._joined(groups)
+        views = [self._view(group) for group in groups]
+        if not sum(map(len, views)):  # one row stayed so that the engine has an output; nobody reads it
+            call.binds["hidden_out"] = self._buffers.scratch[1][:1]
+        elif joined is not None:
+            call.binds["hidden_out"] = self._view(groups[0], joined)
+        else:
+            copies: list[tuple[np.ndarray, np.ndarray]] = []
+            call.binds["hidden_out"] = self._stack(self._buffers.scratch[1], views, copies)
+            call.copies_out = [(view, scratch) for scratch, view in copies]
+
+    def _bind_logits(self, call: Call, groups: list[_Group]) -> None:
+        seqs = [i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop) if self._wants[i]]
+        vocab = self._chains[groups[0].chain].vocab_size
+        count = max(1, len(seqs))  # a span that ends a prefill chunk without logits still has one row
+        begin = self._logits_used
+        self._logits_used += count * vocab
+        rows = self._buffers.logits[begin : begin + count * vocab].reshape(count, vocab)
+        call.binds["logits"] = rows
+        for row, seq in zip(rows, seqs, strict=False):
+            self.logits[seq] = row
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _begins(counts: np.ndarray) -> np.ndarray:
+    """Exclusive prefix sums, int32 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

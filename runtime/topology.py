@@ -1,0 +1,206 @@
+"""What the manifest implies for serving: spans to compile, chains over them, KV identity of layers.
+
+Ids only; nothing here knows tensors, engines or requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from blockzoo.runtime.sequence import Segment
+from blockzoo.zoo.blocks import AttnSpec, HeadSpec
+from blockzoo.zoo.manifest import BlockRecord, Manifest
+
+_EDGE = ""  # stands for "before the first block" and "after the last"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that can meet in one batch and one pool: same hidden size and KV geometry."""
+
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A maximal run of blocks that no chain splits: compiled into one engine.
+
+    Attributes:
+        block_ids: the run, in order.
+        num_layers: attention blocks in it.
+        drops_rows: rows whose logits nobody needs leave here (see `engines.base.SpanSpec`).
+    """
+
+    block_ids: tuple[str, ...]
+    num_layers: int
+    drops_rows: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SpanUse:
+    """One occurrence of a span in a chain: `position` is its first block's index in the chain."""
+
+    span: int
+    position: int
+    first_layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    """One model as the runtime sees it. Models with equal chains share one plan."""
+
+    family: Family
+    embed_id: str
+    uses: tuple[SpanUse, ...]
+    num_layers: int
+    segments: tuple[Segment, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All spans, and the chains over them; `chains` is sorted so that chains with common spans are
+    neighbours: a batch in this order has the rows of a shared span in one slice."""
+
+    spans: tuple[Span, ...]
+    chains: tuple[ChainPlan, ...]
+    chain_of_model: Mapping[str, int]
+
+
+def plan_topology(manifest: Manifest, max_span_layers: int | None = None) -> Topology:
+    """Derive spans, chains and segments from a manifest.
+
+    Args:
+        manifest: of the zoo to serve.
+        max_span_layers: cut spans after this many layers (benchmarks); None: as long as possible.
+    """
+    by_chain: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, model in manifest.models.items():
+        by_chain[model.chain].append(name)
+    chains = sorted(by_chain)
+    runs = {chain: _cut(chain[1:], chains, manifest.blocks, max_span_layers) for chain in chains}
+    drops = _dropping_runs(runs, manifest.blocks)
+    spans = sorted({run for chain_runs in runs.values() for run in chain_runs})
+    index = {run: i for i, run in enumerate(spans)}
+    chains.sort(key=lambda chain: [index[run] for run in runs[chain]])
+    segments = _segments(chains, manifest.blocks)
+    return Topology(
+        spans=tuple(Span(run, _num_layers(run, manifest.blocks), run in drops) for run in spans),
+        chains=tuple(
+            _chain_plan(chain, runs[chain], index, segments[chain], manifest.blocks) for chain in chains
+        ),
+        chain_of_model={name: i for i, chain in enumerate(chains) for name in by_chain[chain]},
+    )
+
+
+def _is_attn(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
+    return isinstance(blocks[block_id].spec, AttnSpec)
+
+
+def _num_layers(run: Sequence[str], blocks: Mapping[str, BlockRecord]) -> int:
+    return sum(_is_attn(block_id, blocks) for block_id in run)
+
+
+def _cut(
+    body: tuple[str, ...],
+    chains: Sequence[tuple[str, ...]],
+    blocks: Mapping[str, BlockRecord],
+    max_layers: int | None,
+) -> tuple[tuple[str, ...], ...]:
+    """Cut a chain's body wherever some chain goes on differently (the unitigs of block succession)."""
+    after: dict[str, set[str]] = defaultdict(set)
+    before: dict[str, set[str]] = defaultdict(set)
+    for chain in chains:
+        padded = (_EDGE, *chain[1:], _EDGE)
+        for left, right in zip(padded, padded[1:], strict=False):
+            after[left].add(right)
+            before[right].add(left)
+    runs: list[tuple[str, ...]] = []
+    start, layers = 0, 0
+    for i, block_id in enumerate(body):
+        layers += _is_attn(block_id, blocks)
+        following = body[i + 1] if i + 1 < len(body) else _EDGE
+        splits = len(after[block_id]) > 1 or len(before[following]) > 1 or following == _EDGE
+        full = max_layers is not None and layers >= max_layers and _starts_layer(following, blocks)
+        if splits or full:
+            runs.append(body[start : i + 1])
+            start, layers = i + 1, 0
+    return tuple(runs)
+
+
+def _starts_layer(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
+    return block_id != _EDGE and _is_attn(block_id, blocks)
+
+
+def _dropping_runs(
+    runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]], blocks: Mapping[str, BlockRecord]
+) -> set[tuple[str, ...]]:
+    """The runs in which rows leave: where a run holds the last attention of every chain it is in,
+    that run; else the next one of the chain."""
+    holds_last: dict[tuple[str, ...], set[bool]] = defaultdict(set)
+    last_index = {}
+    for chain, chain_runs in runs.items():
+        last = max(i for i, run in enumerate(chain_runs) if _num_layers(run, blocks))
+        last_index[chain] = last
+        for i, run in enumerate(chain_runs):
+            holds_last[run].add(i == last)
+    drops = set()
+    for chain, chain_runs in runs.items():
+        last = last_index[chain]
+        drops.add(chain_runs[last] if holds_last[chain_runs[last]] == {True} else chain_runs[last + 1])
+    return drops
+
+
+def _chain_plan(
+    chain: tuple[str, ...],
+    chain_runs: tuple[tuple[str, ...], ...],
+    index: Mapping[tuple[str, ...], int],
+    segments: tuple[Segment, ...],
+    blocks: Mapping[str, BlockRecord],
+) -> ChainPlan:
+    uses, position, layer = [], 1, 0
+    for run in chain_runs:
+        uses.append(SpanUse(index[run], position, layer))
+        position += len(run)
+        layer += _num_layers(run, blocks)
+    attn, head = blocks[chain[1]].spec, blocks[chain[-1]].spec
+    assert isinstance(attn, AttnSpec), "the manifest reader checks the order of kinds"
+    assert isinstance(head, HeadSpec), "the manifest reader checks the order of kinds"
+    family = Family(attn.hidden_size, attn.num_kv_heads, attn.head_dim)
+    return ChainPlan(family, chain[0], tuple(uses), layer, segments, head.vocab_size)
+
+
+def _segments(
+    chains: Sequence[tuple[str, ...]], blocks: Mapping[str, BlockRecord]
+) -> dict[tuple[str, ...], tuple[Segment, ...]]:
+    """Per chain the maximal layer ranges whose KV is shared by one and the same set of chains.
+
+    The KV of a layer depends on every block up to its attention, so its identity is the hash of that
+    chain prefix.
+    """
+    prefixes = {chain: _layer_keys(chain, blocks) for chain in chains}
+    sharers: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for chain, keys in prefixes.items():
+        for key in keys:
+            sharers[key].add(chain)
+    result = {}
+    for chain, keys in prefixes.items():
+        starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
+        ends = [*starts[1:], len(keys)]
+        result[chain] = tuple(Segment(a, b, keys[a]) for a, b in zip(starts, ends, strict=True))
+    return result
+
+
+def _layer_keys(chain: tuple[str, ...], blocks: Mapping[str, BlockRecord]) -> list[str]:
+    digest = hashlib.sha256()
+    keys = []
+    for block_id in chain:
+        digest.update(block_id.encode() + b"\n")
+        if _is_attn(block_id, blocks):
+            keys.append(digest.hexdigest())
+    return keys
