@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from blockzoo.runtime.sequence import Segment
 from blockzoo.zoo.blocks import AttnSpec, HeadSpec
@@ -117,7 +118,7 @@ def _cut(
     before: dict[str, set[str]] = defaultdict(set)
     for chain in chains:
         padded = (_EDGE, *chain[1:], _EDGE)
-        for left, right in zip(padded, padded[1:], strict=False):
+        for left, right in pairwise(padded):
             after[left].add(right)
             before[right].add(left)
     runs: list[tuple[str, ...]] = []
