@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+
 from blockzoo.runtime.errors import InvalidRequestError, NonFiniteLogitsError, RequestError, SamplingError
 from blockzoo.runtime.request import MAX_WORD_CHARS, MAX_WORDS, SamplingParams
 
