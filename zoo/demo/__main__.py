@@ -1,0 +1,25 @@
+"""`python -m blockzoo.zoo.demo OUT_DIR`: writes the demo family as Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .assemble import assemble
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo", description=assemble.__doc__)
+    parser.add_argument("out_dir", type=Path, help="folder to write the models into")
+    args = parser.parse_args()
+    try:
+        folders = assemble(args.out_dir)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    for name, folder in folders.items():
+        print(f"{name:13} {folder}")
+
+
+main()

@@ -1,0 +1,111 @@
+"""Writes the demo family as Hugging Face folders from the weights that ship with the package.
+
+Only what differs is stored: the base, the LoRA of `notes`, and the two tuned layers of `solver`. The rest is
+put together here with numpy alone, so that a machine without torch has models to try.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .tensors import bf16_to_f32, f32_to_bf16, read_tensors, write_tensors
+
+WEIGHTS = Path(__file__).parent / "weights"
+NUM_SHARDS = 3
+# beside the tensors in every full checkpoint
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def assemble(out_dir: Path | str, weights: Path = WEIGHTS) -> dict[str, Path]:
+    """Writes base, notes, notes-merged, solver and base-sharded into `out_dir`; returns the folders by name.
+
+    Each folder appears complete or not at all. One that is there already is left as it is when its content is
+    right; raises FileExistsError when it holds anything else.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    base = read_tensors(weights / "base.safetensors")
+
+    def full(tensors: dict[str, np.ndarray]) -> Callable[[Path], None]:
+        return lambda folder: _write_checkpoint(folder, tensors, weights)
+
+    writers: dict[str, Callable[[Path], None]] = {
+        "base": full(base),
+        "notes": lambda folder: _copy(weights / "notes", folder, os.listdir(weights / "notes")),
+        "notes-merged": full(_merged(base, weights / "notes")),
+        "solver": full({**base, **read_tensors(weights / "solver.safetensors")}),
+        "base-sharded": lambda folder: _write_sharded(folder, base, weights),
+    }
+    return {name: _write_folder(out / name, writer) for name, writer in writers.items()}
+
+
+def _write_folder(folder: Path, writer: Callable[[Path], None]) -> Path:
+    """Lets `writer` fill a temporary folder beside `folder` and renames it there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        writer(temporary)
+        if not folder.exists():
+            temporary.rename(folder)
+        elif not _same_content(temporary, folder):
+            raise FileExistsError(
+                f"{folder} exists and is not what would be written there: remove it or choose another folder"
+            )
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _same_content(expected: Path, folder: Path) -> bool:
+    names = sorted(os.listdir(expected))
+    if not folder.is_dir() or sorted(os.listdir(folder)) != names:
+        return False
+    return not any(filecmp.cmpfiles(expected, folder, names, shallow=False)[1:])
+
+
+def _copy(source: Path, folder: Path, names: tuple[str, ...] | list[str]) -> None:
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+
+
+def _write_checkpoint(folder: Path, tensors: dict[str, np.ndarray], weights: Path) -> None:
+    _copy(weights, folder, TEXT_FILES)
+    write_tensors(folder / "model.safetensors", tensors)
+
+
+def _write_sharded(folder: Path, tensors: dict[str, np.ndarray], weights: Path) -> None:
+    """The same tensors in reverse order over several files, with the index that names them."""
+    _copy(weights, folder, TEXT_FILES)
+    names = list(reversed(tensors))
+    weight_map: dict[str, str] = {}
+    for shard in range(NUM_SHARDS):
+        file_name = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
+        held = names[shard * len(names) // NUM_SHARDS : (shard + 1) * len(names) // NUM_SHARDS]
+        write_tensors(folder / file_name, {name: tensors[name] for name in held})
+        weight_map |= dict.fromkeys(held, file_name)
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _merged(base: dict[str, np.ndarray], adapter: Path) -> dict[str, np.ndarray]:
+    """The base with W + (alpha / r) B A wherever the adapter has a pair, summed in f32, rounded once."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    scale = np.float32(config["lora_alpha"] / config["r"])
+    pairs = read_tensors(adapter / "adapter_model.safetensors")
+    merged = dict(base)
+    for name, lora_a in pairs.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        lora_b = pairs[name.replace(".lora_A.", ".lora_B.")]
+        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+        merged[target] = f32_to_bf16(bf16_to_f32(base[target]) + scale * (lora_b @ lora_a))
+    return merged
