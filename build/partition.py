@@ -1,0 +1,121 @@
+"""A checkpoint cut into the blocks of its chain: canonical tensors, checked shapes, block ids."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from blockzoo.zoo.blocks import BlockSpec, Dtype, HeadSpec, chain_specs, main_dtype, tensor_shapes
+from blockzoo.zoo.checkpoint import Checkpoint
+from blockzoo.zoo.errors import CheckpointError
+from blockzoo.zoo.fingerprint import block_id
+from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.tensors import BlockTensor, from_f32, narrowed
+
+_ATTN = {"norm": "input_layernorm.weight"}
+_ATTN |= {name: f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")}
+_ATTN |= {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in ("q", "k", "v", "o")}
+_ATTN |= {name: f"self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
+_FFN = {"norm": "post_attention_layernorm.weight"}
+_FFN |= {name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_FFN |= {f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a constant that old exporters saved; computed from the config
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutBlock:
+    """A block cut out of a checkpoint, in memory: its tensors are views of the checkpoint where possible."""
+
+    id: str
+    spec: BlockSpec
+    tensors: dict[str, BlockTensor]
+    """Without a tied head's weight."""
+    tied_to: str | None
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of the largest tensor."""
+        return main_dtype(list(self.tensors.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+
+TensorReader = Callable[[int, str], BlockTensor]
+"""(index in the chain, canonical tensor name) -> the tensor as it was given."""
+
+
+def hf_name(spec: BlockSpec, layer: int, tensor: str) -> str:
+    """The HF name of a block's canonical tensor; `layer` is ignored for embed and head."""
+    if spec.kind == "embed":
+        return "model.embed_tokens.weight"
+    if spec.kind == "head":
+        return "model.norm.weight" if tensor == "norm" else "lm_head.weight"
+    return f"model.layers.{layer}." + (_ATTN if spec.kind == "attn" else _FFN)[tensor]
+
+
+def checkpoint_reader(checkpoint: Checkpoint) -> TensorReader:
+    """Read canonical tensors out of a checkpoint.
+
+    Raises CheckpointError when the folder holds tensors that belong to no block: dropping them would serve
+    another model than the one given.
+    """
+    specs = chain_specs(checkpoint.config)
+    expected = {hf_name(s, layer_of(i), t) for i, s in enumerate(specs) for t in tensor_shapes(s)}
+    unknown = [n for n in checkpoint.files if n not in expected and not n.endswith(_IGNORED_SUFFIX)]
+    if checkpoint.config.tie_word_embeddings and "lm_head.weight" in unknown:
+        _check_tied(checkpoint)
+        unknown.remove("lm_head.weight")
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(unknown)} tensors belong to no block of a "
+            f"{checkpoint.config.architecture} as config.json describes it: {', '.join(sorted(unknown)[:3])}"
+        )
+    return lambda index, name: checkpoint.tensor(hf_name(specs[index], layer_of(index), name))
+
+
+def layer_of(index: int) -> int:
+    """The layer of a chain index (embed is 0; attn and ffn of layer l are 1 + 2l and 2 + 2l)."""
+    return (index - 1) // 2
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    head, embed = checkpoint.tensor("lm_head.weight"), checkpoint.tensor("model.embed_tokens.weight")
+    if head.dtype != embed.dtype or not np.array_equal(head.data, embed.data):
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json ties the word embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false if the saved head is meant"
+        )
+
+
+def cut(config: ModelConfig, read: TensorReader, dtype: Dtype | None, where: str) -> Iterator[CutBlock]:
+    """Cut a model into the blocks of its chain, one at a time (a converted model is never whole in memory).
+
+    `dtype` converts every tensor; None keeps each as given (f32 that is exactly bf16 becomes bf16). `where`
+    names the model in messages. Raises CheckpointError for wrong shapes and for NaN or infinite weights.
+    """
+    embed = ""
+    for index, spec in enumerate(chain_specs(config)):
+        tensors = {}
+        for name, shape in tensor_shapes(spec).items():
+            called = hf_name(spec, layer_of(index), name)
+            tensors[name] = _canonical(read(index, name), shape, dtype, f"{where}: tensor {called}")
+        tied_to = embed if isinstance(spec, HeadSpec) and spec.tied else None
+        block = CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to)
+        embed = embed or block.id
+        yield block
+
+
+def _canonical(tensor: BlockTensor, shape: tuple[int, ...], dtype: Dtype | None, what: str) -> BlockTensor:
+    if tensor.shape != shape:
+        raise CheckpointError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+    if not tensor.is_finite():
+        raise CheckpointError(f"{what} holds NaN or infinite values")
+    if dtype is None or tensor.dtype == dtype:
+        return narrowed(tensor) if dtype is None else tensor
+    converted = from_f32(tensor.to_f32(), dtype)
+    if not converted.is_finite():
+        raise CheckpointError(f"{what} holds values beyond the range of {dtype}: choose another --dtype")
+    return converted

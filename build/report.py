@@ -1,0 +1,50 @@
+"""What a compilation did, as frozen records; the CLI prints them or writes them as JSON."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blockzoo.zoo.manifest import Manifest, VerificationRecord
+
+Status = Literal["added", "replaced", "unchanged"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """One model of a compilation."""
+
+    name: str
+    status: Status
+    num_blocks: int
+    """Length of the chain."""
+    num_reused: int
+    """Blocks of the chain that were in the zoo, or came with an earlier model or layer."""
+    model_bytes: int
+    """Bytes of the whole chain."""
+    new_bytes: int
+    """Bytes of the blocks that only this model brought."""
+    verification: VerificationRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """A whole run; `unshared_bytes` is what all models of the zoo would take if nothing were shared."""
+
+    models: tuple[ModelReport, ...]
+    removed: tuple[str, ...]
+    zoo_models: int
+    zoo_blocks: int
+    unshared_bytes: int
+    stored_bytes: int
+    freed_bytes: int
+    dry_run: bool
+
+
+def chain_bytes(manifest: Manifest, chain: tuple[str, ...]) -> int:
+    """Bytes of a chain's weights when nothing in it is shared."""
+    return sum(manifest.blocks[block_id].num_bytes for block_id in chain)
+
+
+def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
+    """(bytes of all chains if nothing were shared, bytes stored)."""
+    unshared = sum(chain_bytes(manifest, model.chain) for model in manifest.models.values())
+    return unshared, sum(block.num_bytes for block in manifest.blocks.values())

@@ -1,0 +1,182 @@
+"""`manifest.json`: models -> chains -> blocks -> plans, read strictly."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from blockzoo.zoo.blocks import BlockSpec, Dtype, HeadSpec, chain_specs
+from blockzoo.zoo.errors import ManifestError
+from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.strict_json import decode, encode
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizationProfileRecord:
+    """A token count range that an engine is built and tuned for: min <= opt <= max."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """What a compiler sees of a block: its shape class and how it is compiled.
+
+    For OpenVINO the plan is this record: engines are compiled from it when they are loaded.
+    """
+
+    backend: Literal["openvino"]
+    spec: BlockSpec
+    dtype: Dtype
+    profiles: tuple[OptimizationProfileRecord, ...]
+    versions: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """The kind of block: embed, attn, ffn or head."""
+        return self.spec.kind
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """One stored block."""
+
+    spec: BlockSpec
+    dtype: Dtype
+    """Of its largest tensor."""
+    num_bytes: int
+    """Of its tensors (a tied head's matrix is counted with the embed block)."""
+    tied_to: str | None
+    """A tied head's embed block."""
+    plan: str
+    latency_us: dict[int, float] | None
+    """Measured time of the block alone by token count."""
+    latency_block: str | None
+    """The block of the same shape class that was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """Where a model came from."""
+
+    format: Literal["hf", "peft"]
+    folder: str
+    """Name of the folder (not its place on the machine)."""
+    dtype: Dtype
+    """The dtype in which the weights were given (f32 weights may be stored as bf16 without loss)."""
+    converted_to: Dtype | None
+    """The dtype asked for at compile time."""
+    base: str | None
+    """peft: name of the model that the adapter was merged into."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationFigures:
+    """How near a served chain is to the original checkpoint, at one precision."""
+
+    greedy_agreement: float
+    """Share of generated tokens that the original checkpoint would choose too."""
+    max_relative_error: float
+    """Largest logit difference of any position, over the largest logit magnitude of that position."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationRecord:
+    """The end-to-end check of a model: its chain against an independent forward of the checkpoint."""
+
+    oracle: str
+    num_prompts: int
+    num_tokens: int
+    """Positions compared, over all prompts."""
+    tolerance: float
+    """Bound on the f32 max_relative_error."""
+    figures: dict[str, VerificationFigures]
+    """By precision of the chain; f32 decides, others are reported."""
+    merge_error: float | None
+    """peft: max_relative_error of the rounded merge against the unrounded adapter, both in the oracle."""
+    same_as: str | None
+    """The model with the same chain whose figures these are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One served model: the block ids of its chain (embed, attn, ffn, ..., head) and its tokenizer."""
+
+    config: ModelConfig
+    chain: tuple[str, ...]
+    tokenizer: str
+    source: SourceRecord
+    verification: VerificationRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    models: dict[str, ModelRecord] = field(default_factory=dict)
+    blocks: dict[str, BlockRecord] = field(default_factory=dict)
+    plans: dict[str, PlanRecord] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """The text of `manifest.json`; equal manifests give equal text."""
+        return json.dumps(encode(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str | bytes, where: str = "manifest.json") -> "Manifest":
+        """Read and check a manifest. Raises ManifestError with the place and what was expected."""
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"{where}: not JSON ({error}); compile the zoo again") from error
+        version = value.get("schema_version") if isinstance(value, Mapping) else None
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{where}: schema_version is {version!r}, this blockzoo reads {SCHEMA_VERSION}; "
+                "compile the zoo again, or use the blockzoo that wrote it"
+            )
+        manifest = decode(cls, value, where)
+        manifest.check(where)
+        return manifest
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Read `path`. Raises ManifestError; a missing file is the caller's to tell."""
+        return cls.from_text(path.read_bytes(), str(path))
+
+    def check(self, where: str) -> None:
+        """Check that chains, blocks, ties and plans fit together. Raises ManifestError."""
+        for block_id, block in self.blocks.items():
+            here = f"{where}.blocks.{block_id}"
+            plan = self.plans.get(block.plan)
+            if plan is None:
+                raise ManifestError(f"{here}.plan: there is no plan {block.plan!r}")
+            if plan.spec != block.spec or plan.dtype != block.dtype:
+                raise ManifestError(f"{here}.plan: {block.plan} is the plan of another shape class")
+            if (block.tied_to is not None) != (isinstance(block.spec, HeadSpec) and block.spec.tied):
+                raise ManifestError(f"{here}.tied_to: {block.tied_to!r} contradicts its spec")
+            if block.tied_to is not None and block.tied_to not in self.blocks:
+                raise ManifestError(f"{here}.tied_to: there is no block {block.tied_to!r}")
+        for name, model in self.models.items():
+            self._check_model(f"{where}.models.{name}", model)
+
+    def _check_model(self, here: str, model: ModelRecord) -> None:
+        if len(model.config.layer_windows) != model.config.num_layers:
+            raise ManifestError(f"{here}.config.layer_windows: expected {model.config.num_layers} entries")
+        specs = chain_specs(model.config)
+        if len(model.chain) != len(specs):
+            raise ManifestError(f"{here}.chain: expected {len(specs)} blocks, seen {len(model.chain)}")
+        for i, (block_id, spec) in enumerate(zip(model.chain, specs, strict=True)):
+            if block_id not in self.blocks:
+                raise ManifestError(f"{here}.chain[{i}]: there is no block {block_id!r}")
+            if self.blocks[block_id].spec != spec:
+                raise ManifestError(f"{here}.chain[{i}]: block {block_id} does not fit the model's config")
+        tied_to = self.blocks[model.chain[-1]].tied_to
+        if tied_to is not None and tied_to != model.chain[0]:
+            raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
