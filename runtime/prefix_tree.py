@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
 from blockzoo.runtime.pool import PAGE_TOKENS, IntegrityError, PagePool, pages_for
 from blockzoo.runtime.sequence import Segment, Sequence
 
@@ -123,29 +124,46 @@ class KVCache:
         """Whether all tokens of `seq` would fit if it had all pages to itself."""
         return pages_for(seq.num_tokens) * seq.num_layers <= self.pool.num_pages
 
-    # ---- a sequence's life: begin, (reserve, commit)*, release
+    # ---- a sequence's life: begin, ([extend,] reserve, commit)*, release
 
     def begin(self, seq: Sequence) -> int:
         """Give `seq` the cached pages of its tokens. Returns and sets num_computed = num_cached."""
         assert seq.num_pages == 0, f"{seq} has begun already"
-        matched = self._match(seq)
         self.lookups += 1
+        seq.num_cached = 0
         seq.grow_page_table(pages_for(seq.num_tokens))
-        if matched:
-            keys = seq.page_keys(matched)[:matched]
-            for nodes, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
-                nodes.extend(tree.nodes[key] for key in keys)
-                for node in nodes:
-                    self._reference(node)
-                rows = slice(tree.segment.first_layer, tree.segment.end_layer)
-                seq.page_table[rows, :matched] = np.stack([node.pages for node in nodes], axis=1)
-                if seq.num_preemptions == 0:
-                    tree.hit_tokens += matched * PAGE_TOKENS
-        seq.num_pages = matched
-        seq.num_computed = seq.num_cached = matched * PAGE_TOKENS
+        return self.extend(seq)
+
+    def extend(self, seq: Sequence) -> int:
+        """Skip pages that others have entered since `seq` began, when it stands at the end of its tree pages.
+
+        Requests that arrive together with one prompt prefix thus compute it about once. Returns the number
+        of tokens skipped, which are added to num_computed and num_cached.
+        """
+        first = seq.num_tree_pages
+        if seq.num_pages != first or seq.num_computed != first * PAGE_TOKENS:
+            return 0
+        end = self._match(seq)
+        if end <= first:
+            return 0
+        keys = seq.page_keys(end)[first:end]
+        skipped = (end - first) * PAGE_TOKENS
+        seq.grow_page_table(end)
+        for path, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
+            nodes = [tree.nodes[key] for key in keys]
+            for node in nodes:
+                self._reference(node)
+            path += nodes
+            rows = slice(tree.segment.first_layer, tree.segment.end_layer)
+            seq.page_table[rows, first:end] = np.stack([node.pages for node in nodes], axis=1)
+            if seq.num_preemptions == 0:
+                tree.hit_tokens += skipped
         if seq.num_preemptions:
-            self.resumed_tokens += seq.num_cached
-        return seq.num_cached
+            self.resumed_tokens += skipped
+        seq.num_pages = end
+        seq.num_computed += skipped
+        seq.num_cached += skipped
+        return skipped
 
     def reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` own pages for tokens [0, num_tokens) in every layer, evicting as needed.
@@ -290,8 +308,11 @@ class KVCache:
         for seq in sequences:
             if not all(len(path) == seq.num_tree_pages for path in seq.nodes):
                 raise IntegrityError(f"{seq} has paths of unequal length in its segments")
-            if seq.num_computed > min(seq.num_tokens, seq.num_pages * PAGE_TOKENS):
-                raise IntegrityError(f"{seq} has more tokens computed than it has pages: {seq.num_pages}")
+            if not seq.num_tree_pages <= seq.num_computed / PAGE_TOKENS <= seq.num_pages:
+                raise IntegrityError(
+                    f"{seq} has {seq.num_tree_pages} pages in the tree and {seq.num_pages} in all: it would "
+                    "write into the tree or beside its pages"
+                )
             for path, segment in zip(seq.nodes, seq.segments, strict=True):
                 for page, node in enumerate(path):
                     rows = slice(segment.first_layer, segment.end_layer)

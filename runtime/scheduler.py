@@ -86,7 +86,8 @@ class _Entry:
 class _Step:
     """One schedule() in the making."""
 
-    budget: int
+    budget: int  # tokens
+    prefills: int = 0
     chosen: dict[_Entry, int] = field(default_factory=dict)  # tokens; decode before prefill
     full: set[KVCache] = field(default_factory=set)  # caches that admit no one more in this step
 
@@ -183,6 +184,7 @@ class Scheduler:
                     step.budget -= 1
         for entry in prefills:
             if entry.running and step.budget > 0:
+                entry.seq.cache.extend(entry.seq)
                 self._schedule_prefill(step, entry)
         self._admit(step)
         return [Scheduled(entry.seq, num_tokens) for entry, num_tokens in step.chosen.items()]
@@ -204,9 +206,12 @@ class Scheduler:
             border = end - end % PAGE_TOKENS
             if border > seq.num_computed:
                 end = border
+            elif step.prefills:  # a scrap of a page is worth a row in the batch only to keep things moving
+                return
         if self._make_room(step, entry, end):
             step.chosen[entry] = end - seq.num_computed
             step.budget -= end - seq.num_computed
+            step.prefills += 1
 
     def _make_room(self, step: _Step, entry: _Entry, num_tokens: int) -> bool:
         """Reserve pages, preempting younger sequences; False when `entry` itself had to go."""
@@ -243,11 +248,13 @@ class Scheduler:
         if not self._waiting or not self._may_admit(step):
             return
         queue = self._ordered_waiting()
-        while queue and self._may_admit(step):
+        caches = {entry.seq.cache for entry in self._waiting}
+        while queue and self._may_admit(step) and not caches <= step.full:
             self._try_admit(step, heapq.heappop(queue)[-1])
 
     def _may_admit(self, step: _Step) -> bool:
-        return step.budget > 0 and len(self._running) < self.config.max_num_seqs
+        budget_needed = PAGE_TOKENS if step.prefills else 1
+        return step.budget >= budget_needed and len(self._running) < self.config.max_num_seqs
 
     def _try_admit(self, step: _Step, entry: _Entry) -> None:
         seq, cache = entry.seq, entry.seq.cache

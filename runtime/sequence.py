@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from blockzoo.runtime.pool import PAGE_TOKENS
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Sequence:
             raise ValueError(f"prompt token ids have shape {self._tokens.shape}, expected [n] with n >= 1")
         self.prompt_len = self.num_tokens = self._tokens.size
         self.num_computed = 0  # leading tokens whose KV is written
-        self.num_cached = 0  # of these, tokens taken from the cache at the last admission
+        self.num_cached = 0  # of these, tokens taken from the cache since the last admission
         self.num_preemptions = 0
 
         self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]
