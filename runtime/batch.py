@@ -119,7 +119,7 @@ class StepLayout:
             table_begins=_begins(entries),
         )
         self._kept_begins = _begins(self._wants.astype(np.int32))
-        self.logits: list[np.ndarray | None] = [None] * len(shapes)  # [vocab] views, per sequence
+        self.logits: list[tuple[np.ndarray, list[int]]] = []  # float32 [n, vocab] and whose rows they are
         self._logits_used = 0
         self._groups = self._make_groups()
         self.calls = self._make_calls()
@@ -282,8 +282,8 @@ class StepLayout:
         self._logits_used += count * vocab
         rows = self._buffers.logits[begin : begin + count * vocab].reshape(count, vocab)
         call.binds["logits"] = rows
-        for row, seq in zip(rows, seqs, strict=False):
-            self.logits[seq] = row
+        if seqs:
+            self.logits.append((rows, seqs))
 
 
 def _length(part: slice) -> int:

@@ -1,0 +1,61 @@
+"""Settings of an engine: one frozen object, checked once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from blockzoo.runtime.errors import InvalidRequestError
+
+_DEFAULT_KV_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine serves a zoo.
+
+    Attributes:
+        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
+        kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
+            free memory where that is less. Split evenly between KV geometries in proportion to models.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: new tokens in one step, all sequences together.
+        max_waiting: requests that may wait; beyond it they are refused as overloaded.
+        max_model_len: prompt and generated tokens of a request; None: what the model and the pool allow.
+        max_request_seconds: a request that takes longer ends with an error; None: no limit.
+        prefix_caching: keep and reuse the KV of finished prompts.
+        schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
+            no tenant can tell from its own waiting time what others have cached).
+        num_threads: compute threads; None leaves the backend's choice.
+        max_span_layers: cut engines after this many layers; None fuses what no model splits.
+    """
+
+    precision: Literal["f32", "bf16"] | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    max_model_len: int | None = None
+    max_request_seconds: float | None = None
+    prefix_caching: bool = True
+    schedule: Literal["hit-first", "fair"] = "hit-first"
+    num_threads: int | None = None
+    max_span_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, "f32", "bf16"):
+            raise InvalidRequestError(f"precision is {self.precision!r}; expected f32, bf16 or None")
+        for name in ("kv_cache_bytes", "max_model_len", "num_threads", "max_span_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
+        if self.max_request_seconds is not None and not self.max_request_seconds > 0:
+            raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
+
+    def resolved_kv_bytes(self) -> int:
+        """The pool's size in bytes."""
+        if self.kv_cache_bytes is not None:
+            return self.kv_cache_bytes
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(_DEFAULT_KV_BYTES, available // 4)

@@ -1,0 +1,336 @@
+"""LLMEngine: requests in, tokens out, one step at a time.
+
+    schedule -> execute -> advance -> sample -> report
+
+One caller at a time for `enqueue`, `step` and `abort` (EngineThread sees to that); `prepare` may be
+called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.runtime.config import EngineConfig
+from blockzoo.runtime.detokenizer import Detokenizer
+from blockzoo.runtime.errors import (
+    InvalidRequestError,
+    PromptTooLongError,
+    SamplingError,
+    UnknownModelError,
+)
+from blockzoo.runtime.executor import Rows
+from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
+from blockzoo.runtime.metrics import Metrics, MetricsRecorder
+from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
+from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
+from blockzoo.runtime.sequence import Sequence
+from blockzoo.runtime.tokenizer import Tokenizer
+from blockzoo.runtime.topology import Family
+from blockzoo.zoo.store import Zoo
+
+
+@dataclass(slots=True)
+class Request:
+    """A checked request on its way through the engine."""
+
+    seq: Sequence
+    model: LoadedModel
+    params: SamplingParams
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    max_tokens: int  # params.max_tokens, or what the model's length leaves
+    arrival: float
+    last_token_time: float | None = None
+    num_generated: int = field(default=0)
+
+
+class LLMEngine:
+    """Serves all models of a zoo from one process and one KV pool per KV geometry.
+
+    Args:
+        zoo_path: a zoo directory.
+        config: settings.
+        progress: called with (engines compiled, engines in all) while loading.
+
+    Raises:
+        StoreError, ManifestError: the zoo is missing or damaged.
+        EngineError: the backend cannot run here.
+        InvalidRequestError: a setting does not fit the zoo or the machine.
+    """
+
+    def __init__(
+        self,
+        zoo_path: str | os.PathLike[str],
+        config: EngineConfig | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        scheduler_config = SchedulerConfig(
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_waiting=self.config.max_waiting,
+            policy=self.config.schedule,
+        )
+        maker = OpenVINOEngines(self.config.precision, self.config.num_threads)
+        self._zoo = load_zoo(Zoo.open(zoo_path), self.config, maker, progress)
+        self._scheduler = Scheduler(scheduler_config)
+        self._requests: dict[str, Request] = {}
+        self._sampler = Sampler()
+        self._recorder = MetricsRecorder()
+        self._last_calls = (0, 0)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models served."""
+        return tuple(sorted(self._zoo.models))
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """A model's tokenizer. Raises UnknownModelError."""
+        return self._model(model).tokenizer
+
+    def max_model_len(self, model: str) -> int:
+        """Tokens of prompt and answer together that a request to `model` may have."""
+        return self._model(model).max_len
+
+    @property
+    def engine_facts(self) -> dict[str, object]:
+        """Backend, version, precision and target."""
+        return dict(self._zoo.engine_facts)
+
+    # ---- in
+
+    def prepare(
+        self,
+        request_id: str,
+        model: str,
+        prompt: str | AnySequence[int],
+        params: SamplingParams,
+        scope: str | None = None,
+    ) -> Request:
+        """Check a request and make it ready to enqueue. Thread-safe.
+
+        Args:
+            prompt: text, or token ids.
+            scope: requests share cached KV only with those of the same scope; None is a scope of its
+                own that all requests without one share.
+
+        Raises:
+            UnknownModelError, InvalidRequestError, PromptTooLongError.
+        """
+        loaded = self._model(model)
+        token_ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; expected at least one token")
+        if len(token_ids) >= loaded.max_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
+                "that one can be generated: shorten it"
+            )
+        bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
+        vocab = loaded.chain.vocab_size
+        sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
+        arrival = time.monotonic()
+        seq = Sequence(
+            request_id,
+            model,
+            self._zoo.caches[loaded.chain.family],
+            loaded.chain.segments,
+            scope or "",
+            token_ids,
+            arrival,
+        )
+        detokenizer = Detokenizer(loaded.tokenizer, params)
+        max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
+        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
+        self._scheduler.add(request.seq)
+        self._requests[request.seq.request_id] = request
+        self._recorder.on_request_arrived()
+
+    def add_request(
+        self,
+        request_id: str,
+        model: str,
+        prompt: str | AnySequence[int],
+        params: SamplingParams,
+        scope: str | None = None,
+    ) -> None:
+        """`prepare` and `enqueue` in one."""
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, in whatever state: its last output, or None when there is none."""
+        if request_id not in self._requests:
+            return None
+        self._scheduler.abort(request_id)
+        return self._finish(self._requests[request_id], "abort")
+
+    # ---- step
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; what it added to each request, one output per request at most.
+
+        An error in the engines ends the requests of this step with an error output; the others, and
+        the engine, go on.
+        """
+        outputs = self._expired()
+        scheduled = self._scheduler.schedule()
+        outputs += [
+            self._finish(self._requests[failed.seq.request_id], "error", failed.message)
+            for failed in self._scheduler.take_failed()
+        ]
+        try:
+            sampled = self._execute(scheduled)
+        except Exception as error:
+            return outputs + [self._fail(item.seq, f"the engine failed: {error}") for item in scheduled]
+        for seq, result in sampled:
+            request = self._requests[seq.request_id]
+            if isinstance(result, SamplingError):
+                outputs.append(self._fail(seq, str(result)))
+            else:
+                outputs.append(self._take_token(request, result))
+        if not self._requests:
+            self.check_integrity()
+        return outputs
+
+    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | SamplingError]]:
+        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
+        results: list[tuple[Sequence, SampledToken | SamplingError]] = []
+        by_family: dict[Family, list[Scheduled]] = {}
+        for item in scheduled:
+            family = self._requests[item.seq.request_id].model.chain.family
+            by_family.setdefault(family, []).append(item)
+        for family, items in by_family.items():
+            step = self._zoo.executors[family].run([self._rows(item) for item in items])
+            self._scheduler.advance(items)
+            self._recorder.on_step(step.num_calls, step.num_call_rows)
+            for logits, indices in step.logits:
+                seqs = [items[i].seq for i in indices]
+                states = [self._requests[seq.request_id].sampler for seq in seqs]
+                results += zip(seqs, self._sampler.sample(logits, states), strict=True)
+        return results
+
+    def _rows(self, item: Scheduled) -> Rows:
+        seq, start = item.seq, item.seq.num_computed
+        end = start + item.num_tokens
+        chain_index = self._requests[seq.request_id].model.chain_index
+        return Rows(chain_index, seq.token_ids[start:end], start, seq.page_table, end == seq.num_tokens)
+
+    def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
+        request.num_generated += 1
+        request.seq.append_token(token.token_id)
+        self._record_token(request)
+        reason: FinishReason | None = None
+        text = ""
+        if token.token_id in request.model.eos_token_ids and not request.params.ignore_eos:
+            reason = "stop"
+        else:
+            text = request.detokenizer.push(token.token_id)
+            if request.detokenizer.stopped:
+                reason = "stop"
+            elif request.num_generated >= request.max_tokens:
+                reason = "length"
+        logprobs = None
+        if token.logprob is not None:
+            logprobs = (TokenLogprob(token.token_id, token.logprob, token.top),)
+        if reason is None:
+            return self._output(request, text, (token.token_id,), logprobs)
+        self._scheduler.finish(request.seq)
+        return self._finish(request, reason, None, text, (token.token_id,), logprobs)
+
+    def _record_token(self, request: Request) -> None:
+        now = time.monotonic()
+        if request.last_token_time is None:
+            self._recorder.on_first_token(now - request.arrival)
+        else:
+            self._recorder.on_token(now - request.last_token_time)
+        request.last_token_time = now
+
+    def _expired(self) -> list[RequestOutput]:
+        limit = self.config.max_request_seconds
+        if limit is None:
+            return []
+        now = time.monotonic()
+        late = [request for request in self._requests.values() if now - request.arrival > limit]
+        message = f"the request took longer than max_request_seconds ({limit:g} s)"
+        return [self._fail(request.seq, message) for request in late]
+
+    # ---- out
+
+    def _fail(self, seq: Sequence, message: str) -> RequestOutput:
+        self._scheduler.abort(seq.request_id)
+        return self._finish(self._requests[seq.request_id], "error", message)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: str | None = None,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> RequestOutput:
+        """The last output of a request that the scheduler has forgotten."""
+        del self._requests[request.seq.request_id]
+        self._recorder.on_request_finished(
+            reason,
+            time.monotonic() - request.arrival,
+            num_prompt_tokens=request.seq.prompt_len,
+            num_cached_tokens=request.seq.num_cached,
+        )
+        text += request.detokenizer.flush()
+        return self._output(request, text, token_ids, logprobs, reason, error)
+
+    @staticmethod
+    def _output(
+        request: Request,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        return RequestOutput(
+            request_id=request.seq.request_id,
+            model=request.model.name,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finished=reason is not None,
+            finish_reason=reason,
+            error=error,
+            num_prompt_tokens=request.seq.prompt_len,
+            num_cached_tokens=request.seq.num_cached,
+            num_generated=request.num_generated,
+        )
+
+    def _model(self, name: str) -> LoadedModel:
+        model = self._zoo.models.get(name)
+        if model is None:
+            close = get_close_matches(name, self._zoo.models, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(self.models)}"
+            raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
+        return model
+
+    # ---- looking in
+
+    def check_integrity(self) -> None:
+        """Check that every page is accounted for. Raises IntegrityError: a bug of ours."""
+        for cache in self._zoo.caches.values():
+            cache.check_integrity([seq for seq in self._scheduler.running if seq.cache is cache])
+
+    def metrics(self) -> Metrics:
+        """A snapshot of counters, gauges and histograms."""
+        return self._recorder.snapshot(self._scheduler, list(self._zoo.caches.values()))

@@ -1,0 +1,205 @@
+"""The layer loop: one step's rows through the engines of one family of models.
+
+Everything that depends only on the shapes of a step is prepared once per shape (`batch.StepLayout`);
+in steady decode a step fills a few integer arrays, gathers embeddings and rotary rows, and runs the
+engines on what is bound already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from blockzoo.engines.base import PAGE_TOKENS, Engine, Precision, activation_dtype
+from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
+from blockzoo.runtime.topology import ChainPlan, Family, Span
+
+_TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
+
+
+class Rows(NamedTuple):
+    """New tokens of one sequence.
+
+    Attributes:
+        chain: index into the topology's chains.
+        token_ids: int32 [n], the new tokens.
+        past_len: tokens before them, whose K and V are in the pool.
+        page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
+        wants_logits: whether the logits of the last new token are needed.
+    """
+
+    chain: int
+    token_ids: np.ndarray
+    past_len: int
+    page_table: np.ndarray
+    wants_logits: bool
+
+
+class StepResult(NamedTuple):
+    """What a step gave.
+
+    Attributes:
+        logits: matrices float32 [n, vocab], valid until the next run, each with the indices of the
+            batch whose last new token its rows belong to. Every index that wanted logits is in one.
+        num_calls: engine calls made.
+        num_call_rows: rows that went through them.
+    """
+
+    logits: list[tuple[np.ndarray, list[int]]]
+    num_calls: int
+    num_call_rows: int
+
+
+class Executor:
+    """Runs steps of the models of one family over one pool.
+
+    Args:
+        family: what the models have in common.
+        chains, spans: of the whole topology; only those of the family are run.
+        engines: by span index.
+        embeddings: by embed block id.
+        rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
+        precision: of the engines.
+        num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
+        max_tokens, max_seqs: bounds of a step.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        chains: Sequence[ChainPlan],
+        spans: Sequence[Span],
+        engines: Mapping[int, Engine],
+        embeddings: Mapping[str, EmbeddingTable],
+        rope_tables: Mapping[int, tuple[np.ndarray, np.ndarray]],
+        precision: Precision,
+        num_pages: int,
+        max_tokens: int,
+        max_seqs: int,
+    ) -> None:
+        self._chains, self._spans = chains, spans
+        self._engines, self._embeddings, self._rope_tables = engines, embeddings, rope_tables
+        self._num_pages = num_pages
+        dtype = activation_dtype(precision)
+        self._pool = self._make_pool(family, dtype)
+        vocab = max(chain.vocab_size for chain in chains if chain.family == family)
+        self._buffers = _make_buffers(family, dtype, max_tokens, max_seqs, vocab)
+        self._layout: StepLayout | None = None
+        self._bound_call: dict[int, int] = {}  # engine -> the call it is bound to
+
+    def run(self, batch: Sequence[Rows]) -> StepResult:
+        """Run a batch; K and V of all its rows are written when it returns.
+
+        Raises:
+            ValueError: a row's page table, token ids or lengths are out of range; nothing was run.
+                (The engines do not check, and would crash.)
+        """
+        for rows in batch:
+            self._check(rows)
+        order = sorted(range(len(batch)), key=lambda i: batch[i].chain)
+        ordered = [batch[i] for i in order]
+        layout = self._layout_for(ordered)
+        self._fill(layout, ordered)
+        self._run_calls(layout)
+        logits = [(rows, [order[place] for place in places]) for rows, places in layout.logits]
+        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
+
+    def _make_pool(self, family: Family, dtype: np.dtype) -> dict[str, np.ndarray]:
+        shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
+        pool = {name: np.zeros(shape, dtype) for name in ("key_cache", "value_cache")}
+        for engine in self._engines.values():
+            if engine.spec.layers:
+                for name, pages in pool.items():
+                    engine.bind(name, pages)
+        return pool
+
+    def _check(self, rows: Rows) -> None:
+        chain = self._chains[rows.chain]
+        count = len(rows.token_ids)
+        pages = -(-(rows.past_len + count) // PAGE_TOKENS)
+        if count < 1 or rows.past_len < 0:
+            raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
+        if rows.page_table.shape[0] != chain.num_layers or rows.page_table.shape[1] < pages:
+            raise ValueError(
+                f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
+            )
+        used = rows.page_table[:, :pages]
+        if int(used.min()) < 0 or int(used.max()) >= self._num_pages:
+            raise ValueError(f"page ids {used.min()} to {used.max()} in a pool of {self._num_pages}")
+        vocab = self._embeddings[chain.embed_id].vocab_size
+        if int(rows.token_ids.min()) < 0 or int(rows.token_ids.max()) >= vocab:
+            raise ValueError(
+                f"token ids {rows.token_ids.min()} to {rows.token_ids.max()}, vocabulary {vocab}"
+            )
+        positions = len(self._rope_tables[rows.chain][0])
+        if rows.past_len + count > positions:
+            raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
+
+    def _layout_for(self, batch: Sequence[Rows]) -> StepLayout:
+        shapes = tuple(
+            SeqShape(rows.chain, len(rows.token_ids), _table_len(rows), rows.wants_logits) for rows in batch
+        )
+        if self._layout is None or self._layout.shapes != shapes:
+            self._layout = StepLayout(shapes, self._chains, self._spans, self._buffers)
+            self._bound_call.clear()
+        return self._layout
+
+    def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
+        arrays, buffers = layout.arrays, self._buffers
+        positions = np.empty(layout.num_rows, np.int64)
+        for i, rows in enumerate(batch):
+            begin, end = arrays.seq_begins[i], arrays.seq_begins[i + 1]
+            arrays.token_ids[begin:end] = rows.token_ids
+            arrays.past_lens[i] = rows.past_len
+            positions[begin:end] = np.arange(rows.past_len, rows.past_len + end - begin)
+            entries = arrays.tables[
+                : len(rows.page_table), arrays.table_begins[i] : arrays.table_begins[i + 1]
+            ]
+            width = min(rows.page_table.shape[1], entries.shape[1])
+            # columns past the sequence's end are -1 or missing; never read, but kept valid
+            np.maximum(rows.page_table[:, :width], 0, out=entries[:, :width])
+        arrays.max_context_len[...] = (arrays.past_lens + np.diff(arrays.seq_begins)).max()
+        for chain_index, rows_slice in layout.group_rows():
+            cos, sin = self._rope_tables[chain_index]
+            np.take(cos, positions[rows_slice], axis=0, out=buffers.cos[rows_slice, 0, 0])
+            np.take(sin, positions[rows_slice], axis=0, out=buffers.sin[rows_slice, 0, 0])
+            embedding = self._embeddings[self._chains[chain_index].embed_id]
+            embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
+
+    def _run_calls(self, layout: StepLayout) -> None:
+        for index, call in enumerate(layout.calls):
+            engine = self._engines[call.span]
+            if self._bound_call.get(call.span) != index:
+                for name, array in call.binds.items():
+                    engine.bind(name, array)
+                self._bound_call[call.span] = index
+            for destination, source in call.copies_in:
+                destination[...] = source
+            engine.run()
+            for destination, source in call.copies_out:
+                destination[...] = source
+
+
+def _table_len(rows: Rows) -> int:
+    pages = -(-(rows.past_len + len(rows.token_ids)) // PAGE_TOKENS)
+    return -(-pages // _TABLE_CHUNK) * _TABLE_CHUNK
+
+
+def _make_buffers(family: Family, dtype: np.dtype, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
+    def pair(rows: int) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.zeros((rows, family.hidden_size), dtype),
+            np.zeros((rows, family.hidden_size), dtype),
+        )
+
+    return Buffers(
+        hidden=pair(max_tokens),
+        kept=pair(max_seqs),
+        scratch=pair(max_tokens),
+        cos=np.zeros((max_tokens, 1, 1, family.head_dim), np.float32),
+        sin=np.zeros((max_tokens, 1, 1, family.head_dim), np.float32),
+        logits=np.zeros(max_seqs * vocab, np.float32),
+    )
