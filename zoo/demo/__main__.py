@@ -22,4 +22,5 @@ def main() -> None:
         print(f"{name:13} {folder}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from safetensors import deserialize
 
-STORED_AS = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
+STORED_AS: dict[str, np.dtype] = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4")}
 NAME_OF = {dtype: name for name, dtype in STORED_AS.items()}
 
 

@@ -28,6 +28,8 @@ NUM_SOLVER_LAYERS = 2
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MINUTES_SHARE: dict[Stage, float] = {"base": 0.8, "notes": 0.08, "solver": 0.12}
 LEARNING_RATE: dict[Stage, float] = {"base": 2e-3, "notes": 2e-3, "solver": 1e-3}
+SAVE_SECONDS = 120.0  # of processor time per thread between checkpoints
+REPORT_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,10 @@ def train_stage(
                 f"{stage} {progress:6.1%} step {step} tokens {num_tokens / 1e6:.2f}M loss {mean_loss:.3f}",
                 flush=True,
             )
-        if time.process_time() - last_save > 120 * args.threads:
+        if time.process_time() - last_save > SAVE_SECONDS * args.threads:
             save()
             last_save = time.process_time()
-        if time.process_time() - last_eval > 180 * args.threads:
+        if time.process_time() - last_eval > REPORT_SECONDS * args.threads:
             report(model, rows, mixture)
             last_eval = time.process_time()
     save()
