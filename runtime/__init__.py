@@ -1,0 +1,44 @@
+"""The runtime: requests for any model of a zoo -> tokens, from one process and one KV pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockzoo.runtime.request import RequestOutput, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.config import EngineConfig
+    from blockzoo.runtime.engine_loop import LLMEngine
+    from blockzoo.runtime.engine_thread import EngineThread
+    from blockzoo.runtime.llm import LLM, Completion
+    from blockzoo.runtime.metrics import Metrics
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "EngineConfig",
+    "EngineThread",
+    "LLMEngine",
+    "Metrics",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
+]
+
+_HOMES = {
+    "LLM": "llm",
+    "Completion": "llm",
+    "EngineConfig": "config",
+    "EngineThread": "engine_thread",
+    "LLMEngine": "engine_loop",
+    "Metrics": "metrics",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use what pulls in an engine backend."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

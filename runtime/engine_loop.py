@@ -173,7 +173,16 @@ class LLMEngine:
         self._scheduler.abort(request_id)
         return self._finish(self._requests[request_id], "abort")
 
+    def refusal(self, request: Request, error: BaseException) -> RequestOutput:
+        """The only output of a prepared request that could not be queued."""
+        return self._output(request, "", (), None, "error", str(error))
+
     # ---- step
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no pages yet."""
+        return self._scheduler.num_waiting
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino.opset15 as op
+from numpy.lib.stride_tricks import as_strided
 from openvino import Model, PartialShape, Tensor, Type
 from openvino.op import Constant, Parameter, _PagedAttentionExtension
 
@@ -55,6 +56,25 @@ def _weight(tensor: BlockTensor) -> Node:
 def _vector(tensor: BlockTensor) -> Node:
     """Norm weights and biases: small, kept in f32."""
     return op.constant(np.ascontiguousarray(tensor.to_f32()))
+
+
+def _stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
+    """Matrices of equal width on top of each other: one multiplication instead of three.
+
+    A zoo file holds them side by side, so this is a view; anything else is concatenated.
+    """
+    first = parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    address = first.data.ctypes.data
+    adjacent = True
+    for part in parts:
+        adjacent &= part.dtype == first.dtype and part.data.ctypes.data == address
+        address += part.data.nbytes
+    if adjacent:
+        return BlockTensor(first.dtype, as_strided(first.data, (rows, first.shape[1]), writeable=False))
+    if all(part.dtype == first.dtype for part in parts):
+        return BlockTensor(first.dtype, np.concatenate([part.data for part in parts]))
+    return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
 
 
 def _linear(x: Node, weight: Node, bias: BlockTensor | None) -> Node:
@@ -132,7 +152,10 @@ class _SpanBuilder:
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        qkv = _linear(normed, _weight(t["qkv"]), t.get("qkv_bias"))
+        qkv = _linear(normed, _weight(_stacked([t["q"], t["k"], t["v"]])), None)
+        if spec.qkv_bias:
+            biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
+            qkv = op.add(qkv, op.constant(biases))
         kv_width = spec.num_kv_heads * spec.head_dim
         sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
         q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()

@@ -1,0 +1,27 @@
+"""Fixtures that several areas share: the demo family, and a zoo compiled from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+DEMO_MODELS = ("base", "base-sharded", "notes", "notes-merged", "solver")
+
+
+@pytest.fixture(scope="session")
+def demo_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the demo family's checkpoints, by model name."""
+    from blockzoo.zoo.demo.assemble import assemble
+
+    return assemble(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def demo_zoo(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo of the whole demo family, compiled without verification and profiles (tested elsewhere)."""
+    from blockzoo.build.pipeline import compile_models
+
+    zoo = tmp_path_factory.mktemp("zoo") / "demo"
+    compile_models({n: p for n, p in demo_family.items() if n != "notes"}, zoo)  # TODO notes
+    return zoo
