@@ -23,19 +23,31 @@ import numpy.typing as npt
 
 CHUNK = 128
 FIRST_CANDIDATES = 64  # what top_p looks at first: covers 0.9 of the mass in most rows of a trained model
+BINS = 1024  # by which wide nuclei are narrowed down
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
+
+
+class Scratch:
+    """Rows to compute in, used again and again: fresh memory of this size costs more than the computing."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.logits = np.empty(vocab_size, np.float32)  # for the owner's own changes to a row
+        self.weights = np.empty(vocab_size, np.float32)
+        self.places = np.empty(vocab_size, np.float32)
+        self.bins = np.empty(vocab_size, np.intp)
+        self.doubles = np.empty(vocab_size, np.float64)
 
 
 class LogitsRow:
     """Logits of one position: [vocab] float32, finite or -inf (never chosen), at least one finite.
 
     Ids are returned in ascending order, and of equal logits the lowest ids count as the likeliest:
-    results depend on the row alone. `scratch` [vocab] float32 is overwritten by `weights`.
+    results depend on the row alone.
     """
 
-    def __init__(self, logits: npt.NDArray[np.float32], scratch: npt.NDArray[np.float32]) -> None:
+    def __init__(self, logits: npt.NDArray[np.float32], scratch: Scratch) -> None:
         self.logits = logits
         self._scratch = scratch
         self._num_chunks = logits.size // CHUNK
@@ -69,67 +81,90 @@ class LogitsRow:
         ids = self.candidates(count)
         return ids[largest(self.logits[ids], count)]
 
-    def weights(self, temperature: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """exp((logit - peak) / temperature) of every token [vocab], valid until the next call.
-
-        Also their sums over the chunks, with the sum of the tail last [C + 1].
-        """
-        weights = np.subtract(self.logits, np.float32(self.peak), out=self._scratch)
+    def weights(self, temperature: float) -> npt.NDArray[np.float32]:
+        """exp((logit - peak) / temperature) of every token: [vocab], valid until the next call."""
+        weights = np.subtract(self.logits, np.float32(self.peak), out=self._scratch.weights)
         if temperature != 1.0:
             np.multiply(weights, np.float32(1.0 / temperature), out=weights)
-        np.exp(weights, out=weights)
+        return np.exp(weights, out=weights)
+
+    def chunk_sums(self, weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Sums of `weights` [vocab] over the chunks, with the sum of the tail last: [C + 1]."""
         sums = np.empty(self._num_chunks + 1, np.float64)
         sums[:-1] = weights[: self._body_size].reshape(CHUNK, self._num_chunks).sum(axis=0)
         sums[-1] = weights[self._body_size :].sum()
-        return weights, sums
-
-    def draw_any(self, temperature: float, uniform: float) -> int:
-        """One token drawn from the whole distribution; `uniform` in [0, 1) decides which."""
-        weights, sums = self.weights(temperature)
-        # first the chunk, then the token within it: no running sum over the whole row
-        running = np.cumsum(sums)
-        chunk = pick(running, uniform * running[-1])
-        target = uniform * running[-1] - (running[chunk - 1] if chunk else 0.0)
-        if chunk == self._num_chunks:
-            return self._body_size + pick(np.cumsum(weights[self._body_size :], dtype=np.float64), target)
-        column = weights[chunk : self._body_size : self._num_chunks]
-        return chunk + self._num_chunks * pick(np.cumsum(column, dtype=np.float64), target)
+        return sums
 
     def draw(self, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
-        """One token drawn after top_k, top_p and min_p in this order, each renormalizing, as in HF."""
-        if top_k >= self.logits.size:
-            top_k = 0
-        if not top_k and top_p >= 1.0 and min_p <= 0.0:
-            return self.draw_any(temperature, uniform)
+        """One token drawn after top_k, top_p and min_p in this order, each renormalizing, as in HF.
+
+        `uniform` in [0, 1) decides which.
+        """
         # min_p compares with the likeliest token, which the other two always keep
         floor = self.peak + temperature * math.log(min_p) if min_p > 0.0 else -math.inf
-        if top_k:
+        if 0 < top_k < self.logits.size:
             ids = self.top(top_k)
             weights = self._weights_of(ids, temperature)
             if top_p < 1.0:
                 ids, weights = nucleus(ids, weights, top_p * weights.sum())
         elif top_p < 1.0:
-            ids, weights = self._nucleus_of_all(temperature, top_p)
-        else:
+            all_weights = self.weights(temperature)
+            mass = top_p * self.chunk_sums(all_weights).sum()
+            ids = self.candidates(FIRST_CANDIDATES)
+            weights = all_weights[ids]
+            if weights.sum() < mass:
+                self._keep_nucleus(all_weights, temperature, mass)
+                if floor > -math.inf:
+                    all_weights[self.logits < floor] = 0.0
+                return self._draw_from_all(all_weights, uniform)
+            ids, weights = nucleus(ids, weights, mass)
+        elif floor > -math.inf:
             ids = self.at_least(floor)
             weights = self._weights_of(ids, temperature)
+        else:
+            return self._draw_from_all(self.weights(temperature), uniform)
         if floor > -math.inf:
             weights = np.where(self.logits[ids] >= floor, weights, 0.0)
-        running = np.cumsum(weights)
+        running = np.cumsum(weights, dtype=np.float64)
         return int(ids[pick(running, uniform * running[-1])])
 
-    def _weights_of(self, ids: Ids, temperature: float) -> npt.NDArray[np.float64]:
+    def _weights_of(self, ids: Ids, temperature: float) -> Floats:
         return np.exp((self.logits[ids].astype(np.float64) - self.peak) / temperature)
 
-    def _nucleus_of_all(self, temperature: float, top_p: float) -> tuple[Ids, npt.NDArray[np.float64]]:
-        all_weights, sums = self.weights(temperature)
-        total = float(sums.sum())
-        ids = self.candidates(FIRST_CANDIDATES)
-        if all_weights[ids].sum() < top_p * total:
-            # tokens lighter than this weigh less than 1 - top_p together: they can be left out
-            light = (1.0 - top_p) * total / self.logits.size
-            ids = np.flatnonzero(all_weights >= np.float32(light))
-        return nucleus(ids, all_weights[ids].astype(np.float64), top_p * total)
+    def _keep_nucleus(self, weights: npt.NDArray[np.float32], temperature: float, mass: float) -> None:
+        """Sets all weights outside the nucleus of `mass` to zero: for rows so flat that it is wide.
+
+        Weights are binned by logit, whole bins are kept as far as they fit, and only the bin in which
+        the mass is reached is sorted.
+        """
+        # the range of the bins is a matter of speed only: all that is lighter falls in the last bin
+        lightest = max(mass, 1.0) * 1e-3 / weights.size
+        scale = np.float32((BINS - 1) / (temperature * -math.log(min(lightest, 0.5))))
+        places = np.subtract(np.float32(self.peak), self.logits, out=self._scratch.places)
+        np.multiply(places, scale, out=places)
+        np.minimum(places, np.float32(BINS - 1), out=places)
+        bins, doubles = self._scratch.bins, self._scratch.doubles
+        np.copyto(bins, places, casting="unsafe")
+        np.copyto(doubles, weights)
+        running = np.cumsum(np.bincount(bins, doubles, BINS))
+        border = min(int(np.searchsorted(running, mass, side="left")), BINS - 1)
+        ids = np.flatnonzero(bins == border)
+        kept, _ = nucleus(ids, weights[ids], mass - (running[border - 1] if border else 0.0))
+        keep = bins < border
+        keep[kept] = True
+        np.multiply(weights, keep, out=weights)
+
+    def _draw_from_all(self, weights: npt.NDArray[np.float32], uniform: float) -> int:
+        # first the chunk, then the token within it: no running sum over the whole row
+        running = np.cumsum(self.chunk_sums(weights))
+        target = uniform * running[-1]
+        chunk = pick(running, target)
+        if chunk:
+            target -= running[chunk - 1]
+        if chunk == self._num_chunks:
+            return self._body_size + pick(np.cumsum(weights[self._body_size :], dtype=np.float64), target)
+        column = weights[chunk : self._body_size : self._num_chunks]
+        return chunk + self._num_chunks * pick(np.cumsum(column, dtype=np.float64), target)
 
 
 def max_or(values: Floats, other: float) -> float:
@@ -142,18 +177,25 @@ def largest(values: Floats, count: int) -> Ids:
     if count >= values.size:
         return np.arange(values.size)
     place = values.size - count
-    smallest = np.partition(values, place)[place]
+    return _down_to(values, float(np.partition(values, place)[place]), count)
+
+
+def nucleus(ids: Ids, weights: Floats, mass: float) -> tuple[Ids, Floats]:
+    """The fewest heaviest of `ids` that weigh `mass` together, and their weights; all if none do."""
+    ordered = np.sort(weights)[::-1]
+    count = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), mass, side="left")) + 1
+    if count >= ids.size:
+        return ids, weights
+    kept = _down_to(weights, float(ordered[count - 1]), count)
+    return ids[kept], weights[kept]
+
+
+def _down_to(values: Floats, smallest: float, count: int) -> Ids:
+    """Places of the `count` largest values, ascending, given the smallest value among them."""
     keep = values > smallest
     ties = np.flatnonzero(values == smallest)
     keep[ties[: count - np.count_nonzero(keep)]] = True
     return np.flatnonzero(keep)
-
-
-def nucleus(ids: Ids, weights: npt.NDArray[np.float64], mass: float) -> tuple[Ids, npt.NDArray[np.float64]]:
-    """The fewest heaviest of `ids` that weigh `mass` together, and their weights; all if none do."""
-    running = np.cumsum(np.sort(weights)[::-1])
-    kept = largest(weights, int(np.searchsorted(running, mass, side="left")) + 1)
-    return ids[kept], weights[kept]
 
 
 def pick(running: npt.NDArray[np.float64], target: float) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
-from .logits_row import LogitsRow
+from .logits_row import LogitsRow, Scratch
 from .request import SamplingParams
 
 Logits = npt.NDArray[np.float32]
@@ -127,7 +127,7 @@ class Sampler:
     """Chooses one token for each row of a step's logits. Not thread-safe: it keeps scratch rows."""
 
     def __init__(self) -> None:
-        self._scratch = np.empty((2, 0), np.float32)
+        self._scratches: dict[int, Scratch] = {}  # by vocabulary size
 
     def sample(self, logits: Logits, states: Sequence[SamplerState]) -> list[SampledToken | SamplingError]:
         """Chooses a token for every row and appends it to the row's state.
@@ -146,8 +146,9 @@ class Sampler:
                 f"logits are {logits.dtype} {logits.shape}; expected float32 [{len(states)}, vocab]"
             )
         vocab_size = logits.shape[1]
-        if self._scratch.shape[1] != vocab_size:
-            self._scratch = np.empty((2, vocab_size), np.float32)
+        scratch = self._scratches.get(vocab_size)
+        if scratch is None:
+            scratch = self._scratches[vocab_size] = Scratch(vocab_size)
         results: list[SampledToken | SamplingError] = []
         # overflow to -inf (a tiny temperature) is meant; NaN is looked for by ourselves
         with np.errstate(over="ignore", invalid="ignore"):
@@ -157,7 +158,7 @@ class Sampler:
                         f"row {row} is for {state.vocab_size} tokens; the logits have {vocab_size}"
                     )
                 try:
-                    token = self._sample_row(row, logits[row], state)
+                    token = _sample_row(row, logits[row], state, scratch)
                 except SamplingError as error:
                     results.append(error)
                 else:
@@ -165,44 +166,45 @@ class Sampler:
                     results.append(token)
         return results
 
-    def _sample_row(self, row: int, logits: Logits, state: SamplerState) -> SampledToken:
-        params = state.params
-        edited = state.edit(logits, self._scratch[0])
-        if params.greedy:
-            token_id = int(edited.argmax())  # NaN counts as the largest; the first of equals wins
-            self._check(row, float(edited[token_id]), logits, edited)
-        else:
-            candidates = LogitsRow(edited, self._scratch[1])
-            self._check(row, candidates.peak, logits, edited)
-            token_id = candidates.draw(
-                params.temperature, params.top_k, params.top_p, params.min_p, state.uniform()
-            )
-        if params.logprobs is None:
-            return SampledToken(token_id, None, ())
-        return self._with_logprobs(token_id, logits, params.logprobs)
 
-    def _check(self, row: int, peak: float, logits: Logits, edited: Logits) -> None:
-        model_peak = peak if edited is logits else float(logits.max())
-        if not math.isfinite(model_peak):
-            raise NonFiniteLogitsError(
-                row,
-                f"The model's largest logit is {model_peak}; expected a finite number. "
-                "Its weights or its precision are broken.",
-            )
-        if not math.isfinite(peak):
-            raise SamplingError(
-                row, f"Bad words, min_tokens and penalties leave no token to choose (largest logit {peak})."
-            )
+def _sample_row(row: int, logits: Logits, state: SamplerState, scratch: Scratch) -> SampledToken:
+    params = state.params
+    edited = state.edit(logits, scratch.logits)
+    if params.greedy:
+        token_id = int(edited.argmax())  # NaN counts as the largest; the first of equals wins
+        _check(row, float(edited[token_id]), logits, edited)
+    else:
+        candidates = LogitsRow(edited, scratch)
+        _check(row, candidates.peak, logits, edited)
+        token_id = candidates.draw(
+            params.temperature, params.top_k, params.top_p, params.min_p, state.uniform()
+        )
+    if params.logprobs is None:
+        return SampledToken(token_id, None, ())
+    return _with_logprobs(token_id, LogitsRow(logits, scratch), params.logprobs)
 
-    def _with_logprobs(self, token_id: int, logits: Logits, num_top: int) -> SampledToken:
-        model = LogitsRow(logits, self._scratch[1])
-        _, sums = model.weights(1.0)
-        log_total = model.peak + math.log(sums.sum())
-        ids = model.top(num_top) if num_top else np.empty(0, np.int64)
-        values = logits[ids]
-        order = np.lexsort((ids, -values))
-        top = tuple((int(ids[i]), float(values[i]) - log_total) for i in order)
-        return SampledToken(token_id, float(logits[token_id]) - log_total, top)
+
+def _check(row: int, peak: float, logits: Logits, edited: Logits) -> None:
+    model_peak = peak if edited is logits else float(logits.max())
+    if not math.isfinite(model_peak):
+        raise NonFiniteLogitsError(
+            row,
+            f"The model's largest logit is {model_peak}; expected a finite number. "
+            "Its weights or its precision are broken.",
+        )
+    if not math.isfinite(peak):
+        raise SamplingError(
+            row, f"Bad words, min_tokens and penalties leave no token to choose (largest logit {peak})."
+        )
+
+
+def _with_logprobs(token_id: int, model: LogitsRow, num_top: int) -> SampledToken:
+    log_total = model.peak + math.log(model.chunk_sums(model.weights(1.0)).sum())
+    ids = model.top(num_top) if num_top else np.empty(0, np.int64)
+    values = model.logits[ids]
+    order = np.lexsort((ids, -values))
+    top = tuple((int(ids[i]), float(values[i]) - log_total) for i in order)
+    return SampledToken(token_id, float(model.logits[token_id]) - log_total, top)
 
 
 class _SeenTokens:
