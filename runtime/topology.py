@@ -141,20 +141,15 @@ def _starts_layer(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
 def _dropping_runs(
     runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]], blocks: Mapping[str, BlockRecord]
 ) -> set[tuple[str, ...]]:
-    """The runs in which rows leave: where a run holds the last attention of every chain it is in,
-    that run; else the next one of the chain."""
-    holds_last: dict[tuple[str, ...], set[bool]] = defaultdict(set)
-    last_index = {}
-    for chain, chain_runs in runs.items():
+    """The runs in which rows leave: per chain the first that nowhere, in no chain, has attention after it.
+
+    (A run that ends in a head has none anywhere, so every chain has such a run.)
+    """
+    has_attention_after = set()
+    for chain_runs in runs.values():
         last = max(i for i, run in enumerate(chain_runs) if _num_layers(run, blocks))
-        last_index[chain] = last
-        for i, run in enumerate(chain_runs):
-            holds_last[run].add(i == last)
-    drops = set()
-    for chain, chain_runs in runs.items():
-        last = last_index[chain]
-        drops.add(chain_runs[last] if holds_last[chain_runs[last]] == {True} else chain_runs[last + 1])
-    return drops
+        has_attention_after.update(chain_runs[:last])
+    return {next(run for run in chain_runs if run not in has_attention_after) for chain_runs in runs.values()}
 
 
 def _chain_plan(
