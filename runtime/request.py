@@ -10,7 +10,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import InvalidRequestError
+from blockzoo.runtime.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
-from .logits_row import LogitsRow, Scratch
-from .request import SamplingParams
+from blockzoo.runtime.errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
+from blockzoo.runtime.logits_row import LogitsRow, Scratch
+from blockzoo.runtime.request import SamplingParams
 
 Logits = npt.NDArray[np.float32]
 
