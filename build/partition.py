@@ -19,6 +19,11 @@ _ATTN |= {name: f"self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
 _FFN = {"norm": "post_attention_layernorm.weight"}
 _FFN |= {name: f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 _FFN |= {f"{name}_bias": f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+_ENDS = {
+    ("embed", "weight"): "model.embed_tokens.weight",
+    ("head", "norm"): "model.norm.weight",
+    ("head", "weight"): "lm_head.weight",
+}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a constant that old exporters saved; computed from the config
 
 
@@ -43,27 +48,32 @@ class CutBlock:
         return sum(tensor.data.nbytes for tensor in self.tensors.values())
 
 
-TensorReader = Callable[[int, str], BlockTensor]
-"""(index in the chain, canonical tensor name) -> the tensor as it was given."""
+TensorReader = Callable[[str], BlockTensor]
+"""HF tensor name -> the tensor as it was given."""
 
 
-def hf_name(spec: BlockSpec, layer: int, tensor: str) -> str:
-    """The HF name of a block's canonical tensor; `layer` is ignored for embed and head."""
-    if spec.kind == "embed":
-        return "model.embed_tokens.weight"
-    if spec.kind == "head":
-        return "model.norm.weight" if tensor == "norm" else "lm_head.weight"
-    return f"model.layers.{layer}." + (_ATTN if spec.kind == "attn" else _FFN)[tensor]
+def chain_names(config: ModelConfig) -> list[dict[str, str]]:
+    """For each block of the chain: canonical tensor name -> HF name."""
+    named = []
+    for index, spec in enumerate(chain_specs(config)):
+        layer = f"model.layers.{(index - 1) // 2}."  # attn and ffn of layer l stand at 1 + 2l and 2 + 2l
+        if spec.kind == "attn":
+            names = {tensor: layer + _ATTN[tensor] for tensor in tensor_shapes(spec)}
+        elif spec.kind == "ffn":
+            names = {tensor: layer + _FFN[tensor] for tensor in tensor_shapes(spec)}
+        else:
+            names = {tensor: _ENDS[spec.kind, tensor] for tensor in tensor_shapes(spec)}
+        named.append(names)
+    return named
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> TensorReader:
-    """Read canonical tensors out of a checkpoint.
+    """Read tensors out of a checkpoint.
 
     Raises CheckpointError when the folder holds tensors that belong to no block: dropping them would serve
     another model than the one given.
     """
-    specs = chain_specs(checkpoint.config)
-    expected = {hf_name(s, layer_of(i), t) for i, s in enumerate(specs) for t in tensor_shapes(s)}
+    expected = {hf for names in chain_names(checkpoint.config) for hf in names.values()}
     unknown = [n for n in checkpoint.files if n not in expected and not n.endswith(_IGNORED_SUFFIX)]
     if checkpoint.config.tie_word_embeddings and "lm_head.weight" in unknown:
         _check_tied(checkpoint)
@@ -73,12 +83,7 @@ def checkpoint_reader(checkpoint: Checkpoint) -> TensorReader:
             f"{checkpoint.path}: {len(unknown)} tensors belong to no block of a "
             f"{checkpoint.config.architecture} as config.json describes it: {', '.join(sorted(unknown)[:3])}"
         )
-    return lambda index, name: checkpoint.tensor(hf_name(specs[index], layer_of(index), name))
-
-
-def layer_of(index: int) -> int:
-    """The layer of a chain index (embed is 0; attn and ffn of layer l are 1 + 2l and 2 + 2l)."""
-    return (index - 1) // 2
+    return checkpoint.tensor
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
@@ -97,11 +102,11 @@ def cut(config: ModelConfig, read: TensorReader, dtype: Dtype | None, where: str
     names the model in messages. Raises CheckpointError for wrong shapes and for NaN or infinite weights.
     """
     embed = ""
-    for index, spec in enumerate(chain_specs(config)):
-        tensors = {}
-        for name, shape in tensor_shapes(spec).items():
-            called = hf_name(spec, layer_of(index), name)
-            tensors[name] = _canonical(read(index, name), shape, dtype, f"{where}: tensor {called}")
+    for spec, names in zip(chain_specs(config), chain_names(config), strict=True):
+        tensors = {
+            name: _canonical(read(names[name]), shape, dtype, f"{where}: tensor {names[name]}")
+            for name, shape in tensor_shapes(spec).items()
+        }
         tied_to = embed if isinstance(spec, HeadSpec) and spec.tied else None
         block = CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to)
         embed = embed or block.id

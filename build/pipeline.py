@@ -1,95 +1,150 @@
-"""Checkpoints -> zoo: read, cut into blocks, store what is new, commit the manifest last."""
+"""Checkpoints -> zoo: read, cut into blocks, store what is new, verify, time, commit the manifest last."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import replace as with_changes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blockzoo.build.partition import CutBlock, checkpoint_reader, cut
-from blockzoo.build.profiles import plan_for, plan_key
+from blockzoo.build import profiles
+from blockzoo.build.partition import CutBlock, cut
 from blockzoo.build.report import CompileReport, ModelReport, Status, chain_bytes, sharing_bytes
+from blockzoo.build.sources import Merged, Source, nearest, open_sources
+from blockzoo.build.verify import verify
+from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.zoo.blocks import Dtype
-from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
-from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, SourceRecord
-from blockzoo.zoo.store import ZooWriter
+from blockzoo.zoo.errors import StoreError, ZooError
+from blockzoo.zoo.fingerprint import files_id
+from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, SourceRecord, VerificationRecord
+from blockzoo.zoo.store import Zoo, ZooWriter
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+Progress = Callable[[str, int, int], None]
+"""(what is being done, steps done, steps in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How to compile."""
+
+    dtype: Dtype | None = None
+    """Convert all weights; None keeps them exactly."""
+    replace: bool = False
+    """Whether a model of the same name and other content is replaced."""
+    profile: bool = True
+    """Whether to time blocks."""
+    verify: bool = True
+    """Whether to check every new chain against the numpy oracle."""
+    threads: int | None = None
+    """Engine threads; None leaves it to the engine."""
+    dry_run: bool = False
+    """Only say what would be done."""
 
 
 def compile_models(
     models: Mapping[str, str | Path],
     zoo: str | Path,
+    options: CompileOptions | None = None,
     *,
-    dtype: Dtype | None = None,
-    replace: bool = False,
+    remove: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
 ) -> CompileReport:
-    """Compile HF folders (by model name) into the zoo directory `zoo`, which is made or extended.
+    """Compile models into the zoo directory `zoo`, which is made or extended; drop those in `remove`.
 
-    Raises ZooError; the zoo is then what it was before.
+    `models`: name -> HF folder or PEFT folder (`PATH` or `PATH@BASE`). Raises ZooError; the zoo is then what
+    it was before.
     """
-    for name in models:
-        check_name(name)
-    checkpoints = {name: open_checkpoint(Path(path)) for name, path in models.items()}
-    with ZooWriter(zoo) as writer:
-        run = _Run(writer, dtype, replace)
-        for name, checkpoint in checkpoints.items():
-            run.add(name, checkpoint)
-        return run.finish()
+    options = options or CompileOptions()
+    path = Path(zoo)
+    if options.dry_run:
+        manifest = Manifest.load(path / "manifest.json") if (path / "manifest.json").exists() else Manifest()
+        return _Compilation(path, manifest, None, options, progress).run(models, remove)
+    with ZooWriter(path) as writer:
+        return _Compilation(path, writer.manifest, writer, options, progress).run(models, remove)
 
 
-def check_name(name: str) -> None:
-    """Refuse model names that could not be file names and URL parts. Raises ZooError."""
-    if not _NAME.fullmatch(name):
-        raise ZooError(f"model name {name!r}: expected letters, digits, '.', '_' or '-' (give NAME=PATH)")
+class _Compilation:
+    """One compilation: the manifest as it grows. Without a writer nothing is stored (a dry run)."""
 
-
-class _Run:
-    """One compilation: the manifest as it grows."""
-
-    def __init__(self, writer: ZooWriter, dtype: Dtype | None, replace: bool) -> None:
-        self.writer, self.dtype, self.replace = writer, dtype, replace
-        old = writer.manifest
-        self.old_models = set(old.models)
+    def __init__(
+        self, path: Path, old: Manifest, writer: ZooWriter | None, options: CompileOptions, progress: Progress
+    ) -> None:
+        self.writer, self.options, self.progress = writer, options, progress
         self.manifest = Manifest(models=dict(old.models), blocks=dict(old.blocks), plans=dict(old.plans))
-        self.reports: list[ModelReport] = []
+        self.old = Zoo(path, old)
+        self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
+        self.reports: dict[str, ModelReport] = {}
+        self.makers: dict[Precision | None, EngineMaker] = {}
 
-    def add(self, name: str, checkpoint: Checkpoint) -> None:
-        read = checkpoint_reader(checkpoint)
-        chain, new_bytes, reused = [], 0, 0
-        for block in cut(checkpoint.config, read, self.dtype, str(checkpoint.path)):
+    def run(self, models: Mapping[str, str | Path], remove: Sequence[str]) -> CompileReport:
+        for name in remove:
+            if self.manifest.models.pop(name, None) is None:
+                hint = nearest(name, self.old.manifest.models)
+                raise StoreError(f"{self.old.path}: there is no model {name!r} to remove{hint}")
+        sources = open_sources(models, self.old)
+        for source in sources:
+            self.add(source)
+        if self.writer is not None and self.options.verify:
+            for source in sources:
+                self.verify(source)
+        self.prune()
+        if self.writer is not None and self.options.profile:
+            profiles.measure(self.zoo, self.maker(None), self.progress)
+        freed = self.writer.commit(self.manifest) if self.writer is not None else 0
+        return self.report(list(models), tuple(remove), freed)
+
+    def add(self, source: Source) -> None:
+        """Cut one model into blocks, store those that are new, and enter it into the manifest."""
+        chain: list[str] = []
+        new_bytes = reused = 0
+        where = str(source.path or source.name)
+        steps = 2 * source.config.num_layers + 2
+        for block in cut(source.config, source.read, self.options.dtype, where):
+            self.progress(f"reading {source.name}", len(chain), steps)
+            known = block.id in self.manifest.blocks
+            reused += known
+            new_bytes += 0 if known else block.num_bytes
             chain.append(block.id)
-            if block.id in self.manifest.blocks:
-                reused += 1
-            else:
-                new_bytes += block.num_bytes
-            self._store(block)
-        tokenizer = self.writer.add_tokenizer(checkpoint.tokenizer_files)
-        source = SourceRecord("hf", checkpoint.path.resolve().name, checkpoint.dtype, self.dtype, None)
-        record = ModelRecord(checkpoint.config, tuple(chain), tokenizer, source, None)
-        status = self._status(name, record)
+            self.store(block)
+        self.progress(f"reading {source.name}", steps, steps)
+        record = ModelRecord(
+            config=source.config,
+            chain=tuple(chain),
+            tokenizer=files_id(source.tokenizer_files),
+            source=self.source_record(source),
+            verification=None,
+        )
+        if self.writer is not None:
+            self.writer.add_tokenizer(source.tokenizer_files)
+        status = self.status(source.name, record)
         if status != "unchanged":
-            self.manifest.models[name] = record
-        model_bytes = chain_bytes(self.manifest, record.chain)
-        self.reports.append(ModelReport(name, status, len(chain), reused, model_bytes, new_bytes, None))
+            self.manifest.models[source.name] = record
+        size = chain_bytes(self.manifest, record.chain)
+        self.reports[source.name] = ModelReport(
+            source.name, status, len(chain), reused, size, new_bytes, self.verification_of(source.name)
+        )
 
-    def _status(self, name: str, record: ModelRecord) -> Status:
+    def source_record(self, source: Source) -> SourceRecord:
+        base = source.origin.base.name if isinstance(source.origin, Merged) else None
+        folder = source.path.resolve().name if source.path is not None else source.name
+        return SourceRecord("hf" if base is None else "peft", folder, source.dtype, self.options.dtype, base)
+
+    def status(self, name: str, record: ModelRecord) -> Status:
         old = self.manifest.models.get(name)
         if old is None:
             return "added"
         if (old.config, old.chain, old.tokenizer) == (record.config, record.chain, record.tokenizer):
             return "unchanged"
-        if not self.replace:
-            raise ZooError(f"model {name} is in the zoo with other content: give another NAME=, or --replace")
+        if not self.options.replace:
+            raise ZooError(
+                f"model {name} is in the zoo with other content: give --replace, or another name as NAME=PATH"
+            )
         return "replaced"
 
-    def _store(self, block: CutBlock) -> None:
-        metadata = {"kind": block.spec.kind}
-        self.writer.add_block(block.id, block.tensors, metadata)
+    def store(self, block: CutBlock) -> None:
+        if self.writer is not None:
+            self.writer.add_block(block.id, block.tensors, {"kind": block.spec.kind})
         if block.id in self.manifest.blocks:
             return
-        plan = plan_for(block.spec, block.dtype)
-        key = plan_key(plan)
+        plan = profiles.plan_for(block.spec, block.dtype)
+        key = profiles.plan_key(plan)
         self.manifest.plans[key] = plan
         self.manifest.blocks[block.id] = BlockRecord(
             spec=block.spec,
@@ -101,25 +156,54 @@ class _Run:
             latency_block=None,
         )
 
-    def finish(self) -> CompileReport:
-        manifest = pruned(self.manifest)
-        freed = self.writer.commit(manifest)
-        unshared, stored = sharing_bytes(manifest)
+    def verification_of(self, name: str) -> VerificationRecord | None:
+        return self.manifest.models[name].verification
+
+    def verify(self, source: Source) -> None:
+        """Check a model unless it, or a model with the same chain, has been checked."""
+        record = self.manifest.models[source.name]
+        if record.verification is not None:
+            return
+        checked = self.verified_twin(record)
+        if checked is None:
+            self.progress(f"verifying {source.name}", 0, 1)
+            blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
+            folder = self.zoo.tokenizer_dir(source.name)
+            checked = verify(source, blocks, folder, self.maker, self.options.dtype)
+            self.progress(f"verifying {source.name}", 1, 1)
+        self.manifest.models[source.name] = replace(record, verification=checked)
+        self.reports[source.name] = replace(self.reports[source.name], verification=checked)
+
+    def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
+        for name, other in self.manifest.models.items():
+            if other.chain == record.chain and other.verification is not None:
+                return replace(other.verification, same_as=other.verification.same_as or name)
+        return None
+
+    def maker(self, precision: Precision | None) -> EngineMaker:
+        if precision not in self.makers:
+            from blockzoo.engines.openvino import OpenVINOEngines
+
+            self.makers[precision] = OpenVINOEngines(precision, self.options.threads)
+        return self.makers[precision]
+
+    def prune(self) -> None:
+        """Forget blocks and plans that no model uses any more."""
+        used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
+        for block_id in self.manifest.blocks.keys() - used:
+            del self.manifest.blocks[block_id]
+        for key in self.manifest.plans.keys() - {block.plan for block in self.manifest.blocks.values()}:
+            del self.manifest.plans[key]
+
+    def report(self, order: list[str], removed: tuple[str, ...], freed: int) -> CompileReport:
+        unshared, stored = sharing_bytes(self.manifest)
         return CompileReport(
-            models=tuple(self.reports),
-            removed=(),
-            zoo_models=len(manifest.models),
-            zoo_blocks=len(manifest.blocks),
+            models=tuple(self.reports[name] for name in order),
+            removed=removed,
+            zoo_models=len(self.manifest.models),
+            zoo_blocks=len(self.manifest.blocks),
             unshared_bytes=unshared,
             stored_bytes=stored,
             freed_bytes=freed,
-            dry_run=False,
+            dry_run=self.writer is None,
         )
-
-
-def pruned(manifest: Manifest) -> Manifest:
-    """The manifest without blocks and plans that no model uses."""
-    used = {block_id for model in manifest.models.values() for block_id in model.chain}
-    blocks = {block_id: block for block_id, block in manifest.blocks.items() if block_id in used}
-    plans = {block.plan: manifest.plans[block.plan] for block in blocks.values()}
-    return with_changes(manifest, blocks=blocks, plans=plans)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +58,11 @@ class BlockRecord:
     latency_us: dict[int, float] | None
     """Measured time of the block alone by token count."""
     latency_block: str | None
-    """The block of the same shape class that was measured."""
+    """The block of the same plan that was measured."""
+
+    def with_latency(self, block: str | None, latency_us: dict[int, float] | None) -> "BlockRecord":
+        """The record with measured times, of itself or of another block of its plan."""
+        return replace(self, latency_us=latency_us, latency_block=block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,9 @@ class VerificationRecord:
     """Bound on the f32 max_relative_error."""
     figures: dict[str, VerificationFigures]
     """By precision of the chain; f32 decides, others are reported."""
-    merge_error: float | None
-    """peft: max_relative_error of the rounded merge against the unrounded adapter, both in the oracle."""
+    rounding_error: float | None
+    """Where weights were rounded (an adapter merged, a dtype asked for): max_relative_error of the oracle
+    with the rounded weights against the oracle with the exact ones."""
     same_as: str | None
     """The model with the same chain whose figures these are."""
 

@@ -1,0 +1,284 @@
+"""An independent forward of a checkpoint: numpy float32, straight from the HF tensors and config.json.
+
+It shares no code with what it checks: its own reading of the configuration, its own RoPE (in float64), its
+own LoRA arithmetic and rounding; dense causal attention, one tensor in memory at a time. Slow and simple.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blockzoo.build.sources import Merged, Source
+from blockzoo.zoo.checkpoint import Checkpoint
+from blockzoo.zoo.tensors import TensorFile
+
+NAME = "numpy float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """A model as the oracle sees it."""
+
+    config: Mapping[str, Any]
+    """config.json"""
+    weight: Callable[[str], np.ndarray | None]
+    """HF name -> float32 values, None where the model has no such tensor."""
+    dtype: Callable[[str], str]
+    """HF name -> the dtype in which the tensor was saved."""
+
+    def logits(self, sequences: Sequence[Sequence[int]], last: int) -> list[np.ndarray]:
+        """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]."""
+        embed = self._need("model.embed_tokens.weight")
+        hidden = [embed[np.asarray(tokens)] for tokens in sequences]
+        for layer in range(self.config["num_hidden_layers"]):
+            hidden = self._layer(layer, hidden)
+        norm = self._need("model.norm.weight")
+        head = embed if self.config.get("tie_word_embeddings") else self._need("lm_head.weight")
+        return [self._rms(states[-last:], norm) @ head.T for states in hidden]
+
+    def _need(self, name: str) -> np.ndarray:
+        weight = self.weight(name)
+        if weight is None:
+            raise KeyError(name)
+        return weight
+
+    def _rms(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        eps = np.float32(self.config.get("rms_norm_eps", 1e-6))
+        return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        y = x @ self._need(f"{name}.weight").T
+        bias = self.weight(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _layer(self, layer: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        prefix = f"model.layers.{layer}."
+        lengths = [len(states) for states in hidden]
+        x = np.concatenate(hidden)
+        normed = self._rms(x, self._need(prefix + "input_layernorm.weight"))
+        q, k, v = (self._linear(normed, f"{prefix}self_attn.{name}_proj") for name in "qkv")
+        mixed, begin = [], 0
+        q_norm, k_norm = (self.weight(f"{prefix}self_attn.{name}_norm.weight") for name in "qk")
+        for length in lengths:
+            rows = slice(begin, begin + length)
+            mixed.append(
+                self._attention(q[rows], k[rows], v[rows], (q_norm, k_norm), _window(self.config, layer))
+            )
+            begin += length
+        x = x + self._linear(np.concatenate(mixed), prefix + "self_attn.o_proj")
+        normed = self._rms(x, self._need(prefix + "post_attention_layernorm.weight"))
+        gate = self._linear(normed, prefix + "mlp.gate_proj")
+        gate = gate / (1 + np.exp(-np.clip(gate, -80, None)))
+        x = x + self._linear(gate * self._linear(normed, prefix + "mlp.up_proj"), prefix + "mlp.down_proj")
+        return np.split(x, np.cumsum(lengths)[:-1])
+
+    def _attention(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        norms: tuple[np.ndarray | None, np.ndarray | None],
+        window: int | None,
+    ) -> np.ndarray:
+        length, heads = len(q), self.config["num_attention_heads"]
+        dim = q.shape[1] // heads
+        q, k, v = (part.reshape(length, -1, dim) for part in (q, k, v))
+        if norms[0] is not None and norms[1] is not None:
+            q, k = self._rms(q, norms[0]), self._rms(k, norms[1])
+        angles = np.outer(np.arange(length), _frequencies(self.config, dim))[:, None, :]
+        factor = _attention_factor(self.config)
+        q, k = _rotated(q, angles, factor), _rotated(k, angles, factor)
+        position = np.arange(length)
+        seen = position[None, :] <= position[:, None]
+        if window is not None:
+            seen &= position[None, :] > position[:, None] - window
+        out = np.empty((length, heads, dim), np.float32)
+        group = heads // k.shape[1]
+        for head in range(heads):
+            scores = q[:, head] @ k[:, head // group].T / np.float32(math.sqrt(dim))
+            scores = np.where(seen, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, head // group]
+        return out.reshape(length, heads * dim)
+
+
+def _window(config: Mapping[str, Any], layer: int) -> int | None:
+    model_type = config["architectures"][0]
+    if model_type == "LlamaForCausalLM":
+        return None
+    window = config.get("sliding_window", 4096)
+    if model_type == "MistralForCausalLM" or window is None:
+        return window
+    if not config.get("use_sliding_window"):
+        return None
+    types = config.get("layer_types")
+    slides = types[layer] == "sliding_attention" if types else layer >= config.get("max_window_layers", 28)
+    return window if slides else None
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    return settings, kind, settings.get("rope_theta") or config.get("rope_theta") or 10000.0
+
+
+def _trained_positions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    field = "original_max_position_embeddings"
+    return int(config.get(field) or settings.get(field) or config["max_position_embeddings"])
+
+
+def _frequencies(config: Mapping[str, Any], dim: int) -> np.ndarray:
+    """[dim / 2] float64, radians per position."""
+    settings, kind, theta = _rope(config)
+    plain = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+    if kind == "default":
+        return plain
+    scale = settings.get("factor")
+    if kind == "linear":
+        return plain / scale
+    trained = _trained_positions(config, settings)
+    turns = trained * plain / (2 * math.pi)  # full turns of each pair over the trained context
+    if kind == "llama3":
+        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return plain * (keep + (1 - keep) / scale)
+    scale = scale or config["max_position_embeddings"] / trained
+    edges = [
+        dim * math.log(trained / (2 * math.pi * (settings.get(name) or default))) / (2 * math.log(theta))
+        for name, default in (("beta_fast", 32), ("beta_slow", 1))
+    ]
+    if settings.get("truncate", True):
+        edges = [math.floor(edges[0]), math.ceil(edges[1])]
+    low, high = max(edges[0], 0), min(edges[1], dim - 1)
+    slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain * (1 - slowed) + plain / scale * slowed
+
+
+def _attention_factor(config: Mapping[str, Any]) -> float:
+    settings, kind, _ = _rope(config)
+    if kind != "yarn":
+        return 1.0
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    scale = settings.get("factor") or (
+        config["max_position_embeddings"] / _trained_positions(config, settings)
+    )
+    log = 0.1 * math.log(scale) if scale > 1 else 0.0
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        return (settings["mscale"] * log + 1) / (settings["mscale_all_dim"] * log + 1)
+    return log + 1
+
+
+def _rotated(x: np.ndarray, angles: np.ndarray, factor: float) -> np.ndarray:
+    """x [tokens, heads, dim]: the pair (i, i + dim / 2) turned by angles [tokens, 1, dim / 2]."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(np.float32)
+
+
+def oracle_for(source: Source, rounded: bool, dtype: str | None) -> Oracle:
+    """The oracle of a model to compile.
+
+    `rounded`: as served, with an adapter's merge rounded to the base's dtype and every tensor to `dtype`
+    where that is given; else the exact values.
+    """
+    found = _exact_oracle(source, rounded)
+    if not rounded or dtype is None:
+        return found
+
+    def weight(name: str) -> np.ndarray | None:
+        values = found.weight(name)
+        return None if values is None else _round(values, dtype)
+
+    return Oracle(found.config, weight, lambda name: dtype)
+
+
+def _exact_oracle(source: Source, rounded: bool) -> Oracle:
+    origin = source.origin
+    if isinstance(origin, Checkpoint):
+        return Oracle(origin.raw_config, *_reader(origin.files))
+    if isinstance(origin, Merged):
+        return _merged_oracle(origin.adapter.path, _exact_oracle(origin.base, rounded), rounded)
+
+    def weight(name: str) -> np.ndarray | None:
+        try:
+            return source.read(name).to_f32()
+        except KeyError:
+            return None
+
+    return Oracle(_hf_config(source), weight, lambda name: source.read(name).dtype)
+
+
+def _reader(
+    files: Mapping[str, TensorFile],
+) -> tuple[Callable[[str], np.ndarray | None], Callable[[str], str]]:
+    def weight(name: str) -> np.ndarray | None:
+        return files[name].tensor(name).to_f32() if name in files else None
+
+    return weight, lambda name: files[name].tensor(name).dtype
+
+
+def _hf_config(source: Source) -> dict[str, Any]:
+    """A config.json of a model of which only the zoo's record is left."""
+    config, rope = source.config, asdict(source.config.rope)
+    return {
+        "architectures": [config.architecture],
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": {**rope, "rope_theta": rope["theta"]},
+        "sliding_window": max(config.layer_windows) or None,
+        "use_sliding_window": any(config.layer_windows),
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in config.layer_windows],
+    }
+
+
+def _merged_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    file = TensorFile(folder / "adapter_model.safetensors")
+    lora = {name.removeprefix("base_model.model."): file.tensor(name).to_f32() for name in file.names}
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    parted = bool(base.config.get("tie_word_embeddings")) and (embed in lora or head in lora)
+
+    def setting(field: str, patterns: str, module: str) -> float:
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return float(value)
+        return float(settings[field])
+
+    def weight(name: str) -> np.ndarray | None:
+        saved = base.weight(embed if parted and name == head else name)
+        module = name.removesuffix(".weight")
+        if name in lora:
+            saved = lora[name]
+        elif f"{module}.lora_A.weight" in lora and saved is not None:
+            rank = setting("r", "rank_pattern", module)
+            scale = setting("lora_alpha", "alpha_pattern", module)
+            scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
+            product = lora[f"{module}.lora_B.weight"] @ lora[f"{module}.lora_A.weight"]
+            saved = saved + np.float32(scale) * product
+        else:
+            return saved
+        dtype = base.dtype(embed if name == head and base.config.get("tie_word_embeddings") else name)
+        return _round(saved, dtype) if rounded else saved
+
+    tied = bool(base.config.get("tie_word_embeddings")) and not parted
+    return Oracle({**base.config, "tie_word_embeddings": tied}, weight, base.dtype)
+
+
+def _round(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "f16":
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == "f32":
+        return values
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.rint(mantissa * np.float32(256)) / np.float32(256), exponent)

@@ -1,0 +1,214 @@
+"""What the user names (HF folders, PEFT folders, models of the zoo) as models whose tensors can be read.
+
+Adapters find their base among the models given and those in the zoo, and are merged while they are read:
+weight + scale * b @ a in float32, rounded once to the base's dtype.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from blockzoo.build.partition import chain_names, checkpoint_reader
+from blockzoo.zoo.adapter import LoraAdapter, is_adapter, open_adapter
+from blockzoo.zoo.blocks import Dtype
+from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
+from blockzoo.zoo.errors import CheckpointError, ZooError
+from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.tensors import BlockTensor, from_f32
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A model to compile: its configuration and its tensors by HF name, merged where it is an adapter."""
+
+    name: str
+    path: Path | None
+    """None for a model that is only in the zoo."""
+    config: ModelConfig
+    dtype: Dtype
+    """The dtype in which most weights were given."""
+    read: Callable[[str], BlockTensor]
+    tokenizer_files: dict[str, bytes]
+    origin: "Checkpoint | Merged | Zoo"
+    """What `read` reads: for the oracle, which reads it in its own way."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """An adapter and the model it belongs to."""
+
+    adapter: LoraAdapter
+    base: Source
+
+
+def open_sources(models: Mapping[str, str | Path], zoo: Zoo | None) -> list[Source]:
+    """Open every model given (name -> `PATH` or, for an adapter, `PATH@BASE`); bases come before adapters.
+
+    Raises ZooError when a folder is unfit or the base of an adapter is neither given nor in the zoo.
+    """
+    opened: dict[str, Source] = {}
+    adapters: dict[str, tuple[LoraAdapter, str]] = {}
+    for name, given in models.items():
+        check_name(name)
+        path, base = _split_base(given)
+        if is_adapter(path):
+            adapters[name] = (open_adapter(path), base)
+        elif base:
+            raise ZooError(f"{name}={given}: '@{base}' is for PEFT adapters, and {path} is none")
+        else:
+            opened[name] = _checkpoint_source(name, path)
+    while adapters:
+        ready = {}
+        for name, (adapter, wanted) in adapters.items():
+            found = _find_base(name, adapter, wanted, opened, adapters, zoo)
+            if found is not None:
+                ready[name] = _merged_source(name, adapter, found)
+        if not ready:
+            raise ZooError(f"adapters {', '.join(adapters)} name each other as base: give their base too")
+        opened |= ready
+        adapters = {name: entry for name, entry in adapters.items() if name not in ready}
+    return list(opened.values())
+
+
+def check_name(name: str) -> None:
+    """Refuse model names that could not be file names and URL parts. Raises ZooError."""
+    if not _NAME.fullmatch(name):
+        raise ZooError(
+            f"model name {name!r}: expected up to 128 letters, digits, '.', '_' or '-' (as NAME=PATH)"
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: the nearest one, or all of a few."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+
+
+def _split_base(given: str | Path) -> tuple[Path, str]:
+    path = Path(given)
+    if isinstance(given, str) and not path.exists() and "@" in given:
+        folder, _, base = given.rpartition("@")
+        return Path(folder), base
+    return path, ""
+
+
+def _checkpoint_source(name: str, path: Path) -> Source:
+    checkpoint = open_checkpoint(path)
+    read = checkpoint_reader(checkpoint)
+    files = checkpoint.tokenizer_files
+    return Source(name, path, checkpoint.config, checkpoint.dtype, read, files, checkpoint)
+
+
+def _find_base(
+    name: str,
+    adapter: LoraAdapter,
+    wanted: str,
+    opened: Mapping[str, Source],
+    waiting: Mapping[str, object],
+    zoo: Zoo | None,
+) -> Source | None:
+    """The adapter's base, or None while it is itself an adapter that waits for its base."""
+    in_zoo = zoo.manifest.models if zoo is not None else {}
+    asked = wanted or adapter.base_name
+    if not asked:
+        raise ZooError(f"{adapter.path}: the adapter does not name its base: give {name}={adapter.path}@BASE")
+    for candidate in (asked,) if wanted else (asked, Path(asked).name):
+        if candidate in opened:
+            return opened[candidate]
+        if candidate in waiting and candidate != name:
+            return None
+        if zoo is not None and candidate in in_zoo and candidate != name:
+            return _zoo_source(candidate, zoo)
+    for source in opened.values():
+        if not wanted and source.path is not None and source.path.resolve() == Path(asked).resolve():
+            return source
+    known = [*opened, *waiting, *in_zoo]
+    raise ZooError(
+        f"{adapter.path}: its base {asked!r} is neither among the models given nor in the zoo: "
+        f"add BASE=PATH, or say which model it is with {name}={adapter.path}@BASE"
+        + nearest(asked, [other for other in known if other != name])
+    )
+
+
+def _zoo_source(name: str, zoo: Zoo) -> Source:
+    record = zoo.manifest.models[name]
+    places = {
+        hf: (block_id, tensor)
+        for block_id, names in zip(record.chain, chain_names(record.config), strict=True)
+        for tensor, hf in names.items()
+    }
+    # f32 weights that are exactly bf16 are stored as bf16; a merge must still be rounded to f32
+    widen = record.source.dtype == "f32" and record.source.converted_to is None
+
+    def read(hf: str) -> BlockTensor:
+        block_id, tensor = places[hf]
+        found = zoo.read_block(block_id).tensors[tensor]
+        return BlockTensor("f32", found.to_f32()) if widen else found
+
+    folder = zoo.tokenizer_dir(name)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    dtype = record.source.converted_to or record.source.dtype
+    return Source(name, None, record.config, dtype, read, files, zoo)
+
+
+def _merged_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
+    known = {hf for names in chain_names(base.config) for hf in names.values()} | {_HEAD}
+    unknown = sorted((adapter.pairs.keys() | adapter.replacements.keys()) - known)
+    if unknown:
+        raise CheckpointError(
+            f"{adapter.path}: {len(unknown)} tensors of the adapter belong to no weight of {base.name}: "
+            f"{', '.join(unknown[:3])}"
+        )
+    for hf, pair in adapter.pairs.items():
+        shape = (pair.b.shape[0], pair.a.shape[1])
+        if base.read(hf).shape != shape:
+            raise CheckpointError(
+                f"{adapter.path}: the LoRA of {hf} is {list(shape)}, but the weight of {base.name} is "
+                f"{list(base.read(hf).shape)}: is this adapter's base another model?"
+            )
+    config = _merged_config(adapter, base)
+    files = adapter.tokenizer_files or base.tokenizer_files
+    origin = Merged(adapter, base)
+    return Source(name, adapter.path, config, base.dtype, _merged_reader(adapter, base), files, origin)
+
+
+def _merged_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
+    """The base's configuration with the adapter's vocabulary; untied where it parts head and embedding."""
+    config, replaced = base.config, adapter.replacements
+    if config.tie_word_embeddings and (_EMBED in replaced or _HEAD in replaced):
+        embed, head = replaced.get(_EMBED), replaced.get(_HEAD)
+        tied = embed is not None and head is not None and np.array_equal(embed.data, head.data)
+        config = replace(config, tie_word_embeddings=tied)
+    if _EMBED in replaced:
+        config = replace(config, vocab_size=replaced[_EMBED].shape[0])
+    return config
+
+
+def _merged_reader(adapter: LoraAdapter, base: Source) -> Callable[[str], BlockTensor]:
+    def read_base(hf: str) -> BlockTensor:
+        return base.read(_EMBED if hf == _HEAD and base.config.tie_word_embeddings else hf)
+
+    def read(hf: str) -> BlockTensor:
+        if hf in adapter.replacements:
+            given = adapter.replacements[hf]
+            target = read_base(hf).dtype
+            return given if given.dtype == target else from_f32(given.to_f32(), target)
+        weight = read_base(hf)
+        pair = adapter.pairs.get(hf)
+        if pair is None:
+            return weight
+        delta = np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
+        return from_f32(weight.to_f32() + delta, weight.dtype)
+
+    return read

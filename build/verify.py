@@ -1,0 +1,145 @@
+"""The end-to-end check of a compiled model: the chain that will be served against an independent oracle.
+
+For a few built-in prompts the chain, read back from the zoo and run in f32, generates greedily; the oracle
+scores the same sequences from the original files. The model is refused when any logit strays; what the
+serving precision makes of it is reported beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blockzoo.build import oracle
+from blockzoo.build.sources import Merged, Source
+from blockzoo.engines.base import EngineMaker, Precision
+from blockzoo.engines.probe import ProbeChain
+from blockzoo.zoo.blocks import Block, Dtype
+from blockzoo.zoo.errors import CheckpointError, ZooError
+from blockzoo.zoo.manifest import VerificationFigures, VerificationRecord
+from blockzoo.zoo.model_config import ModelConfig
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea, there lived",
+    "def fibonacci(n):\n    ",
+    "Q: What is 12 + 30?\nA:",
+    "Let b = a + 4. Let c = b + 2. If a = 1, then c",
+    '{"name": "blockzoo", "version": "0.1.0", "dependencies": [',
+    "La vie est belle, и мир прекрасен, 世界",
+    "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 "
+    "37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64",
+)
+NUM_GENERATED = 32
+TOLERANCE = 1e-3
+"""f32 max_relative_error: sums in another order give 1e-6 to 1e-4, a wrong weight or operator far more."""
+
+
+class VerificationError(ZooError):
+    """The compiled chain does not compute what the checkpoint computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    tokens: list[int]
+    """Prompt and generated tokens, the last one left out (nothing is computed from it)."""
+    logits: np.ndarray
+    """f32 [NUM_GENERATED, vocab]: of the positions that generated."""
+
+
+def verify(
+    source: Source,
+    blocks: Sequence[Block],
+    tokenizer_dir: Path,
+    maker: Callable[[Precision | None], EngineMaker],
+    dtype: Dtype | None = None,
+) -> VerificationRecord:
+    """Check one model, compiled with its tensors converted to `dtype` where that is given.
+
+    `maker` gives engines of a precision, None being the one used for serving. Raises VerificationError beyond
+    the tolerance, CheckpointError for a tokenizer that does not fit the model.
+    """
+    config = source.config
+    prompts = encode_prompts(tokenizer_dir, config)
+    longest = max(map(len, prompts)) + NUM_GENERATED
+    chain = ProbeChain(maker("f32"), blocks, config, longest)
+    probes = [_generate(chain, prompt) for prompt in prompts]
+    del chain
+    sequences = [probe.tokens for probe in probes]
+    expected = oracle.oracle_for(source, True, dtype).logits(sequences, NUM_GENERATED)
+    figures = {"f32": compare([probe.logits for probe in probes], expected)}
+    error = figures["f32"].max_relative_error
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"{source.name}: the compiled model is not the checkpoint: relative logit error {error:.2e} in "
+            f"f32, expected at most {TOLERANCE:.0e} (greedy agreement "
+            f"{figures['f32'].greedy_agreement:.1%}); please report this with the model's config.json"
+        )
+    serving = maker(None)
+    if serving.precision != "f32":
+        chain = ProbeChain(serving, blocks, config, longest)
+        seen = [chain.forward(tokens, 0)[-NUM_GENERATED:] for tokens in sequences]
+        figures[serving.precision] = compare(seen, expected)
+        if not np.isfinite(figures[serving.precision].max_relative_error):
+            raise VerificationError(f"{source.name}: the model gives NaN or infinity in {serving.precision}")
+    rounding_error = None
+    if isinstance(source.origin, Merged) or dtype is not None:
+        exact = oracle.oracle_for(source, False, None).logits(sequences, NUM_GENERATED)
+        rounding_error = compare(expected, exact).max_relative_error
+    count = len(prompts)
+    return VerificationRecord(
+        oracle=oracle.NAME,
+        num_prompts=count,
+        num_tokens=count * NUM_GENERATED,
+        tolerance=TOLERANCE,
+        figures=figures,
+        rounding_error=rounding_error,
+        same_as=None,
+    )
+
+
+def encode_prompts(tokenizer_dir: Path, config: ModelConfig) -> list[list[int]]:
+    """The built-in prompts as token ids that fit the model. Raises CheckpointError for an unfit tokenizer."""
+    from tokenizers import Tokenizer
+
+    path = tokenizer_dir / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"tokenizer.json is not readable ({error}); save it again") from error
+    room = config.max_position_embeddings - NUM_GENERATED
+    if room < 1:
+        raise CheckpointError(
+            f"max_position_embeddings is {config.max_position_embeddings}: verification needs at least "
+            f"{NUM_GENERATED + 1} (--no-verify leaves it out)"
+        )
+    prompts = [tokenizer.encode(text).ids[:room] or [0] for text in PROMPTS]
+    highest = max(map(max, prompts))
+    if highest >= config.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.json gives token id {highest}, but the model's vocab_size is {config.vocab_size}: "
+            "is it the tokenizer of another model?"
+        )
+    return prompts
+
+
+def _generate(chain: ProbeChain, prompt: list[int]) -> _Probe:
+    tokens = list(prompt)
+    rows = [chain.forward(prompt, 0)[-1]]
+    for _ in range(NUM_GENERATED - 1):
+        tokens.append(int(rows[-1].argmax()))
+        rows.append(chain.forward(tokens[-1:], len(tokens) - 1)[-1])
+    return _Probe(tokens, np.stack(rows))
+
+
+def compare(seen: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> VerificationFigures:
+    """Figures over pairs of f32 [rows, vocab]; NaN anywhere makes the error infinite."""
+    agree, worst, rows = 0, 0.0, 0
+    for ours, theirs in zip(seen, expected, strict=True):
+        agree += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+        rows += len(ours)
+        scale = np.maximum(np.abs(theirs).max(axis=1), 1e-30)
+        error = float((np.abs(ours - theirs).max(axis=1) / scale).max())
+        worst = max(worst, error) if np.isfinite(error) else float("inf")
+    return VerificationFigures(agree / rows, worst)
