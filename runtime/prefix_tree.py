@@ -135,13 +135,13 @@ class KVCache:
         return self.extend(seq)
 
     def extend(self, seq: Sequence) -> int:
-        """Skip pages that others have entered since `seq` began, when it stands at the end of its tree pages.
+        """Skip pages that others have entered since `seq` began, unless it has own pages, part filled.
 
         Requests that arrive together with one prompt prefix thus compute it about once. Returns the number
         of tokens skipped, which are added to num_computed and num_cached.
         """
         first = seq.num_tree_pages
-        if seq.num_pages != first or seq.num_computed != first * PAGE_TOKENS:
+        if seq.num_pages != first:
             return 0
         end = self._match(seq)
         if end <= first:

@@ -204,10 +204,8 @@ class Scheduler:
         if seq.num_uncomputed > step.budget:
             end = seq.num_computed + step.budget
             border = end - end % PAGE_TOKENS
-            if border > seq.num_computed:
+            if 2 * (border - seq.num_computed) >= step.budget:  # not at the price of half the step
                 end = border
-            elif step.prefills:  # a scrap of a page is worth a row in the batch only to keep things moving
-                return
         if self._make_room(step, entry, end):
             step.chosen[entry] = end - seq.num_computed
             step.budget -= end - seq.num_computed
@@ -228,8 +226,7 @@ class Scheduler:
         return True
 
     def _preempt(self, step: _Step, entry: _Entry) -> None:
-        step.budget += step.chosen.pop(entry, 0)
-        step.full.add(entry.seq.cache)
+        step.chosen.pop(entry, None)
         entry.seq.cache.release(entry.seq)
         entry.seq.num_preemptions += 1
         entry.running = False
@@ -253,16 +250,13 @@ class Scheduler:
             self._try_admit(step, heapq.heappop(queue)[-1])
 
     def _may_admit(self, step: _Step) -> bool:
+        # Beside other prefills a scrap of a page is not worth a row in the batch.
         budget_needed = PAGE_TOKENS if step.prefills else 1
         return step.budget >= budget_needed and len(self._running) < self.config.max_num_seqs
 
     def _try_admit(self, step: _Step, entry: _Entry) -> None:
         seq, cache = entry.seq, entry.seq.cache
         if cache in step.full:
-            return
-        if not cache.can_ever_hold(seq):
-            self._forget(entry)
-            self._fail(entry)
             return
         if not cache.can_begin(seq, self._spare_pages(cache)):
             step.full.add(cache)  # who comes later must not overtake it

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from blockzoo.runtime.pool import IntegrityError, OutOfPagesError, PagePool, pages_for
 
 

@@ -248,6 +248,19 @@ def test_extend_leaves_a_sequence_in_the_middle_of_a_page_alone():
     cache.check_integrity([slow, fast])
 
 
+def test_extend_leaves_reserved_pages_alone():
+    """They are there when the step that was to fill them failed."""
+    cache = KVCache(40)
+    slow = sequence(cache, tokens(1, 2, extra=1))
+    cache.begin(slow)
+    cache.reserve(slow, 32)
+    fast = run(cache, tokens(1, 2, extra=1))
+    assert cache.extend(slow) == 0
+    compute(slow)
+    assert table(slow)[0][:2] == table(fast)[0][:2]
+    cache.check_integrity([slow, fast])
+
+
 def test_without_prefix_caching_all_pages_are_own():
     cache = KVCache(12, prefix_caching=False)
     first = run(cache, tokens(1, 2))
@@ -347,7 +360,7 @@ def test_version_changes_when_the_tree_does():
     seen.append(cache.version)
     cache.release(seq)
     assert cache.version == seen[-1]
-    run(cache, tokens(5, 6))
+    assert cache.reserve(sequence(cache, tokens(5, 6)), 64)  # evicts
     seen.append(cache.version)
     assert len(set(seen)) == 3
 
