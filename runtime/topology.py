@@ -145,7 +145,7 @@ def _dropping_runs(
 
     (A run that ends in a head has none anywhere, so every chain has such a run.)
     """
-    has_attention_after = set()
+    has_attention_after: set[tuple[str, ...]] = set()
     for chain_runs in runs.values():
         last = max(i for i, run in enumerate(chain_runs) if _num_layers(run, blocks))
         has_attention_after.update(chain_runs[:last])

@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv. OUT holds what the demo makes.
+OUT := out/demo
+BIN := .venv/bin
+
+.PHONY: demo serve test test-all lint bench clean
+
+demo: $(OUT)/zoo
+	$(BIN)/python benchmarks/demo.py $(OUT)/zoo
+
+serve: $(OUT)/zoo
+	$(BIN)/zoo-serve $(OUT)/zoo
+
+$(OUT)/zoo: FORCE
+	@.ci/venv
+	@$(BIN)/python -m blockzoo.zoo.demo $(OUT)/models
+	$(BIN)/zoo-compile --replace $(OUT)/models/* -o $(OUT)/zoo
+	$(BIN)/zoo-inspect $(OUT)/zoo --html $(OUT)/zoo.html
+
+test:
+	@.ci/venv test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/pytest
+
+test-all:
+	@.ci/venv test
+	@.ci/venv bench
+	$(BIN)/pytest -m "slow or not slow"
+
+lint:
+	@.ci/venv test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy
+
+clean:
+	rm -rf out .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+FORCE:

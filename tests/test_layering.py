@@ -1,0 +1,60 @@
+"""Who may import whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "zoo": {"zoo"},
+    "engines": {"engines", "zoo"},
+    "build": {"build", "engines", "zoo"},
+    "runtime": {"runtime", "engines", "zoo"},
+    "server_config": {"server_config", "runtime", "zoo"},
+}
+INTS_ONLY = ("pool", "sequence", "prefix_tree", "scheduler", "topology", "batch")
+HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names imported anywhere in a file, relative ones resolved."""
+    package = ["blockzoo", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.add(".".join([*base, *([node.module] if node.module else [])]))
+    return found
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_layers_import_downwards_only(layer: str) -> None:
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("blockzoo.")}
+        assert ours <= MAY_IMPORT[layer], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[layer]}"
+
+
+def test_zoo_needs_no_backend() -> None:
+    for path in (ROOT / "zoo").rglob("*.py"):
+        if path.name in ("train.py", "evaluate.py"):  # the demo family's recipe, never imported by others
+            continue
+        assert not {name.split(".")[0] for name in imports(path)} & HEAVY, path
+
+
+@pytest.mark.parametrize("module", INTS_ONLY)
+def test_scheduling_needs_no_engine(module: str) -> None:
+    names = imports(ROOT / "runtime" / f"{module}.py")
+    assert not any(name.startswith("blockzoo.engines") or name.split(".")[0] in HEAVY for name in names)
+
+
+def test_no_torch_on_the_serving_path() -> None:
+    for layer in ("engines/openvino", "runtime", "server_config"):
+        for path in (ROOT / layer).rglob("*.py"):
+            assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}, path
