@@ -1,0 +1,39 @@
+"""Finds perf_analyzer, which the tritonclient wheel carries, and the two libraries it wants."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+_LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+
+
+def perf_analyzer_command() -> tuple[list[str], dict[str, str]]:
+    """The command and the environment it needs.
+
+    The binary links to libb64 and libcudart by their plain names; the nvidia-pytriton wheel has both
+    under mangled ones, to which links in a cache folder of the environment point.
+
+    Raises:
+        SystemExit: the binary or a library is missing; the message says what to install.
+    """
+    binary = Path(sys.executable).parent / "perf_analyzer"
+    if not binary.exists():
+        raise SystemExit(f"{binary} is missing: pip install tritonclient==2.51.0 (its Linux wheel has it)")
+    links = Path(sysconfig.get_path("purelib")) / "blockzoo_perf_analyzer_libs"
+    spec = find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise SystemExit("perf_analyzer needs libb64 and libcudart: pip install nvidia-pytriton==0.7.0")
+    carried = Path(spec.origin).parents[1] / "nvidia_pytriton.libs"
+    links.mkdir(exist_ok=True)
+    for name, pattern in _LIBRARIES.items():
+        found = sorted(carried.glob(pattern))
+        if not found:
+            raise SystemExit(
+                f"perf_analyzer needs {name}; nvidia-pytriton has none (apt-get install libb64-0d)"
+            )
+        if not (links / name).exists():
+            (links / name).symlink_to(found[0])
+    return [str(binary)], {"LD_LIBRARY_PATH": f"{links}:{carried}"}
