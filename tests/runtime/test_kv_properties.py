@@ -70,8 +70,8 @@ class World:
         del self.left[name]
         self.ended[name] += 1
 
-    def step(self, abort: int | None = None) -> int:
-        """One step; `abort`: a request goes away while the engine works."""
+    def step(self, abort: int | None = None, fault: bool = False) -> int:
+        """One step; `abort`: a request goes away while the engine works; `fault`: the engine fails."""
         config = self.scheduler.config
         scheduled = self.scheduler.schedule()
         all_failed = self.scheduler.take_failed()
@@ -86,6 +86,9 @@ class World:
             self.compute(seq, num_tokens)
         if abort is not None:
             self.abort(abort)
+        if fault:  # nothing is known of what was written; the same work is scheduled again
+            self.check()
+            return len(scheduled)
         self.scheduler.advance(scheduled)
         self.check()
         for seq, _ in scheduled:
@@ -190,18 +193,20 @@ class KVMachine(RuleBasedStateMachine):
     def step_with_abort(self, choice):
         self.world.step(abort=choice)
 
+    @rule()
+    def step_that_fails(self):
+        self.world.step(fault=True)
+
     @rule(choice=st.integers(0, 100))
     def abort(self, choice):
         self.world.abort(choice)
 
     @invariant()
     def whole(self):
-        if hasattr(self, "world"):
-            self.world.check()
+        self.world.check()
 
     def teardown(self):
-        if hasattr(self, "world"):
-            self.world.drain()
+        self.world.drain()
 
 
 KVMachine.TestCase.settings = settings(
@@ -227,7 +232,7 @@ def test_soak_sees_every_kind_of_event(seed):
             world.add(rng.choice("aabbc"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
         if rng.random() < 0.05:
             world.abort(rng.randrange(100))
-        world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None)
+        world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None, fault=rng.random() < 0.02)
     world.drain()
     stats = world.caches["a"].stats()
     assert stats.evictions > 0
