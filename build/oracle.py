@@ -32,11 +32,17 @@ class Oracle:
     dtype: Callable[[str], str]
     """HF name -> the dtype in which the tensor was saved."""
 
-    def logits(self, sequences: Sequence[Sequence[int]], last: int) -> list[np.ndarray]:
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        last: int,
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> list[np.ndarray]:
         """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]."""
         embed = self._need("model.embed_tokens.weight")
         hidden = [embed[np.asarray(tokens)] for tokens in sequences]
         for layer in range(self.config["num_hidden_layers"]):
+            on_layer(layer)
             hidden = self._layer(layer, hidden)
         norm = self._need("model.norm.weight")
         head = embed if self.config.get("tie_word_embeddings") else self._need("lm_head.weight")

@@ -166,11 +166,9 @@ class _Compilation:
             return
         checked = self.verified_twin(record)
         if checked is None:
-            self.progress(f"verifying {source.name}", 0, 1)
             blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
             folder = self.zoo.tokenizer_dir(source.name)
-            checked = verify(source, blocks, folder, self.maker, self.options.dtype)
-            self.progress(f"verifying {source.name}", 1, 1)
+            checked = verify(source, blocks, folder, self.maker, self.options.dtype, self.progress)
         self.manifest.models[source.name] = replace(record, verification=checked)
         self.reports[source.name] = replace(self.reports[source.name], verification=checked)
 
@@ -188,7 +186,13 @@ class _Compilation:
         return self.makers[precision]
 
     def prune(self) -> None:
-        """Forget blocks and plans that no model uses any more."""
+        """Forget blocks and plans that no model uses any more, and references to models that are gone."""
+        for name, model in self.manifest.models.items():
+            checked = model.verification
+            if checked is not None and checked.same_as is not None:
+                twin = self.manifest.models.get(checked.same_as)
+                if twin is None or twin.chain != model.chain:
+                    self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
         used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
         for block_id in self.manifest.blocks.keys() - used:
             del self.manifest.blocks[block_id]

@@ -48,3 +48,26 @@ def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
     """(bytes of all chains if nothing were shared, bytes stored)."""
     unshared = sum(chain_bytes(manifest, model.chain) for model in manifest.models.values())
     return unshared, sum(block.num_bytes for block in manifest.blocks.values())
+
+
+def human_bytes(count: int) -> str:
+    """A byte count for people: 1.5 MB is 1500000 bytes."""
+    if count < 1000:
+        return f"{count} B"
+    value, units = float(count), iter("kMGTP")
+    unit = ""
+    while value >= 999.5:
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}B"
+
+
+def verification_text(record: VerificationRecord) -> str:
+    """One line of verification figures."""
+    said = [
+        f"{precision} greedy {figures.greedy_agreement:.1%}, logit error {figures.max_relative_error:.1e}"
+        for precision, figures in sorted(record.figures.items(), key=lambda item: item[0] != "f32")
+    ]
+    if record.rounding_error is not None:
+        said.append(f"rounding of weights {record.rounding_error:.1e}")
+    twin = f" (same chain as {record.same_as})" if record.same_as else ""
+    return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"

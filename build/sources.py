@@ -6,7 +6,7 @@ weight + scale * b @ a in float32, rounded once to the base's dtype.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +76,23 @@ def open_sources(models: Mapping[str, str | Path], zoo: Zoo | None) -> list[Sour
         opened |= ready
         adapters = {name: entry for name, entry in adapters.items() if name not in ready}
     return list(opened.values())
+
+
+def parse_models(arguments: Sequence[str]) -> dict[str, str]:
+    """`[NAME=]PATH[@BASE]` arguments by model name. Raises ZooError for unfit or repeated names."""
+    models: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, given = argument.partition("=")
+        if not equals or "/" in name:
+            given = argument
+            name = _split_base(given)[0].resolve().name
+        check_name(name)
+        if name in models:
+            raise ZooError(f"two models are named {name}: {models[name]} and {given}; give one as NAME=PATH")
+        if not given:
+            raise ZooError(f"{argument!r}: the path is missing (expected NAME=PATH)")
+        models[name] = given
+    return models
 
 
 def check_name(name: str) -> None:

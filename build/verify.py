@@ -53,7 +53,8 @@ def verify(
     blocks: Sequence[Block],
     tokenizer_dir: Path,
     maker: Callable[[Precision | None], EngineMaker],
-    dtype: Dtype | None = None,
+    dtype: Dtype | None,
+    progress: Callable[[str, int, int], None],
 ) -> VerificationRecord:
     """Check one model, compiled with its tensors converted to `dtype` where that is given.
 
@@ -64,10 +65,17 @@ def verify(
     prompts = encode_prompts(tokenizer_dir, config)
     longest = max(map(len, prompts)) + NUM_GENERATED
     chain = ProbeChain(maker("f32"), blocks, config, longest)
-    probes = [_generate(chain, prompt) for prompt in prompts]
+    what, steps = f"verifying {source.name}", len(prompts) + config.num_layers
+    probes: list[_Probe] = []
+    for prompt in prompts:
+        progress(what, len(probes), steps)
+        probes.append(_generate(chain, prompt))
     del chain
     sequences = [probe.tokens for probe in probes]
-    expected = oracle.oracle_for(source, True, dtype).logits(sequences, NUM_GENERATED)
+    judge = oracle.oracle_for(source, True, dtype)
+    expected = judge.logits(
+        sequences, NUM_GENERATED, lambda layer: progress(what, len(prompts) + layer, steps)
+    )
     figures = {"f32": compare([probe.logits for probe in probes], expected)}
     error = figures["f32"].max_relative_error
     if not error <= TOLERANCE:
@@ -87,6 +95,7 @@ def verify(
     if isinstance(source.origin, Merged) or dtype is not None:
         exact = oracle.oracle_for(source, False, None).logits(sequences, NUM_GENERATED)
         rounding_error = compare(expected, exact).max_relative_error
+    progress(what, steps, steps)
     count = len(prompts)
     return VerificationRecord(
         oracle=oracle.NAME,

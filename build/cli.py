@@ -1,0 +1,139 @@
+"""`zoo-compile`: checkpoints -> zoo. Only argparse is imported before the arguments are understood."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockzoo.build.pipeline import Progress
+    from blockzoo.build.report import CompileReport
+
+_EPILOG = """\
+examples:
+  zoo-compile llama=./Llama-3.2-1B support=./support-finetune -o my-zoo
+  zoo-compile notes=./notes-lora@llama -o my-zoo      add a LoRA adapter of a model in the zoo
+  zoo-compile -o my-zoo --remove support              drop a model and what only it used
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when done, 2 for a user's mistake (the zoo is unchanged), 1 for other failures."""
+    arguments = _parser().parse_args(argv)
+    if not arguments.models and not arguments.remove:
+        _parser().error("give at least one [NAME=]PATH to compile, or --remove NAME")
+    from blockzoo.build.progress import ProgressPrinter
+    from blockzoo.engines.base import EngineError
+    from blockzoo.zoo.errors import ZooError
+
+    progress = ProgressPrinter()
+    try:
+        report = _compile(arguments, progress)
+    except ZooError as error:
+        progress.close()
+        print(f"zoo-compile: error: {error}", file=sys.stderr)
+        return 2
+    except (EngineError, OSError) as error:
+        progress.close()
+        print(f"zoo-compile: failed, the zoo is unchanged: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        progress.close()
+        print("zoo-compile: interrupted, the zoo is unchanged; the next run continues", file=sys.stderr)
+        return 130
+    progress.close()
+    if arguments.json:
+        from blockzoo.zoo.strict_json import encode
+
+        print(json.dumps(encode(report), indent=1))
+    else:
+        _print_report(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo-compile",
+        description="Cut models into blocks, store each distinct block once, verify, and write the zoo.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="[NAME=]PATH[@BASE]",
+        help="an HF checkpoint folder, or a PEFT LoRA folder whose base is given too, is in the zoo, or is "
+        "named by @BASE; NAME is the folder's name unless given",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="ZOO", help="the zoo to make or to extend")
+    parser.add_argument(
+        "--remove", action="append", default=[], metavar="NAME", help="drop a model (repeatable)"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="let a model of the same NAME take the old one's place"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "f16", "f32"),
+        help="convert the weights; without it they are kept exactly",
+    )
+    parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
+    parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be shared; write nothing")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileReport":
+    from blockzoo.build.pipeline import CompileOptions, compile_models
+    from blockzoo.build.sources import parse_models
+
+    options = CompileOptions(
+        dtype=arguments.dtype,
+        replace=arguments.replace,
+        profile=not arguments.no_profile,
+        verify=not arguments.no_verify,
+        threads=arguments.threads,
+        dry_run=arguments.dry_run,
+    )
+    models = parse_models(arguments.models)
+    return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)
+
+
+def _print_report(report: "CompileReport") -> None:
+    from blockzoo.build.report import human_bytes, verification_text
+
+    width = max((len(model.name) for model in report.models), default=0)
+    for model in report.models:
+        share = f"reused {model.num_reused} of {model.num_blocks} blocks"
+        print(
+            f"{model.name:{width}}  {model.status}: {share}, "
+            f"{human_bytes(model.new_bytes)} new of {human_bytes(model.model_bytes)}"
+        )
+        if model.verification is not None:
+            print(f"{'':{width}}  {verification_text(model.verification)}")
+    for name in report.removed:
+        print(f"{name}  removed, {human_bytes(report.freed_bytes)} freed")
+    saved = 1 - report.stored_bytes / report.unshared_bytes if report.unshared_bytes else 0.0
+    would = "would hold" if report.dry_run else "holds"
+    print(
+        f"the zoo {would} {report.zoo_models} models in {report.zoo_blocks} distinct blocks: "
+        f"{human_bytes(report.stored_bytes)} instead of {human_bytes(report.unshared_bytes)} "
+        f"({saved:.0%} saved)"
+    )
+    if report.dry_run:
+        print("dry run: nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""`zoo-inspect`: which models share which blocks, what that saves, and whether the zoo is sound."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockzoo.build.progress import ProgressPrinter
+    from blockzoo.build.sharing import SharingMap
+    from blockzoo.zoo.store import Zoo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when all is well, 1 when --check found something, 2 for a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    from blockzoo.build.progress import ProgressPrinter
+    from blockzoo.engines.base import EngineError
+    from blockzoo.zoo.errors import ZooError
+    from blockzoo.zoo.store import Zoo
+
+    progress = ProgressPrinter()
+    try:
+        zoo = Zoo.open(arguments.zoo)
+        problems = check(zoo, progress) if arguments.check else None
+        if arguments.html:
+            from blockzoo.build.sharing_page import sharing_page
+
+            Path(arguments.html).write_text(sharing_page(zoo.manifest, zoo.path.resolve().name), "utf-8")
+    except (ZooError, EngineError, OSError) as error:
+        print(f"zoo-inspect: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        progress.close()
+    if arguments.json:
+        print(json.dumps(summary(zoo) | ({} if problems is None else {"problems": problems}), indent=1))
+    else:
+        _print_zoo(zoo)
+        if arguments.html:
+            print(f"\nwrote {arguments.html}")
+        if problems is not None:
+            print("\nchecked: every checksum right, every engine compiles" if not problems else "\nproblems:")
+            for problem in problems:
+                print(f"  {problem}")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo-inspect", description="Show which models of a zoo share which blocks, and check the zoo."
+    )
+    parser.add_argument("zoo", metavar="ZOO", help="a zoo written by zoo-compile")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--check", action="store_true", help="verify every checksum and compile every block")
+    parser.add_argument("--html", metavar="FILE", help="draw the sharing map as one self-contained page")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
+    return parser
+
+
+def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
+    """Every problem of a zoo's files: checksums of blocks and tokenizers, and engines that do not compile."""
+    from blockzoo.engines.openvino import OpenVINOEngines
+    from blockzoo.zoo.errors import StoreError
+
+    engines = OpenVINOEngines()
+    problems: list[str] = []
+    for done, (block_id, record) in enumerate(zoo.manifest.blocks.items()):
+        progress("checking blocks", done, len(zoo.manifest.blocks))
+        try:
+            block = zoo.read_block(block_id)
+            if record.spec.kind != "embed":  # an embedding is looked up, not compiled
+                engines.span([block])
+            block.drop_pages()
+        except (StoreError, RuntimeError) as error:
+            problems.append(str(error))
+    for name in zoo.manifest.models:
+        try:
+            zoo.check_tokenizer(name)
+        except StoreError as error:
+            problems.append(f"{name}: {error}")
+    progress("checking blocks", 1, 1)
+    return problems
+
+
+def summary(zoo: "Zoo") -> dict[str, Any]:
+    """What `--json` prints."""
+    from blockzoo.build.report import sharing_bytes
+    from blockzoo.build.sharing import sharing_map
+    from blockzoo.zoo.strict_json import encode
+
+    shared = sharing_map(zoo.manifest)
+    unshared, stored = sharing_bytes(zoo.manifest)
+    models = {
+        name: {
+            "architecture": record.config.architecture,
+            "num_layers": record.config.num_layers,
+            "chain": list(record.chain),
+            "chain_bytes": shared.all_bytes[name],
+            "own_bytes": shared.own_bytes[name],
+            "source": encode(record.source),
+            "verification": encode(record.verification),
+        }
+        for name, record in zoo.manifest.models.items()
+    }
+    blocks = {
+        block_id: {
+            "kind": record.spec.kind,
+            "dtype": record.dtype,
+            "num_bytes": record.num_bytes,
+            "users": list(shared.users[block_id]),
+            "plan": record.plan,
+            "latency_us": encode(record.latency_us),
+        }
+        for block_id, record in zoo.manifest.blocks.items()
+    }
+    return {
+        "zoo": str(zoo.path),
+        "unshared_bytes": unshared,
+        "stored_bytes": stored,
+        "models": models,
+        "blocks": blocks,
+        "plans": encode(zoo.manifest.plans),
+    }
+
+
+def _print_zoo(zoo: "Zoo") -> None:
+    from rich.console import Console
+
+    from blockzoo.build.report import human_bytes, sharing_bytes, verification_text
+    from blockzoo.build.sharing import sharing_map
+
+    console, manifest = Console(highlight=False, soft_wrap=True), zoo.manifest
+    if not manifest.models:
+        console.print(f"{zoo.path}: an empty zoo")
+        return
+    shared = sharing_map(manifest)
+    _print_map(console, shared)
+    unshared, stored = sharing_bytes(manifest)
+    console.print(
+        f"\n{len(manifest.models)} models, {len(manifest.blocks)} distinct blocks: {human_bytes(stored)} "
+        f"stored instead of {human_bytes(unshared)} ({1 - stored / unshared:.0%} saved)"
+    )
+    console.print("\nkind   dtype  blocks  profiles (min opt max tokens)            time of one block")
+    for plan_key, plan in sorted(manifest.plans.items(), key=lambda item: item[1].kind):
+        blocks = [block for block in manifest.blocks.values() if block.plan == plan_key]
+        ranges = ", ".join(f"{p.name} {p.min} {p.opt} {p.max}" for p in plan.profiles)
+        times = blocks[0].latency_us or {}
+        said = ", ".join(f"{count}: {time / 1000:.3g} ms" for count, time in sorted(times.items()))
+        console.print(f"{plan.kind:6} {plan.dtype:6} {len(blocks):6}  {ranges:40} {said or 'not measured'}")
+    console.print()
+    width = max(map(len, shared.models))
+    for name in shared.models:
+        record = manifest.models[name].verification
+        console.print(
+            f"{name:{width}}  {verification_text(record) if record else 'not verified'}", markup=False
+        )
+
+
+def _print_map(console: Any, shared: "SharingMap") -> None:
+    """Rows: models. Columns: runs of layers that look the same, a letter for attention and one for ffn."""
+    from rich.text import Text
+
+    from blockzoo.build.report import human_bytes
+    from blockzoo.build.sharing import layer_runs, letters
+
+    labels = letters(shared)
+    colours = ("cyan", "green", "yellow", "magenta", "blue", "red")
+    runs = layer_runs(shared, labels)
+    titles = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    width = max(5, *(len(name) for name in shared.models))
+    console.print(
+        f"{'model':{width}}  embed  " + " ".join(f"{title:>2}" for title in titles) + "  head    own of total"
+    )
+    for name in shared.models:
+        row = Text(f"{name:{width}}  ")
+        parts: list[tuple[tuple[str, ...], int, int, str]] = [(("embed",), 0, 5, "  ")]
+        parts += [
+            (("attn", "ffn"), first, max(2, len(title)), " ")
+            for (first, _), title in zip(runs, titles, strict=True)
+        ]
+        parts.append((("head",), 0, 5, "  "))
+        for kinds, layer, cell_width, gap in parts:
+            cell = [labels.get((name, kind, layer), " ") for kind in kinds]
+            row.append(" " * (cell_width - len(cell)))
+            for letter in cell:
+                style = "bold white" if letter == "." else colours[(ord(letter) - ord("A")) % len(colours)]
+                row.append(letter, style)
+            row.append(gap)
+        own, total = human_bytes(shared.own_bytes[name]), human_bytes(shared.all_bytes[name])
+        row.append(f"{own:>9} of {total}")
+        console.print(row)
+    console.print("equal letters in a column: one shared block (attention, ffn); '.': a block of its own")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
