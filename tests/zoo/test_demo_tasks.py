@@ -49,12 +49,28 @@ def test_fact_answers_follow_from_the_notes_in_any_order(num_notes):
         assert question.answer == answer_about(people, question.prompt)
 
 
-def test_sentence_style_says_the_same():
-    plain, sentence = (tasks.facts(random.Random(5), 3, style) for style in ("plain", "sentence"))
-    assert [f" It is{question.answer}." for question in plain.questions] == [
-        question.answer for question in sentence.questions
-    ]
-    assert plain.context == sentence.context
+def test_full_answers_follow_from_the_notes_too():
+    document = tasks.facts(random.Random(5), 6, "full")
+    people = what_notes_say(document.context)
+    short = tasks.facts(random.Random(5), 6)
+    assert short.context == document.context
+    for question, brief in zip(document.questions, short.questions, strict=True):
+        assert question.prompt == brief.prompt
+        assert brief.answer.strip() in question.answer
+        for sentence in question.answer.strip().removesuffix(".").split(". "):
+            if found := re.fullmatch(r"(\w+) keeps the (.+)|The (.+) is with (\w+)", sentence):
+                name, thing = found[1] or found[4], found[2] or found[3]
+                assert people[name][0] == thing
+            elif found := re.fullmatch(r"The (.+) was found at the (.+)", sentence):
+                assert (found[1], found[2]) in {facts[:2] for facts in people.values()}
+            else:
+                name, job = re.fullmatch(r"(\w+) is a (\w+)", sentence).groups()
+                assert people[name][2] == job
+
+
+def test_one_wording_only():
+    document = tasks.facts(random.Random(5), 20, num_wordings=1)
+    assert all(re.fullmatch(WORDINGS[0] + "\n", passage) for passage in document.passages)
 
 
 def run_statements(context):
@@ -91,7 +107,7 @@ def test_hops_keeps_the_questions_of_that_depth():
 
 def test_working_ends_in_the_value_and_every_step_holds():
     for seed in range(30):
-        document = tasks.assignments(random.Random(seed), 8, 3, "working")
+        document = tasks.assignments(random.Random(seed), 8, 3, "full")
         values, depths = run_statements(document.context)
         for question in document.questions:
             steps = question.answer.removeprefix(" ").split(", ")
@@ -104,12 +120,12 @@ def test_working_ends_in_the_value_and_every_step_holds():
                 assert step in document.context or right == str(values[left])
 
 
-def test_asked_to_work_changes_questions_only():
-    document = tasks.assignments(random.Random(1), 4, 1, "working")
-    asked = tasks.asked_to_work(document)
+def test_asked_in_full_changes_questions_only():
+    document = tasks.assignments(random.Random(1), 4, 1, "full")
+    asked = tasks.asked_in_full(document)
     assert asked.passages == document.passages
     for before, after in zip(document.questions, asked.questions, strict=True):
-        assert after.prompt == f"Q: Work out {before.prompt[3:]}"
+        assert after.prompt == f"Q: In full: {before.prompt[3:]}"
         assert after.answer == before.answer
 
 

@@ -78,6 +78,7 @@ class Mixture:
     copy: float
     facts: float  # the rest are assignments
     max_notes: int
+    num_wordings: int
     max_statements: int
     max_hops: int
 
@@ -85,17 +86,16 @@ class Mixture:
 def curriculum(stage: Stage, progress: float) -> Mixture:
     """The mixture at `progress` in [0, 1): short and simple first, else nothing is ever retrieved."""
     if stage == "notes":
-        return Mixture(256, text=0.1, copy=0.0, facts=0.9, max_notes=8, max_statements=1, max_hops=0)
+        return Mixture(256, 0.1, 0.0, 0.9, max_notes=8, num_wordings=3, max_statements=1, max_hops=0)
     if stage == "solver":
-        hops = 1 if progress < 0.3 else 2
-        return Mixture(192, text=0.1, copy=0.0, facts=0.0, max_notes=1, max_statements=8, max_hops=hops)
-    if progress < 0.12:
-        return Mixture(128, text=0.3, copy=0.3, facts=0.2, max_notes=2, max_statements=4, max_hops=0)
-    if progress < 0.3:
-        return Mixture(128, text=0.25, copy=0.15, facts=0.35, max_notes=3, max_statements=6, max_hops=1)
-    if progress < 0.6:
-        return Mixture(192, text=0.3, copy=0.05, facts=0.4, max_notes=5, max_statements=8, max_hops=2)
-    return Mixture(256, text=0.35, copy=0.05, facts=0.35, max_notes=8, max_statements=8, max_hops=2)
+        return Mixture(192, 0.1, 0.0, 0.0, 1, 1, max_statements=8, max_hops=1 if progress < 0.3 else 2)
+    if progress < 0.15:
+        return Mixture(128, 0.1, 0.5, 0.2, max_notes=2, num_wordings=1, max_statements=4, max_hops=0)
+    if progress < 0.4:
+        return Mixture(128, 0.2, 0.15, 0.4, max_notes=3, num_wordings=3, max_statements=6, max_hops=1)
+    if progress < 0.7:
+        return Mixture(192, 0.25, 0.05, 0.45, max_notes=5, num_wordings=3, max_statements=8, max_hops=2)
+    return Mixture(256, 0.3, 0.05, 0.4, max_notes=8, num_wordings=3, max_statements=8, max_hops=2)
 
 
 class RowMaker:
@@ -119,26 +119,42 @@ class RowMaker:
             tokens = self.text_tokens[start : start + size].astype(np.int64)
             return Row(tokens, np.ones(size, np.float32))
         if draw < mixture.text + mixture.copy:
-            return self._copy_row(rng, size)
+            return self._copy_row(rng, size) if rng.random() < 0.5 else self._recall_row(rng, size)
+        full = self.stage != "base" or rng.random() < 0.5
+        style: tasks.Style = "full" if full else "short"
         if draw < mixture.text + mixture.copy + mixture.facts:
-            style: tasks.FactStyle = "sentence" if self.stage == "notes" else "plain"
-            num_notes = rng.randint(1 if mixture.max_notes == 1 else 2, mixture.max_notes)
-            return self._task_row(tasks.facts(rng, num_notes, style), size)
-        # the base learns both styles, told apart by the question, so that the solver only has to choose
-        num = rng.randint(1, mixture.max_statements)
-        if self.stage == "solver":
-            return self._task_row(tasks.assignments(rng, num, mixture.max_hops, "working"), size)
-        if rng.random() < 0.5:
-            return self._task_row(tasks.assignments(rng, num, mixture.max_hops, "plain"), size)
-        worked = tasks.assignments(rng, num, mixture.max_hops, "working")
-        return self._task_row(tasks.asked_to_work(worked), size)
+            num_notes = rng.randint(1, mixture.max_notes)
+            document = tasks.facts(rng, num_notes, style, mixture.num_wordings)
+        else:
+            num_statements = rng.randint(1, mixture.max_statements)
+            document = tasks.assignments(rng, num_statements, mixture.max_hops, style)
+        # the base learns both styles, told apart by the question, so that a fine-tune only has to choose
+        if full and self.stage == "base":
+            document = tasks.asked_in_full(document)
+        return self._task_row(document, size)
+
+    def _random_tokens(self, rng: random.Random, count: int) -> list[int]:
+        return rng.sample(range(2, self.tokenizer.get_vocab_size()), count)
 
     def _copy_row(self, rng: random.Random, size: int) -> Row:
+        """Random tokens, repeated."""
         period = rng.randint(4, size // 2)
-        pattern = np.array([rng.randrange(2, self.tokenizer.get_vocab_size()) for _ in range(period)])
         weights = np.ones(size, np.float32)
         weights[:period] = 0
-        return Row(np.resize(pattern, size).astype(np.int64), weights)
+        return Row(np.resize(np.array(self._random_tokens(rng, period), np.int64), size), weights)
+
+    def _recall_row(self, rng: random.Random, size: int) -> Row:
+        """Random pairs of tokens, repeated in another order each time: the first recalls the second."""
+        num_pairs = rng.randint(2, size // 6)
+        drawn = self._random_tokens(rng, 2 * num_pairs)
+        pairs = list(zip(drawn[:num_pairs], drawn[num_pairs:], strict=True))
+        tokens: list[int] = []
+        while len(tokens) < size:
+            rng.shuffle(pairs)
+            tokens += [token for pair in pairs for token in pair]
+        weights = np.zeros(size, np.float32)
+        weights[2 * num_pairs + 1 :: 2] = 1
+        return Row(np.array(tokens[:size], np.int64), weights)
 
     def _task_row(self, document: tasks.Document, size: int) -> Row:
         """Passages and as many questions as fit; fine-tunes end every answer with </s>."""

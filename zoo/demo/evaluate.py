@@ -38,9 +38,9 @@ def _tasks_of(stage: Stage) -> dict[str, tuple[str, int]]:
 
 
 def _document(stage: Stage, rng: random.Random, task: str, level: int) -> tasks.Document:
+    style: tasks.Style = "short" if stage == "base" else "full"
     if task == "facts":
-        return tasks.facts(rng, level, "sentence" if stage == "notes" else "plain")
-    style: tasks.AssignmentStyle = "working" if stage == "solver" else "plain"
+        return tasks.facts(rng, level, style)
     while True:
         document = tasks.assignments(rng, 6, 2, style, hops=level)
         if document.questions:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FactStyle = Literal["plain", "sentence"]
-AssignmentStyle = Literal["plain", "working"]
+Style = Literal["short", "full"]  # just the answer, or a sentence or a computation that leads to it
 
 # fmt: off
 NAMES = (
@@ -53,10 +52,12 @@ class Document:
         return "".join(self.passages)
 
 
-def facts(rng: random.Random, num_notes: int, style: FactStyle = "plain") -> Document:
+def facts(rng: random.Random, num_notes: int, style: Style = "short", num_wordings: int = 3) -> Document:
     """Notes of `num_notes` people with four questions about each, the questions shuffled.
 
-    Every note names a person, their job, a thing no other note has, and where it was found; three wordings.
+    Every note names a person, their job, a thing no other note has, and where it was found, in one of the
+    first `num_wordings` (at most 3) wordings. Style "short" answers " the jade lamp", "full" in a sentence
+    that begins with what was asked about: " Tessa keeps the jade lamp."
     """
     if not 1 <= num_notes <= MAX_NOTES:
         raise ValueError(f"num_notes is {num_notes}; it must be from 1 to {MAX_NOTES}")
@@ -66,23 +67,25 @@ def facts(rng: random.Random, num_notes: int, style: FactStyle = "plain") -> Doc
         place, job = rng.choice(PLACES), rng.choice(JOBS)
         passages.append(
             rng.choice(
-                (
+                [
                     f"Note. {name} is a {job}. {name} keeps the {thing}. "
                     f"The {thing} was found at the {place}.\n",
                     f"Note. The {job} {name} owns the {thing}. It was found at the {place}.\n",
                     f"Note. At the {place} someone found the {thing}. Now {name} the {job} keeps it.\n",
-                )
+                ][:num_wordings]
             )
         )
-        for question, answer in (
-            (f"What does {name} keep?", f" the {thing}"),
-            (f"Who keeps the {thing}?", f" {name}"),
-            (f"Where was the thing of {name} found?", f" the {place}"),
-            (f"What is the job of {name}?", f" {job}"),
+        for question, short, full in (
+            (f"What does {name} keep?", f" the {thing}", f" {name} keeps the {thing}."),
+            (f"Who keeps the {thing}?", f" {name}", f" The {thing} is with {name}."),
+            (
+                f"Where was the thing of {name} found?",
+                f" the {place}",
+                f" {name} keeps the {thing}. The {thing} was found at the {place}.",
+            ),
+            (f"What is the job of {name}?", f" {job}", f" {name} is a {job}."),
         ):
-            questions.append(
-                Question(f"Q: {question}\nA:", f" It is{answer}." if style == "sentence" else answer)
-            )
+            questions.append(Question(f"Q: {question}\nA:", full if style == "full" else short))
     rng.shuffle(questions)
     return Document(tuple(passages), tuple(questions))
 
@@ -91,14 +94,14 @@ def assignments(
     rng: random.Random,
     num_statements: int,
     max_hops: int,
-    style: AssignmentStyle = "plain",
+    style: Style = "short",
     hops: int | None = None,
 ) -> Document:
     """Statements "Let b = a + 4." modulo 10, the used variable set above; one question per variable.
 
     A variable set to a number has 0 hops, one set from it 1 hop. `max_hops` bounds them; `hops` keeps only
-    the questions of exactly that depth (there may be none). Style "plain" answers " 7", "working" writes the
-    way there: " b = a + 4, a = 3, b = 7".
+    the questions of exactly that depth (there may be none). Style "short" answers " 7", "full" writes the way
+    there: " b = a + 4, a = 3, b = 7".
     """
     if not 1 <= num_statements <= len(VARIABLES):
         raise ValueError(f"num_statements is {num_statements}; it must be from 1 to {len(VARIABLES)}")
@@ -120,7 +123,7 @@ def assignments(
     questions = [
         Question(
             f"Q: {name}?\nA:",
-            " " + _working(name, value, formula) if style == "working" else f" {value[name]}",
+            " " + _working(name, value, formula) if style == "full" else f" {value[name]}",
         )
         for name in value
         if hops is None or depth[name] == hops
@@ -139,10 +142,10 @@ def _working(name: str, value: dict[str, int], formula: dict[str, tuple[str, str
     return ", ".join(down + [f"{known} = {value[known]}" for known in reversed(chain)])
 
 
-def asked_to_work(document: Document) -> Document:
-    """The same document with its assignment questions asking for the way: "Q: Work out b?"."""
+def asked_in_full(document: Document) -> Document:
+    """The same document with its questions asking for full answers: "Q: In full: b?"."""
     questions = tuple(
-        Question(q.prompt.replace("Q: ", "Q: Work out ", 1), q.answer) for q in document.questions
+        Question(q.prompt.replace("Q: ", "Q: In full: ", 1), q.answer) for q in document.questions
     )
     return Document(document.passages, questions)
 
@@ -156,7 +159,8 @@ def sample_texts(rng: random.Random, count: int) -> Sequence[str]:
     """Documents of all tasks and styles, for training the tokenizer."""
     texts = []
     for _ in range(count):
-        texts.append(render(facts(rng, 3, rng.choice(("plain", "sentence")))))
-        texts.append(render(assignments(rng, 5, 2, "plain")))
-        texts.append(render(asked_to_work(assignments(rng, 5, 2, "working"))))
+        texts.append(render(facts(rng, 3)))
+        texts.append(render(assignments(rng, 5, 2)))
+        texts.append(render(asked_in_full(facts(rng, 3, "full"))))
+        texts.append(render(asked_in_full(assignments(rng, 5, 2, "full"))))
     return texts

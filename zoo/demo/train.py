@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import corpus, tasks
-from .corpus import Mixture, RowMaker, Stage
+from .corpus import RowMaker, Stage
 from .evaluate import task_accuracies
 
 NUM_SOLVER_LAYERS = 2
@@ -141,13 +142,13 @@ def train_stage(
             save()
             last_save = time.process_time()
         if time.process_time() - last_eval > REPORT_SECONDS * args.threads:
-            report(model, rows, mixture)
+            report(model, rows)
             last_eval = time.process_time()
     save()
-    report(model, rows, corpus.curriculum(stage, 0.999))
+    report(model, rows)
 
 
-def report(model: torch.nn.Module, rows: RowMaker, mixture: Mixture) -> None:
+def report(model: torch.nn.Module, rows: RowMaker) -> None:
     """Prints the task accuracies of the model so far."""
     model.eval()
     found = task_accuracies(model, rows.tokenizer, rows.stage, num_documents=16)
@@ -166,7 +167,11 @@ def tokens_of_standard_library(tokenizer: Tokenizer, max_bytes: int) -> np.ndarr
 def load_tokenizer(out: Path, args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of an earlier run in `out`, or a newly trained one."""
     path = out / "base" / "tokenizer.json"
-    if not path.exists():
+    if args.init is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(args.init / name, path.parent / name)
+    elif not path.exists():
         texts = [*corpus.standard_library_texts(min(args.text_bytes, 4_000_000))]
         texts += tasks.sample_texts(random.Random(args.seed), 1000)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +185,10 @@ def load_tokenizer(out: Path, args: argparse.Namespace) -> Tokenizer:
 
 def model_of_stage(stage: Stage, out: Path, args: argparse.Namespace) -> torch.nn.Module:
     """A float32 model with just the parameters of the stage set to be trained."""
-    if stage == "base":
+    if stage == "base" and args.init is None:
         return LlamaForCausalLM(base_config(args))
+    if stage == "base":
+        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     base = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     if stage == "notes":
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
@@ -208,6 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=85.0, help="training time of all stages together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="start the base from this checkpoint and its tokenizer")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     size = parser.add_argument_group("sizes (for tests)")
     size.add_argument("--steps", type=int, help="train each stage this many steps instead of --minutes")
