@@ -40,9 +40,9 @@ def run(tokenizer, token_ids, prompt=(), **fields):
     return pushes, detokenizer.stopped
 
 
-def cut(text, stop, include_stop):
+def cut(text, stop, include_stop=False, earliest_end=1):
     """The text up to the stop word completed first, looked for in the plainest way."""
-    for end in range(1, len(text) + 1):
+    for end in range(max(1, earliest_end), len(text) + 1):
         ending = [word for word in stop if text[:end].endswith(word)]
         if ending:
             return text[: end if include_stop else end - max(map(len, ending))], True
@@ -93,6 +93,13 @@ def test_endless_broken_bytes_come_out_in_bounded_windows(tokenizer, byte_ids):
     pushes, _ = run(tokenizer, [byte_ids[0xFF]] * 2000)
     assert "".join(pushes) == REPLACEMENT * 2000
     assert len(pushes[-1]) <= 40
+
+
+@pytest.mark.parametrize("num_broken", range(24, 36))
+def test_a_character_across_the_end_of_a_window_stays_whole(tokenizer, byte_ids, num_broken):
+    data = b"\xff" * num_broken + "😀".encode() * 12
+    pushes, _ = run(tokenizer, [byte_ids[byte] for byte in data])
+    assert "".join(pushes) == REPLACEMENT * num_broken + "😀" * 12
 
 
 def test_endless_skipped_tokens_do_not_pile_up(tokenizer):
@@ -217,6 +224,17 @@ def test_stop_words_count_from_min_tokens_on(tokenizer, byte_ids):
         pushes, stopped = run(tokenizer, ids, stop=("ab",), min_tokens=min_tokens)
         assert ("".join(pushes), stopped) == (expected, True)
     assert run(tokenizer, ids, stop=("ab",), min_tokens=9)[1] is False
+
+
+@many_examples
+@given(
+    text=st.text(alphabet="ab", max_size=20),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=2).map(tuple),
+    min_tokens=st.integers(0, 10),
+)
+def test_stop_words_that_overlap_an_early_one_still_count(tokenizer, byte_ids, text, stop, min_tokens):
+    pushes, stopped = run(tokenizer, [byte_ids[ord(c)] for c in text], stop=stop, min_tokens=min_tokens)
+    assert ("".join(pushes), stopped) == cut(text, stop, earliest_end=min_tokens)
 
 
 def test_a_stop_word_may_be_completed_by_the_flush(tokenizer, byte_ids):

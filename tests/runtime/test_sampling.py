@@ -112,6 +112,7 @@ FILTERS = [
     {"top_k": 100, "top_p": 0.8, "min_p": 0.1, "temperature": 0.8},
     {"top_k": 30, "min_p": 0.02, "temperature": 1.3},
     {"top_p": 0.7, "min_p": 0.05, "temperature": 0.6},
+    {"top_p": 0.95, "min_p": 0.1},
     {"repetition_penalty": 3.0, "top_k": 50},
 ]
 
