@@ -1,0 +1,86 @@
+"""What one request gets back: engine outputs -> the tensors of its responses.
+
+A request that fails before its first response gets an error, with the status code that Triton has for it. A
+stream that fails later ends with an ordinary response whose `error` says why: an error in the middle of a
+stream makes an ensemble over a decoupled model count the request as in flight for ever (tritonserver 2.51).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from blockzoo.runtime.request import RequestOutput, TokenLogprob
+from blockzoo.server_config.schema import ParsedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response: tensors with a leading batch dimension of 1, or an error; `final` ends the request."""
+
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    error: str | None = None
+    final: bool = False
+
+
+class Answer:
+    """Collects (one response in all) or passes on (stream) what the engine says about one request."""
+
+    def __init__(self, request: ParsedRequest) -> None:
+        self._stream = request.stream
+        self._log_probs = request.params.logprobs is not None
+        self._texts = [request.echo]
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._sum_logprobs = 0.0
+        self._has_responded = False
+
+    def push(self, output: RequestOutput, problem: str | None = None) -> Response | None:
+        """Take the next output; the response to send now, if any.
+
+        Args:
+            output: deltas of the engine.
+            problem: with the last output, why the request ended before its time (the output's own
+                `error` where None).
+        """
+        self._texts.append(output.text)
+        self._token_ids += output.token_ids
+        self._logprobs += output.logprobs or ()
+        self._sum_logprobs += sum(token.logprob for token in output.logprobs or ())
+        if not output.finished:
+            if not self._stream:
+                return None
+            self._has_responded = True
+            return Response(self._take_delta())
+        problem = problem or output.error
+        if problem is not None and not self._has_responded:
+            return Response(error=problem, final=True)
+        tensors = self._take_delta()
+        tensors["finish_reason"] = strings(output.finish_reason or "error")
+        tensors["num_prompt_tokens"] = integers([output.num_prompt_tokens])
+        tensors["num_cached_tokens"] = integers([output.num_cached_tokens])
+        if self._log_probs:
+            tensors["cum_log_probs"] = np.array([[self._sum_logprobs]], np.float32)
+        if problem is not None:
+            tensors["error"] = strings(problem)
+        return Response(tensors, final=True)
+
+    def _take_delta(self) -> dict[str, np.ndarray]:
+        tensors = {"text_output": strings("".join(self._texts)), "token_ids": integers(self._token_ids)}
+        if self._log_probs:
+            values = [token.logprob for token in self._logprobs]
+            tensors["output_log_probs"] = np.array([[values]], np.float32)  # [1, beam, num_tokens]
+        self._texts, self._token_ids, self._logprobs = [], [], []
+        return tensors
+
+
+def strings(text: str) -> np.ndarray:
+    """A STRING tensor [1, 1]."""
+    return np.array([[text.encode()]], dtype=object)
+
+
+def integers(values: Sequence[int]) -> np.ndarray:
+    """An INT32 tensor [1, len(values)]."""
+    return np.array([values], np.int32).reshape(1, -1)

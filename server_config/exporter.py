@@ -1,0 +1,116 @@
+"""The engine's figures as Triton metrics, beside Triton's own on /metrics.
+
+Triton's compute times of a decoupled model cover `execute` alone, so time to first token and time between
+tokens are measured here. Updating one metric is a round trip of about 0.03 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from blockzoo.runtime.metrics import E2E_BOUNDS, INTER_TOKEN_BOUNDS, TTFT_BOUNDS
+
+if TYPE_CHECKING:
+    from blockzoo.runtime import Metrics
+
+_EXPORT_EVERY_S = 0.5
+
+_GAUGES = {
+    "requests_running": "Requests that hold pages now",
+    "requests_waiting": "Requests that wait for pages",
+    "pages_total": "Pages of the KV pools",
+    "pages_free": "Pages that hold nothing",
+    "pages_cached": "Pages in the prefix cache, in use or not",
+    "pages_used": "Pages that one request owns",
+    "mean_batch_per_block": "Mean rows of an engine call",
+    "engine_calls_per_step": "Mean engine calls of a step",
+}
+_COUNTERS = {
+    "requests_arrived_total": "Requests queued",
+    "prompt_tokens_total": "Prompt tokens of ended requests",
+    "cached_tokens_total": "Those of them that the prefix cache spared",
+    "generated_tokens_total": "Tokens generated",
+    "preemptions_total": "Requests set back because pages ran out",
+    "steps_total": "Engine steps",
+    "engine_calls_total": "Engine calls",
+}
+_LABELLED = {  # field -> (metric, label, description)
+    "requests_total": ("requests_total", "finish_reason", "Requests ended"),
+    "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
+}
+
+
+class MetricsExporter:
+    """Metric families of one model process. One thread at a time.
+
+    Args:
+        pb: the `triton_python_backend_utils` module.
+    """
+
+    def __init__(self, pb: Any) -> None:
+        kinds = pb.MetricFamily
+        self._pb = pb
+        self._families: list[Any] = []  # a metric lives as long as its family
+        self._values: dict[tuple[str, str], float] = {}
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._next_export = 0.0
+        for name, description in _GAUGES.items():
+            self._metrics[name, ""] = self._family(name, description, kinds.GAUGE).Metric(labels={})
+        for name, description in _COUNTERS.items():
+            self._metrics[name, ""] = self._family(name, description, kinds.COUNTER).Metric(labels={})
+        self._labelled = {
+            field: self._family(name, description, kinds.COUNTER)
+            for field, (name, _, description) in _LABELLED.items()
+        }
+        self._ttft = self._histogram("ttft_seconds", "From arrival to the first token", TTFT_BOUNDS)
+        self._gap = self._histogram(
+            "inter_token_seconds", "Between two tokens of a request", INTER_TOKEN_BOUNDS
+        )
+        self._e2e = self._histogram("e2e_seconds", "From arrival to the end of a request", E2E_BOUNDS)
+
+    def on_token(self, seconds: float, first: bool) -> None:
+        """A token came out: time since the request's arrival (its first) or since the token before."""
+        (self._ttft if first else self._gap).observe(seconds)
+
+    def on_finished(self, seconds: float) -> None:
+        """A request ended."""
+        self._e2e.observe(seconds)
+
+    def export(self, snapshot: Callable[[], Metrics], now: float) -> None:
+        """Bring gauges and counters up to date, twice a second at most; `now` is monotonic seconds."""
+        if now < self._next_export:
+            return
+        self._next_export = now + _EXPORT_EVERY_S
+        metrics = snapshot()
+        for name in _GAUGES:
+            self._update(name, "", getattr(metrics, name), counter=False)
+        for name in _COUNTERS:
+            self._update(name, "", getattr(metrics, name), counter=True)
+        for field in _LABELLED:
+            values: Mapping[str, int] = getattr(metrics, field)
+            for label, value in values.items():
+                self._update(field, label, value, counter=True)
+
+    def _update(self, name: str, label: str, value: float, counter: bool) -> None:
+        key = (name, label)
+        seen = self._values.get(key, 0)
+        if value == seen:
+            return
+        if key not in self._metrics:
+            self._metrics[key] = self._labelled[name].Metric(labels={_LABELLED[name][1]: label})
+        metric = self._metrics[key]
+        if counter:
+            metric.increment(value - seen)
+        else:
+            metric.set(value)
+        self._values[key] = value
+
+    def _family(self, name: str, description: str, kind: Any) -> Any:
+        family = self._pb.MetricFamily(name=f"blockzoo_{name}", description=description, kind=kind)
+        self._families.append(family)
+        return family
+
+    def _histogram(self, name: str, description: str, bounds: Sequence[float]) -> Any:
+        family = self._family(name, description, self._pb.MetricFamily.HISTOGRAM)
+        return family.Metric(labels={}, buckets=list(bounds))

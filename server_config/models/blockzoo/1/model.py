@@ -1,0 +1,35 @@
+"""The engine of the whole server, behind one decoupled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.front import EngineFront
+from blockzoo.server_config.repository import ServerSettings, served_end_ids
+from blockzoo.zoo.store import Zoo
+
+
+class TritonPythonModel:
+    """Triton's interface to `EngineFront`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the zoo."""
+        settings = ServerSettings.of_model(args)
+        control_dir = None if settings.control_dir is None else Path(settings.control_dir)
+        end_ids = served_end_ids(Zoo.open(settings.zoo))
+        engine = EngineThread(settings.zoo, EngineConfig(**settings.engine))
+        self._front = EngineFront(engine, pb_utils, end_ids, control_dir)
+        self._drain_s = settings.drain_s
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue requests; responses follow from another thread."""
+        for request in requests:
+            self._front.handle(request)
+
+    def finalize(self) -> None:
+        """Let running requests finish."""
+        self._front.close(self._drain_s)

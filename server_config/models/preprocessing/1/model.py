@@ -1,0 +1,23 @@
+"""Text -> token ids, for every tenant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from blockzoo.server_config.repository import ServerSettings
+from blockzoo.server_config.text_steps import Preprocessor, Tokenizers, run_step
+from blockzoo.zoo.store import Zoo
+
+
+class TritonPythonModel:
+    """Triton's interface to `Preprocessor`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the zoo's tokenizers."""
+        self._step = Preprocessor(Tokenizers(Zoo.open(ServerSettings.of_model(args).zoo)))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer requests."""
+        return run_step(self._step, requests, pb_utils)

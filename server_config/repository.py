@@ -1,0 +1,184 @@
+"""A zoo -> a Triton model repository.
+
+    blockzoo          the engine: text or token ids in, text and token ids out, one response per token
+    blockzoo_unary    the same for plain `infer` calls, which Triton refuses to decoupled models
+    preprocessing     text -> token ids; one optional text input per tenant says which tokenizer and model
+    postprocessing    engine text -> client text; token ids -> text
+    <tenant>          preprocessing -> blockzoo -> postprocessing: configuration only, no process
+
+Two Python models are two processes, so the engine lives in `blockzoo` alone and the ensembles share it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from blockzoo.server_config.schema import (
+    INPUT_IDS,
+    INPUTS,
+    MODEL,
+    OUTPUTS,
+    SAMPLING_INPUTS,
+    TEXT_INPUT,
+    TEXT_OUTPUT,
+    TensorField,
+)
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.store import Zoo
+
+ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = "blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"
+RESERVED_NAMES = (ENGINE, UNARY, PREPROCESSING, POSTPROCESSING)
+_POSTPROCESSING_INPUTS = (TensorField("text", "STRING"), TensorField("token_ids", "INT32", (-1,)), MODEL)
+_VALID_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_ONE_BY_ONE = "max_batch_size: 1\n"  # clients of the TensorRT-LLM backend send a batch dimension
+_DECOUPLED = "model_transaction_policy { decoupled: true }\n"
+_BATCHED = "max_batch_size: 64\ndynamic_batching { }\n"  # what Triton asks of a text step costs per call
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the models of a repository are told, as their parameter `settings`.
+
+    Attributes:
+        zoo: absolute path.
+        engine: fields of `EngineConfig` that differ from its defaults.
+        drain_s: seconds that running requests have when the model is unloaded.
+        control_dir: folder shared with the launcher; None without one.
+    """
+
+    zoo: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    drain_s: float = 30.0
+    control_dir: str | None = None
+
+    @classmethod
+    def of_model(cls, args: Mapping[str, str]) -> ServerSettings:
+        """Read them from what Triton gives to `TritonPythonModel.initialize`."""
+        config = json.loads(args["model_config"])
+        return cls(**json.loads(config["parameters"]["settings"]["string_value"]))
+
+
+def write_repository(folder: Path, settings: ServerSettings) -> tuple[str, ...]:
+    """Write the model repository of `settings.zoo` into `folder`, which must be new or empty.
+
+    Returns:
+        The names of the models served, sorted.
+
+    Raises:
+        ZooError: the zoo cannot be read, a name does not suit Triton, or the folder holds something.
+    """
+    zoo = Zoo.open(settings.zoo)
+    tenants = tuple(sorted(zoo.manifest.models))
+    if not tenants:
+        raise ZooError(f"{zoo.path} holds no models; add one with zoo-compile")
+    for name in tenants:
+        check_name(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ZooError(f"{folder} is not empty; name a new folder for the model repository")
+    for name, text in configurations(tenants, settings).items():
+        version = folder / name / "1"
+        version.mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(text)
+        if name in RESERVED_NAMES:
+            source = resources.files("blockzoo.server_config") / "models" / name / "1" / "model.py"
+            (version / "model.py").write_bytes(source.read_bytes())
+    return tenants
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot be a Triton model beside ours. Raises ZooError."""
+    if name in RESERVED_NAMES:
+        raise ZooError(f"model {name!r} has the name of a server model; compile it under another name")
+    if not _VALID_NAME.fullmatch(name):
+        raise ZooError(
+            f"model {name!r} cannot be a Triton model name; compile it under one of at most 128 letters, "
+            "digits, '.', '_' and '-' that does not begin with '.' or '-'"
+        )
+
+
+def configurations(tenants: Sequence[str], settings: ServerSettings) -> dict[str, str]:
+    """The text of each model's config.pbtxt."""
+    tenant_inputs = [TensorField(tenant_input(tenant), "STRING") for tenant in tenants]
+    return {
+        ENGINE: _python_model(ENGINE, INPUTS, OUTPUTS, _ONE_BY_ONE + _DECOUPLED, settings),
+        UNARY: _python_model(UNARY, INPUTS, OUTPUTS, _ONE_BY_ONE, settings),
+        PREPROCESSING: _python_model(PREPROCESSING, tenant_inputs, (INPUT_IDS, MODEL), _BATCHED, settings),
+        POSTPROCESSING: _python_model(
+            POSTPROCESSING, _POSTPROCESSING_INPUTS, (TEXT_OUTPUT,), _BATCHED, settings
+        ),
+        **{tenant: _ensemble(tenant) for tenant in tenants},
+    }
+
+
+def tenant_input(tenant: str) -> str:
+    """The preprocessing input that takes the text of one tenant."""
+    return f"text_input@{tenant}"
+
+
+def _python_model(
+    name: str,
+    inputs: Iterable[TensorField],
+    outputs: Iterable[TensorField],
+    batching: str,
+    settings: ServerSettings,
+) -> str:
+    # every input is optional: a missing one gets our own error, and a health request needs none
+    return (
+        f'name: "{name}"\nbackend: "python"\n{batching}'
+        f"{_tensors('input', inputs, optional=True)}{_tensors('output', outputs)}"
+        "instance_group [ { count: 1 kind: KIND_CPU } ]\n"  # one engine; and a stream's texts stay in order
+        f"{_parameter('settings', json.dumps(asdict(settings)))}"
+    )
+
+
+def _ensemble(tenant: str) -> str:
+    inputs = _tensors("input", [TEXT_INPUT]) + _tensors("input", SAMPLING_INPUTS, optional=True)
+    sampling = {tensor.name: tensor.name for tensor in SAMPLING_INPUTS}
+    passed_on = {tensor.name: tensor.name for tensor in OUTPUTS if tensor is not TEXT_OUTPUT}
+    steps = (
+        _step(PREPROCESSING, {tenant_input(tenant): "text_input"}, {"input_ids": "_ids", "model": "_model"}),
+        _step(
+            ENGINE,
+            {"input_ids": "_ids", "model": "_model", "text_input": "text_input", **sampling},
+            {"text_output": "_text", **passed_on},
+        ),
+        _step(POSTPROCESSING, {"text": "_text"}, {"text_output": "text_output"}),
+    )
+    return (
+        f'name: "{tenant}"\nplatform: "ensemble"\n{_ONE_BY_ONE}'
+        f"{inputs}{_tensors('output', OUTPUTS)}"
+        f"ensemble_scheduling {{\n  step [\n{','.join(steps)}  ]\n}}\n"
+    )
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
+    maps = [
+        f'      {kind} {{ key: "{key}" value: "{value}" }}\n'
+        for kind, mapping in (("input_map", inputs), ("output_map", outputs))
+        for key, value in mapping.items()
+    ]
+    return f'    {{\n      model_name: "{model}"\n      model_version: -1\n{"".join(maps)}    }}\n'
+
+
+def _tensors(kind: str, tensors: Iterable[TensorField], optional: bool = False) -> str:
+    return "".join(
+        f'{kind} {{ name: "{t.name}" data_type: TYPE_{t.data_type} dims: {list(t.dims)}'
+        f"{' optional: true' if optional else ''} }}\n"
+        for t in tensors
+    )
+
+
+def _parameter(key: str, value: str) -> str:
+    # a JSON string is a valid pbtxt string, once the value is ASCII
+    return f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}\n'
+
+
+def served_end_ids(zoo: Zoo) -> dict[str, tuple[int, ...]]:
+    """End-of-sequence token ids by model name."""
+    return {name: record.config.eos_token_ids for name, record in zoo.manifest.models.items()}

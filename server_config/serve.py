@@ -1,0 +1,210 @@
+"""zoo-serve: a zoo on the network, through Triton Inference Server."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blockzoo.server_config.launcher import Endpoints, TritonProcess
+    from blockzoo.server_config.watchdog import Watchdog
+
+_PROBE_EVERY_S = 1.0
+_MAX_RESTARTS, _RESTART_WINDOW_S = 3, 300.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="zoo-serve",
+        description="Serve all models of a zoo over HTTP and gRPC with Triton Inference Server.",
+    )
+    parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
+    network = parser.add_argument_group("network (port 0 takes a free one)")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    network.add_argument("--http-port", type=int, default=8000, metavar="N", help="default %(default)s")
+    network.add_argument("--grpc-port", type=int, default=8001, metavar="N", help="default %(default)s")
+    network.add_argument("--metrics-port", type=int, default=8002, metavar="N", help="default %(default)s")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
+    engine.add_argument("--kv-cache-gb", type=float, metavar="GB", help="size of the KV pool (default 2)")
+    engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
+    engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
+    engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
+    engine.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt with its answer")
+    engine.add_argument("--max-request-seconds", type=float, metavar="S", help="limit per request (600)")
+    engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
+    engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long running requests may go on after SIGTERM or Ctrl-C (default %(default)s)",
+    )
+    parser.add_argument("--write-only", metavar="DIR", help="write the model repository to DIR and exit")
+    parser.add_argument("--verbose", action="store_true", help="show the server's whole log")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run zoo-serve; the exit status."""
+    args = build_parser().parse_args(argv)
+    from blockzoo.runtime.errors import RequestError  # after parsing: --help answers at once
+    from blockzoo.zoo.errors import ZooError
+
+    try:
+        return _write_only(args) if args.write_only else _serve(args)
+    except (ZooError, RequestError) as error:
+        print(f"zoo-serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig that the command line sets. Raises InvalidRequestError."""
+    from blockzoo.runtime import EngineConfig
+
+    settings = {
+        "precision": args.precision,
+        "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_waiting": args.max_waiting,
+        "max_model_len": args.max_model_len,
+        # an ensemble's cancelled requests run on unnoticed: something must bound them
+        "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
+        "schedule": args.schedule,
+        "num_threads": args.threads,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    EngineConfig(**settings)
+    return settings
+
+
+def _write_only(args: argparse.Namespace) -> int:
+    from blockzoo.server_config.launcher import Endpoints, server_arguments
+    from blockzoo.server_config.repository import ServerSettings, write_repository
+
+    folder = Path(args.write_only).resolve()
+    settings = ServerSettings(str(Path(args.zoo).resolve()), _engine_settings(args), args.drain_seconds)
+    tenants = write_repository(folder, settings)
+    endpoints = Endpoints(args.host, args.http_port, args.grpc_port, args.metrics_port)
+    command = ["tritonserver", *server_arguments(folder, endpoints, args.drain_seconds)]
+    print(f"wrote {folder} for {', '.join(tenants)}; serve it with\n\n  " + " \\\n    ".join(command))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from blockzoo.server_config.environment import find_tritonserver, free_ports
+    from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
+    from blockzoo.server_config.repository import ServerSettings, write_repository
+    from blockzoo.server_config.watchdog import Watchdog
+
+    engine = _engine_settings(args)
+    ports = free_ports(
+        args.host,
+        {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
+    )
+    endpoints = Endpoints(args.host, *ports.values())
+    with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
+        folder = Path(temporary)
+        repository, control_dir = folder / "models", folder / "control"
+        control_dir.mkdir()
+        zoo = str(Path(args.zoo).resolve())
+        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir))
+        tenants = write_repository(repository, settings)
+        server = find_tritonserver(folder)
+        arguments = server_arguments(repository, endpoints, args.drain_seconds)
+
+        def start() -> TritonProcess:
+            return TritonProcess(server, arguments, control_dir, args.verbose)
+
+        supervisor = _Supervisor(start, Watchdog(endpoints.http, tenants[0]), args.drain_seconds)
+        return supervisor.run(lambda: _print_endpoints(args.zoo, tenants, endpoints))
+
+
+class _Supervisor:
+    """Keeps one server up until a signal comes; runs in the main thread."""
+
+    def __init__(self, start: Any, watchdog: Watchdog, drain_s: float) -> None:
+        self._start = start
+        self._watchdog = watchdog
+        self._drain_s = drain_s
+        self._stop = Event()
+
+    def run(self, on_ready: Any) -> int:
+        """Serve; the exit status. Raises ServerError when the server cannot be (kept) up."""
+        from blockzoo.server_config.environment import ServerError
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        process: TritonProcess = self._start()
+        try:
+            self._wait_until_serving(process)
+            if not self._stop.is_set():
+                on_ready()
+            while not self._stop.wait(_PROBE_EVERY_S):
+                problem = self._watchdog.problem() if process.running else process.failure()
+                if problem is None:
+                    continue
+                now = time.monotonic()
+                if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
+                    raise ServerError(f"{problem}\nrestarted {_MAX_RESTARTS} times already; giving up")
+                restarts.append(now)
+                _say(f"{problem}\nrestarting the server")
+                process.kill()
+                process = self._start()
+                self._wait_until_serving(process)
+                _say(f"serving again after {time.monotonic() - now:.1f} s")
+            _say("stopping: running requests finish first, a second signal ends them")
+            drained = process.stop(self._drain_s, self._watchdog.unfinished)
+            return 0 if drained else 1
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            process.kill()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def _wait_until_serving(self, process: TritonProcess) -> None:
+        from blockzoo.server_config.environment import ServerError
+
+        while not self._watchdog.ready():
+            if not process.running:
+                raise ServerError(process.failure())
+            if self._stop.wait(0.1):
+                return
+        self._watchdog.self_test()
+
+
+def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
+    host = endpoints.client_host
+    print(
+        f"serving {len(tenants)} models of {zoo}: {', '.join(tenants)}\n"
+        f"  HTTP     {endpoints.http}\n"
+        f"  gRPC     {host}:{endpoints.grpc_port}\n"
+        f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"
+        "try\n"
+        f"  curl -s {endpoints.http}/v2/models/{tenants[0]}/generate "
+        '-d \'{"text_input": "Hello", "max_tokens": 16}\'',
+        flush=True,
+    )
+
+
+def _say(message: str) -> None:
+    print(f"zoo-serve: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
