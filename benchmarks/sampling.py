@@ -28,6 +28,7 @@ from blockzoo.runtime.sampling import Sampler, SamplerState
 
 Logits = npt.NDArray[np.float32]
 
+FULL_SORT = "reference: full sort per row"
 SETTINGS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0},
     "greedy, repetition penalty": {"temperature": 0, "repetition_penalty": 1.1},
@@ -80,11 +81,13 @@ def measure(runs: dict[str, Callable[[], object]], rows: int, repeats: int) -> d
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+    full_sort = statistics.median(seconds[FULL_SORT])
     return {
         name: {
             "median_us_per_row": round(1e6 * statistics.median(times) / rows, 1),
             "min_us_per_row": round(1e6 * min(times) / rows, 1),
             "max_us_per_row": round(1e6 * max(times) / rows, 1),
+            "share_of_full_sort": round(statistics.median(times) / full_sort, 4),
         }
         for name, times in seconds.items()
     }
@@ -102,7 +105,7 @@ def main() -> None:
         logits = make_logits(args.rows, args.vocab, shape == "peaked")
         runs: dict[str, Callable[[], object]] = {
             "reference: one argmax pass": partial(logits.argmax, axis=1),
-            "reference: full sort per row": partial(sort_rows, logits),
+            FULL_SORT: partial(sort_rows, logits),
         }
         runs |= {name: sampler_run(logits, fields) for name, fields in SETTINGS.items()}
         results[shape] = measure(runs, args.rows, args.repeats)

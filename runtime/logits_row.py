@@ -5,13 +5,9 @@ Everything here is built on the maxima of chunks of 128 logits instead: if k chu
 or more, at least k logits are t or more, so the logits that are at least the k-th largest chunk maximum
 contain the k largest, and all of them lie in the chunks whose maximum is at least that.
 
-A chunk is a column of the row seen as a matrix, not a run of neighbours, so that maxima and sums over
-chunks are elementwise passes over long rows:
-
-    row [128 * C + tail]:   0      1   ...  C-1         chunk 0 = tokens 0, C, 2C, ...
-                            C     C+1  ... 2C-1
-                           ...                          the tail (fewer than 128 tokens) is
-                          127C    ...      128C-1       always looked at whole
+On 2 cores of a busy Xeon, for 32 rows of 151,936 logits like a trained model's, benchmarks/sampling.py
+gives these shares of the time of an argsort and a running sum per row: top_k 50 1/35, the whole
+distribution 1/17, top_p 0.9 1/12; where the nucleus is most of the vocabulary, top_p takes 1/3.
 """
 
 from __future__ import annotations
@@ -137,11 +133,12 @@ class LogitsRow:
         Weights are binned by logit, whole bins are kept as far as they fit, and only the bin in which
         the mass is reached is sorted.
         """
-        # the range of the bins is a matter of speed only: all that is lighter falls in the last bin
-        lightest = max(mass, 1.0) * 1e-3 / weights.size
-        scale = np.float32((BINS - 1) / (temperature * -math.log(min(lightest, 0.5))))
         places = np.subtract(np.float32(self.peak), self.logits, out=self._scratch.places)
-        np.multiply(places, scale, out=places)
+        # The span of the bins is a matter of speed only: what lies beyond falls in the last bin. What is
+        # lighter than `light` weighs next to nothing even all together.
+        light = mass * 1e-3 / weights.size
+        span = min(float(places.max()), temperature * -math.log(min(light, 0.5)))
+        np.multiply(places, np.float32((BINS - 1) / max(span, 1e-30)), out=places)
         np.minimum(places, np.float32(BINS - 1), out=places)
         bins, doubles = self._scratch.bins, self._scratch.doubles
         np.copyto(bins, places, casting="unsafe")

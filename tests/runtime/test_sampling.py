@@ -363,6 +363,40 @@ def test_top_logprobs_of_equal_logits_start_at_the_lowest_id():
     assert token.logprob == pytest.approx(-math.log(500))
 
 
+# ---- hostile numbers
+
+EXTREMES = [0.0, -0.0, 1.0, 1e-45, -1e-45, 1e-38, 30.0, -30.0, 3.4e38, -3.4e38, -math.inf]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.sampled_from(EXTREMES), min_size=1, max_size=8),
+    vocab=st.sampled_from([1, 2, 130, 9000]),
+    fields=st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 1e-5, 0.7, 1.0, 100.0]),
+            "top_k": st.sampled_from([0, 1, 40, 2**31 - 1]),
+            "top_p": st.sampled_from([5e-324, 0.5, 0.9999999999999999, 1.0]),
+            "min_p": st.sampled_from([0.0, 5e-324, 0.1, 1.0]),
+            "repetition_penalty": st.sampled_from([1.0, 0.01, 100.0]),
+            "frequency_penalty": st.sampled_from([0.0, -2.0]),
+            "seed": st.integers(0, 2**64 - 1),
+        }
+    ),
+)
+def test_any_finite_logits_give_a_possible_token_or_a_named_error(values, vocab, fields):
+    logits = np.resize(np.array(values, np.float32), (1, vocab))
+    state = state_of(vocab, prompt=[0], eos=(), generated=[0] * 3, logprobs=1, **fields)
+    result = only(Sampler().sample(logits, [state]))
+    if isinstance(result, SamplingError):
+        with np.errstate(over="ignore"):
+            edited = state.edit(logits[0], np.empty(vocab, np.float32))
+        assert not math.isfinite(edited.max())
+    else:
+        assert logits[0, result.token_id] > -math.inf
+        assert result.logprob <= 1e-6
+
+
 # ---- errors
 
 
