@@ -125,9 +125,10 @@ def _print_report(report: "CompileReport") -> None:
     for name in report.removed:
         print(f"{name}  removed, {human_bytes(report.freed_bytes)} freed")
     saved = 1 - report.stored_bytes / report.unshared_bytes if report.unshared_bytes else 0.0
+    models = "model" if report.zoo_models == 1 else "models"
     would = "would hold" if report.dry_run else "holds"
     print(
-        f"the zoo {would} {report.zoo_models} models in {report.zoo_blocks} distinct blocks: "
+        f"the zoo {would} {report.zoo_models} {models} in {report.zoo_blocks} distinct blocks: "
         f"{human_bytes(report.stored_bytes)} instead of {human_bytes(report.unshared_bytes)} "
         f"({saved:.0%} saved)"
     )

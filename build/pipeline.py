@@ -8,7 +8,7 @@ from blockzoo.build import profiles
 from blockzoo.build.partition import CutBlock, cut
 from blockzoo.build.report import CompileReport, ModelReport, Status, chain_bytes, sharing_bytes
 from blockzoo.build.sources import Merged, Source, nearest, open_sources
-from blockzoo.build.verify import verify
+from blockzoo.build.verify import encode_prompts, verify
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
@@ -79,6 +79,8 @@ class _Compilation:
                 hint = nearest(name, self.old.manifest.models)
                 raise StoreError(f"{self.old.path}: there is no model {name!r} to remove{hint}")
         sources = open_sources(models, self.old)
+        for source in sources:
+            encode_prompts(source)  # a tokenizer that does not fit is told before anything is written
         for source in sources:
             self.add(source)
         if self.writer is not None and self.options.verify:
@@ -167,8 +169,7 @@ class _Compilation:
         checked = self.verified_twin(record)
         if checked is None:
             blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
-            folder = self.zoo.tokenizer_dir(source.name)
-            checked = verify(source, blocks, folder, self.maker, self.options.dtype, self.progress)
+            checked = verify(source, blocks, self.maker, self.options.dtype, self.progress)
         self.manifest.models[source.name] = replace(record, verification=checked)
         self.reports[source.name] = replace(self.reports[source.name], verification=checked)
 

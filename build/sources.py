@@ -61,7 +61,7 @@ def open_sources(models: Mapping[str, str | Path], zoo: Zoo | None) -> list[Sour
         path, base = _split_base(given)
         if is_adapter(path):
             adapters[name] = (open_adapter(path), base)
-        elif base:
+        elif base and path.is_dir():
             raise ZooError(f"{name}={given}: '@{base}' is for PEFT adapters, and {path} is none")
         else:
             opened[name] = _checkpoint_source(name, path)

@@ -7,7 +7,6 @@ serving precision makes of it is reported beside it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.blocks import Block, Dtype
 from blockzoo.zoo.errors import CheckpointError, ZooError
 from blockzoo.zoo.manifest import VerificationFigures, VerificationRecord
-from blockzoo.zoo.model_config import ModelConfig
 
 PROMPTS = (
     "The capital of France is",
@@ -51,7 +49,6 @@ class _Probe:
 def verify(
     source: Source,
     blocks: Sequence[Block],
-    tokenizer_dir: Path,
     maker: Callable[[Precision | None], EngineMaker],
     dtype: Dtype | None,
     progress: Callable[[str, int, int], None],
@@ -62,7 +59,13 @@ def verify(
     the tolerance, CheckpointError for a tokenizer that does not fit the model.
     """
     config = source.config
-    prompts = encode_prompts(tokenizer_dir, config)
+    room = config.max_position_embeddings - NUM_GENERATED
+    if room < 1:
+        raise CheckpointError(
+            f"{source.name}: max_position_embeddings is {config.max_position_embeddings}: verification needs "
+            f"at least {NUM_GENERATED + 1}; --no-verify leaves it out"
+        )
+    prompts = [prompt[:room] for prompt in encode_prompts(source)]
     longest = max(map(len, prompts)) + NUM_GENERATED
     chain = ProbeChain(maker("f32"), blocks, config, longest)
     what, steps = f"verifying {source.name}", len(prompts) + config.num_layers
@@ -108,26 +111,20 @@ def verify(
     )
 
 
-def encode_prompts(tokenizer_dir: Path, config: ModelConfig) -> list[list[int]]:
-    """The built-in prompts as token ids that fit the model. Raises CheckpointError for an unfit tokenizer."""
+def encode_prompts(source: Source) -> list[list[int]]:
+    """The built-in prompts as a model's token ids. Raises CheckpointError for an unfit tokenizer."""
     from tokenizers import Tokenizer
 
-    path = tokenizer_dir / "tokenizer.json"
+    where = source.path or source.name
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(source.tokenizer_files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"tokenizer.json is not readable ({error}); save it again") from error
-    room = config.max_position_embeddings - NUM_GENERATED
-    if room < 1:
+        raise CheckpointError(f"{where}: tokenizer.json is not readable ({error}); save it again") from error
+    prompts = [tokenizer.encode(text).ids or [0] for text in PROMPTS]
+    highest, vocab_size = max(map(max, prompts)), source.config.vocab_size
+    if highest >= vocab_size:
         raise CheckpointError(
-            f"max_position_embeddings is {config.max_position_embeddings}: verification needs at least "
-            f"{NUM_GENERATED + 1} (--no-verify leaves it out)"
-        )
-    prompts = [tokenizer.encode(text).ids[:room] or [0] for text in PROMPTS]
-    highest = max(map(max, prompts))
-    if highest >= config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer.json gives token id {highest}, but the model's vocab_size is {config.vocab_size}: "
+            f"{where}: tokenizer.json gives token id {highest}, but the model's vocab_size is {vocab_size}: "
             "is it the tokenizer of another model?"
         )
     return prompts

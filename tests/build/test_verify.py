@@ -1,0 +1,154 @@
+"""Verification against the real engines: sound models pass with tiny errors, wrong ones are refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.build import sources as build_sources
+from blockzoo.build.cli import main
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.verify import NUM_GENERATED, PROMPTS, compare
+from blockzoo.zoo.manifest import ModelRecord
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, write_tensor_file
+
+Records = dict[str, ModelRecord]
+
+
+@pytest.fixture(scope="module")
+def verified(
+    checkpoints: dict[str, Path], make_adapter: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A zoo of every variant, a copy, a LoRA and an f32 checkpoint with a LoRA (blocks of mixed dtypes)."""
+    import warnings
+
+    root = tmp_path_factory.mktemp("verified")
+    wide = Path(shutil.copytree(checkpoints["qwen2"], root / "wide"))
+    file = TensorFile(checkpoints["qwen2"] / "model.safetensors")
+    values = {name: from_f32(file.tensor(name).to_f32() + np.float32(1e-5), "f32") for name in file.names}
+    (wide / "model.safetensors").unlink()
+    write_tensor_file(wide / "model.safetensors", values, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_adapter(checkpoints["qwen2"], root / "notes")
+    models: dict[str, str | Path] = {**checkpoints, "copy": checkpoints["llama"], "wide": wide}
+    models["notes"] = f"{root / 'notes'}@qwen2"
+    models["wide-notes"] = f"{root / 'notes'}@wide"
+    compile_models(models, root / "zoo")
+    return root / "zoo"
+
+
+def test_every_model_agrees_with_the_oracle(verified: Path) -> None:
+    models = Zoo.open(verified).manifest.models
+    assert len(models) == 10
+    for name, record in models.items():
+        assert record.verification is not None, name
+        figures = record.verification.figures["f32"]
+        assert figures.max_relative_error < 2e-5, name
+        assert figures.greedy_agreement > 0.99, name
+        assert record.verification.num_tokens == len(PROMPTS) * NUM_GENERATED
+        for other in record.verification.figures.values():
+            assert other.max_relative_error < 0.2, name
+
+
+def test_rounding_is_reported_where_there_is_any(verified: Path) -> None:
+    models = Zoo.open(verified).manifest.models
+    errors = {n: r.verification.rounding_error for n, r in models.items() if r.verification is not None}
+    assert {name for name, error in errors.items() if error is not None} == {"notes", "wide-notes"}
+    assert 1e-4 < (errors["notes"] or 0) < 0.05
+    assert (errors["wide-notes"] or 0) < 1e-4
+
+
+def test_a_chain_is_verified_once(verified: Path) -> None:
+    models = Zoo.open(verified).manifest.models
+    copied, original = models["copy"].verification, models["llama"].verification
+    assert copied is not None
+    assert original is not None
+    assert copied.same_as == "llama"
+    assert original.same_as is None
+    assert copied.figures == original.figures
+
+
+def test_blocks_of_a_plan_share_one_measurement(verified: Path) -> None:
+    manifest = Zoo.open(verified).manifest
+    measured: dict[str, set[str | None]] = {}
+    for block in manifest.blocks.values():
+        assert block.latency_us is not None
+        assert set(block.latency_us) == ({1, 8} if block.spec.kind == "head" else {1, 8, 64, 256})
+        assert all(time > 0 for time in block.latency_us.values())
+        measured.setdefault(block.plan, set()).add(block.latency_block)
+    assert all(len(blocks) == 1 for blocks in measured.values())
+    assert len(measured) == len(manifest.plans)
+
+
+def test_a_wrong_chain_is_refused_and_the_zoo_unchanged(
+    verified: Path,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    tree: Callable[[Path], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    zoo = Path(shutil.copytree(verified, tmp_path / "zoo"))
+    original = build_sources.checkpoint_reader
+
+    def swapped(checkpoint: Any) -> Callable[[str], BlockTensor]:
+        read = original(checkpoint)
+        swap = {"model.layers.0.self_attn.k_proj.weight": "model.layers.0.self_attn.v_proj.weight"}
+        return lambda name: read(swap.get(name, name))
+
+    monkeypatch.setattr(build_sources, "checkpoint_reader", swapped)
+    before = tree(zoo)
+    assert main([f"wrong={checkpoints['qwen3']}", "-o", str(zoo)]) == 2
+    assert "wrong: the compiled model is not the checkpoint" in capsys.readouterr().err
+    assert tree(zoo) == before
+
+
+def test_verification_can_be_made_up_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    zoo, models = tmp_path / "z", {"m": checkpoints["llama"]}
+    compile_models(models, zoo, CompileOptions(verify=False, profile=False))
+    assert Zoo.open(zoo).manifest.models["m"].verification is None
+    report = compile_models(models, zoo, CompileOptions(profile=False, threads=1))
+    assert report.models[0].status == "unchanged"
+    assert Zoo.open(zoo).manifest.models["m"].verification == report.models[0].verification is not None
+
+
+def test_a_removed_twin_is_not_named_any_more(verified: Path, tmp_path: Path) -> None:
+    zoo = Path(shutil.copytree(verified, tmp_path / "zoo"))
+    compile_models({}, zoo, CompileOptions(), remove=["llama"])
+    copied = Zoo.open(zoo).manifest.models["copy"].verification
+    assert copied is not None
+    assert copied.same_as is None
+
+
+def test_a_converted_model_passes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    models = {"m": checkpoints["llama"]}
+    compile_models(models, tmp_path / "z", CompileOptions(dtype="f16", profile=False))
+    record = Zoo.open(tmp_path / "z").manifest.models["m"]
+    assert record.source.converted_to == "f16"
+    assert record.verification is not None
+    assert record.verification.rounding_error is not None
+
+
+def test_a_model_too_short_for_the_prompts_says_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    assert main([str(checkpoint), "-o", str(tmp_path / "z")]) == 2
+    assert "--no-verify leaves it out" in capsys.readouterr().err
+
+
+def test_compare() -> None:
+    expected = np.array([[1.0, -4.0, 2.0], [0.0, 1.0, 0.5]], np.float32)
+    seen = expected + np.array([[0.0, 0.0, 0.4], [2.0, 0.0, 0.0]], np.float32)
+    figures = compare([seen], [expected])
+    assert figures.greedy_agreement == 0.5
+    assert figures.max_relative_error == pytest.approx(2.0)
+    seen[0, 0] = np.nan
+    assert compare([seen], [expected]).max_relative_error == float("inf")
