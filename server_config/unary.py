@@ -34,31 +34,34 @@ class UnaryFront:
         """Take one request; its sender gets exactly one response."""
         pb = self._pb
         sender = request.get_response_sender()
-        if any(tensor.name() == "health" for tensor in request.inputs()):
-            tensors = [pb.Tensor("text_output", strings("ok"))]
-            sender.send(pb.InferenceResponse(tensors), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            return
-        # copied: a request's tensors go when execute returns
-        inputs = [pb.Tensor(tensor.name(), tensor.as_numpy().copy()) for tensor in request.inputs()]
-        if any(tensor.name() == "stream" and tensor.as_numpy().any() for tensor in inputs):
-            self._fail(sender, "stream is true; this model gives one response: use blockzoo", "INVALID_ARG")
-            return
-        inner = pb.InferenceRequest(
-            model_name=_ENGINE_MODEL,
-            request_id=request.request_id(),
-            inputs=inputs,
-            requested_output_names=[field.name for field in OUTPUTS],
-            timeout=request.timeout(),
-            parameters=json.loads(request.parameters() or "{}"),
-        )
-        self._threads.submit(self._forward, sender, inner)
+        try:
+            # copied: a request's tensors go when execute returns
+            inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
+            if "health" in inputs:
+                self._send(sender, [pb.Tensor("text_output", strings("ok"))])
+                return
+            if "stream" in inputs and inputs["stream"].any():
+                self._fail(
+                    sender, "stream is true; this model gives one response: use blockzoo", "INVALID_ARG"
+                )
+                return
+            inner = pb.InferenceRequest(
+                model_name=_ENGINE_MODEL,
+                request_id=request.request_id(),
+                inputs=[pb.Tensor(name, array) for name, array in inputs.items()],
+                requested_output_names=[field.name for field in OUTPUTS],
+                timeout=request.timeout(),
+                parameters=json.loads(request.parameters() or "{}"),
+            )
+            self._threads.submit(self._forward, sender, inner)
+        except Exception as error:
+            self._fail_internally(sender, error)
 
     def close(self) -> None:
         """Wait for the calls under way."""
         self._threads.shutdown(wait=True)
 
     def _forward(self, sender: Any, inner: Any) -> None:
-        pb = self._pb
         try:
             for response in inner.exec(decoupled=True):
                 if response.has_error():
@@ -66,17 +69,21 @@ class UnaryFront:
                     self._fail(sender, response.error().message(), "INVALID_ARG")
                     return
                 if response.output_tensors():
-                    sender.send(
-                        pb.InferenceResponse(response.output_tensors()),
-                        flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-                    )
+                    self._send(sender, response.output_tensors())
                     return
             self._fail(sender, "the engine model ended the request without a response", "INTERNAL")
         except Exception as error:
-            pb.Logger.log_error(traceback.format_exc())
-            self._fail(sender, f"internal error: {error}", "INTERNAL")
+            self._fail_internally(sender, error)
+
+    def _send(self, sender: Any, tensors: list[Any]) -> None:
+        pb = self._pb
+        sender.send(pb.InferenceResponse(tensors), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _fail(self, sender: Any, message: str, status: str) -> None:
         pb = self._pb
         error = pb.TritonError(message, getattr(pb.TritonError, status))
         sender.send(pb.InferenceResponse([], error=error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _fail_internally(self, sender: Any, error: Exception) -> None:
+        self._pb.Logger.log_error(traceback.format_exc())
+        self._fail(sender, f"internal error: {error}", "INTERNAL")

@@ -1,0 +1,275 @@
+"""The front between Triton and the engine, with a scripted engine and a recording Triton."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.runtime.errors import OverloadedError
+from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.request import RequestOutput
+from blockzoo.server_config.front import DRAIN_FILE, EngineFront
+
+FINAL = 1
+
+
+class RecordingTriton:
+    """The parts of triton_python_backend_utils that the front uses."""
+
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
+
+    class TritonError:
+        INVALID_ARG, UNAVAILABLE, NOT_FOUND, INTERNAL = "INVALID_ARG", "UNAVAILABLE", "NOT_FOUND", "INTERNAL"
+
+        def __init__(self, message: str, code: str) -> None:
+            self.message, self.code = message, code
+
+    class Tensor:
+        def __init__(self, name: str, array: np.ndarray) -> None:
+            self._name, self._array = name, array
+
+        def name(self) -> str:
+            return self._name
+
+        def as_numpy(self) -> np.ndarray:
+            return self._array
+
+    class InferenceResponse:
+        def __init__(self, tensors: list[Any], error: Any = None) -> None:
+            self.error = error
+            self.tensors = {tensor.name(): tensor.as_numpy() for tensor in tensors}
+
+    class MetricFamily:
+        GAUGE, COUNTER, HISTOGRAM = range(3)
+
+        def __init__(self, **kwargs: Any) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:
+            assert name == "Metric"
+            return lambda **kwargs: SimpleNamespace(set=float, increment=float, observe=float)
+
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self.Logger = SimpleNamespace(log_error=self.logged.append)
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.final = 0
+        self.cancelled = False
+
+    def send(self, response: Any = None, flags: int = 0) -> None:
+        assert not self.final, "a response after the final flag"
+        self.final += flags == FINAL
+        if response is not None:
+            self.sent.append(response)
+
+    def is_cancelled(self) -> bool:
+        assert not self.final, "asked about a request that has ended: Triton may crash"
+        return self.cancelled
+
+
+class Request:
+    def __init__(self, parameters: dict[str, Any] | None = None, timeout: int = 0, **values: Any) -> None:
+        self.sender = Sender()
+        self._timeout = timeout
+        self._parameters = json.dumps(parameters or {})
+        self._inputs = [RecordingTriton.Tensor(name, _array(value)) for name, value in values.items()]
+
+    def inputs(self) -> list[Any]:
+        return self._inputs
+
+    def parameters(self) -> str:
+        return self._parameters
+
+    def timeout(self) -> int:
+        return self._timeout
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, str):
+        return np.array([[value.encode()]], dtype=object)
+    return np.array([[value]], np.bool_ if isinstance(value, bool) else np.int32)
+
+
+class ScriptedEngine:
+    """Does what a test tells it, from the test's thread."""
+
+    def __init__(self) -> None:
+        self.alive, self.error, self.last_progress = True, None, time.monotonic()
+        self.requests: dict[str, Any] = {}
+        self.aborted: list[str] = []
+        self.refusal: Exception | None = None
+
+    def submit(self, request_id, model, prompt, params, on_output, scope=None) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests[request_id] = SimpleNamespace(
+            model=model, prompt=prompt, params=params, on_output=on_output, scope=scope
+        )
+
+    def emit(self, text: str, reason=None, error=None) -> None:
+        """One more output for every request."""
+        for request_id, request in list(self.requests.items()):
+            ids = () if reason in ("abort", "error") else (len(text),)
+            request.on_output(
+                RequestOutput(
+                    request_id, request.model, text, ids, None, reason is not None, reason, error, 3, 0, 1
+                )
+            )
+            if reason is not None:
+                del self.requests[request_id]
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self.requests:
+            self.aborted.append(request_id)
+            self.emit("", "abort")
+
+    def metrics(self) -> Any:
+        zeros = dict.fromkeys((field.name for field in fields(Metrics)), 0)
+        return SimpleNamespace(**zeros | {"requests_total": {}, "prefix_hit_tokens": {}})
+
+    def drain(self, timeout_s: float) -> bool:
+        return not self.requests
+
+    def close(self) -> None:
+        self.alive = False
+        self.emit("", "abort")
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+def triton() -> RecordingTriton:
+    return RecordingTriton()
+
+
+@pytest.fixture
+def front(engine: ScriptedEngine, triton: RecordingTriton, tmp_path: Path):
+    front = EngineFront(engine, triton, {"chat": (2,)}, tmp_path)
+    yield front
+    front.close(0)
+    assert triton.logged == []
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened within 10 s"
+        time.sleep(0.002)
+
+
+def texts(sender: Sender) -> list[str]:
+    return [response.tensors["text_output"][0, 0].decode() for response in sender.sent]
+
+
+def test_a_stream_gets_every_token_and_one_final_flag(front, engine):
+    request = Request(text_input="x", stream=True)
+    front.handle(request)
+    engine.emit("a")
+    engine.emit("b")
+    engine.emit("c", "length")
+    wait_for(lambda: request.sender.final)
+    assert texts(request.sender) == ["a", "b", "c"]
+    assert request.sender.final == 1
+
+
+def test_a_refused_request_gets_its_error_at_once(front, engine):
+    for refusal, code in ((OverloadedError("full"), "UNAVAILABLE"), (RuntimeError("bug"), "INTERNAL")):
+        engine.refusal = refusal
+        request = Request(text_input="x")
+        front.handle(request)
+        assert request.sender.final == 1
+        assert request.sender.sent[0].error.code == code
+    front._pb.logged.clear()
+    bad = Request(text_input="x", model="chta")
+    front.handle(bad)
+    assert bad.sender.sent[0].error.code == "NOT_FOUND"
+
+
+def test_a_cancelled_request_is_aborted_and_ends_without_a_response(front, engine):
+    request = Request(text_input="x")
+    front.handle(request)
+    request.sender.cancelled = True
+    wait_for(lambda: request.sender.final)
+    assert len(engine.aborted) == 1
+    assert request.sender.sent == []
+
+
+def test_a_timeout_ends_a_request_with_its_reason(front, engine):
+    request = Request(timeout=10_000, text_input="x")
+    front.handle(request)
+    wait_for(lambda: request.sender.final)
+    assert request.sender.sent[0].error.message == "the request took longer than its timeout of 0.01 s"
+
+
+def test_health_is_answered_while_the_queue_is_long(front, engine):
+    for _ in range(5):
+        front.handle(Request(text_input="x"))
+    probe = Request(health=True, text_input="żółw", max_tokens=7)
+    front.handle(probe)
+    status = json.loads(texts(probe.sender)[0])
+    assert status["unfinished"] == 5
+    assert status["echo"]["text_input"] == ["żółw"]
+    assert status["echo"]["max_tokens"] == [7]
+
+
+def test_health_tells_that_the_engine_has_stopped(front, engine):
+    engine.error = MemoryError("no memory")
+    probe = Request(health=True)
+    front.handle(probe)
+    assert probe.sender.sent[0].error.message == "the engine has stopped: no memory"
+
+
+def test_health_tells_that_the_engine_hangs(front, engine, monkeypatch):
+    front.handle(Request(text_input="x"))
+    monkeypatch.setattr("blockzoo.server_config.front._STALL_S", -1.0)
+    front._heartbeat = float("inf")
+    assert "the engine has made no step" in front._problem()
+
+
+def test_requests_that_the_engine_drops_at_its_end_are_told_why(front, engine):
+    request = Request(text_input="x")
+    front.handle(request)
+    engine.error = ValueError("broken")
+    engine.emit("", "abort")
+    wait_for(lambda: request.sender.final)
+    assert request.sender.sent[0].error.message == "the engine failed: broken"
+
+
+def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp_path):
+    running = Request(text_input="x", stream=True)
+    front.handle(running)
+    engine.emit("a")
+    (tmp_path / "new").write_text("0.2")
+    (tmp_path / "new").rename(tmp_path / DRAIN_FILE)  # the whole file at once, as the launcher does it
+    wait_for(lambda: front._drain_deadline is not None)
+    late = Request(text_input="x")
+    front.handle(late)
+    assert late.sender.sent[0].error.code == "UNAVAILABLE"
+    wait_for(lambda: running.sender.final)
+    assert running.sender.sent[-1].tensors["error"][0, 0] == b"the server is shutting down"
+
+
+def test_without_reuse_a_request_has_a_scope_of_its_own(front, engine):
+    for _ in range(2):
+        front.handle(Request(text_input="x", kv_reuse="off"))
+    front.handle(Request(text_input="x", kv_scope="team"))
+    first, second, third = (request.scope for request in engine.requests.values())
+    assert first != second
+    assert third == "team"
