@@ -1,0 +1,112 @@
+from typing import Any
+
+import pytest
+
+from blockzoo.zoo.blocks import AttnSpec, chain_specs, tensor_shapes
+from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
+from blockzoo.zoo.model_config import ModelConfig
+
+BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def read(architecture: str, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    config = {**BASE, "architectures": [f"{architecture}ForCausalLM"], **changes}
+    return ModelConfig.from_hf({k: v for k, v in config.items() if v is not ...}, generation)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_defaults_equal_those_of_transformers(architecture: str) -> None:
+    import transformers
+
+    theirs = getattr(transformers, f"{architecture}Config")(**BASE)
+    ours = read(architecture)
+    assert ours.head_dim == getattr(theirs, "head_dim", 64 // 8)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    window = getattr(theirs, "sliding_window", None)
+    assert ours.layer_windows == ((window or 0,) * 4 if architecture == "Mistral" else (0,) * 4)
+    heads = read(architecture, num_key_value_heads=..., num_attention_heads=32, head_dim=16).num_kv_heads
+    assert heads == getattr(transformers, f"{architecture}Config")(num_attention_heads=32).num_key_value_heads
+
+
+def test_biases_and_norms_by_architecture() -> None:
+    def flags(config: ModelConfig) -> tuple[bool, bool, bool, bool]:
+        return config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm
+
+    assert flags(read("Llama")) == (False, False, False, False)
+    assert flags(read("Llama", attention_bias=True, mlp_bias=True)) == (True, True, True, False)
+    assert flags(read("Mistral", attention_bias=True)) == (False, False, False, False)
+    assert flags(read("Qwen2")) == (True, False, False, False)
+    assert flags(read("Qwen3")) == (False, False, False, True)
+    assert flags(read("Qwen3", attention_bias=True)) == (True, True, False, True)
+    names = tensor_shapes(chain_specs(read("Qwen3", attention_bias=True))[1])
+    assert list(names)[5:] == ["q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"]
+    assert names["q_norm"] == (128,)
+
+
+def test_sliding_windows_per_layer() -> None:
+    assert read("Llama", sliding_window=16).layer_windows == (0, 0, 0, 0)
+    assert read("Mistral", sliding_window=16).layer_windows == (16,) * 4
+    assert read("Mistral", sliding_window=None).layer_windows == (0,) * 4
+    assert read("Qwen2", sliding_window=16).layer_windows == (0,) * 4
+    slides = {"use_sliding_window": True, "sliding_window": 16}
+    assert read("Qwen2", **slides, max_window_layers=3).layer_windows == (0, 0, 0, 16)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = read("Qwen3", **slides, layer_types=kinds)
+    assert config.layer_windows == (16, 0, 16, 0)
+    specs = [spec for spec in chain_specs(config) if isinstance(spec, AttnSpec)]
+    assert [spec.sliding_window for spec in specs] == [16, 0, 16, 0]
+
+
+def test_end_of_text_ids() -> None:
+    assert read("Llama").eos_token_ids == ()
+    assert read("Llama", eos_token_id=5).eos_token_ids == (5,)
+    assert read("Llama", {"eos_token_id": [5, 6]}, eos_token_id=5).eos_token_ids == (5, 6)
+    assert read("Llama", {"eos_token_id": None}, eos_token_id=5, bos_token_id=1).eos_token_ids == (5,)
+    assert read("Llama", bos_token_id=0).bos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["LlamaModel"]}, "LlamaModel"),
+        ({"hidden_act": "gelu_new"}, "'gelu_new'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"rope_scaling": {"type": "longrope"}}, "'longrope'"),
+        ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+    ],
+)
+def test_unsupported_models_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        read("Qwen2", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": None}, "architectures"),
+        ({"hidden_size": ...}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"head_dim": 7}, "must be even"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"layer_types": ["full_attention"]}, "must list 4 layers"),
+        ({"layer_types": ["sliding_attention"] * 4}, "use_sliding_window or sliding_window is off"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings"),
+    ],
+)
+def test_wrong_fields_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        read("Qwen2", **changes)
