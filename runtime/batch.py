@@ -151,9 +151,7 @@ class StepLayout:
                 users[use.position, use.span, use.first_layer].append(group)
         calls = []
         for (_, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
-            span = self._spans[span_index]
-            if span.num_layers == 0:  # nobody reads what comes out for groups without logits
-                groups = [g for g in groups if _length(g.range.kept)]
+            groups = [g for g in groups if not g.dropped or _length(g.range.kept)]
             if groups:
                 calls.append(self._make_call(span_index, first_layer, groups))
         return calls

@@ -82,8 +82,7 @@ class LLMEngine:
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
-        self._recorder = MetricsRecorder()
-        self._last_calls = (0, 0)
+        self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -145,7 +144,7 @@ class LLMEngine:
             token_ids,
             arrival,
         )
-        detokenizer = Detokenizer(loaded.tokenizer, params)
+        detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
         return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
 

@@ -158,9 +158,8 @@ class Executor:
             entries = arrays.tables[
                 : len(rows.page_table), arrays.table_begins[i] : arrays.table_begins[i + 1]
             ]
-            width = min(rows.page_table.shape[1], entries.shape[1])
-            # columns past the sequence's end are -1 or missing; never read, but kept valid
-            np.maximum(rows.page_table[:, :width], 0, out=entries[:, :width])
+            pages = -(-(rows.past_len + end - begin) // PAGE_TOKENS)
+            entries[:, :pages] = rows.page_table[:, :pages]  # beyond: some valid id, never read
         arrays.max_context_len[...] = (arrays.past_lens + np.diff(arrays.seq_begins)).max()
         for chain_index, rows_slice in layout.group_rows():
             cos, sin = self._rope_tables[chain_index]

@@ -264,7 +264,7 @@ class KVCache:
         """A snapshot of counters and page counts."""
         hits: dict[str, int] = {}
         deduped: dict[str, int] = {}
-        for tree in self._trees.values():
+        for tree in list(self._trees.values()):  # a copy: others may ask while the engine runs
             key = tree.segment.key
             hits[key] = hits.get(key, 0) + tree.hit_tokens
             deduped[key] = deduped.get(key, 0) + tree.deduped_tokens

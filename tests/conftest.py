@@ -20,8 +20,8 @@ def demo_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def demo_zoo(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zoo of the whole demo family, compiled without verification and profiles (tested elsewhere)."""
-    from blockzoo.build.pipeline import compile_models
+    from blockzoo.build.pipeline import CompileOptions, compile_models
 
     zoo = tmp_path_factory.mktemp("zoo") / "demo"
-    compile_models({n: p for n, p in demo_family.items() if n != "notes"}, zoo)  # TODO notes
+    compile_models(demo_family, zoo, CompileOptions(verify=False, profile=False))
     return zoo

@@ -12,6 +12,8 @@ from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
 from blockzoo.zoo.blocks import Block
 
+_DTYPES = {"H": "bf16", "f": "f32", "i": "i32"}  # numpy's type characters
+
 
 class OpenVINOEngine:
     """A compiled span with one infer request. Not thread-safe: one caller at a time."""
@@ -24,8 +26,7 @@ class OpenVINOEngine:
 
     def bind(self, name: str, array: np.ndarray) -> None:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
-        dtype = "bf16" if array.dtype == np.uint16 else str(array.dtype)
-        tensor = openvino_tensor(array, dtype)
+        tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
         self._request.set_tensor(name, tensor)
         self._bound[name] = tensor
 

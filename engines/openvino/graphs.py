@@ -21,7 +21,7 @@ from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
 
-_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32}
+_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
 
 
 def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision) -> Model:
@@ -34,9 +34,8 @@ def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
 
     The caller keeps the returned wrapper alive as long as an engine may use the memory.
     """
-    if dtype == "bf16":
-        return Tensor(array.view(np.int16), list(array.shape), Type.bf16)
-    return Tensor(array, shared_memory=True)
+    # this constructor, unlike the one with shared_memory, takes read-only memory too
+    return Tensor(array.view(np.int16) if dtype == "bf16" else array, list(array.shape), _TYPES[dtype])
 
 
 def _const(value: object, dtype: Any = np.int64) -> Node:

@@ -81,7 +81,7 @@ def test_rows_of_all_models_meet_in_any_mixture(setup: Setup) -> None:
             left = len(ids) - done[i]
             take = min(left, budget, int(rng.integers(0, 33)))
             if take:
-                wants = bool(take == left or rng.integers(2))
+                wants = bool(take == left or rng.integers(4) == 0)
                 batch.append(Rows(chain, ids[done[i] : done[i] + take], done[i], table, wants))
                 owners.append(i)
                 budget -= take

@@ -117,8 +117,11 @@ def _constant(block_id: str) -> float:
     return float(sum(ord(char) * (i + 1) for i, char in enumerate(block_id)) % 97 + 1)
 
 
-def _run_engine(topology: Topology, call: Call) -> None:
-    """x -> x + c per block; attention also adds its row's position, table entry and rotary row."""
+KV = dict[tuple[int, int], float]  # (first page id of the sequence in a layer, position) -> what was written
+
+
+def _run_engine(topology: Topology, call: Call, kv: KV) -> None:
+    """x -> x / 2 + c per block; attention writes x to its page and adds position, page ids, rotary row."""
     span, binds = topology.spans[call.span], call.binds
     x, layer = binds["hidden"].copy(), 0
     if span.drops_rows and not span.num_layers:
@@ -131,6 +134,7 @@ def _run_engine(topology: Topology, call: Call) -> None:
         for s, past in enumerate(binds["past_lens"]):
             rows = slice(begins[s], begins[s + 1])
             table = binds[f"block_indices.{layer}"][entries[s] : entries[s + 1]]
+            kv.update({(int(table[0]), int(past) + i): float(row[0]) for i, row in enumerate(x[rows])})
             x[rows] += np.arange(past, past + begins[s + 1] - begins[s], dtype=np.float32)[:, None]
             x[rows] += np.float32(table.sum())
             x[rows] += binds["cos"][rows, 0, 0, :1]
@@ -141,11 +145,14 @@ def _run_engine(topology: Topology, call: Call) -> None:
     out[:, : x.shape[1]] = x
 
 
-def _expected(chain: list[str], x: np.ndarray, past: int, tables: np.ndarray, cos: np.ndarray) -> np.ndarray:
+def _expected(
+    chain: list[str], x: np.ndarray, past: int, tables: np.ndarray, cos: np.ndarray, kv: KV
+) -> np.ndarray:
     layer = 0
     for block_id in chain[1:]:
         x = x * np.float32(0.5) + np.float32(_constant(block_id))
         if block_id[0] == "a":
+            kv.update({(int(tables[layer][0]), past + i): float(row[0]) for i, row in enumerate(x)})
             x += np.arange(past, past + len(x), dtype=np.float32)[:, None]
             x += np.float32(tables[layer].sum())
             x += cos
@@ -182,25 +189,29 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
     layout = StepLayout(shapes, topology.chains, topology.spans, buffers)
     arrays = layout.arrays
     arrays.past_lens[:] = rng.integers(0, 9, len(shapes))
-    arrays.tables[:] = rng.integers(0, 99, arrays.tables.shape)
+    arrays.tables[:] = rng.permutation(arrays.tables.size).reshape(arrays.tables.shape)
     rows = layout.num_rows
     start = rng.integers(0, 9, (rows, HIDDEN)).astype(np.float32)
     buffers.hidden[0][:rows] = start
     buffers.cos[:rows] = rng.integers(0, 9, (rows, 1, 1, 1))
+    written: KV = {}
     for call in layout.calls:
         for destination, source in call.copies_in:
             destination[...] = source
-        _run_engine(topology, call)
+        _run_engine(topology, call, written)
         for destination, source in call.copies_out:
             destination[...] = source
     found = {seq: row for matrix, seqs in layout.logits for row, seq in zip(matrix, seqs, strict=True)}
     assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.wants_logits]
-    for i, row in found.items():
+    expected_kv: KV = {}
+    for i, model in enumerate(models):
         begin, end = arrays.seq_begins[i : i + 2]
         table = arrays.tables[:, arrays.table_begins[i] : arrays.table_begins[i + 1]]
-        cos = buffers.cos[begin:end, 0, 0, :1]
-        expected = _expected(words[models[i]].split(), start[begin:end], int(arrays.past_lens[i]), table, cos)
-        np.testing.assert_allclose(row[:HIDDEN], expected, rtol=1e-5)
+        cos, past = buffers.cos[begin:end, 0, 0, :1], int(arrays.past_lens[i])
+        expected = _expected(words[model].split(), start[begin:end], past, table, cos, expected_kv)
+        if i in found:
+            np.testing.assert_allclose(found[i][:HIDDEN], expected, rtol=1e-5)
+    assert written == pytest.approx(expected_kv)
 
 
 def _buffers(max_tokens: int, max_seqs: int) -> Buffers:

@@ -1,0 +1,88 @@
+"""Random-weight checkpoints of every supported architecture, with transformers as their maker."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # sharp enough that rounding decides no token
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gqa-untied": ("Llama", {"tie_word_embeddings": False}),
+    "llama-tied-bias": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-rope-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-linear": ("Llama", {"rope_parameters": LINEAR}),
+    "mistral-window": ("Mistral", {"sliding_window": 24, "num_key_value_heads": 1}),
+    "qwen2-bias-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-rope-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2-some-windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "qwen3-qk-norm": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def make_checkpoint(name: str, folder: Path, tokenizer_from: Path) -> Path:
+    """Save a random model of ARCHITECTURES with a tokenizer."""
+    import torch
+    import transformers
+
+    prefix, changes = ARCHITECTURES[name]
+    config = getattr(transformers, f"{prefix}Config")(**(SMALL | changes))
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:  # else zeros and ones, which prove nothing
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_from / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def architectures(tmp_path_factory: pytest.TempPathFactory, demo_family: dict[str, Path]) -> dict[str, Path]:
+    """One random checkpoint folder per name of ARCHITECTURES."""
+    root = tmp_path_factory.mktemp("architectures")
+    return {name: make_checkpoint(name, root / name, demo_family["base"]) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def architecture_zoo(tmp_path_factory: pytest.TempPathFactory, architectures: dict[str, Path]) -> Path:
+    """All of them in one zoo: several KV geometries and rotary embeddings side by side."""
+    from blockzoo.build.pipeline import CompileOptions, compile_models
+
+    zoo = tmp_path_factory.mktemp("zoo") / "architectures"
+    compile_models(architectures, zoo, CompileOptions(verify=False, profile=False))
+    return zoo
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `architecture` once for each."""
+    if "architecture" in metafunc.fixturenames:
+        metafunc.parametrize("architecture", ARCHITECTURES)
