@@ -74,7 +74,8 @@ class LLMEngine:
         scheduler_config = SchedulerConfig(
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_waiting=self.config.max_waiting,
+            # those that the next step will admit wait too, until it begins
+            max_waiting=self.config.max_waiting + self.config.max_num_seqs,
             policy=self.config.schedule,
         )
         maker = OpenVINOEngines(self.config.precision, self.config.num_threads)
