@@ -115,9 +115,10 @@ def _print_report(report: "CompileReport") -> None:
 
     width = max((len(model.name) for model in report.models), default=0)
     for model in report.models:
+        merged = f" (adapter merged into {model.base})" if model.base else ""
         share = f"reused {model.num_reused} of {model.num_blocks} blocks"
         print(
-            f"{model.name:{width}}  {model.status}: {share}, "
+            f"{model.name:{width}}  {model.status}{merged}: {share}, "
             f"{human_bytes(model.new_bytes)} new of {human_bytes(model.model_bytes)}"
         )
         if model.verification is not None:

@@ -41,11 +41,13 @@ class Oracle:
         """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]."""
         embed = self._need("model.embed_tokens.weight")
         hidden = [embed[np.asarray(tokens)] for tokens in sequences]
+        head = embed if self.config.get("tie_word_embeddings") else None
+        del embed  # gigabytes, for a large vocabulary
         for layer in range(self.config["num_hidden_layers"]):
             on_layer(layer)
             hidden = self._layer(layer, hidden)
         norm = self._need("model.norm.weight")
-        head = embed if self.config.get("tie_word_embeddings") else self._need("lm_head.weight")
+        head = self._need("lm_head.weight") if head is None else head
         return [self._rms(states[-last:], norm) @ head.T for states in hidden]
 
     def _need(self, name: str) -> np.ndarray:

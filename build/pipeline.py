@@ -118,9 +118,15 @@ class _Compilation:
         status = self.status(source.name, record)
         if status != "unchanged":
             self.manifest.models[source.name] = record
-        size = chain_bytes(self.manifest, record.chain)
         self.reports[source.name] = ModelReport(
-            source.name, status, len(chain), reused, size, new_bytes, self.verification_of(source.name)
+            name=source.name,
+            status=status,
+            base=record.source.base,
+            num_blocks=len(chain),
+            num_reused=reused,
+            model_bytes=chain_bytes(self.manifest, record.chain),
+            new_bytes=new_bytes,
+            verification=self.manifest.models[source.name].verification,
         )
 
     def source_record(self, source: Source) -> SourceRecord:
@@ -157,9 +163,6 @@ class _Compilation:
             latency_us=None,
             latency_block=None,
         )
-
-    def verification_of(self, name: str) -> VerificationRecord | None:
-        return self.manifest.models[name].verification
 
     def verify(self, source: Source) -> None:
         """Check a model unless it, or a model with the same chain, has been checked."""

@@ -14,6 +14,8 @@ class ModelReport:
 
     name: str
     status: Status
+    base: str | None
+    """Of an adapter: the model that it was merged into."""
     num_blocks: int
     """Length of the chain."""
     num_reused: int

@@ -7,10 +7,12 @@ serving precision makes of it is reported beside it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from blockzoo.build import oracle
+from blockzoo.build.report import human_bytes
 from blockzoo.build.sources import Merged, Source
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.engines.probe import ProbeChain
@@ -32,6 +34,9 @@ PROMPTS = (
 NUM_GENERATED = 32
 TOLERANCE = 1e-3
 """f32 max_relative_error: sums in another order give 1e-6 to 1e-4, a wrong weight or operator far more."""
+
+
+_F32_CHAIN_OVERHEAD = 1.25  # the engine's repacked weights and its scratch, and a layer of the oracle
 
 
 class VerificationError(ZooError):
@@ -65,6 +70,7 @@ def verify(
             f"{source.name}: max_position_embeddings is {config.max_position_embeddings}: verification needs "
             f"at least {NUM_GENERATED + 1}; --no-verify leaves it out"
         )
+    _check_memory(source.name, blocks)
     prompts = [prompt[:room] for prompt in encode_prompts(source)]
     longest = max(map(len, prompts)) + NUM_GENERATED
     chain = ProbeChain(maker("f32"), blocks, config, longest)
@@ -128,6 +134,27 @@ def encode_prompts(source: Source) -> list[list[int]]:
             "is it the tokenizer of another model?"
         )
     return prompts
+
+
+def _check_memory(name: str, blocks: Sequence[Block]) -> None:
+    """Refuse what would end in the kernel killing the process: the f32 chain is larger than the model."""
+    elements = sum(tensor.data.size for block in blocks for tensor in block.tensors.values())
+    needed = int(_F32_CHAIN_OVERHEAD * 4 * elements)
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise VerificationError(
+            f"{name}: verification in f32 needs about {human_bytes(needed)} of memory, "
+            f"{human_bytes(available)} are available; --no-verify leaves it out"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _generate(chain: ProbeChain, prompt: list[int]) -> _Probe:

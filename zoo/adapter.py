@@ -148,7 +148,16 @@ def _pair(path: Path, config: Mapping[str, Any], module: str, tensors: Mapping[s
 
 def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name, as PEFT matches them."""
-    for pattern, value in (config.get(field) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"adapter_config.json: {field} must be an object, seen {patterns!r:.60}")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise CheckpointError(
+                f"adapter_config.json: {field} {pattern!r} is no pattern ({error})"
+            ) from error
+        if matches:
             return value
     return default

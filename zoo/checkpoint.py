@@ -41,11 +41,6 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{self.files[name].path}: {error}") from error
 
-    def drop_pages(self) -> None:
-        """Let the kernel drop the pages of the mapped files (reading them again loads them again)."""
-        for file in set(self.files.values()):
-            file.drop_pages()
-
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open an HF folder. Raises CheckpointError, UnsupportedModelError; both name the folder."""
@@ -102,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, seen {type(value).__name__}")

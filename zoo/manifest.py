@@ -138,7 +138,7 @@ class Manifest:
         """Read and check a manifest. Raises ManifestError with the place and what was expected."""
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{where}: not JSON ({error}); compile the zoo again") from error
         version = value.get("schema_version") if isinstance(value, Mapping) else None
         if version != SCHEMA_VERSION:

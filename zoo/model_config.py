@@ -15,6 +15,7 @@ from blockzoo.zoo.strict_json import decode, encode
 __all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_MOST_LAYERS = 4096  # a typing error must not become a table of a billion layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,10 @@ class ModelConfig:
         reader = _Reader(config)
         hidden_size, num_heads = reader.count("hidden_size"), reader.count("num_attention_heads")
         num_layers = reader.count("num_hidden_layers")
+        if num_layers > _MOST_LAYERS:
+            raise CheckpointError(
+                f"config.json: num_hidden_layers is {num_layers}, at most {_MOST_LAYERS} are read"
+            )
         num_kv_heads = reader.count("num_key_value_heads", _default_kv_heads(architecture, num_heads))
         head_dim = reader.count(
             "head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
@@ -64,10 +69,8 @@ class ModelConfig:
                 f"config.json: num_attention_heads {num_heads} must be a multiple of num_key_value_heads "
                 f"{num_kv_heads}, and head_dim {head_dim} must be even"
             )
-        attention_bias = reader.flag("attention_bias") and architecture in (
-            "LlamaForCausalLM",
-            "Qwen3ForCausalLM",
-        )
+        has_bias_setting = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+        attention_bias = reader.flag("attention_bias") and has_bias_setting
         return cls(
             architecture=architecture,
             hidden_size=hidden_size,
@@ -86,9 +89,7 @@ class ModelConfig:
             rope=RopeConfig.from_hf(config),
             layer_windows=_layer_windows(architecture, reader, num_layers),
             max_position_embeddings=reader.count("max_position_embeddings"),
-            bos_token_id=reader.token_ids("bos_token_id")[0]
-            if config.get("bos_token_id") is not None
-            else None,
+            bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
             eos_token_ids=_Reader({**config, **_present(generation_config or {})}).token_ids("eos_token_id"),
         )
 
@@ -134,30 +135,32 @@ def _default_kv_heads(architecture: str, num_heads: int) -> int:
 def _layer_windows(architecture: str, reader: "_Reader", num_layers: int) -> tuple[int, ...]:
     if architecture == "LlamaForCausalLM":
         return (0,) * num_layers
-    config = reader.config
-    window = config.get("sliding_window", 4096)
-    types = config.get("layer_types")
+    types = _layer_types(reader.config.get("layer_types"), num_layers)
+    size = 0 if reader.config.get("sliding_window", 4096) is None else reader.count("sliding_window", 4096)
     if architecture == "MistralForCausalLM":
         if types is not None and len(set(types)) > 1:
             raise UnsupportedModelError("MistralForCausalLM with mixed layer_types is not supported")
-        return (0 if window is None else reader.count("sliding_window", 4096),) * num_layers
-    slides = reader.flag("use_sliding_window") and window is not None
+        return (size,) * num_layers
+    slides = reader.flag("use_sliding_window") and size > 0
     if types is None:
         first = reader.whole("max_window_layers", 28)
-        types = [
-            "sliding_attention" if slides and i >= first else "full_attention" for i in range(num_layers)
-        ]
+        return tuple(size if slides and layer >= first else 0 for layer in range(num_layers))
+    if "sliding_attention" in types and not slides:
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window is off"
+        )
+    return tuple(size if kind == "sliding_attention" else 0 for kind in types)
+
+
+def _layer_types(types: Any, num_layers: int) -> list[str] | None:
+    if types is None:
+        return None
     if not isinstance(types, list) or len(types) != num_layers:
         raise CheckpointError(f"config.json: layer_types must list {num_layers} layers, seen {types!r:.80}")
     unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
     if unknown:
         raise UnsupportedModelError(f"layer_types {', '.join(unknown)} are not supported")
-    if "sliding_attention" in types and not slides:
-        raise CheckpointError(
-            "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window is off"
-        )
-    size = reader.count("sliding_window", 4096) if slides else 0
-    return tuple(size if kind == "sliding_attention" else 0 for kind in types)
+    return types
 
 
 def _present(config: Mapping[str, Any]) -> dict[str, Any]:

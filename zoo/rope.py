@@ -52,7 +52,7 @@ class RopeConfig:
         if not isinstance(scaling, Mapping):
             raise CheckpointError(f"config.json: the RoPE settings must be an object, seen {scaling!r:.80}")
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type not in _READ_KEYS:
+        if not isinstance(rope_type, str) or rope_type not in _READ_KEYS:
             nested = any(isinstance(value, Mapping) for value in scaling.values())
             named = "one RoPE per layer type" if nested else f"RoPE type {rope_type!r}"
             raise UnsupportedModelError(f"{named} is not supported (supported: {', '.join(_READ_KEYS)})")
@@ -78,7 +78,7 @@ class RopeConfig:
         window = config.get("original_max_position_embeddings") or scaling.get(
             "original_max_position_embeddings", config.get("max_position_embeddings")
         )
-        if not isinstance(window, int) or window < 1:
+        if type(window) is not int or window < 1:
             raise CheckpointError(
                 f"config.json: original_max_position_embeddings must be a count, seen {window!r}"
             )
@@ -99,13 +99,12 @@ class RopeConfig:
     def _yarn(cls, reader: "_Numbers", theta: float, window: int, max_positions: object) -> "RopeConfig":
         default = max_positions / window if isinstance(max_positions, int) else None
         factor = reader.number("factor", default)
-        attention = reader.scaling.get("attention_factor")
-        if attention is None:
-            mscale, mscale_all_dim = reader.scaling.get("mscale"), reader.scaling.get("mscale_all_dim")
-            if mscale and mscale_all_dim:
-                attention = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
-            else:
-                attention = _mscale(factor, 1.0)
+        if theta <= 1:
+            raise CheckpointError(f"config.json: RoPE type 'yarn' needs rope_theta above 1, seen {theta}")
+        attention = _mscale(factor, 1.0)
+        if reader.scaling.get("mscale") and reader.scaling.get("mscale_all_dim"):
+            attention = _mscale(factor, reader.number("mscale"))
+            attention /= _mscale(factor, reader.number("mscale_all_dim"))
         return cls(
             "yarn",
             theta,
@@ -113,7 +112,7 @@ class RopeConfig:
             window,
             beta_fast=reader.number("beta_fast", 32.0),
             beta_slow=reader.number("beta_slow", 1.0),
-            attention_factor=float(attention),
+            attention_factor=reader.number("attention_factor", attention),
             truncate=bool(reader.scaling.get("truncate", True)),
         )
 

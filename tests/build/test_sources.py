@@ -90,7 +90,11 @@ def test_a_base_that_was_f32_but_stored_as_bf16_is_merged_in_f32(
 
 
 def test_adapters_of_adapters(adapter: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    models = {"second": f"{adapter}@first", "first": adapter, "base": checkpoints["llama"]}
+    models: dict[str, str | Path] = {
+        "second": f"{adapter}@first",
+        "first": adapter,
+        "base": checkpoints["llama"],
+    }
     sources = {source.name: source for source in open_sources(models, None)}
     name = "model.layers.0.self_attn.q_proj.weight"
     base, first, second = (sources[n].read(name).to_f32() for n in ("base", "first", "second"))
@@ -190,3 +194,33 @@ def test_an_adapter_without_its_base_is_one_clear_error(
     assert main([f"notes={adapter}", "-o", zoo]) == 2
     assert "adapter_model.safetensors is missing" in capsys.readouterr().err
     assert not Path(zoo).exists()
+
+
+def test_junk_in_the_adapter_config_is_a_named_error_or_harmless(
+    adapter: Path, checkpoints: dict[str, Path]
+) -> None:
+    given = json.loads((adapter / "adapter_config.json").read_text())
+    base = checkpoints["llama"]
+    junk_values: list[Any] = [None, -1, 0, 0.5, "x", "(", True, [], ["a"], {}]
+    junk_values += [{"(": 1}, {"q_proj": "x"}, {"q_proj": 2}]
+    for field in (*given, "rank_pattern", "alpha_pattern"):
+        for junk in (
+            None,
+            -1,
+            0,
+            0.5,
+            "x",
+            "(",
+            True,
+            [],
+            ["a"],
+            {},
+            {"(": 1},
+            {"q_proj": "x"},
+            {"q_proj": 2},
+        ):
+            (adapter / "adapter_config.json").write_text(json.dumps({**given, field: junk}))
+            try:
+                open_sources({"notes": adapter, "base": base}, None)
+            except ZooError:
+                continue

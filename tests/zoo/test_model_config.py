@@ -58,7 +58,7 @@ def test_sliding_windows_per_layer() -> None:
     assert read("Mistral", sliding_window=16).layer_windows == (16,) * 4
     assert read("Mistral", sliding_window=None).layer_windows == (0,) * 4
     assert read("Qwen2", sliding_window=16).layer_windows == (0,) * 4
-    slides = {"use_sliding_window": True, "sliding_window": 16}
+    slides: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 16}
     assert read("Qwen2", **slides, max_window_layers=3).layer_windows == (0, 0, 0, 16)
     kinds = ["sliding_attention", "full_attention"] * 2
     config = read("Qwen3", **slides, layer_types=kinds)
@@ -110,3 +110,31 @@ def test_unsupported_models_are_named(changes: dict[str, Any], said: str) -> Non
 def test_wrong_fields_are_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         read("Qwen2", **changes)
+
+
+JUNK: list[Any] = [None, -1, 0, 1, 0.5, float("nan"), float("inf"), 2**40, "x", "", True, [], [1], [[]], {}]
+JUNK += [{"a": 1}, {"rope_type": []}, {"rope_type": "yarn", "factor": {}}, {"x": {"rope_type": "linear"}}]
+FIELDS = (*BASE, "architectures", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "rope_scaling")
+FIELDS += ("rope_theta", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+FIELDS += ("tie_word_embeddings", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id")
+FIELDS += ("partial_rotary_factor", "original_max_position_embeddings", "quantization_config")
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2"])
+def test_junk_in_any_field_is_a_named_error_or_harmless(architecture: str) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    for rope in ({"rope_type": "default"}, yarn):
+        for field in FIELDS:
+            for junk in JUNK:
+                try:
+                    config = read(architecture, **{"rope_parameters": dict(rope), field: junk})
+                except CheckpointError:
+                    continue
+                config.rope.tables(config.head_dim % 1000, 4)
+                assert ModelConfig.from_json(config.to_json()) == config
+    for field in (*yarn, "attention_factor", "mscale", "beta_fast", "truncate", "type"):
+        for junk in JUNK:
+            try:
+                read(architecture, rope_parameters={**yarn, "mscale_all_dim": 1.0, field: junk})
+            except CheckpointError:
+                continue
