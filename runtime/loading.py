@@ -45,7 +45,6 @@ class LoadedZoo:
     executors: Mapping[Family, Executor]
     caches: Mapping[Family, KVCache]
     engine_facts: Mapping[str, object]
-    blocks: Mapping[str, Block]  # keeps the files mapped over which the engines' constants lie
 
 
 def load_zoo(
@@ -90,7 +89,7 @@ def load_zoo(
     for block in blocks.values():
         block.drop_pages()
     caches = {family: KVCache(pages, config.prefix_caching) for family, pages in num_pages.items()}
-    return LoadedZoo(models, topology, executors, caches, maker.facts(), blocks)
+    return LoadedZoo(models, topology, executors, caches, maker.facts())
 
 
 def _pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:

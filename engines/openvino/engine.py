@@ -18,9 +18,9 @@ _DTYPES = {"H": "bf16", "f": "f32", "i": "i32"}  # numpy's type characters
 class OpenVINOEngine:
     """A compiled span with one infer request. Not thread-safe: one caller at a time."""
 
-    def __init__(self, compiled: ov.CompiledModel, spec: SpanSpec, precision: Precision) -> None:
+    def __init__(self, compiled: ov.CompiledModel, spec: SpanSpec, blocks: Sequence[Block]) -> None:
         self.spec = spec
-        self._precision = precision
+        self._blocks = tuple(blocks)  # keeps the files mapped over which the graph's constants lie
         self._request = compiled.create_infer_request()
         self._bound: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
 
@@ -84,8 +84,8 @@ class OpenVINOEngines:
     def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> OpenVINOEngine:
         """Compile consecutive blocks (no embed) into one engine.
 
-        The blocks' mappings must stay open while the engine lives; their pages may be dropped
-        (`Block.drop_pages`) after the first run, when the plugin holds its own packed copy.
+        The blocks' pages may be dropped (`Block.drop_pages`) after the first run, when the plugin holds
+        its own packed copy.
 
         Raises:
             EngineError: OpenVINO refused the graph.
@@ -99,4 +99,4 @@ class OpenVINOEngines:
             raise EngineError(
                 f"OpenVINO {self.version} could not compile the span {kinds}: {error}"
             ) from error
-        return OpenVINOEngine(compiled, spec, self.precision)
+        return OpenVINOEngine(compiled, spec, blocks)

@@ -42,9 +42,9 @@ def _const(value: object, dtype: Any = np.int64) -> Node:
     return op.constant(np.array(value, dtype=dtype))
 
 
-def _weight(tensor: BlockTensor) -> Node:
+def _weight(tensor: BlockTensor, copy: bool = False) -> Node:
     """The tensor as f32 in the graph: a constant in its stored type, marked as a weight to unpack."""
-    constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
+    constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=not copy)
     if tensor.dtype == "f32":
         return constant
     unpacked = op.convert(constant, "f32")
@@ -57,23 +57,20 @@ def _vector(tensor: BlockTensor) -> Node:
     return op.constant(np.ascontiguousarray(tensor.to_f32()))
 
 
-def _stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
+def _stacked_weight(parts: Sequence[BlockTensor]) -> Node:
     """Matrices of equal width on top of each other: one multiplication instead of three.
 
-    A zoo file holds them side by side, so this is a view; anything else is concatenated.
+    A zoo file holds them side by side, so that this is a view; anything else is copied together.
     """
     first = parts[0]
     rows = sum(part.shape[0] for part in parts)
-    address = first.data.ctypes.data
-    adjacent = True
-    for part in parts:
-        adjacent &= part.dtype == first.dtype and part.data.ctypes.data == address
-        address += part.data.nbytes
-    if adjacent:
-        return BlockTensor(first.dtype, as_strided(first.data, (rows, first.shape[1]), writeable=False))
-    if all(part.dtype == first.dtype for part in parts):
-        return BlockTensor(first.dtype, np.concatenate([part.data for part in parts]))
-    return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
+    same_type = all(part.dtype == first.dtype for part in parts)
+    ends = [part.data.ctypes.data + part.data.nbytes for part in parts]
+    if same_type and [part.data.ctypes.data for part in parts[1:]] == ends[:-1]:
+        return _weight(BlockTensor(first.dtype, as_strided(first.data, (rows, first.shape[1]))))
+    if same_type:
+        return _weight(BlockTensor(first.dtype, np.concatenate([part.data for part in parts])), copy=True)
+    return _weight(BlockTensor("f32", np.concatenate([part.to_f32() for part in parts])), copy=True)
 
 
 def _linear(x: Node, weight: Node, bias: BlockTensor | None) -> Node:
@@ -151,7 +148,7 @@ class _SpanBuilder:
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        qkv = _linear(normed, _weight(_stacked([t["q"], t["k"], t["v"]])), None)
+        qkv = _linear(normed, _stacked_weight([t["q"], t["k"], t["v"]]), None)
         if spec.qkv_bias:
             biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
             qkv = op.add(qkv, op.constant(biases))
