@@ -1,0 +1,136 @@
+"""OpenVINO GenAI's continuous batching as a side of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
+
+from benchmarks.families import Family, made_once
+from benchmarks.sides import MAX_STEPS, Settings
+
+
+def ir_folder(family: Family, tenant: str) -> Path:
+    """A tenant's model as GenAI reads it, written on first use."""
+    path = family.path / "genai" / tenant
+
+    def write(folder: Path) -> None:
+        from benchmarks.peers.ir import write_ir
+
+        write_ir(family.checkpoint(tenant), folder)
+
+    return made_once(path, write)
+
+
+class GenAISide:
+    """One pipeline: its step schedules, runs the model and samples (greedy); it makes no text.
+
+    Args:
+        folder: of the model.
+        settings: of the run; the precision holds for KV too, whose default would be u8.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        scheduler = SchedulerConfig()
+        scheduler.max_num_batched_tokens = settings.max_tokens
+        scheduler.max_num_seqs = settings.max_seqs
+        scheduler.num_kv_blocks = settings.pool_pages
+        scheduler.dynamic_split_fuse = True
+        scheduler.enable_prefix_caching = True
+        properties: dict[str, object] = {
+            "INFERENCE_PRECISION_HINT": settings.precision,
+            "KV_CACHE_PRECISION": settings.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if settings.num_threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = settings.num_threads
+        self._pipeline = ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
+        self._vocab: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+        self._rng = np.random.default_rng(0)
+        self._prompts = [self._prompt(settings.context + 1) for _ in range(settings.max_seqs)]
+        self._running: list[Any] = []
+        self._num_cached = self._count = 0
+
+    def prefill(self, num_tokens: int) -> None:
+        """See Side."""
+        self._run(self._prompt(num_tokens), 1)
+
+    def start(self, batch: int) -> None:
+        """Sends the prompts, each of which runs alone when it is new, and makes the first step."""
+        for prompt in self._prompts[self._num_cached : batch]:
+            self._run(prompt, 1)
+        self._num_cached = max(batch, self._num_cached)
+        self._stop()
+        self._running = [self._add(prompt, MAX_STEPS + 2) for prompt in self._prompts[:batch]]
+        self.step()
+        if not all(handle.can_read() for handle in self._running):
+            raise RuntimeError(f"GenAI did not take up {batch} cached prompts in one step")
+
+    def step(self) -> None:
+        """See Side."""
+        self._pipeline.step()
+
+    def decode(self, num_tokens: int) -> None:
+        """`num_tokens` tokens for the first sequence in one call, without Python's lock."""
+        self._stop()
+        self._pipeline.generate([_tensor(self._prompts[0])], [_greedy(num_tokens)])
+
+    def generate(self, prompt: np.ndarray, max_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens after a prompt (int [n]) and their log-probabilities."""
+        output = self._run(prompt, max_tokens, logprobs=1)
+        return output.generated_ids, output.generated_log_probs
+
+    def close(self) -> None:
+        """See Side."""
+        self._stop()
+        del self._pipeline
+
+    def _stop(self) -> None:
+        if self._running:
+            for handle in self._running:
+                handle.cancel()
+            self._pipeline.step()  # lets go of them
+            self._running = []
+
+    def _prompt(self, num_tokens: int) -> np.ndarray:
+        return self._rng.integers(2, self._vocab, num_tokens)
+
+    def _run(self, prompt: np.ndarray, max_tokens: int, logprobs: int = 0) -> Any:
+        self._stop()
+        handle = self._add(prompt, max_tokens, logprobs)
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        (output,) = handle.read_all()
+        return output
+
+    def _add(self, prompt: np.ndarray, max_tokens: int, logprobs: int = 0) -> Any:
+        """The handle of a new request; dropping it drops the request."""
+        self._count += 1
+        return self._pipeline.add_request(self._count, _tensor(prompt), _greedy(max_tokens, logprobs))
+
+
+def decode_in_threads(sides: Sequence[GenAISide], num_tokens: int) -> None:
+    """`num_tokens` tokens of each side's first sequence, each side in a thread of its own."""
+    with ThreadPoolExecutor(len(sides)) as threads:
+        for _ in threads.map(lambda side: side.decode(num_tokens), sides):
+            pass
+
+
+def _tensor(prompt: np.ndarray) -> ov.Tensor:
+    return ov.Tensor(prompt.astype(np.int64)[None])
+
+
+def _greedy(max_tokens: int, logprobs: int = 0) -> GenerationConfig:
+    config = GenerationConfig()
+    config.max_new_tokens = max_tokens
+    config.ignore_eos = True
+    config.do_sample = False
+    config.logprobs = logprobs
+    return config

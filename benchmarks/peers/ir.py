@@ -1,0 +1,176 @@
+"""A checkpoint as the OpenVINO IR that optimum-intel exports for OpenVINO GenAI.
+
+A stateful decoder: token ids in, logits of all tokens out, K and V per layer in variables that beams
+reorder. GenAI turns the attention into its paged form when it loads the model; so what is built here
+decides nothing but the weights and the order of the operators around the attention.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as op
+from openvino import Model, PartialShape, Type
+from openvino.op import Constant, Parameter
+
+from blockzoo.engines.openvino.graphs import openvino_tensor
+from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
+from blockzoo.zoo.tensors import BlockTensor
+
+Node = Any  # ov.Node or ov.Output
+
+
+def write_ir(checkpoint: Path, folder: Path) -> None:
+    """Write model, tokenizer and configs for `openvino_genai` into `folder`. Weights keep their bf16."""
+    opened = open_checkpoint(checkpoint)  # must outlive the model, whose constants lie over its files
+    model = _Decoder(opened).build()
+    ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, folder / name)
+    _write_tokenizer(checkpoint, folder)
+
+
+def _write_tokenizer(checkpoint: Path, folder: Path) -> None:
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = str(checkpoint / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>")
+    converted = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, model in zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), converted, strict=True):
+        ov.save_model(model, folder / name)
+
+
+def _const(value: object, dtype: Any = np.int64) -> Node:
+    return op.constant(np.array(value, dtype=dtype))
+
+
+class _Decoder:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._config = checkpoint, checkpoint.config
+        self._params = {
+            name: self._param(name, Type.i64, [-1, -1])
+            for name in ("input_ids", "attention_mask", "position_ids")
+        }
+        self._params["beam_idx"] = self._param("beam_idx", Type.i32, [-1])
+        self._sinks: list[Node] = []
+
+    def build(self) -> Model:
+        """The whole model; inputs input_ids, attention_mask, position_ids [B, T] int64, beam_idx [B]."""
+        config = self._config
+        embedding = self._weight("model.embed_tokens.weight")
+        x = op.gather(embedding, self._params["input_ids"], _const(0))
+        cos, sin = self._rotary_tables()
+        mask = self._causal_mask()
+        for layer in range(config.num_layers):
+            prefix = f"model.layers.{layer}."
+            normed = self._rms_norm(x, f"{prefix}input_layernorm.weight")
+            x = op.add(x, self._attention(normed, f"{prefix}self_attn.", layer, cos, sin, mask))
+            normed = self._rms_norm(x, f"{prefix}post_attention_layernorm.weight")
+            x = op.add(x, self._ffn(normed, f"{prefix}mlp."))
+        logits = op.matmul(self._rms_norm(x, "model.norm.weight"), embedding, False, True)
+        result = op.result(logits)
+        result.input_value(0).get_tensor().set_names({"logits"})
+        return Model([result], self._sinks, list(self._params.values()), "decoder")
+
+    @staticmethod
+    def _param(name: str, dtype: Type, shape: list[int]) -> Parameter:
+        param = Parameter(dtype, PartialShape(shape))
+        param.set_friendly_name(name)
+        param.output(0).get_tensor().set_names({name})
+        return param
+
+    def _weight(self, name: str) -> Node:
+        tensor: BlockTensor = self._checkpoint.tensor(name)
+        constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
+        if tensor.dtype == "f32":
+            return constant
+        unpacked = op.convert(constant, "f32")
+        unpacked.get_rt_info()["decompression_0"] = ""
+        return unpacked
+
+    def _linear(self, x: Node, name: str) -> Node:
+        y = op.matmul(x, self._weight(f"{name}.weight"), False, True)
+        bias = f"{name}.bias"
+        return op.add(y, self._weight(bias)) if bias in self._checkpoint.files else y
+
+    def _rms_norm(self, x: Node, weight: str) -> Node:
+        mean = op.reduce_mean(op.power(x, _const(2.0, np.float32)), _const([-1]), keep_dims=True)
+        root = op.sqrt(op.add(mean, _const(self._config.rms_norm_eps, np.float32)))
+        return op.multiply(self._weight(weight), op.multiply(x, op.divide(_const(1.0, np.float32), root)))
+
+    def _rotary_tables(self) -> tuple[Node, Node]:
+        """cos and sin [B, 1, T, D] of the positions."""
+        dim = self._config.head_dim
+        exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+        frequencies = op.constant((self._config.rope.theta**-exponents).astype(np.float32)[None, None, :])
+        positions = op.convert(op.unsqueeze(self._params["position_ids"], _const(2)), "f32")
+        angles = op.matmul(positions, frequencies, False, False)
+        both = op.unsqueeze(op.concat([angles, angles], -1), _const(1))
+        return op.cos(both), op.sin(both)
+
+    def _causal_mask(self) -> Node:
+        """Boolean [B, 1, T, total]: what each token attends to."""
+        mask = self._params["attention_mask"]
+        total = op.gather(op.shape_of(mask), _const(1), _const(0))
+        keys = op.range(_const(0), total, _const(1), "i64")
+        positions = op.unsqueeze(self._params["position_ids"], _const([1, 3]))
+        visible = op.less_equal(keys, positions)
+        kept = op.convert(op.unsqueeze(mask, _const([1, 2])), "boolean")
+        return op.logical_and(visible, kept)
+
+    def _heads(self, x: Node, count: int) -> Node:
+        """[B, T, heads * D] -> [B, heads, T, D]."""
+        split = op.reshape(x, _const([0, 0, count, self._config.head_dim]), True)
+        return op.transpose(split, _const([0, 2, 1, 3]))
+
+    def _rotate(self, x: Node, cos: Node, sin: Node) -> Node:
+        half = self._config.head_dim // 2
+        low = op.slice(x, _const([0]), _const([half]), _const([1]), _const([3]))
+        high = op.slice(x, _const([half]), _const([2**63 - 1]), _const([1]), _const([3]))
+        rotated = op.concat([op.multiply(high, _const(-1.0, np.float32)), low], -1)
+        return op.add(op.multiply(x, cos), op.multiply(rotated, sin))
+
+    def _attention(self, x: Node, prefix: str, layer: int, cos: Node, sin: Node, mask: Node) -> Node:
+        config = self._config
+        q = self._rotate(self._heads(self._linear(x, f"{prefix}q_proj"), config.num_heads), cos, sin)
+        k = self._rotate(self._heads(self._linear(x, f"{prefix}k_proj"), config.num_kv_heads), cos, sin)
+        v = self._heads(self._linear(x, f"{prefix}v_proj"), config.num_kv_heads)
+        k, v = (
+            self._repeated(self._with_past(new, f"past_key_values.{layer}.{name}"))
+            for name, new in (("key", k), ("value", v))
+        )
+        scale = _const(config.head_dim**-0.5, np.float32)
+        attended = op.scaled_dot_product_attention(q, k, v, mask, scale)
+        width = config.num_heads * config.head_dim
+        joined = op.reshape(op.transpose(attended, _const([0, 2, 1, 3])), _const([0, 0, width]), True)
+        return self._linear(joined, f"{prefix}o_proj")
+
+    def _with_past(self, new: Node, name: str) -> Node:
+        """[B, kv_heads, past + T, D]: the variable's content and the new rows, which it is set to."""
+        heads, dim = self._config.num_kv_heads, self._config.head_dim
+        batch = op.gather(op.shape_of(self._params["input_ids"]), _const([0]), _const(0))
+        empty_shape = op.concat([batch, _const([heads]), _const([0]), _const([dim])], 0)
+        empty = op.broadcast(_const(0.0, np.float32), empty_shape)
+        past = op.read_value(empty, name, Type.f32, PartialShape([-1, heads, -1, dim]))
+        past = op.gather(past, self._params["beam_idx"], _const(0))
+        both = op.concat([past, new], -2)
+        self._sinks.append(op.assign(both, name))
+        return both
+
+    def _repeated(self, x: Node) -> Node:
+        """[B, kv_heads, T, D] -> [B, heads, T, D]."""
+        config = self._config
+        group = config.num_heads // config.num_kv_heads
+        wide = op.broadcast(
+            op.unsqueeze(x, _const(2)), _const([1, 1, group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
+        )
+        return op.reshape(wide, _const([0, config.num_heads, -1, config.head_dim]), True)
+
+    def _ffn(self, x: Node, prefix: str) -> Node:
+        gate, up = self._linear(x, f"{prefix}gate_proj"), self._linear(x, f"{prefix}up_proj")
+        return self._linear(op.multiply(op.swish(gate), up), f"{prefix}down_proj")
