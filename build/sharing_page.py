@@ -1,7 +1,7 @@
 """The sharing map as one self-contained HTML page: models as rows, layers as columns, a colour per block.
 
-Blocks with the same users have the same hue, so the eye sees which models stand together; every distinct
-block has its own shade of it.
+The trunk that most models share is blue; where models leave it, blocks with the same users have the same
+hue, so the eye sees which models stand together.
 """
 
 import html
@@ -13,7 +13,7 @@ from blockzoo.build.sharing import SharingMap, sharing_map
 from blockzoo.zoo.manifest import BlockRecord, Manifest
 
 _GOLDEN_ANGLE = 137.508
-_SHARED_BY_ALL = 205.0  # hue in degrees
+_TRUNK = 205.0  # hue in degrees
 _NAMES = {"embed": "embedding", "attn": "attention", "ffn": "feed-forward", "head": "head"}
 
 
@@ -42,13 +42,29 @@ def sharing_page(manifest: Manifest, title: str) -> str:
 
 
 def _colours(shared: SharingMap) -> dict[str, str]:
-    """Block id -> CSS colour: the hue from its set of users, the shade from its id."""
-    hues: dict[tuple[str, ...], float] = {shared.models: _SHARED_BY_ALL}
+    """Block id -> CSS colour.
+
+    The blocks of the model that shares most are blue, the deeper the more models use them: the common trunk.
+    Others have a hue of their set of users. A shade from the id tells neighbours apart.
+    """
+
+    def popularity(name: str) -> int:
+        return sum(
+            len(shared.users[block_id]) for (owner, _, _), block_id in shared.cells.items() if owner == name
+        )
+
+    middle = max(shared.models, key=popularity, default="")
+    trunk = {block_id for (name, _, _), block_id in shared.cells.items() if name == middle}
+    hues: dict[tuple[str, ...], float] = {}
     colours = {}
     for block_id, users in shared.users.items():
-        hue = hues.setdefault(users, (_SHARED_BY_ALL + _GOLDEN_ANGLE * len(hues)) % 360)
         shade = int(block_id[:4], 16) / 0xFFFF
-        colours[block_id] = f"hsl({hue:.0f} {52 + 16 * shade:.0f}% {48 + 14 * shade:.0f}%)"
+        if block_id in trunk and len(users) > 1:
+            depth = len(users) / len(shared.models)
+            colours[block_id] = f"hsl({_TRUNK:.0f} {38 + 22 * depth:.0f}% {70 - 24 * depth + 5 * shade:.0f}%)"
+            continue
+        hue = hues.setdefault(users, (_TRUNK + _GOLDEN_ANGLE * (1 + len(hues))) % 360)
+        colours[block_id] = f"hsl({hue:.0f} {50 + 10 * shade:.0f}% {54 + 9 * shade:.0f}%)"
     return colours
 
 
@@ -163,8 +179,9 @@ footer {{ font-size: 13px; }}
 <div style="width:{stored_share}%"></div></div>
 <div class="map"><table>{head}{rows}</table></div>
 <ul>{legend}</ul>
-<footer>A column is a layer: attention above, feed-forward below. One hue: the same models use it; striped:
-one model's own. Point at a block to see where else it is used.</footer>
+<footer>A column is a layer: attention above, feed-forward below. Blue: the common trunk, deeper where more
+models share it. Another hue: blocks with the same users. Striped: one model's own.
+Point at a block to see where else it is used.</footer>
 <div id="details" role="status"></div>
 <script>
 const blocks = {details}, table = document.querySelector("table"), panel = document.getElementById("details");
