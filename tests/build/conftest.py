@@ -117,6 +117,7 @@ def make_adapter(make_model: Callable[..., Any]) -> Callable[..., Any]:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
+        torch.manual_seed(seed)  # of PEFT's own initialization
         defaults = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
         peft_model = get_peft_model(model, LoraConfig(**{**defaults, **settings})).eval()
         generator = torch.Generator().manual_seed(seed)

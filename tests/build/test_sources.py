@@ -113,7 +113,8 @@ def test_the_merge_is_rounded_once(adapter: Path, checkpoints: dict[str, Path]) 
     merged = notes.read(f"{module}.weight")
     assert merged.dtype == "bf16"
     spacing = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)  # of bf16
-    assert np.all(np.abs(merged.to_f32() - exact) <= spacing * 0.501)
+    # where weight and delta cancel, what float32 rounds of them shows
+    assert np.all(np.abs(merged.to_f32() - exact) <= spacing * 0.501 + 1e-7)
 
 
 def test_an_adapter_may_bring_more_tokens(
