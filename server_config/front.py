@@ -203,7 +203,7 @@ class EngineFront:
                 self._drain_deadline = now + float(self._drain_file.read_text())
             self._check_deadlines(now)
             self._check_cancellations()
-            self._exporter.export(self._engine.metrics, now)
+            self._exporter.export(self._engine.metrics())
         except Exception:
             self._log(traceback.format_exc())
 

@@ -1,0 +1,164 @@
+"""A zoo served by zoo-serve, as a user starts it: a process of its own on free loopback ports."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_S = 60.0
+
+
+class ServedZoo:
+    """A zoo-serve process and the simplest clients for it."""
+
+    def __init__(self, zoo: Path, *options: str) -> None:
+        ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), *ports, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=lines.extend, args=(pipe,), daemon=True)
+            for lines, pipe in ((self.out, self.process.stdout), (self.err, self.process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def wait_until_serving(self) -> None:
+        self.wait_for(lambda: any("curl" in line for line in self.out), START_S)
+        text = "".join(self.out)
+        self.http_port = int(re.search(r"HTTP +http://127.0.0.1:(\d+)", text)[1])
+        self.grpc = re.search(r"gRPC +(\S+)", text)[1]
+        self.metrics_port = int(re.search(r"metrics +http://127.0.0.1:(\d+)", text)[1])
+        self.curl = next(line.strip() for line in self.out if "curl" in line)
+
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+        """Poll until the condition holds; its value."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert self.process.poll() is None, f"zoo-serve ended: {''.join(self.err)}"
+            assert time.monotonic() < deadline, f"not within {timeout_s} s; log: {''.join(self.err)}"
+            time.sleep(0.02)
+        return value
+
+    # ---- clients
+
+    def post(self, model: str, body: Any, endpoint: str = "generate", timeout: float = 30) -> tuple[int, Any]:
+        """One HTTP request: status and JSON answer."""
+        connection = self.open(model, body, endpoint, timeout)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        return response.status, json.loads(text)
+
+    def open(
+        self, model: str, body: Any, endpoint: str = "generate_stream", timeout: float = 30
+    ) -> http.client.HTTPConnection:
+        """An HTTP request that is sent but not yet answered."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=timeout)
+        payload = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", f"/v2/models/{model}/{endpoint}", payload, {"Connection": "close"})
+        return connection
+
+    def generate(self, model: str, text: str, max_tokens: int = 16, /, **inputs: Any) -> dict[str, Any]:
+        """The answer of the generate endpoint without the prompt; it must be one."""
+        body = {
+            "text_input": text,
+            "max_tokens": max_tokens,
+            "exclude_input_in_output": True,
+            **inputs,
+        }
+        status, answer = self.post(model, body)
+        assert status == 200, answer
+        return answer
+
+    def stream(self, model: str, body: dict[str, Any], timeout: float = 30) -> list[dict[str, Any]]:
+        """All events of a stream."""
+        connection = self.open(model, {"stream": True, **body}, timeout=timeout)
+        events = connection.getresponse().read().decode().split("\n\n")
+        connection.close()
+        return [json.loads(event.removeprefix("data: ")) for event in events if event.strip()]
+
+    def metrics(self) -> dict[str, float]:
+        """blockzoo's samples on /metrics by name and labels."""
+        samples = (line.rsplit(" ", 1) for line in self.metrics_text().splitlines())
+        return {key: float(value) for key, value in samples if key.startswith("blockzoo_")}
+
+    def metrics_text(self) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=10)
+        connection.request("GET", "/metrics", headers={"Connection": "close"})
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return text
+
+    # ---- processes
+
+    def server_pid(self) -> int:
+        """tritonserver itself."""
+        return next(pid for pid, command in _children(self.process.pid) if "tritonserver" in command)
+
+    def model_pid(self, model: str) -> int:
+        """The Python process of a model; none while it is being restarted."""
+        return next(pid for pid, command in _children(self.server_pid()) if f"/{model}/1/model.py" in command)
+
+    def shared_memory(self) -> list[str]:
+        """Regions of this launcher's servers."""
+        return [name for name in os.listdir("/dev/shm") if name.startswith(f"blockzoo-{self.process.pid}-")]
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 40) -> int:
+        """Send a signal and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(5)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return status
+
+
+def _children(parent: int) -> list[tuple[int, str]]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == parent:
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found.append((int(folder.name), command))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def serve_zoo() -> Iterator[Callable[..., ServedZoo]]:
+    """Start zoo-serve on a zoo and wait until it serves; all are stopped at the end."""
+    started: list[ServedZoo] = []
+
+    def start(zoo: Path, *options: str) -> ServedZoo:
+        served = ServedZoo(zoo, *options)
+        started.append(served)
+        served.wait_until_serving()
+        return served
+
+    yield start
+    for served in started:
+        if served.process.returncode is None:
+            served.stop()
