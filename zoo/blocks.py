@@ -9,6 +9,7 @@ from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
 
 __all__ = [
+    "PROJECTIONS",
     "Adapter",
     "AdapterSpec",
     "AttnSpec",
@@ -20,7 +21,6 @@ __all__ = [
     "FfnSpec",
     "HeadSpec",
     "LoraSpec",
-    "PROJECTIONS",
     "chain_specs",
     "main_dtype",
     "tensor_shapes",
@@ -111,7 +111,7 @@ def tensor_shapes(spec: BlockSpec | AdapterSpec) -> dict[str, tuple[int, ...]]:
     An adapter has `<projection>.a` [rank, in] and `<projection>.b` [out, rank] of every LoRA.
     """
     if isinstance(spec, AdapterSpec):
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for lora in spec.loras:
             shapes[f"{lora.projection}.a"] = (lora.rank, lora.in_features)
             shapes[f"{lora.projection}.b"] = (lora.out_features, lora.rank)

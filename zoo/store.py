@@ -190,7 +190,7 @@ class ZooWriter:
     def add_block(
         self, block_id: str, tensors: Mapping[str, BlockTensor], metadata: Mapping[str, str]
     ) -> bool:
-        """Store a block's (or adapter's) canonical tensors unless a whole file is there already; True when written."""
+        """Store a block's or adapter's tensors unless a whole file is there already; True when written."""
         path = block_path(self.path, block_id)
         if path.exists() and path.stat().st_size == tensor_file_bytes(tensors, metadata):
             return False
