@@ -1,6 +1,6 @@
 """The main job on real input: serve a demo zoo, ask every tenant, measure, stop.
 
-    python benchmarks/demo.py out/demo/zoo
+    python -m benchmarks.demo out/demo/zoo
 
 Prints what is shared, what each tenant answers over HTTP, one answer streamed over gRPC, and a few
 seconds of perf_analyzer.
@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from perf_analyzer import perf_analyzer_command
+from benchmarks.perf_analyzer import perf_analyzer_command
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
