@@ -206,8 +206,8 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
     assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.wants_logits]
     expected_kv: KV = {}
     for i, model in enumerate(models):
-        begin, end = arrays.seq_begins[i : i + 2]
-        table = arrays.tables[:, arrays.table_begins[i] : arrays.table_begins[i + 1]]
+        begin, end = layout.seq_begins[i : i + 2]
+        table = arrays.tables[:, layout.table_begins[i] : layout.table_begins[i + 1]]
         cos, past = buffers.cos[begin:end, 0, 0, :1], int(arrays.past_lens[i])
         expected = _expected(words[model].split(), start[begin:end], past, table, cos, expected_kv)
         if i in found:
