@@ -224,9 +224,7 @@ class Manifest:
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
-                raise ManifestError(
-                    f"{here}.recovery.own_blocks.{position}: there is no adapter at {position}"
-                )
+                raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
 
     def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
         if adapter_id not in self.adapters:
