@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec, HeadSpec
+
+if TYPE_CHECKING:
+    from blockzoo.engines.arrays import Array, Arrays
 
 Precision = Literal["f32", "bf16"]
 
@@ -75,21 +78,34 @@ class Engine(Protocol):
 
     spec: SpanSpec
 
-    def bind(self, name: str, array: np.ndarray) -> None:
-        """Bind a C-contiguous array, kept alive by the engine; bf16 data comes as uint16."""
+    def bind(self, name: str, array: Array) -> None:
+        """Bind a C-contiguous array of the maker's `arrays`, kept alive by the engine."""
 
     def run(self) -> None:
-        """Run on what is bound; blocks until the outputs are written."""
+        """Run on what is bound; `Arrays.to_host` and `Arrays.wait` wait for a device to have finished."""
+
+
+class Embedding(Protocol):
+    """An embed block's table."""
+
+    vocab_size: int
+
+    def lookup(self, token_ids: Array, out: Array) -> None:
+        """Write the rows of `token_ids`, int32 [n] below vocab_size, to `out`, activations [n, hidden]."""
 
 
 class EngineMaker(Protocol):
-    """Compiles spans for one backend at one precision."""
+    """Compiles spans for one backend at one precision; `arrays` makes what its engines are bound to."""
 
     name: str
     precision: Precision
+    arrays: Arrays
 
     def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> Engine:
         """Compile consecutive blocks into one engine. Raises EngineError."""
+
+    def embedding(self, block: Block) -> Embedding:
+        """The look-up of an embed block."""
 
     def facts(self) -> dict[str, Any]:
         """Backend name, version, precision and target, for manifests and reports."""

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker, activation_dtype, f32_to_bf16
-from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker
 from blockzoo.zoo.blocks import AttnSpec, Block
 from blockzoo.zoo.model_config import ModelConfig, RopeConfig
 
@@ -26,8 +25,8 @@ class ProbeChain:
     def __init__(
         self, engines: EngineMaker, blocks: Sequence[Block], config: ModelConfig, max_tokens: int
     ) -> None:
-        self._precision = engines.precision
-        self._embedding = EmbeddingTable(blocks[0], engines.precision)
+        self._arrays = engines.arrays
+        self._embedding = engines.embedding(blocks[0])
         self._engine = engines.span(blocks[1:])
         self._vocab = config.vocab_size
         self._hidden = config.hidden_size
@@ -38,14 +37,14 @@ class ProbeChain:
     def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
         """Append n tokens at position `past`: their logits, float32 [n, vocab]."""
         count = len(token_ids)
-        hidden = np.empty((count, self._hidden), activation_dtype(self._precision))
-        self._embedding.lookup(np.asarray(token_ids, np.int32), hidden)
-        logits = np.empty((count, self._vocab), np.float32)
+        hidden = self._arrays.zeros((count, self._hidden), "activation")
+        self._embedding.lookup(self._arrays.mirror(np.asarray(token_ids, np.int32)), hidden)
+        logits = self._arrays.zeros((count, self._vocab), "f32")
         self._engine.bind("hidden", hidden)
         self._engine.bind("logits", logits)
         self._attention.bind(past, count)
         self._engine.run()
-        return logits
+        return self._arrays.to_host(logits)
 
 
 class _ProbeAttention:
@@ -53,56 +52,60 @@ class _ProbeAttention:
 
     def __init__(self, engine: Engine, rope: RopeConfig, max_tokens: int, engines: EngineMaker) -> None:
         layers = engine.spec.layers
-        self._engine, self._layers, self._max_tokens = engine, layers, max_tokens
+        self._engine, self._max_tokens, self._mirror = engine, max_tokens, engines.arrays.mirror
         self._pages = -(-max_tokens // PAGE_TOKENS)
         shape = (self._pages * len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
-        dtype = activation_dtype(engines.precision)
-        self._caches = {name: np.zeros(shape, dtype) for name in ("key_cache", "value_cache")}
         self._cos, self._sin = rope.tables(layers[0].head_dim, max_tokens)
-        for name, cache in self._caches.items():
-            engine.bind(name, cache)
+        for name in ("key_cache", "value_cache"):
+            engine.bind(name, engines.arrays.zeros(shape, "activation"))
         for layer in range(len(layers)):
             ids = np.arange(self._pages, dtype=np.int32) + layer * self._pages
-            engine.bind(f"block_indices.{layer}", ids)
-        engine.bind("block_indices_begins", np.array([0, self._pages], np.int32))
+            engine.bind(f"block_indices.{layer}", self._mirror(ids))
+        engine.bind("block_indices_begins", self._mirror(np.array([0, self._pages], np.int32)))
 
     def bind(self, past: int, count: int) -> None:
         if past + count > self._max_tokens:
             raise ValueError(f"{past} + {count} tokens exceed the {self._max_tokens} this probe was made for")
         positions = slice(past, past + count)
-        self._engine.bind("cos", np.ascontiguousarray(self._cos[positions, None, None]))
-        self._engine.bind("sin", np.ascontiguousarray(self._sin[positions, None, None]))
-        self._engine.bind("past_lens", np.array([past], np.int32))
-        self._engine.bind("subsequence_begins", np.array([0, count], np.int32))
-        self._engine.bind("max_context_len", np.array(past + count, np.int32))
+        inputs = {
+            "cos": np.ascontiguousarray(self._cos[positions, None, None]),
+            "sin": np.ascontiguousarray(self._sin[positions, None, None]),
+            "past_lens": np.array([past], np.int32),
+            "subsequence_begins": np.array([0, count], np.int32),
+            "max_context_len": np.array(past + count, np.int32),
+        }
+        for name, array in inputs.items():
+            self._engine.bind(name, self._mirror(array))
 
 
 def time_block(engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5) -> float:
     """Median time of one block alone on `num_tokens` new tokens of one sequence, in microseconds."""
     rng = np.random.default_rng(0)
-    spec = block.spec
+    spec, arrays = block.spec, engines.arrays
     if spec.kind == "embed":
-        table = EmbeddingTable(block, engines.precision)
-        out = np.empty((num_tokens, spec.hidden_size), activation_dtype(engines.precision))
-        ids = rng.integers(0, table.vocab_size, num_tokens, dtype=np.int32)
-        return _median_us(lambda: table.lookup(ids, out), repeats)
+        table = engines.embedding(block)
+        out = arrays.zeros((num_tokens, spec.hidden_size), "activation")
+        ids = arrays.mirror(rng.integers(0, table.vocab_size, num_tokens, dtype=np.int32))
+        return _median_us(lambda: table.lookup(ids, out), arrays.wait, repeats)
     engine = engines.span([block])
     values = rng.standard_normal((num_tokens, spec.hidden_size), dtype=np.float32)
-    engine.bind("hidden", f32_to_bf16(values) if engines.precision == "bf16" else values)
+    engine.bind("hidden", arrays.activations(values))
     if engine.spec.head:
-        engine.bind("logits", np.empty((num_tokens, engine.spec.head.vocab_size), np.float32))
+        engine.bind("logits", arrays.zeros((num_tokens, engine.spec.head.vocab_size), "f32"))
     else:
-        engine.bind("hidden_out", np.empty_like(values, activation_dtype(engines.precision)))
+        engine.bind("hidden_out", arrays.zeros(values.shape, "activation"))
     if isinstance(spec, AttnSpec):
         _ProbeAttention(engine, spec.rope, num_tokens, engines).bind(0, num_tokens)
-    return _median_us(engine.run, repeats)
+    return _median_us(engine.run, arrays.wait, repeats)
 
 
-def _median_us(run: Callable[[], None], repeats: int) -> float:
+def _median_us(run: Callable[[], None], wait: Callable[[], None], repeats: int) -> float:
     times = []
     run()
+    wait()
     for _ in range(repeats):
         start = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - start)
     return float(np.median(times)) * 1e6

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.runtime.topology import ChainPlan, Span
 
 
@@ -34,7 +35,7 @@ class SeqShape(NamedTuple):
 
 @dataclass(slots=True)
 class Buffers:
-    """Preallocated activations of one family.
+    """Preallocated activations of one family, arrays of the engines' device.
 
     Attributes:
         hidden: two arrays [max_tokens, hidden]: a call reads one and writes the other.
@@ -44,24 +45,40 @@ class Buffers:
         logits: float32 flat [max_seqs * largest vocabulary].
     """
 
-    hidden: tuple[np.ndarray, np.ndarray]
-    kept: tuple[np.ndarray, np.ndarray]
-    scratch: tuple[np.ndarray, np.ndarray]
-    cos: np.ndarray
-    sin: np.ndarray
-    logits: np.ndarray
+    hidden: tuple[Array, Array]
+    kept: tuple[Array, Array]
+    scratch: tuple[Array, Array]
+    cos: Array
+    sin: Array
+    logits: Array
 
 
 @dataclass(slots=True)
 class StepArrays:
-    """Integer inputs of a step; S sequences, T token rows, E page-table entries, L layers."""
+    """Integer inputs of a step, views of one array; S sequences, T token rows, E table entries, L layers."""
 
-    token_ids: np.ndarray  # [T] int32
-    past_lens: np.ndarray  # [S] int32
-    tables: np.ndarray  # [L, E] int32, the sequences' page tables side by side
-    max_context_len: np.ndarray  # scalar int32
-    seq_begins: np.ndarray  # [S + 1] int32, first token row of each sequence
-    table_begins: np.ndarray  # [S + 1] int32, first entry of each sequence
+    token_ids: Array  # [T] int32
+    positions: Array  # [T] int32
+    past_lens: Array  # [S] int32
+    tables: Array  # [L, E] int32, the sequences' page tables side by side
+    max_context_len: Array  # scalar int32
+
+    @classmethod
+    def over(cls, flat: Array, num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> StepArrays:
+        """The views of an array of `size(...)` elements."""
+        ends = np.cumsum([num_rows, num_rows, num_seqs, table_shape[0] * table_shape[1]]).tolist()
+        return cls(
+            token_ids=flat[: ends[0]],
+            positions=flat[ends[0] : ends[1]],
+            past_lens=flat[ends[1] : ends[2]],
+            tables=flat[ends[2] : ends[3]].reshape(table_shape),
+            max_context_len=flat[ends[3] :].reshape(()),
+        )
+
+    @staticmethod
+    def size(num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> int:
+        """Elements of the array that holds them all."""
+        return 2 * num_rows + num_seqs + table_shape[0] * table_shape[1] + 1
 
 
 @dataclass(slots=True)
@@ -71,9 +88,9 @@ class Call:
     span: int
     first_layer: int
     num_rows: int
-    binds: dict[str, np.ndarray]
-    copies_in: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (destination, source)
-    copies_out: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    binds: dict[str, Array]
+    copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
+    copies_out: list[tuple[Array, Array]] = field(default_factory=list)
 
 
 class _Range(NamedTuple):
@@ -99,27 +116,35 @@ class StepLayout:
         shapes: one per sequence, ordered by chain.
         chains, spans: of the topology.
         buffers: of the family.
+        device: makes arrays where the buffers are.
+
+    `arrays` is filled on the host before each run; `upload` then brings the engines' copy up to date.
     """
 
     def __init__(
-        self, shapes: Sequence[SeqShape], chains: Sequence[ChainPlan], spans: Sequence[Span], buffers: Buffers
+        self,
+        shapes: Sequence[SeqShape],
+        chains: Sequence[ChainPlan],
+        spans: Sequence[Span],
+        buffers: Buffers,
+        device: Arrays,
     ) -> None:
         self.shapes = tuple(shapes)
-        self._spans, self._chains, self._buffers = spans, chains, buffers
+        self._spans, self._chains, self._buffers, self._device = spans, chains, buffers, device
+        self._constants: dict[bytes, Array] = {}
         counts = np.array([shape.num_tokens for shape in shapes])
         entries = np.array([shape.table_len for shape in shapes])
         self._wants = np.array([shape.wants_logits for shape in shapes])
         num_layers = max(chains[shape.chain].num_layers for shape in shapes)
-        self.arrays = StepArrays(
-            token_ids=np.zeros(counts.sum(), np.int32),
-            past_lens=np.zeros(len(shapes), np.int32),
-            tables=np.zeros((num_layers, entries.sum()), np.int32),
-            max_context_len=np.zeros((), np.int32),
-            seq_begins=_begins(counts),
-            table_begins=_begins(entries),
-        )
+        sizes = int(counts.sum()), len(shapes), (num_layers, int(entries.sum()))
+        self._flat = np.zeros(StepArrays.size(*sizes), np.int32)
+        self._device_flat = device.mirror(self._flat)
+        self.arrays = StepArrays.over(self._flat, *sizes)
+        self.device_arrays = StepArrays.over(self._device_flat, *sizes)
+        self.seq_begins = _begins(counts)  # [S + 1], first token row of each sequence
+        self.table_begins = _begins(entries)  # [S + 1], first page-table entry of each sequence
         self._kept_begins = _begins(self._wants.astype(np.int32))
-        self.logits: list[tuple[np.ndarray, list[int]]] = []  # float32 [n, vocab] and whose rows they are
+        self.logits: list[tuple[Array, list[int]]] = []  # float32 [n, vocab] and whose rows they are
         self._logits_used = 0
         self._groups = self._make_groups()
         self.calls = self._make_calls()
@@ -127,7 +152,11 @@ class StepLayout:
     @property
     def num_rows(self) -> int:
         """New tokens of the step."""
-        return int(self.arrays.token_ids.size)
+        return int(self.seq_begins[-1])
+
+    def upload(self) -> None:
+        """Hand the filled `arrays` to the engines."""
+        self._device.upload(self._flat, self._device_flat)
 
     def group_rows(self) -> list[tuple[int, slice]]:
         """Chain and token rows of each group, for the embedding look-up."""
@@ -142,7 +171,7 @@ class StepLayout:
         def between(begins: np.ndarray) -> slice:
             return slice(int(begins[first]), int(begins[end]))
 
-        return _Range(slice(first, end), between(self.arrays.seq_begins), between(self._kept_begins))
+        return _Range(slice(first, end), between(self.seq_begins), between(self._kept_begins))
 
     def _make_calls(self) -> list[Call]:
         users: dict[tuple[int, int, int], list[_Group]] = defaultdict(list)
@@ -165,7 +194,7 @@ class StepLayout:
             self._bind_attention(call, groups, joined, span.num_layers)
         if span.drops_rows:
             rows = self._rows_to_keep(groups)
-            call.binds["rows"] = rows if rows.size else np.zeros(1, np.int32)
+            call.binds["rows"] = self._constant(rows if rows.size else np.zeros(1, np.int32))
             for group in groups:
                 if not group.dropped:
                     group.dropped, group.side = True, 1
@@ -185,7 +214,7 @@ class StepLayout:
             return joined if _length(joined.kept) == sum(_length(g.range.kept) for g in groups) else None
         return joined if _length(joined.rows) == sum(_length(g.range.rows) for g in groups) else None
 
-    def _view(self, group: _Group, part: _Range | None = None) -> np.ndarray:
+    def _view(self, group: _Group, part: _Range | None = None) -> Array:
         """Where the group's rows are now (or those of a range in the same buffer)."""
         part = part or group.range
         if group.dropped:
@@ -201,9 +230,7 @@ class StepLayout:
         call.num_rows = len(call.binds["hidden"])
 
     @staticmethod
-    def _stack(
-        scratch: np.ndarray, views: list[np.ndarray], copies: list[tuple[np.ndarray, np.ndarray]]
-    ) -> np.ndarray:
+    def _stack(scratch: Array, views: list[Array], copies: list[tuple[Array, Array]]) -> Array:
         """The leading rows of `scratch`, with one copy per view in `copies`."""
         end = 0
         for view in views:
@@ -214,7 +241,7 @@ class StepLayout:
     def _bind_attention(
         self, call: Call, groups: list[_Group], joined: _Range | None, num_layers: int
     ) -> None:
-        arrays, buffers, binds = self.arrays, self._buffers, call.binds
+        arrays, buffers, binds = self.device_arrays, self._buffers, call.binds
         binds["max_context_len"] = arrays.max_context_len
         layers = range(call.first_layer, call.first_layer + num_layers)
         if joined is not None:
@@ -232,16 +259,24 @@ class StepLayout:
                 parts = [arrays.tables[layer, self._entries(g.range)] for g in groups]
                 binds[f"block_indices.{i}"] = self._private(call, parts)
         shapes = [shape for group in groups for shape in self.shapes[group.range.seqs]]
-        binds["subsequence_begins"] = _begins(np.array([shape.num_tokens for shape in shapes]))
-        binds["block_indices_begins"] = _begins(np.array([shape.table_len for shape in shapes]))
+        counts, entries_of = [s.num_tokens for s in shapes], [s.table_len for s in shapes]
+        binds["subsequence_begins"] = self._constant(_begins(np.array(counts)))
+        binds["block_indices_begins"] = self._constant(_begins(np.array(entries_of)))
 
-    def _private(self, call: Call, parts: list[np.ndarray]) -> np.ndarray:
+    def _constant(self, values: np.ndarray) -> Array:
+        """An array of ints that no step changes, on the device; equal ones are one."""
+        key = values.tobytes()
+        if key not in self._constants:
+            self._constants[key] = self._device.mirror(values)
+        return self._constants[key]
+
+    def _private(self, call: Call, parts: list[Array]) -> Array:
         """A new array with the parts one after the other, refreshed before every run of the call."""
-        own = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        own = self._device.rows_like(parts[0], sum(map(len, parts)))
         return self._stack(own, parts, call.copies_in)
 
     def _entries(self, part: _Range) -> slice:
-        begins = self.arrays.table_begins
+        begins = self.table_begins
         return slice(int(begins[part.seqs.start]), int(begins[part.seqs.stop]))
 
     def _rows_to_keep(self, groups: list[_Group]) -> np.ndarray:
@@ -253,7 +288,7 @@ class StepLayout:
                 keep.append(np.arange(offset, offset + count))
             else:
                 count = _length(group.range.rows)
-                last = self.arrays.seq_begins[1:][group.range.seqs] - 1 - group.range.rows.start
+                last = self.seq_begins[1:][group.range.seqs] - 1 - group.range.rows.start
                 keep.append(offset + last[self._wants[group.range.seqs]])
             offset += count
         return np.concatenate(keep).astype(np.int32)
@@ -268,7 +303,7 @@ class StepLayout:
         elif joined is not None:
             call.binds["hidden_out"] = self._view(groups[0], joined)
         else:
-            copies: list[tuple[np.ndarray, np.ndarray]] = []
+            copies: list[tuple[Array, Array]] = []
             call.binds["hidden_out"] = self._stack(self._buffers.scratch[1], views, copies)
             call.copies_out = [(view, scratch) for scratch, view in copies]
 

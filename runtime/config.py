@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from blockzoo.engines.choose import Backend
 from blockzoo.runtime.errors import InvalidRequestError
 
 _DEFAULT_KV_BYTES = 2 << 30
@@ -16,6 +17,8 @@ class EngineConfig:
     """How an engine serves a zoo.
 
     Attributes:
+        backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU); None: openvino.
+        device: of the reference backend: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             free memory where that is less. Split between KV geometries in proportion to their models.
@@ -31,6 +34,8 @@ class EngineConfig:
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
     """
 
+    backend: Backend | None = None
+    device: str | None = None
     precision: Literal["f32", "bf16"] | None = None
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 32
@@ -44,6 +49,9 @@ class EngineConfig:
     max_span_layers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in get_args(Backend):
+            expected = ", ".join(get_args(Backend))
+            raise InvalidRequestError(f"backend is {self.backend!r}; expected {expected} or None")
         if self.precision not in (None, "f32", "bf16"):
             raise InvalidRequestError(f"precision is {self.precision!r}; expected f32, bf16 or None")
         for name in ("kv_cache_bytes", "max_model_len", "num_threads", "max_span_layers"):

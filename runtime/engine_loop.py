@@ -14,7 +14,7 @@ from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.detokenizer import Detokenizer
 from blockzoo.runtime.errors import (
@@ -78,7 +78,12 @@ class LLMEngine:
             max_waiting=self.config.max_waiting + self.config.max_num_seqs,
             policy=self.config.schedule,
         )
-        maker = OpenVINOEngines(self.config.precision, self.config.num_threads)
+        maker = make_engines(
+            self.config.backend,
+            self.config.precision,
+            device=self.config.device,
+            num_threads=self.config.num_threads,
+        )
         self._zoo = load_zoo(Zoo.open(zoo_path), self.config, maker, progress)
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blockzoo.engines.base import PAGE_TOKENS, Engine, Precision, activation_dtype
-from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.engines.arrays import Array, Arrays
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
@@ -62,7 +62,7 @@ class Executor:
         engines: by span index.
         embeddings: by embed block id.
         rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
-        precision: of the engines.
+        arrays: of the maker of the engines.
         num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
         max_tokens, max_seqs: bounds of a step.
     """
@@ -73,20 +73,22 @@ class Executor:
         chains: Sequence[ChainPlan],
         spans: Sequence[Span],
         engines: Mapping[int, Engine],
-        embeddings: Mapping[str, EmbeddingTable],
+        embeddings: Mapping[str, Embedding],
         rope_tables: Mapping[int, tuple[np.ndarray, np.ndarray]],
-        precision: Precision,
+        arrays: Arrays,
         num_pages: int,
         max_tokens: int,
         max_seqs: int,
     ) -> None:
         self._chains, self._spans = chains, spans
-        self._engines, self._embeddings, self._rope_tables = engines, embeddings, rope_tables
+        self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        unique = {id(tables): tables for tables in rope_tables.values()}
+        mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
+        self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages = num_pages
-        dtype = activation_dtype(precision)
-        self._pool = self._make_pool(family, dtype)
+        self._pool = self._make_pool(family)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
-        self._buffers = _make_buffers(family, dtype, max_tokens, max_seqs, vocab)
+        self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call it is bound to
 
@@ -103,13 +105,15 @@ class Executor:
         ordered = [batch[i] for i in order]
         layout = self._layout_for(ordered)
         self._fill(layout, ordered)
+        self._gather(layout)
         self._run_calls(layout)
-        logits = [(rows, [order[place] for place in places]) for rows, places in layout.logits]
+        to_host = self._device.to_host
+        logits = [(to_host(rows), [order[place] for place in places]) for rows, places in layout.logits]
         return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
 
-    def _make_pool(self, family: Family, dtype: np.dtype) -> dict[str, np.ndarray]:
+    def _make_pool(self, family: Family) -> dict[str, Array]:
         shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
-        pool = {name: np.zeros(shape, dtype) for name in ("key_cache", "value_cache")}
+        pool = {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
         for engine in self._engines.values():
             if engine.spec.layers:
                 for name, pages in pool.items():
@@ -143,28 +147,33 @@ class Executor:
             SeqShape(rows.chain, len(rows.token_ids), _table_len(rows), rows.wants_logits) for rows in batch
         )
         if self._layout is None or self._layout.shapes != shapes:
-            self._layout = StepLayout(shapes, self._chains, self._spans, self._buffers)
+            self._layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
             self._bound_call.clear()
         return self._layout
 
     def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
-        arrays, buffers = layout.arrays, self._buffers
-        positions = np.empty(layout.num_rows, np.int64)
+        arrays = layout.arrays
         for i, rows in enumerate(batch):
-            begin, end = arrays.seq_begins[i], arrays.seq_begins[i + 1]
+            begin, end = layout.seq_begins[i], layout.seq_begins[i + 1]
             arrays.token_ids[begin:end] = rows.token_ids
             arrays.past_lens[i] = rows.past_len
-            positions[begin:end] = np.arange(rows.past_len, rows.past_len + end - begin)
+            arrays.positions[begin:end] = np.arange(rows.past_len, rows.past_len + end - begin)
             entries = arrays.tables[
-                : len(rows.page_table), arrays.table_begins[i] : arrays.table_begins[i + 1]
+                : len(rows.page_table), layout.table_begins[i] : layout.table_begins[i + 1]
             ]
             pages = -(-(rows.past_len + end - begin) // PAGE_TOKENS)
             entries[:, :pages] = rows.page_table[:, :pages]  # beyond: some valid id, never read
-        arrays.max_context_len[...] = (arrays.past_lens + np.diff(arrays.seq_begins)).max()
+        arrays.max_context_len[...] = (arrays.past_lens + np.diff(layout.seq_begins)).max()
+        layout.upload()
+
+    def _gather(self, layout: StepLayout) -> None:
+        """Embeddings and rotary rows of the step's tokens."""
+        arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
         for chain_index, rows_slice in layout.group_rows():
             cos, sin = self._rope_tables[chain_index]
-            np.take(cos, positions[rows_slice], axis=0, out=buffers.cos[rows_slice, 0, 0])
-            np.take(sin, positions[rows_slice], axis=0, out=buffers.sin[rows_slice, 0, 0])
+            positions = arrays.positions[rows_slice]
+            take(cos, positions, buffers.cos[rows_slice, 0, 0])
+            take(sin, positions, buffers.sin[rows_slice, 0, 0])
             embedding = self._embeddings[self._chains[chain_index].embed_id]
             embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
 
@@ -187,18 +196,16 @@ def _table_len(rows: Rows) -> int:
     return -(-pages // _TABLE_CHUNK) * _TABLE_CHUNK
 
 
-def _make_buffers(family: Family, dtype: np.dtype, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
-    def pair(rows: int) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            np.zeros((rows, family.hidden_size), dtype),
-            np.zeros((rows, family.hidden_size), dtype),
-        )
+def _make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
+    def pair(rows: int) -> tuple[Array, Array]:
+        shape = (rows, family.hidden_size)
+        return arrays.zeros(shape, "activation"), arrays.zeros(shape, "activation")
 
     return Buffers(
         hidden=pair(max_tokens),
         kept=pair(max_seqs),
         scratch=pair(max_tokens),
-        cos=np.zeros((max_tokens, 1, 1, family.head_dim), np.float32),
-        sin=np.zeros((max_tokens, 1, 1, family.head_dim), np.float32),
-        logits=np.zeros(max_seqs * vocab, np.float32),
+        cos=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
+        sin=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
+        logits=arrays.zeros((max_seqs * vocab,), "f32"),
     )

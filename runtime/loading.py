@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from blockzoo.engines.base import Engine, EngineMaker, activation_dtype
-from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.runtime.executor import Executor, Rows
@@ -65,7 +64,7 @@ def load_zoo(
         for name, record in zoo.manifest.models.items()
     }
     embeds = {chain.embed_id: zoo.read_block(chain.embed_id) for chain in topology.chains}
-    embeddings = {embed_id: EmbeddingTable(block, maker.precision) for embed_id, block in embeds.items()}
+    embeddings = {embed_id: maker.embedding(block) for embed_id, block in embeds.items()}
     blocks = {i: zoo.read_block(i) for span in topology.spans for i in span.block_ids}
     engines = _compile_spans(topology, blocks, maker, progress)
     rope_tables = _rope_tables(zoo, topology, models)
@@ -77,7 +76,7 @@ def load_zoo(
             {i: engines[i] for c in topology.chains if c.family == family for i in {u.span for u in c.uses}},
             embeddings,
             rope_tables,
-            maker.precision,
+            maker.arrays,
             pages,
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
+from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
 from blockzoo.zoo.blocks import Block
 
@@ -62,6 +64,7 @@ class OpenVINOEngines:
                 f"precision bf16 was asked for, but this CPU offers {', '.join(capabilities)}; use f32"
             )
         self.precision: Precision = precision or ("bf16" if has_bf16 else "f32")
+        self.arrays: Arrays = HostArrays(self.precision)
         self._properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "KV_CACHE_PRECISION": self.precision,
@@ -80,6 +83,10 @@ class OpenVINOEngines:
         """Backend, version, precision and CPU, for manifests and reports."""
         cpu = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         return {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
+
+    def embedding(self, block: Block) -> EmbeddingTable:
+        """The look-up of an embed block, over its mapped file."""
+        return EmbeddingTable(block, self.precision)
 
     def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> OpenVINOEngine:
         """Compile consecutive blocks (no embed) into one engine.

@@ -39,7 +39,7 @@ class Setup:
             engines,
             {c.embed_id: EmbeddingTable(self.blocks[c.embed_id], "f32") for c in chains},
             dict.fromkeys(range(len(chains)), tables),
-            "f32",
+            self.maker.arrays,
             NUM_PAGES,
             MAX_TOKENS,
             max_seqs=40,

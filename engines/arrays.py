@@ -1,0 +1,97 @@
+"""Where the arrays of a step live: in this process's memory, or on the device of an engine maker.
+
+The executor and the probes take every buffer they bind to engines from the maker's `Arrays`, and speak
+only of shapes. The integers of a step are written on the host, into one array, of which `mirror` gives
+the device's view: one upload a step, and none where the two are the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from blockzoo.engines.base import Precision, activation_dtype, f32_to_bf16
+
+Array = Any
+"""A numpy array or a torch tensor: both are sliced, reshaped and assigned to (`a[...] = b`) alike."""
+
+Kind = Literal["activation", "f32", "i32"]
+"""Element types: that of activations and KV at the maker's precision, float32, int32."""
+
+
+class Arrays(Protocol):
+    """The arrays of one engine maker."""
+
+    def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
+        """A new array of zeros, C-contiguous."""
+
+    def rows_like(self, part: Array, num_rows: int) -> Array:
+        """A new array of `num_rows` rows, for the rest shaped and typed as `part`; not initialized."""
+
+    def mirror(self, host: np.ndarray) -> Array:
+        """The device's copy of a host array (which is the array itself, where the device is the host)."""
+
+    def upload(self, host: np.ndarray, device: Array) -> None:
+        """Bring a `mirror` up to date after `host` changed."""
+
+    def take(self, table: Array, indices: Array, out: Array) -> None:
+        """Write `table[indices]` to `out`; every index must be in range."""
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """The contents, once everything that was started has written them; bf16 as uint16."""
+
+    def activations(self, values: np.ndarray) -> Array:
+        """float32 values as activations."""
+
+    def wait(self) -> None:
+        """Return when everything that was started has finished."""
+
+    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+        """`run`, or something faster with the same effect on the same arrays when called repeatedly."""
+
+
+class HostArrays:
+    """numpy arrays; bf16 activations are held as uint16."""
+
+    def __init__(self, precision: Precision) -> None:
+        self._dtypes: dict[str, Any] = {
+            "activation": activation_dtype(precision),
+            "f32": np.float32,
+            "i32": np.int32,
+        }
+
+    def zeros(self, shape: Sequence[int], kind: Kind) -> np.ndarray:
+        """A new array of zeros."""
+        return np.zeros(tuple(shape), self._dtypes[kind])
+
+    def rows_like(self, part: np.ndarray, num_rows: int) -> np.ndarray:
+        """A new array of `num_rows` rows like those of `part`."""
+        return np.empty((num_rows, *part.shape[1:]), part.dtype)
+
+    def mirror(self, host: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return host
+
+    def upload(self, host: np.ndarray, device: np.ndarray) -> None:
+        """Nothing to do."""
+
+    def take(self, table: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
+        """Write `table[indices]` to `out`."""
+        np.take(table, indices, axis=0, out=out)
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return array
+
+    def activations(self, values: np.ndarray) -> np.ndarray:
+        """The values, rounded to bf16 where that is the precision."""
+        return f32_to_bf16(values) if self._dtypes["activation"] == np.uint16 else values
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+        """`run` itself."""
+        return run

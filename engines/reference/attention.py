@@ -1,0 +1,88 @@
+"""Attention over pages in torch: what the kernels of other backends must compute.
+
+A *row* is a query at any position of a sequence whose page table names the pages of its keys and values,
+`[num_pages, kv_heads, 32, head_dim]`. Rows attend to the positions up to their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+
+from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.zoo.blocks import AttnSpec
+
+Inputs = Mapping[str, torch.Tensor]
+"""What is bound to an engine, by the names of `engines.base.Engine`; `positions` (int32 [T]) may name rows
+at arbitrary positions, and then `past_lens` is not read."""
+
+
+class DenseAttention:
+    """Gathers each sequence's pages into one matrix; waits for the device once per sequence."""
+
+    def __call__(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        """Write the rows' K and V, then attend.
+
+        Args:
+            qkv: [T, (heads + 2 * kv_heads) * head_dim], rotated.
+            inputs: of the engine.
+            page_ids: the layer's `block_indices`.
+            spec: the attention operator.
+
+        Returns:
+            [T, heads * head_dim].
+        """
+        dim, kv_heads = spec.head_dim, spec.num_kv_heads
+        q, k, v = (
+            part.unflatten(1, (-1, dim))
+            for part in qkv.split([spec.num_heads * dim, kv_heads * dim, kv_heads * dim], 1)
+        )
+        keys, values = inputs["key_cache"], inputs["value_cache"]
+        begins = inputs["subsequence_begins"].tolist()
+        tables = inputs["block_indices_begins"].tolist()
+        positions = _positions(inputs, begins)
+        for i, (begin, end) in enumerate(itertools.pairwise(begins)):
+            where = positions[begin:end]
+            table = page_ids[tables[i] : tables[i + 1]].long()
+            page, slot = table[where // PAGE_TOKENS], where % PAGE_TOKENS
+            keys[page, :, slot] = k[begin:end]
+            values[page, :, slot] = v[begin:end]
+        out = torch.empty_like(q)
+        for i, (begin, end) in enumerate(itertools.pairwise(begins)):
+            where = positions[begin:end]
+            length = int(where.max()) + 1
+            pages = page_ids[tables[i] : tables[i] - (-length // PAGE_TOKENS)].long()
+            k_all, v_all = (cache[pages].transpose(1, 2).flatten(0, 1)[:length] for cache in (keys, values))
+            out[begin:end] = attend(q[begin:end], k_all, v_all, where, spec)
+        return out.flatten(1)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spec: AttnSpec
+) -> torch.Tensor:
+    """Rows q [T, heads, head_dim] at `positions` over k, v [L, kv_heads, head_dim] of positions 0 to L - 1.
+
+    Scores and their softmax are float32, the result is of q's type.
+    """
+    mask = torch.arange(len(k), device=k.device) <= positions[:, None]
+    if spec.sliding_window:
+        mask &= torch.arange(len(k), device=k.device) > positions[:, None] - spec.sliding_window
+    group = spec.num_heads // spec.num_kv_heads
+    grouped = q.unflatten(1, (spec.num_kv_heads, group))  # [T, kv_heads, group, D]
+    scores = torch.einsum("tkgd,lkd->kgtl", grouped, k).float() * spec.head_dim**-0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+    return torch.einsum("kgtl,lkd->tkgd", weights, v).flatten(1, 2)
+
+
+def _positions(inputs: Inputs, begins: list[int]) -> torch.Tensor:
+    """int64 [T]."""
+    if "positions" in inputs:
+        return inputs["positions"].long()
+    counts = inputs["subsequence_begins"].diff().long()
+    starts = inputs["past_lens"].long() - inputs["subsequence_begins"][:-1]
+    rows = torch.arange(begins[-1], device=starts.device)
+    return rows + starts.repeat_interleave(counts, output_size=begins[-1])

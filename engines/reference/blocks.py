@@ -1,0 +1,178 @@
+"""Blocks in torch: weights on the device, and the operators between the attentions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from blockzoo.engines.reference.arrays import weight_tensor
+from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+
+
+class Weights:
+    """Device copies of blocks' tensors: a tensor that several blocks or spans use is loaded once.
+
+    Args:
+        dtype, device: of the copies.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._loaded: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def load(self, block: Block, *names: str) -> torch.Tensor:
+        """The block's tensors of these names on top of each other (one product instead of three)."""
+        # the tied matrix of a head is keyed by its file, which is the embed block's
+        owner = str(block.files[-1].path) if names == ("weight",) and block.files else block.id
+        key = (owner, *names)
+        if key not in self._loaded:
+            parts = [weight_tensor(block.tensors[name], self._dtype, self._device) for name in names]
+            self._loaded[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._loaded[key]
+
+    def maybe(self, block: Block, *names: str) -> torch.Tensor | None:
+        """`load`, or None where the block has no such tensors."""
+        return self.load(block, *names) if names[0] in block.tensors else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of all that was loaded."""
+        return sum(tensor.nbytes for tensor in self._loaded.values())
+
+
+class Operators:
+    """Operators of one row at a time, in torch; a backend with fused kernels replaces them."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square norm over the last dimension, in float32 inside."""
+        return rms_norm(x, x.shape[-1:], weight, eps)
+
+    def rotate(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        spec: AttnSpec,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Rotate q and k in qkv [T, (heads + 2 * kv_heads) * head_dim], after their norms where given.
+
+        cos, sin: float32 [T, 1, head_dim].
+        """
+        dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
+        q, k, v = qkv.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+        if norms is not None:
+            q, k = (self.norm(x, weight, spec.rms_norm_eps) for x, weight in zip((q, k), norms, strict=True))
+        return torch.cat([_rotated(q, cos, sin), _rotated(k, cos, sin), v], 1).flatten(1)
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 * inner]: gate first."""
+        gate, up = gate_up.chunk(2, 1)
+        return silu(gate) * up
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.float().chunk(2, -1)
+    return (torch.cat([low, high], -1) * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAttn:
+    """The two sides of an attention block."""
+
+    spec: AttnSpec
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    ops: Operators
+
+    @classmethod
+    def load(cls, block: Block, weights: Weights, ops: Operators) -> TorchAttn:
+        """Put the block on the device."""
+        assert isinstance(block.spec, AttnSpec)
+        norms = (weights.load(block, "q_norm"), weights.load(block, "k_norm")) if block.spec.qk_norm else None
+        return cls(
+            spec=block.spec,
+            norm=weights.load(block, "norm"),
+            qkv=weights.load(block, "q", "k", "v"),
+            qkv_bias=weights.maybe(block, "q_bias", "k_bias", "v_bias"),
+            qk_norms=norms,
+            o=weights.load(block, "o"),
+            o_bias=weights.maybe(block, "o_bias"),
+            ops=ops,
+        )
+
+    def pre(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] -> rotated q, k, v side by side."""
+        qkv = linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.qkv, self.qkv_bias)
+        return self.ops.rotate(qkv, cos, sin, self.spec, self.qk_norms)
+
+    def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
+        return _add_product(x, attended, self.o, self.o_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFfn:
+    """A feed-forward block."""
+
+    spec: FfnSpec
+    norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    ops: Operators
+
+    @classmethod
+    def load(cls, block: Block, weights: Weights, ops: Operators) -> TorchFfn:
+        """Put the block on the device."""
+        assert isinstance(block.spec, FfnSpec)
+        return cls(
+            spec=block.spec,
+            norm=weights.load(block, "norm"),
+            gate_up=weights.load(block, "gate", "up"),
+            gate_up_bias=weights.maybe(block, "gate_bias", "up_bias"),
+            down=weights.load(block, "down"),
+            down_bias=weights.maybe(block, "down_bias"),
+            ops=ops,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] -> hidden states."""
+        normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
+        inner = self.ops.gated(linear(normed, self.gate_up, self.gate_up_bias))
+        return _add_product(x, inner, self.down, self.down_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchHead:
+    """The output block."""
+
+    spec: HeadSpec
+    norm: torch.Tensor
+    weight: torch.Tensor
+    ops: Operators
+
+    @classmethod
+    def load(cls, block: Block, weights: Weights, ops: Operators) -> TorchHead:
+        """Put the block on the device."""
+        assert isinstance(block.spec, HeadSpec)
+        return cls(block.spec, weights.load(block, "norm"), weights.load(block, "weight"), ops)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] -> logits [T, vocab] in the precision of the weights."""
+        return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
+
+
+def _add_product(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x + y @ weight.T (+ bias), rounded once."""
+    out = torch.addmm(x, y, weight.T)
+    return out if bias is None else out + bias
