@@ -28,6 +28,8 @@ class EngineConfig:
         max_model_len: prompt and generated tokens of a request; None: what the model and the pool allow.
         max_request_seconds: a request that takes longer ends with an error; None: no limit.
         prefix_caching: keep and reuse the KV of finished prompts.
+        boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
+            has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
         schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
             no tenant can tell from its own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
@@ -44,6 +46,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_request_seconds: float | None = None
     prefix_caching: bool = True
+    boundary_cache_bytes: int = 256 << 20
     schedule: Literal["hit-first", "fair"] = "hit-first"
     num_threads: int | None = None
     max_span_layers: int | None = None
@@ -58,6 +61,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
+        if self.boundary_cache_bytes < 0:
+            raise InvalidRequestError(
+                f"boundary_cache_bytes is {self.boundary_cache_bytes}; expected at least 0"
+            )
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
 

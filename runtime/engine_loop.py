@@ -23,15 +23,16 @@ from blockzoo.runtime.errors import (
     SamplingError,
     UnknownModelError,
 )
-from blockzoo.runtime.executor import Rows
+from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
+from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
-from blockzoo.runtime.sequence import Sequence
+from blockzoo.runtime.sequence import Part, Sequence
 from blockzoo.runtime.tokenizer import Tokenizer
-from blockzoo.runtime.topology import Family
+from blockzoo.runtime.topology import ChainPlan, Family
 from blockzoo.zoo.store import Zoo
 
 
@@ -227,8 +228,7 @@ class LLMEngine:
             family = self._requests[item.seq.request_id].model.chain.family
             by_family.setdefault(family, []).append(item)
         for family, items in by_family.items():
-            step = self._zoo.executors[family].run([self._rows(item) for item in items])
-            self._scheduler.advance(items)
+            step = self._run(self._zoo.executors[family], items)
             self._recorder.on_step(step.num_calls, step.num_call_rows)
             for logits, indices in step.logits:
                 seqs = [items[i].seq for i in indices]
@@ -236,11 +236,42 @@ class LLMEngine:
                 results += zip(seqs, self._sampler.sample(logits, states), strict=True)
         return results
 
-    def _rows(self, item: Scheduled) -> Rows:
-        seq, start = item.seq, item.seq.num_computed
-        end = start + item.num_tokens
-        chain_index = self._requests[seq.request_id].model.chain_index
-        return Rows(chain_index, seq.token_ids[start:end], start, seq.page_table, end == seq.num_tokens)
+    def _run(self, executor: Executor, items: list[Scheduled]) -> StepResult:
+        """Run the scheduled tokens of one family; logits come with indices into `items`."""
+        batch: list[Rows] = []
+        owners: list[tuple[int, Part]] = []
+        for index, (seq, num_tokens) in enumerate(items):
+            copies = seq.cache.take_copies(seq)
+            if copies is not None:
+                executor.copy_pages(*copies)
+            for part in seq.parts(seq.num_computed + num_tokens):
+                batch.append(self._rows(seq, part))
+                owners.append((index, part))
+        step = executor.run(batch)
+        self._scheduler.advance(items)
+        for index, entry, hidden in step.hidden:
+            seq, part = items[owners[index][0]].seq, owners[index][1]
+            segment = seq.segments[self._chain(seq).entries.index(entry)]
+            self._zoo.boundaries.record(seq, segment.boundary, part.start, hidden)
+        logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
+        return step._replace(logits=logits)
+
+    def _rows(self, seq: Sequence, part: Part) -> Rows:
+        chain = self._chain(seq)
+        return Rows(
+            self._requests[seq.request_id].model.chain_index,
+            seq.token_ids[part.start : part.end],
+            part.start,
+            seq.page_table,
+            wants_logits=part.end == seq.num_tokens,
+            entry=chain.entries[part.level],
+            hidden=self._zoo.boundaries.entering(seq, part) if part.level else None,
+            keeps_hidden=self._zoo.boundaries.max_bytes > 0
+            and part.start < seq.num_prompt_pages * PAGE_TOKENS,
+        )
+
+    def _chain(self, seq: Sequence) -> ChainPlan:
+        return self._requests[seq.request_id].model.chain
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1

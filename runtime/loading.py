@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blockzoo.engines.base import Engine, EngineMaker, activation_dtype
+from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.runtime.executor import Executor, Rows
@@ -43,6 +44,7 @@ class LoadedZoo:
     topology: Topology
     executors: Mapping[Family, Executor]
     caches: Mapping[Family, KVCache]
+    boundaries: BoundaryCache
     engine_facts: Mapping[str, object]
 
 
@@ -87,8 +89,13 @@ def load_zoo(
     blocks |= embeds
     for block in blocks.values():
         block.drop_pages()
-    caches = {family: KVCache(pages, config.prefix_caching) for family, pages in num_pages.items()}
-    return LoadedZoo(models, topology, executors, caches, maker.facts())
+    boundaries = BoundaryCache(
+        config.boundary_cache_bytes if config.prefix_caching else 0, maker.arrays.rows_like
+    )
+    caches = {
+        family: KVCache(pages, config.prefix_caching, boundaries) for family, pages in num_pages.items()
+    }
+    return LoadedZoo(models, topology, executors, caches, boundaries, maker.facts())
 
 
 def _pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError
-from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
+from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.prefix_tree import KVCache
 from blockzoo.runtime.sequence import Sequence
 
@@ -258,7 +258,8 @@ class Scheduler:
         seq, cache = entry.seq, entry.seq.cache
         if cache in step.full:
             return
-        if not cache.can_begin(seq, self._spare_pages(cache)):
+        spare_pages = self._spare_pages(cache)
+        if not cache.can_begin(seq, spare_pages):
             step.full.add(cache)  # who comes later must not overtake it
             return
         if entry in self._waiting:
@@ -268,12 +269,13 @@ class Scheduler:
         entry.running = True
         insort(self._running, entry)
         cache.begin(seq)
+        cache.copy_partial(seq, spare_pages)
         self._schedule_prefill(step, entry)
 
     def _spare_pages(self, cache: KVCache) -> int:
         """Pages that running sequences will soon need: the rest of their prompts, and one page ahead."""
         running = [entry.seq for entry in self._running if entry.seq.cache is cache]
-        return sum((pages_for(s.num_tokens) + 1 - s.num_pages) * s.num_layers for s in running)
+        return sum(cache.missing_pages(seq, seq.num_tokens + PAGE_TOKENS) for seq in running)
 
     def _ordered_waiting(self) -> list[tuple[float, float, int, _Entry]]:
         """A heap of the waiting: (rank, arrival, order of add, entry)."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,28 @@ def page_key(parent: bytes, token_ids: np.ndarray) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Layers [first_layer, end_layer) of a chain; equal `key`s compute equal KV there from equal tokens."""
+    """Layers [first_layer, end_layer) of a chain; equal `key`s compute equal KV there from equal tokens.
+
+    Attributes:
+        boundary: equal ones have equal hidden states where their chains first differ below this segment,
+            from equal tokens. Empty where nothing may enter: the chain's first segment.
+    """
 
     first_layer: int
     end_layer: int
     key: str
+    boundary: str = ""
+
+
+class Part(NamedTuple):
+    """Tokens [start, end) of a sequence; the KV of its lower `level` segments is in the tree already.
+
+    With a level above 0 the tokens' hidden states enter the chain at segment number `level`.
+    """
+
+    start: int
+    end: int
+    level: int
 
 
 class Sequence:
@@ -55,6 +72,8 @@ class Sequence:
         "_tokens",
         "arrival",
         "cache",
+        "copied_from",
+        "entering",
         "model",
         "nodes",
         "num_cached",
@@ -68,6 +87,7 @@ class Sequence:
         "request_id",
         "scope",
         "segments",
+        "unfinished",
     )
 
     def __init__(
@@ -100,8 +120,13 @@ class Sequence:
         self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]
         self.num_pages = 0  # valid columns of page_table
         # Per segment: the tree nodes of the leading pages. These pages belong to the tree and are read only;
-        # the columns from num_tree_pages on are the sequence's own.
+        # the columns behind them are the sequence's own. A lower segment's path may be longer than an upper
+        # one's: the tokens between enter the chain at the boundary, with the hidden states in `entering`.
         self.nodes: list[list[Node]] = [[] for _ in self.segments]
+        self.entering: dict[int, Any] = {}  # page -> hidden states [32, hidden]
+        # boundary -> (next token, hidden states [32, hidden]) of a page that is not complete yet
+        self.unfinished: dict[str, tuple[int, Any]] = {}
+        self.copied_from: list[Node] = []  # per segment: whose page begins like the first own page, if any
         self._root_key = root_key(scope)
         self._page_keys: list[bytes] = []
 
@@ -117,8 +142,32 @@ class Sequence:
 
     @property
     def num_tree_pages(self) -> int:
-        """Leading pages that belong to the prefix tree."""
-        return len(self.nodes[0])
+        """Leading pages that belong to the prefix tree in all layers."""
+        return len(self.nodes[-1])
+
+    @property
+    def num_prompt_pages(self) -> int:
+        """Pages that the prompt fills."""
+        return self.prompt_len // PAGE_TOKENS
+
+    def own_pages(self) -> np.ndarray:
+        """The pages that belong to this sequence alone, int32 [n]."""
+        owned = [
+            self.page_table[segment.first_layer : segment.end_layer, len(path) : self.num_pages].ravel()
+            for path, segment in zip(self.nodes, self.segments, strict=True)
+        ]
+        return np.concatenate(owned)
+
+    def parts(self, end: int) -> list[Part]:
+        """The tokens from num_computed to `end`, cut where the level changes; all but the last end a page."""
+        parts = []
+        start = self.num_computed
+        for level in range(len(self.nodes) - 1, -1, -1):  # the more is cached, the further in front
+            stop = end if level == 0 else min(end, len(self.nodes[level - 1]) * PAGE_TOKENS)
+            if stop > start:
+                parts.append(Part(start, stop, level))
+                start = stop
+        return parts
 
     def append_token(self, token_id: int) -> None:
         """Add a generated token."""
@@ -128,6 +177,10 @@ class Sequence:
             self._tokens = grown
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+
+    def parent_key(self, page: int) -> bytes:
+        """The key of all tokens before `page`."""
+        return self.page_keys(page)[page - 1] if page else self._root_key
 
     def page_keys(self, count: int) -> list[bytes]:
         """Keys of the first `count` pages or more, which must be full of tokens; each is computed once."""
@@ -145,7 +198,7 @@ class Sequence:
             return
         capacity = -(-max(num_pages, 2 * capacity) // _PAGE_TABLE_CHUNK) * _PAGE_TABLE_CHUNK
         grown = np.full((layers, capacity), -1, dtype=np.int32)
-        grown[:, : self.num_pages] = self.page_table[:, : self.num_pages]
+        grown[:, : self.page_table.shape[1]] = self.page_table
         self.page_table = grown
 
     def __repr__(self) -> str:

@@ -53,13 +53,21 @@ class SpanUse:
 
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
-    """One model as the runtime sees it. Models with equal chains share one plan."""
+    """One model as the runtime sees it. Models with equal chains share one plan.
+
+    Attributes:
+        uses: the spans of the chain, in order.
+        segments: what KV is shared with which other chains.
+        entries: per segment, the first of `uses` that runs for tokens whose KV below the segment is there:
+            the one at which the chains that share the segment below part. 0 for the first segment.
+    """
 
     family: Family
     embed_id: str
     uses: tuple[SpanUse, ...]
     num_layers: int
     segments: tuple[Segment, ...]
+    entries: tuple[int, ...]
     vocab_size: int
 
 
@@ -93,7 +101,7 @@ def plan_topology(manifest: Manifest, max_span_layers: int | None = None) -> Top
     return Topology(
         spans=tuple(Span(run, _num_layers(run, manifest.blocks), run in drops) for run in spans),
         chains=tuple(
-            _chain_plan(chain, runs[chain], index, segments[chain], manifest.blocks) for chain in chains
+            _chain_plan(chain, runs[chain], index, *segments[chain], manifest.blocks) for chain in chains
         ),
         chain_of_model={name: i for i, chain in enumerate(chains) for name in by_chain[chain]},
     )
@@ -157,6 +165,7 @@ def _chain_plan(
     chain_runs: tuple[tuple[str, ...], ...],
     index: Mapping[tuple[str, ...], int],
     segments: tuple[Segment, ...],
+    boundaries: tuple[int, ...],
     blocks: Mapping[str, BlockRecord],
 ) -> ChainPlan:
     uses, position, layer = [], 1, 0
@@ -168,16 +177,19 @@ def _chain_plan(
     assert isinstance(attn, AttnSpec), "the manifest reader checks the order of kinds"
     assert isinstance(head, HeadSpec), "the manifest reader checks the order of kinds"
     family = Family(attn.hidden_size, attn.num_kv_heads, attn.head_dim)
-    return ChainPlan(family, chain[0], tuple(uses), layer, segments, head.vocab_size)
+    # chains that part at a block go on differently after the one before: a span begins there
+    use_at = {use.position: i for i, use in enumerate(uses)}
+    entries = tuple(use_at[position] for position in boundaries)
+    return ChainPlan(family, chain[0], tuple(uses), layer, segments, entries, head.vocab_size)
 
 
 def _segments(
     chains: Sequence[tuple[str, ...]], blocks: Mapping[str, BlockRecord]
-) -> dict[tuple[str, ...], tuple[Segment, ...]]:
+) -> dict[tuple[str, ...], tuple[tuple[Segment, ...], tuple[int, ...]]]:
     """Per chain the maximal layer ranges whose KV is shared by one and the same set of chains.
 
     The KV of a layer depends on every block up to its attention, so its identity is the hash of that
-    chain prefix.
+    chain prefix. With each range comes the position in the chain at which its sharers below part.
     """
     prefixes = {chain: _layer_keys(chain, blocks) for chain in chains}
     sharers: dict[str, set[tuple[str, ...]]] = defaultdict(set)
@@ -188,8 +200,27 @@ def _segments(
     for chain, keys in prefixes.items():
         starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
         ends = [*starts[1:], len(keys)]
-        result[chain] = tuple(Segment(a, b, keys[a]) for a, b in zip(starts, ends, strict=True))
+        # before them: blocks that all sharers of the layer below have in common
+        boundaries = [1, *(_common_length(sharers[keys[start - 1]]) for start in starts[1:])]
+        result[chain] = (
+            tuple(
+                Segment(start, end, keys[start], _prefix_key(chain[:boundary]) if start else "")
+                for start, end, boundary in zip(starts, ends, boundaries, strict=True)
+            ),
+            tuple(boundaries),
+        )
     return result
+
+
+def _common_length(chains: set[tuple[str, ...]]) -> int:
+    """The number of blocks that all chains begin with."""
+    first, last = min(chains), max(chains)  # in sorting order, so these two have the least in common
+    pairs = zip(first, last, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+
+
+def _prefix_key(blocks: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(["hidden states after", *blocks]).encode()).hexdigest()
 
 
 def _layer_keys(chain: tuple[str, ...], blocks: Mapping[str, BlockRecord]) -> list[str]:
