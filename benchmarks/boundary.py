@@ -61,6 +61,7 @@ def run(family: Family, args: argparse.Namespace) -> dict[str, Any]:
                 max_model_len=args.length + GREEDY.max_tokens,
                 max_num_seqs=4,
                 prefix_caching=caching,
+                kv_sharing="scope",
             ),
         )
         for caching in (False, True)

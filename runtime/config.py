@@ -30,6 +30,9 @@ class EngineConfig:
         prefix_caching: keep and reuse the KV of finished prompts.
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
             has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
+            scope; with "scope" also those to other models, which saves memory and time where models share
+            layers, and lets their users find out (by timing) what others of the scope asked.
         schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
             no tenant can tell from its own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
@@ -47,6 +50,7 @@ class EngineConfig:
     max_request_seconds: float | None = None
     prefix_caching: bool = True
     boundary_cache_bytes: int = 256 << 20
+    kv_sharing: Literal["model", "scope"] = "model"
     schedule: Literal["hit-first", "fair"] = "hit-first"
     num_threads: int | None = None
     max_span_layers: int | None = None
@@ -73,6 +77,8 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request needs a token per step"
             )
+        if self.kv_sharing not in ("model", "scope"):
+            raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
         if self.schedule not in ("hit-first", "fair"):
             raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:

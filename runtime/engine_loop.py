@@ -8,11 +8,13 @@ called from any thread.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import get_args
 
 from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.config import EngineConfig
@@ -27,7 +29,7 @@ from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
-from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
 from blockzoo.runtime.sequence import Part, Sequence
@@ -47,6 +49,7 @@ class Request:
     detokenizer: Detokenizer
     max_tokens: int  # params.max_tokens, or what the model's length leaves
     arrival: float
+    started: bool = False
     last_token_time: float | None = None
     num_generated: int = field(default=0)
 
@@ -118,13 +121,16 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
+        kv_reuse: KVReuse = "exact",
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
         Args:
             prompt: text, or token ids.
-            scope: requests share cached KV only with those of the same scope; None is a scope of its
-                own that all requests without one share.
+            scope: requests share cached KV only with those of the same scope, and only within one model
+                unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
+                requests without one.
+            kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
@@ -138,6 +144,8 @@ class LLMEngine:
                 f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
                 "that one can be generated: shorten it"
             )
+        if kv_reuse not in get_args(KVReuse):
+            raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
@@ -147,9 +155,11 @@ class LLMEngine:
             model,
             self._zoo.caches[loaded.chain.family],
             loaded.chain.segments,
-            scope or "",
+            # unambiguous whatever a scope contains: it comes from the network
+            json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
             token_ids,
             arrival,
+            reuses_kv=kv_reuse != "off",
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
@@ -168,9 +178,10 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
+        kv_reuse: KVReuse = "exact",
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope))
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -225,6 +236,7 @@ class LLMEngine:
         results: list[tuple[Sequence, SampledToken | SamplingError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
+            self._note_start(self._requests[item.seq.request_id])
             family = self._requests[item.seq.request_id].model.chain.family
             by_family.setdefault(family, []).append(item)
         for family, items in by_family.items():
@@ -235,6 +247,12 @@ class LLMEngine:
                 states = [self._requests[seq.request_id].sampler for seq in seqs]
                 results += zip(seqs, self._sampler.sample(logits, states), strict=True)
         return results
+
+    def _note_start(self, request: Request) -> None:
+        if not request.started:
+            request.started = True
+            share = request.seq.num_spared / request.seq.prompt_len
+            self._recorder.on_started(time.monotonic() - request.arrival, share)
 
     def _run(self, executor: Executor, items: list[Scheduled]) -> StepResult:
         """Run the scheduled tokens of one family; logits come with indices into `items`."""

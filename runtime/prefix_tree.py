@@ -103,7 +103,7 @@ class KVCache:
         cached in the lower ones alone is of use where the hidden states that leave them are at hand.
         """
         ends = [len(path) for path in seq.nodes]
-        if not self.prefix_caching:
+        if not self._reuses(seq):
             return ends
         cached = []  # per segment: leading pages in the tree there and in all segments below
         limit = seq.num_tokens // PAGE_TOKENS
@@ -199,7 +199,7 @@ class KVCache:
         (take_copies) before anything else is computed or released. `spare_pages` as in can_begin.
         """
         first = seq.num_tree_pages
-        if not self.prefix_caching or seq.num_pages != first or len(seq.nodes[0]) > first:
+        if not self._reuses(seq) or seq.num_pages != first or len(seq.nodes[0]) > first:
             return 0
         start = first * PAGE_TOKENS
         wanted = seq.token_ids[start : min(start + PAGE_TOKENS, seq.num_tokens - 1)]
@@ -276,7 +276,7 @@ class KVCache:
         computed it first), the sequence drops its own pages of that segment and points at the node's.
         """
         full = seq.num_computed // PAGE_TOKENS
-        if full <= seq.num_tree_pages or not self.prefix_caching:
+        if full <= seq.num_tree_pages or not self._reuses(seq):
             return
         keys = seq.page_keys(full)
         for nodes, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
@@ -315,6 +315,9 @@ class KVCache:
         seq.unfinished.clear()
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
+
+    def _reuses(self, seq: Sequence) -> bool:
+        return self.prefix_caching and seq.reuses_kv
 
     # ---- nodes
 

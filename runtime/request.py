@@ -13,6 +13,8 @@ from typing import Any, Literal
 from blockzoo.runtime.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+KVReuse = Literal["off", "exact"]
+"""What KV of earlier requests a request may use, and leave behind: none, or that of equal prefixes."""
 
 MAX_TOKENS_LIMIT = 1_000_000
 MAX_LOGPROBS = 20

@@ -85,6 +85,7 @@ class Sequence:
         "page_table",
         "prompt_len",
         "request_id",
+        "reuses_kv",
         "scope",
         "segments",
         "unfinished",
@@ -99,13 +100,18 @@ class Sequence:
         scope: str,
         prompt_token_ids: AnySequence[int] | np.ndarray,
         arrival: float,
+        reuses_kv: bool = True,
     ) -> None:
-        """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic()."""
+        """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
+
+        Only sequences of one `scope` share KV; one with `reuses_kv` False shares none at all.
+        """
         self.request_id = request_id
         self.model = model
         self.cache = cache
         self.segments = tuple(segments)
         self.scope = scope
+        self.reuses_kv = reuses_kv
         self.arrival = arrival
         self.num_layers = _check_segments(self.segments)
 
@@ -144,6 +150,15 @@ class Sequence:
     def num_tree_pages(self) -> int:
         """Leading pages that belong to the prefix tree in all layers."""
         return len(self.nodes[-1])
+
+    @property
+    def num_spared(self) -> int:
+        """Tokens whose work the cache spares; where it spares some layers only, their share of it."""
+        late = sum(
+            (len(path) - self.num_tree_pages) * (segment.end_layer - segment.first_layer)
+            for path, segment in zip(self.nodes, self.segments, strict=True)
+        )
+        return self.num_cached + late * PAGE_TOKENS // self.num_layers
 
     @property
     def num_prompt_pages(self) -> int:

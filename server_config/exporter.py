@@ -37,6 +37,7 @@ _LABELLED = {  # field -> (metric, label, description)
     "requests_total": ("requests_total", "finish_reason", "Requests ended"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
 }
+_WAIT_P99 = "wait_p99_seconds"
 
 
 class MetricsExporter:
@@ -60,6 +61,9 @@ class MetricsExporter:
             field: self._family(name, description, kinds.COUNTER)
             for field, (name, _, description) in _LABELLED.items()
         }
+        self._labelled[_WAIT_P99] = self._family(
+            _WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
+        )
         self._ttft = self._histogram("ttft_seconds", "From arrival to the first token", TTFT_BOUNDS)
         self._gap = self._histogram(
             "inter_token_seconds", "Between two tokens of a request", INTER_TOKEN_BOUNDS
@@ -84,6 +88,8 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=True)
+        for label, waits in metrics.wait_seconds.items():
+            self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
 
     def _update(self, name: str, label: str, value: float, counter: bool) -> None:
         key = (name, label)
@@ -91,7 +97,8 @@ class MetricsExporter:
         if value == seen:
             return
         if key not in self._metrics:
-            self._metrics[key] = self._labelled[name].Metric(labels={_LABELLED[name][1]: label})
+            label_name = _LABELLED[name][1] if name in _LABELLED else "cached_percent"
+            self._metrics[key] = self._labelled[name].Metric(labels={label_name: label})
         metric = self._metrics[key]
         if counter:
             metric.increment(value - seen)
