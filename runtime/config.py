@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
 from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.reuse import ReuseConfig
 
 _DEFAULT_KV_BYTES = 2 << 30
 
@@ -30,6 +31,8 @@ class EngineConfig:
         prefix_caching: keep and reuse the KV of finished prompts.
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
             has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
+            refuses such requests. Needs prefix_caching.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
             scope; with "scope" also those to other models, which saves memory and time where models share
             layers, and lets their users find out (by timing) what others of the scope asked.
@@ -50,6 +53,7 @@ class EngineConfig:
     max_request_seconds: float | None = None
     prefix_caching: bool = True
     boundary_cache_bytes: int = 256 << 20
+    approximate: ReuseConfig | None = None
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Literal["hit-first", "fair"] = "hit-first"
     num_threads: int | None = None

@@ -130,7 +130,8 @@ class LLMEngine:
             scope: requests share cached KV only with those of the same scope, and only within one model
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
-            kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither.
+            kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
+                takes also the KV of equal words behind other ones (see `runtime.reuse`).
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
@@ -146,6 +147,8 @@ class LLMEngine:
             )
         if kv_reuse not in get_args(KVReuse):
             raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
+        if kv_reuse == "approx":
+            self._check_approximate(loaded)
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
@@ -159,11 +162,23 @@ class LLMEngine:
             json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
             token_ids,
             arrival,
-            reuses_kv=kv_reuse != "off",
+            kv_reuse,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
         return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
+
+    def _check_approximate(self, model: LoadedModel) -> None:
+        if self.config.approximate is None:
+            raise InvalidRequestError(
+                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None); "
+                "use 'exact'"
+            )
+        if not model.plain_rope:
+            raise InvalidRequestError(
+                f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
+                "supported: use 'exact'"
+            )
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
@@ -262,7 +277,14 @@ class LLMEngine:
             copies = seq.cache.take_copies(seq)
             if copies is not None:
                 executor.copy_pages(*copies)
-            for part in seq.parts(seq.num_computed + num_tokens):
+            borrowed = seq.cache.take_borrowed(seq)
+            if borrowed is not None:
+                executor.borrow(self._chain_index(seq), borrowed, seq.page_table)
+            for position in seq.stale[: seq.num_refreshing].tolist():
+                part = Part(position, position + 1, 0)
+                batch.append(self._rows(seq, part))
+                owners.append((index, part))
+            for part in seq.parts(seq.end_after(num_tokens)):
                 batch.append(self._rows(seq, part))
                 owners.append((index, part))
         step = executor.run(batch)
@@ -277,16 +299,22 @@ class LLMEngine:
     def _rows(self, seq: Sequence, part: Part) -> Rows:
         chain = self._chain(seq)
         return Rows(
-            self._requests[seq.request_id].model.chain_index,
+            self._chain_index(seq),
             seq.token_ids[part.start : part.end],
             part.start,
             seq.page_table,
             wants_logits=part.end == seq.num_tokens,
             entry=chain.entries[part.level],
             hidden=self._zoo.boundaries.entering(seq, part) if part.level else None,
+            # not of what stands behind approximate KV: others could not tell
             keeps_hidden=self._zoo.boundaries.max_bytes > 0
+            and seq.reuse != "off"
+            and seq.reused is None
             and part.start < seq.num_prompt_pages * PAGE_TOKENS,
         )
+
+    def _chain_index(self, seq: Sequence) -> int:
+        return self._requests[seq.request_id].model.chain_index
 
     def _chain(self, seq: Sequence) -> ChainPlan:
         return self._requests[seq.request_id].model.chain

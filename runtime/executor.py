@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, bf16_to_f32
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
@@ -99,6 +100,7 @@ class Executor:
     ) -> None:
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        self._rotation = rope_tables  # on the host
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
@@ -141,6 +143,30 @@ class Executor:
         source, destination = source.astype(np.int64), destination.astype(np.int64)  # as torch wants them
         for pages in self._pool.values():
             pages[destination] = pages[source]
+
+    def borrow(self, chain: int, borrowed: Borrowed, page_table: np.ndarray) -> None:
+        """Copy K and V of tokens into the pages of another sequence, K rotated to its new position.
+
+        Args:
+            chain: of both, index into the topology's chains; its rotary embedding must be the plain one.
+            borrowed: what lies where.
+            page_table: int32 [num_layers, pages] of the sequence that takes it.
+
+        Raises:
+            ValueError: a page id is out of range; nothing was copied.
+        """
+        pages = page_table[:, borrowed.positions // PAGE_TOKENS].astype(np.int64)
+        ids = np.concatenate([pages.ravel(), borrowed.pages.ravel()])
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
+            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+        slots = borrowed.positions % PAGE_TOKENS
+        for name, pool in self._pool.items():
+            rows = pool[borrowed.pages, :, borrowed.slots]  # [layers, n, heads, head_dim]
+            if name == "key_cache" and borrowed.shift.any():
+                host = self._device.to_host(rows)
+                wide = bf16_to_f32(host) if host.dtype == np.uint16 else host
+                rows = self._device.activations(rotate(wide, borrowed.shift, *self._rotation[chain]))
+            pool[pages, :, slots] = rows
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
         shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)

@@ -34,6 +34,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
     max_len: int  # tokens of prompt and answer together
+    plain_rope: bool  # rotating a key by a difference of positions moves it there
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ def load_zoo(
         config.boundary_cache_bytes if config.prefix_caching else 0, maker.arrays.rows_like
     )
     caches = {
-        family: KVCache(pages, config.prefix_caching, boundaries) for family, pages in num_pages.items()
+        family: KVCache(pages, config.prefix_caching, boundaries, config.approximate)
+        for family, pages in num_pages.items()
     }
     return LoadedZoo(models, topology, executors, caches, boundaries, maker.facts())
 
@@ -135,7 +137,8 @@ def _load_model(
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
     tokenizer = Tokenizer.load(zoo.tokenizer_dir(name))
-    return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds))
+    plain = record.config.rope.rope_type == "default"
+    return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds), plain)
 
 
 def _compile_spans(

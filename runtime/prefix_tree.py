@@ -29,6 +29,8 @@ from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.kv_integrity import check_lru, check_partition, check_references
 from blockzoo.runtime.kv_nodes import Node, SegmentTree
 from blockzoo.runtime.pool import PAGE_TOKENS, PagePool, pages_for
+from blockzoo.runtime.reuse import Borrowed, ReuseConfig
+from blockzoo.runtime.reuse_plan import ReusePlanner
 from blockzoo.runtime.sequence import Segment, Sequence
 
 MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
@@ -47,6 +49,7 @@ class CacheStats:
     lookups: int  # admissions that asked the cache
     resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
     copied_tokens: int  # whose KV was copied from a page that begins alike
+    approximate_tokens: int  # whose KV was taken from equal words behind other ones
     evictions: int  # nodes evicted
     hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
     deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
@@ -66,20 +69,27 @@ class KVCache:
         num_pages: of the pool.
         prefix_caching: False keeps nothing of a sequence that has gone.
         boundaries: where hidden states are kept with which prefills of other models start late.
+        reuse: how sequences that ask for it reuse KV approximately; None: not at all.
     """
 
     def __init__(
-        self, num_pages: int, prefix_caching: bool = True, boundaries: BoundaryCache | None = None
+        self,
+        num_pages: int,
+        prefix_caching: bool = True,
+        boundaries: BoundaryCache | None = None,
+        reuse: ReuseConfig | None = None,
     ) -> None:
         self.pool = PagePool(num_pages)
         self.prefix_caching = prefix_caching
         self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
+        self.planner = None if reuse is None else ReusePlanner(reuse)
         self.version = 0  # changes whenever a probe's result may have changed
         self.num_cached_pages = 0
         self.num_evictable_pages = 0
         self.lookups = 0
         self.resumed_tokens = 0
         self.copied_tokens = 0
+        self.approximate_tokens = 0
         self.evictions = 0
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._trees: dict[Segment, SegmentTree] = {}
@@ -141,7 +151,7 @@ class KVCache:
         """Whether all tokens of `seq` would fit if it had all pages to itself."""
         return pages_for(seq.num_tokens) * seq.num_layers <= self.pool.num_pages
 
-    # ---- a sequence's life: begin, [copy_partial,] ([extend,] reserve, commit)*, release
+    # ---- a sequence's life: begin, [borrow or copy_partial,] ([extend,] reserve, commit)*, release
 
     def begin(self, seq: Sequence) -> int:
         """Give `seq` the cached pages of its tokens. Returns and sets num_computed = num_cached."""
@@ -230,9 +240,42 @@ class KVCache:
                 best, donors = count, [*(tree.nodes[key] for tree in lower), child]
         return best, donors
 
+    def borrow(self, seq: Sequence, spare_pages: int = 0) -> int:
+        """Let `seq`, which has just begun and asks for approximate reuse, take over KV of equal words.
+
+        All its pages are reserved. Returns the tokens taken over; the caller has their KV copied
+        (take_borrowed) before anything else is computed or released. `spare_pages` as in can_begin.
+        """
+        if self.planner is None or seq.reuse != "approx" or not self._reuses(seq):
+            return 0
+        plan = self.planner.plan(seq, self._trees_of(seq))
+        if plan is None:
+            return 0
+        pinned = sum(node.pages.size for node in plan.nodes if node.refs == 0)
+        need = spare_pages + self.missing_pages(seq, seq.num_tokens)
+        if need > self.pool.num_free + self.num_evictable_pages - pinned:
+            return 0
+        for node in plan.nodes:
+            self._reference(node)
+        seq.copied_from = list(plan.nodes)
+        reserved = self.reserve(seq, seq.num_tokens)
+        assert reserved, f"{seq} lacks pages that were counted"
+        seq.reused, seq.borrowed = plan.reused, plan.borrowed
+        seq.stale = np.flatnonzero(plan.reused)
+        seq.num_computed = seq.end_after(0)
+        self.approximate_tokens += seq.stale.size
+        return int(seq.stale.size)
+
+    def take_borrowed(self, seq: Sequence) -> Borrowed | None:
+        """The KV to copy before the next tokens of `seq` run."""
+        borrowed, seq.borrowed = seq.borrowed, None
+        if borrowed is not None:
+            self._drop_copies(seq)
+        return borrowed
+
     def take_copies(self, seq: Sequence) -> tuple[np.ndarray, np.ndarray] | None:
         """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
-        if not seq.copied_from:
+        if not seq.copied_from or seq.borrowed is not None:
             return None
         source = np.concatenate([node.pages for node in seq.copied_from])
         self._drop_copies(seq)
@@ -276,9 +319,9 @@ class KVCache:
         computed it first), the sequence drops its own pages of that segment and points at the node's.
         """
         full = seq.num_computed // PAGE_TOKENS
-        if full <= seq.num_tree_pages or not self._reuses(seq):
-            return
-        keys = seq.page_keys(full)
+        if full <= seq.num_tree_pages or not self._reuses(seq) or seq.reused is not None:
+            return  # what is computed from approximate KV is approximate
+        first, keys = seq.num_tree_pages, seq.page_keys(full)
         for nodes, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
             for page in range(len(nodes), full):
                 own = seq.page_table[tree.rows, page]
@@ -297,6 +340,8 @@ class KVCache:
                 nodes.append(node)
         for page in [page for page in seq.entering if page < full]:
             del seq.entering[page]
+        if self.planner is not None and first < seq.num_prompt_pages <= full:
+            self.planner.remember(seq)
         self.version += 1
 
     def release(self, seq: Sequence) -> None:
@@ -313,11 +358,13 @@ class KVCache:
             nodes.clear()
         seq.entering.clear()
         seq.unfinished.clear()
+        seq.reused = seq.borrowed = None
+        seq.stale = seq.stale[:0]
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
 
     def _reuses(self, seq: Sequence) -> bool:
-        return self.prefix_caching and seq.reuses_kv
+        return self.prefix_caching and seq.reuse != "off"
 
     # ---- nodes
 
@@ -374,6 +421,7 @@ class KVCache:
             lookups=self.lookups,
             resumed_tokens=self.resumed_tokens,
             copied_tokens=self.copied_tokens,
+            approximate_tokens=self.approximate_tokens,
             evictions=self.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,

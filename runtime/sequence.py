@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.request import KVReuse
+from blockzoo.runtime.reuse import Borrowed, pieces
 
 if TYPE_CHECKING:
     from blockzoo.runtime.prefix_tree import KVCache, Node
@@ -71,6 +73,7 @@ class Sequence:
         "_root_key",
         "_tokens",
         "arrival",
+        "borrowed",
         "cache",
         "copied_from",
         "entering",
@@ -81,13 +84,16 @@ class Sequence:
         "num_layers",
         "num_pages",
         "num_preemptions",
+        "num_refreshing",
         "num_tokens",
         "page_table",
         "prompt_len",
         "request_id",
-        "reuses_kv",
+        "reuse",
+        "reused",
         "scope",
         "segments",
+        "stale",
         "unfinished",
     )
 
@@ -100,18 +106,18 @@ class Sequence:
         scope: str,
         prompt_token_ids: AnySequence[int] | np.ndarray,
         arrival: float,
-        reuses_kv: bool = True,
+        reuse: KVReuse = "exact",
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
-        Only sequences of one `scope` share KV; one with `reuses_kv` False shares none at all.
+        Only sequences of one `scope` share KV.
         """
         self.request_id = request_id
         self.model = model
         self.cache = cache
         self.segments = tuple(segments)
         self.scope = scope
-        self.reuses_kv = reuses_kv
+        self.reuse = reuse
         self.arrival = arrival
         self.num_layers = _check_segments(self.segments)
 
@@ -133,6 +139,12 @@ class Sequence:
         # boundary -> (next token, hidden states [32, hidden]) of a page that is not complete yet
         self.unfinished: dict[str, tuple[int, Any]] = {}
         self.copied_from: list[Node] = []  # per segment: whose page begins like the first own page, if any
+        # With approximate reuse: which tokens keep KV that was computed behind other words (bool, of the
+        # tokens when it began), how that KV comes here, which are still to be refreshed while decoding.
+        self.reused: np.ndarray | None = None
+        self.borrowed: Borrowed | None = None
+        self.stale = np.empty(0, np.int64)
+        self.num_refreshing = 0  # of `stale`, in this step
         self._root_key = root_key(scope)
         self._page_keys: list[bytes] = []
 
@@ -144,12 +156,28 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens whose KV is still to be computed."""
-        return self.num_tokens - self.num_computed
+        left = self.num_tokens - self.num_computed
+        return left if self.reused is None else left - int(self.reused[self.num_computed :].sum())
+
+    def end_after(self, num_rows: int) -> int:
+        """What num_computed will be when `num_rows` more tokens have been computed."""
+        start = self.num_computed
+        if self.reused is None or start >= self.reused.size:
+            return start + num_rows
+        fresh = start + np.flatnonzero(~self.reused[start:])
+        if num_rows < fresh.size:
+            return int(fresh[num_rows])
+        return self.reused.size + num_rows - fresh.size
 
     @property
     def num_tree_pages(self) -> int:
         """Leading pages that belong to the prefix tree in all layers."""
         return len(self.nodes[-1])
+
+    @property
+    def root_key(self) -> bytes:
+        """What stands for the scope."""
+        return self._root_key
 
     @property
     def num_spared(self) -> int:
@@ -158,7 +186,8 @@ class Sequence:
             (len(path) - self.num_tree_pages) * (segment.end_layer - segment.first_layer)
             for path, segment in zip(self.nodes, self.segments, strict=True)
         )
-        return self.num_cached + late * PAGE_TOKENS // self.num_layers
+        borrowed = 0 if self.reused is None else int(self.reused.sum())
+        return self.num_cached + borrowed + late * PAGE_TOKENS // self.num_layers
 
     @property
     def num_prompt_pages(self) -> int:
@@ -174,12 +203,18 @@ class Sequence:
         return np.concatenate(owned)
 
     def parts(self, end: int) -> list[Part]:
-        """The tokens from num_computed to `end`, cut where the level changes; all but the last end a page."""
+        """The tokens to compute from num_computed to `end`, cut where the level changes.
+
+        All but the last end a page, or are single tokens between others that are reused.
+        """
         parts = []
         start = self.num_computed
         for level in range(len(self.nodes) - 1, -1, -1):  # the more is cached, the further in front
             stop = end if level == 0 else min(end, len(self.nodes[level - 1]) * PAGE_TOKENS)
-            if stop > start:
+            if level == 0 and self.reused is not None and start < self.reused.size:
+                fresh = start + np.flatnonzero(~self.reused[start:end])
+                parts += [Part(a, b, 0) for a, b in pieces(fresh, self.num_tokens)]
+            elif stop > start:
                 parts.append(Part(start, stop, level))
                 start = stop
         return parts
