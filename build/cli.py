@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("bf16", "f16", "f32"),
         help="convert the weights; without it they are kept exactly",
     )
+    parser.add_argument(
+        "--share",
+        choices=("exact", "adapter"),
+        default="adapter",
+        help="what full checkpoints share: equal blocks only, or also (the default) blocks into which a LoRA "
+        "was merged, taken apart into the other block and an adapter, and verified",
+    )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
@@ -105,6 +112,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         verify=not arguments.no_verify,
         threads=arguments.threads,
         dry_run=arguments.dry_run,
+        share=arguments.share,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)
@@ -115,12 +123,16 @@ def _print_report(report: "CompileReport") -> None:
 
     width = max((len(model.name) for model in report.models), default=0)
     for model in report.models:
-        merged = f" (adapter merged into {model.base})" if model.base else ""
+        adapter = f" (adapter of {model.base}, rank {model.rank})" if model.base else ""
         share = f"reused {model.num_reused} of {model.num_blocks} blocks"
+        if model.num_recovered:
+            share += f", {model.num_recovered} of them by taking out a merged LoRA of rank {model.rank}"
         print(
-            f"{model.name:{width}}  {model.status}{merged}: {share}, "
+            f"{model.name:{width}}  {model.status}{adapter}: {share}, "
             f"{human_bytes(model.new_bytes)} new of {human_bytes(model.model_bytes)}"
         )
+        for note in model.notes:
+            print(f"{'':{width}}  {note}")
         if model.verification is not None:
             print(f"{'':{width}}  {verification_text(model.verification)}")
     for name in report.removed:

@@ -14,6 +14,7 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, bf16_to_f32
+from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
@@ -83,6 +84,7 @@ class Executor:
         arrays: of the maker of the engines.
         num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
         max_tokens, max_seqs: bounds of a step.
+        adapters: their inputs, by call; None in a zoo without any.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Executor:
         num_pages: int,
         max_tokens: int,
         max_seqs: int,
+        adapters: AdapterInputs | None = None,
     ) -> None:
+        self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
         self._rotation = rope_tables  # on the host
@@ -217,7 +221,11 @@ class Executor:
             for rows in batch
         )
         if self._layout is None or self._layout.shapes != shapes:
-            self._layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            if self._adapters is not None:
+                for call in layout.calls:
+                    call.binds |= self._adapters.of(call)
+            self._layout = layout
             self._bound_call.clear()
         return self._layout
 

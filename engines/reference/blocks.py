@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,13 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from blockzoo.engines.reference.arrays import weight_tensor
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+
+Delta = Callable[[torch.Tensor, str], torch.Tensor | None]
+"""(input x of a projection, its name) -> what the adapters add to its output, None where none may."""
+
+
+def no_delta(x: torch.Tensor, name: str) -> None:
+    """Of a block that takes no adapters."""
 
 
 class Weights:
@@ -107,14 +115,19 @@ class TorchAttn:
             ops=ops,
         )
 
-    def pre(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def pre(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, delta: Delta = no_delta
+    ) -> torch.Tensor:
         """Hidden states [T, hidden] -> rotated q, k, v side by side."""
-        qkv = linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.qkv, self.qkv_bias)
+        normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
+        qkv = linear(normed, self.qkv, self.qkv_bias)
+        q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
+        _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, delta)
         return self.ops.rotate(qkv, cos, sin, self.spec, self.qk_norms)
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
-        return _add_product(x, attended, self.o, self.o_bias)
+        return _add_product(x, attended, self.o, self.o_bias, delta(attended, "o"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +156,14 @@ class TorchFfn:
             ops=ops,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        inner = self.ops.gated(linear(normed, self.gate_up, self.gate_up_bias))
-        return _add_product(x, inner, self.down, self.down_bias)
+        gate_up = linear(normed, self.gate_up, self.gate_up_bias)
+        size = self.spec.intermediate_size
+        _add_deltas(gate_up, normed, {"gate": size, "up": size}, delta)
+        inner = self.ops.gated(gate_up)
+        return _add_product(x, inner, self.down, self.down_bias, delta(inner, "down"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +186,22 @@ class TorchHead:
         return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
 
 
+def _add_deltas(y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], delta: Delta) -> None:
+    """Add what the adapters add to the projections of x that lie side by side in y."""
+    for part, name in zip(y.split(list(widths.values()), 1), widths, strict=True):
+        added = delta(x, name)
+        if added is not None:
+            part.add_(added)
+
+
 def _add_product(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    added: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x + y @ weight.T (+ bias), rounded once."""
+    """x + y @ weight.T, rounded once (+ bias) (+ added)."""
     out = torch.addmm(x, y, weight.T)
-    return out if bias is None else out + bias
+    out = out if bias is None else out + bias
+    return out if added is None else out + added

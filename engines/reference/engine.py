@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
 from blockzoo.engines.reference.attention import DenseAttention, Inputs
-from blockzoo.engines.reference.blocks import Operators, TorchAttn, TorchFfn, TorchHead, Weights
+from blockzoo.engines.reference.blocks import (
+    Delta,
+    Operators,
+    TorchAttn,
+    TorchFfn,
+    TorchHead,
+    Weights,
+    no_delta,
+)
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
 Attention = Callable[[torch.Tensor, Inputs, torch.Tensor, AttnSpec], torch.Tensor]
@@ -25,6 +33,7 @@ class ReferenceEngine:
     def __init__(self, spec: SpanSpec, blocks: Sequence[TorchBlock], attention: Attention) -> None:
         self.spec = spec
         self._blocks, self._attention = tuple(blocks), attention
+        self._lora = dict(spec.lora)
         self._bound: dict[str, torch.Tensor] = {}
 
     def bind(self, name: str, array: torch.Tensor) -> None:
@@ -38,18 +47,36 @@ class ReferenceEngine:
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
             x = x[bound["rows"]]
-        layer = 0
-        for block in self._blocks:
+        layer, dropped = 0, self.spec.drops_rows and not num_layers
+        for index, block in enumerate(self._blocks):
             if isinstance(block, TorchAttn):
-                qkv = block.pre(x, bound["cos"][:, 0], bound["sin"][:, 0])
+                delta = self._delta(index, dropped)
+                qkv = block.pre(x, bound["cos"][:, 0], bound["sin"][:, 0], delta)
                 attended = self._attention(qkv, bound, bound[f"block_indices.{layer}"], block.spec)
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
-                    attended, x = attended[bound["rows"]], x[bound["rows"]]
-                x = block.post(attended, x)
+                    attended, x, dropped = attended[bound["rows"]], x[bound["rows"]], True
+                x = block.post(attended, x, self._delta(index, dropped))
+            elif isinstance(block, TorchFfn):
+                x = block(x, self._delta(index, dropped))
             else:
                 x = block(x)
         bound["logits" if self.spec.head else "hidden_out"].copy_(x)
+
+    def _delta(self, index: int, dropped: bool) -> Delta:
+        """What the adapters add to the products of a block, before or after rows have left."""
+        names, bound = self._lora.get(index, ()), self._bound
+        if not names:
+            return no_delta
+
+        def delta(x: torch.Tensor, name: str) -> torch.Tensor | None:
+            if name not in names:
+                return None
+            mask = bound["lora_mask"]
+            a, b = bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]
+            return ((x @ a.T) * (mask[bound["rows"]] if dropped else mask)) @ b
+
+        return delta
 
 
 class ReferenceEngines:
@@ -95,9 +122,12 @@ class ReferenceEngines:
         """The look-up of an embed block, on the device."""
         return TorchEmbedding(self.weights.load(block, "weight"))
 
-    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> ReferenceEngine:
+    def span(
+        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+    ) -> ReferenceEngine:
         """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows)
+        targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
         return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
 
     def _block(self, block: Block) -> TorchBlock:
