@@ -30,6 +30,7 @@ from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
 from blockzoo.runtime.sequence import Part, Sequence
@@ -414,6 +415,18 @@ class LLMEngine:
             hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(self.models)}"
             raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
         return model
+
+    def configure_reuse(self, reuse: ReuseConfig) -> None:
+        """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
+
+        Raises:
+            InvalidRequestError: the engine was made without approximate reuse.
+        """
+        if self.config.approximate is None:
+            raise InvalidRequestError("this engine has no approximate reuse: set EngineConfig.approximate")
+        for cache in self._zoo.caches.values():
+            if cache.planner is not None:
+                cache.planner.config = reuse
 
     # ---- looking in
 

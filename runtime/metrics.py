@@ -89,6 +89,8 @@ class Metrics:
         requests_total: requests ended, by finish reason (all four are always present).
         prompt_tokens_total: prompt tokens of ended requests.
         cached_tokens_total: those of them that the prefix cache spared.
+        copied_tokens_total: tokens whose KV was copied from a page that begins alike.
+        approximate_tokens_total: tokens whose KV was taken from equal words behind other ones.
         generated_tokens_total: tokens generated, also of requests that still run.
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
@@ -112,6 +114,8 @@ class Metrics:
     requests_total: Mapping[FinishReason, int]
     prompt_tokens_total: int
     cached_tokens_total: int
+    copied_tokens_total: int
+    approximate_tokens_total: int
     generated_tokens_total: int
     preemptions_total: int
     pages_total: int
@@ -207,6 +211,8 @@ class MetricsRecorder:
                 requests_total=dict(self._finished),
                 prompt_tokens_total=self._prompt_tokens,
                 cached_tokens_total=self._cached_tokens,
+                copied_tokens_total=sum(s.copied_tokens for s in stats),
+                approximate_tokens_total=sum(s.approximate_tokens for s in stats),
                 generated_tokens_total=self._generated_tokens,
                 preemptions_total=scheduler.num_preemptions,
                 pages_total=sum(s.pages_total for s in stats),

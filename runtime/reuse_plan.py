@@ -26,7 +26,7 @@ class ReusePlanner:
     """Remembers prompts whose KV is in the tree, and finds what others may take over."""
 
     def __init__(self, config: ReuseConfig) -> None:
-        self.config = config
+        self.config = config  # may be replaced, but for what the donors are indexed by
         self._donors = Donors(config)
 
     def remember(self, seq: Sequence) -> None:

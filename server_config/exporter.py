@@ -28,6 +28,7 @@ _COUNTERS = {
     "requests_arrived_total": "Requests queued",
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
+    "copied_tokens_total": "Prompt tokens whose KV was copied from a page that begins alike",
     "generated_tokens_total": "Tokens generated",
     "preemptions_total": "Requests set back because pages ran out",
     "steps_total": "Engine steps",
