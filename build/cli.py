@@ -81,10 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--share",
-        choices=("exact", "adapter"),
+        choices=("exact", "adapter", "equivalent"),
         default="adapter",
-        help="what full checkpoints share: equal blocks only, or also (the default) blocks into which a LoRA "
-        "was merged, taken apart into the other block and an adapter, and verified",
+        help="what full checkpoints share: equal blocks only; or also (the default) blocks into which a LoRA "
+        "was merged, taken apart into the other block and an adapter, and verified; or also blocks that can "
+        "be replaced by another model's with little effect (lossy: see --threshold)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.98,
+        metavar="X",
+        help="for --share equivalent: least mean cosine of the vocabulary probabilities, and least share of "
+        "equal top tokens, of the model with and without replaced blocks (default 0.98)",
+    )
+    parser.add_argument(
+        "--probe", metavar="FILE", help="for --share equivalent: text like that the models are used for"
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
@@ -93,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -113,6 +135,8 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         threads=arguments.threads,
         dry_run=arguments.dry_run,
         share=arguments.share,
+        threshold=arguments.threshold,
+        probe=arguments.probe,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)

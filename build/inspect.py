@@ -105,6 +105,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "chain": list(record.chain),
             "adapters": encode(record.adapters),
             "recovery": encode(record.recovery),
+            "equivalence": encode(record.equivalence),
             "chain_bytes": shared.all_bytes[name],
             "own_bytes": shared.own_bytes[name],
             "source": encode(record.source),
@@ -137,7 +138,13 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
 def _print_zoo(zoo: "Zoo") -> None:
     from rich.console import Console
 
-    from blockzoo.build.report import adapters_text, human_bytes, sharing_bytes, verification_text
+    from blockzoo.build.report import (
+        adapters_text,
+        equivalence_text,
+        human_bytes,
+        sharing_bytes,
+        verification_text,
+    )
     from blockzoo.build.sharing import sharing_map
 
     console, manifest = Console(highlight=False, soft_wrap=True), zoo.manifest
@@ -165,6 +172,8 @@ def _print_zoo(zoo: "Zoo") -> None:
         said = verification_text(record) if record else "not verified"
         if manifest.models[name].adapters:
             console.print(f"{name:{width}}  {adapters_text(manifest, name)}", markup=False)
+        if manifest.models[name].equivalence is not None:
+            console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
         console.print(f"{name:{width}}  {said}", markup=False)
 
 

@@ -5,19 +5,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.build import profiles
+from blockzoo.build import equivalence, profiles
 from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
 from blockzoo.build.recover import NotLowRankError, distance, recover
-from blockzoo.build.report import CompileReport, ModelReport, Status, model_bytes, sharing_bytes
+from blockzoo.build.report import (
+    CompileReport,
+    ModelReport,
+    Status,
+    equivalence_text,
+    model_bytes,
+    sharing_bytes,
+)
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
-from blockzoo.build.verify import VerificationError, encode_prompts, verify
+from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
-from blockzoo.zoo.blocks import PROJECTIONS, BlockTensor, Dtype
+from blockzoo.zoo.blocks import PROJECTIONS, Block, BlockTensor, Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import (
     AdapterRecord,
     BlockRecord,
+    EquivalenceRecord,
     Manifest,
     ModelRecord,
     RecoveryRecord,
@@ -26,8 +34,9 @@ from blockzoo.zoo.manifest import (
 )
 from blockzoo.zoo.store import Zoo, ZooWriter
 
-Sharing = Literal["exact", "adapter"]
-"""What counts as shareable: equal blocks, or also blocks that are another one with a LoRA merged in."""
+Sharing = Literal["exact", "adapter", "equivalent"]
+"""What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
+that can take each other's place with little effect."""
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
@@ -44,7 +53,11 @@ class CompileOptions:
     profile: bool = True
     """Whether to time blocks."""
     share: Sharing = "adapter"
-    """How far full checkpoints are taken apart; PEFT folders always share their base."""
+    """How far full checkpoints share; PEFT folders always share their base."""
+    threshold: float = 0.98
+    """equivalent: least cosine of probabilities, and share of equal top tokens, against the model's own."""
+    probe: str | None = None
+    """equivalent: file with text to compare on; None takes the built-in prompts."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     threads: int | None = None
@@ -107,6 +120,9 @@ class _Compilation:
         if self.writer is not None and self.options.verify:
             for source in sources:
                 self.verify(source)
+        if self.writer is not None and self.options.share == "equivalent":
+            for source in sources:
+                self.substitute(source)
         self.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
@@ -188,12 +204,13 @@ class _Compilation:
         parts.new[found.adapter.id] = found.adapter
         return base
 
-    def nearest_block(self, block: CutBlock, position: int) -> str | None:
-        """The block of the same shape and place in another model that differs least."""
+    def nearest_block(self, block: CutBlock | Block, position: int, besides: str = "") -> str | None:
+        """The block of the same shape and place in another model (not `besides`) that differs least."""
         candidates = {
             model.chain[position]
-            for model in self.manifest.models.values()
-            if position < len(model.chain) - 1
+            for name, model in self.manifest.models.items()
+            if name != besides
+            and position < len(model.chain) - 1
             and self.manifest.blocks[model.chain[position]].spec == block.spec
         }
         if not candidates:
@@ -214,7 +231,7 @@ class _Compilation:
         old = self.manifest.models.get(name)
         if old is None:
             return "added"
-        if _content(old) == _content(record):
+        if _content(old) == _content(record) or self.substituted_before(old, record):
             return "unchanged"
         if not self.options.replace:
             raise ZooError(
@@ -277,9 +294,84 @@ class _Compilation:
         self.manifest.models[source.name] = replace(record, verification=checked)
         self.reports[source.name] = replace(self.reports[source.name], verification=checked)
 
+    def substituted_before(self, old: ModelRecord, record: ModelRecord) -> bool:
+        """Whether the old record is the new one, with equivalents in it as they are asked for now."""
+        found, options = old.equivalence, self.options
+        if found is None or options.share != "equivalent" or found.threshold != options.threshold:
+            return False
+        own = replace(old, chain=old.own_chain())
+        return found.probe == self.probe_name and _content(own) == _content(record)
+
+    @property
+    def probe_name(self) -> str:
+        return Path(self.options.probe).name if self.options.probe is not None else "built-in"
+
+    def substitute(self, source: Source) -> None:
+        """Let other models' blocks take the place of those that only this model has, where that is alike."""
+        record = self.manifest.models[source.name]
+        if record.equivalence is not None or self.reports[source.name].status == "unchanged":
+            return
+        others = {key for n, m in self.manifest.models.items() if n != source.name for key in m.chain}
+        nearest_blocks: dict[int, str] = {}
+        distances: dict[int, float] = {}
+        for position, block_id in enumerate(record.chain):
+            block = self.zoo.read_block(block_id)
+            if block_id in others or block.spec.kind not in PROJECTIONS or position in record.adapters:
+                continue
+            found = self.nearest_block(block, position, source.name)
+            if found is not None:
+                nearest_blocks[position] = found
+                distances[position] = distance(block.tensors, self.tensors_of(found))
+        if not nearest_blocks:
+            return
+        texts = equivalence.probe_text(self.options.probe, PROMPTS)
+        encoded = encode_texts(source, texts)
+        sequences = equivalence.probe_sequences(encoded, source.config.max_position_embeddings)
+        own = [self.zoo.read_block(block_id) for block_id in record.chain]
+        adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
+        probe = equivalence.Probe(self.maker("f32"), source.config, adapters, sequences, own)
+        scores: dict[frozenset[int], equivalence.Likeness] = {}
+
+        def passes(positions: Sequence[int]) -> bool:
+            self.progress(f"comparing {source.name}", len(scores), 2 * len(nearest_blocks))
+            chain = list(own)
+            for position in positions:
+                chain[position] = self.zoo.read_block(nearest_blocks[position])
+            scores[frozenset(positions)] = probe.likeness(chain)
+            return scores[frozenset(positions)].reaches(self.options.threshold)
+
+        taken = equivalence.compose(sorted(distances, key=lambda i: distances[i]), passes)
+        if not taken:
+            note = f"none of {len(distances)} near blocks is equivalent at {self.options.threshold}"
+            self.note(source.name, note)
+            return
+        likeness = scores[frozenset(taken)]
+        served = [nearest_blocks[i] if i in taken else key for i, key in enumerate(record.chain)]
+        self.manifest.models[source.name] = replace(
+            record,
+            chain=tuple(served),
+            equivalence=EquivalenceRecord(
+                own_blocks={i: record.chain[i] for i in sorted(taken)},
+                threshold=self.options.threshold,
+                cosine=likeness.cosine,
+                kl=likeness.kl,
+                top1=likeness.top1,
+                num_tokens=probe.num_tokens,
+                probe=self.probe_name,
+            ),
+        )
+        freed = sum(self.manifest.blocks[record.chain[i]].num_bytes for i in taken)
+        report = self.reports[source.name]
+        self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
+        self.note(source.name, equivalence_text(self.manifest.models[source.name]))
+
+    def note(self, name: str, said: str) -> None:
+        self.reports[name] = replace(self.reports[name], notes=(*self.reports[name].notes, said))
+
     def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
         for name, other in self.manifest.models.items():
-            if _weights(other) == _weights(record) and other.verification is not None:
+            same = _weights(other) == _weights(record) and other.equivalence is None
+            if same and other.verification is not None:
                 return replace(other.verification, same_as=other.verification.same_as or name)
         return None
 
@@ -296,7 +388,8 @@ class _Compilation:
             checked = model.verification
             if checked is not None and checked.same_as is not None:
                 twin = self.manifest.models.get(checked.same_as)
-                if twin is None or _weights(twin) != _weights(model):
+                own = replace(model, chain=model.own_chain())
+                if twin is None or _weights(replace(twin, chain=twin.own_chain())) != _weights(own):
                     self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
         used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
         for block_id in self.manifest.blocks.keys() - used:

@@ -84,7 +84,8 @@ def recover(spec: BlockSpec, block: Mapping[str, BlockTensor], base: Mapping[str
 def _recover_matrix(name: str, block: BlockTensor, base: BlockTensor) -> tuple[LoraPair, float] | None:
     """The LoRA of one matrix and its left-out energy over that of one rounding; None when nothing changed."""
     values = block.to_f32()
-    difference = values - base.to_f32()
+    # the rounding of f32 weights is below what float32 arithmetic resolves of the difference
+    difference = values.astype(np.float64 if block.dtype == "f32" else np.float32) - base.to_f32()
     energy = _energy(difference)
     if not energy:
         return None
@@ -93,12 +94,10 @@ def _recover_matrix(name: str, block: BlockTensor, base: BlockTensor) -> tuple[L
     edge = math.sqrt(variance.sum(axis=1).max()) + math.sqrt(variance.sum(axis=0).max())
     limit = min(MAX_RANK, min(difference.shape) // 2)
     u, s, vt = _leading(difference, limit + 1)
-    edge = max(edge, 4e-6 * float(s[0]))  # what float32 arithmetic resolves
     for roundings in _ROUNDINGS:
         rank = int((s > _MARGIN * math.sqrt(roundings) * edge).sum())
         left = max(0.0, energy - float((s[:rank].astype(np.float64) ** 2).sum()))
-        floor = 1e-10 * energy  # of the sums in float32
-        if 0 < rank <= limit and left <= _MARGIN * roundings * expected + floor:
+        if 0 < rank <= limit and left <= _MARGIN * roundings * expected:
             root = np.sqrt(s[:rank])
             a, b = root[:, None] * vt[:rank], u[:, :rank] * root
             return LoraPair(from_f32(a, block.dtype), from_f32(b, block.dtype), 1.0), left / expected
@@ -128,7 +127,7 @@ def _spacing(values: np.ndarray, dtype: Dtype) -> np.ndarray:
     """The distance to the next number of `dtype`, float32."""
     _, exponent = np.frexp(values)
     exponent = np.where(values == 0, _MIN_EXPONENT[dtype], np.maximum(exponent - 1, _MIN_EXPONENT[dtype]))
-    return np.ldexp(np.float32(1), exponent - _MANTISSA_BITS[dtype])
+    return np.asarray(np.ldexp(np.float32(1), exponent - _MANTISSA_BITS[dtype]), np.float32)
 
 
 def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,7 +139,7 @@ def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         return u, s, vt
     rng = np.random.default_rng(0)
-    basis = matrix @ rng.standard_normal((matrix.shape[1], count + 16), dtype=np.float32)
+    basis = matrix @ rng.standard_normal((matrix.shape[1], count + 16), dtype=np.float32).astype(matrix.dtype)
     for _ in range(3):
         basis, _ = np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])
         basis = matrix @ basis

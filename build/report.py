@@ -86,6 +86,17 @@ def verification_text(record: VerificationRecord) -> str:
     return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
 
 
+def equivalence_text(model: ModelRecord) -> str:
+    """One line about the blocks of other models that stand for a model's own."""
+    found = model.equivalence
+    assert found is not None
+    return (
+        f"{len(found.own_blocks)} blocks replaced by equivalent ones: cosine {found.cosine:.4f}, KL "
+        f"{found.kl:.1e}, same top token {found.top1:.1%} (asked for {found.threshold:g}, over "
+        f"{found.num_tokens} tokens of {found.probe} text)"
+    )
+
+
 def adapters_text(manifest: Manifest, name: str) -> str:
     """One line about a model's adapters."""
     model = manifest.models[name]

@@ -133,6 +133,11 @@ def verify(
 
 def encode_prompts(source: Source) -> list[list[int]]:
     """The built-in prompts as a model's token ids. Raises CheckpointError for an unfit tokenizer."""
+    return encode_texts(source, PROMPTS)
+
+
+def encode_texts(source: Source, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as a model's token ids. Raises CheckpointError for an unfit tokenizer."""
     from tokenizers import Tokenizer
 
     where = source.path or source.name
@@ -140,7 +145,7 @@ def encode_prompts(source: Source) -> list[list[int]]:
         tokenizer = Tokenizer.from_buffer(source.tokenizer_files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{where}: tokenizer.json is not readable ({error}); save it again") from error
-    prompts = [tokenizer.encode(text).ids or [0] for text in PROMPTS]
+    prompts = [tokenizer.encode(text).ids or [0] for text in texts]
     highest, vocab_size = max(map(max, prompts)), source.config.vocab_size
     if highest >= vocab_size:
         raise CheckpointError(

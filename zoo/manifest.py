@@ -97,6 +97,28 @@ class RecoveryRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EquivalenceRecord:
+    """A model in which other models' blocks stand for some of its own, on its user's wish.
+
+    Scores: of the model as served against the model with its own blocks, in f32, over a probe text.
+    """
+
+    own_blocks: dict[int, str]
+    """Position in the chain -> id of the model's own block there, which is not stored."""
+    threshold: float
+    """Asked for: of `cosine` and `top1`."""
+    cosine: float
+    """Mean cosine of the vocabulary probabilities."""
+    kl: float
+    """Mean Kullback-Leibler divergence, in nats."""
+    top1: float
+    """Share of positions with the same likeliest token."""
+    num_tokens: int
+    probe: str
+    """Name of the probe file; "built-in" without one."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
 
@@ -123,7 +145,10 @@ class VerificationFigures:
 
 @dataclass(frozen=True, slots=True)
 class VerificationRecord:
-    """The end-to-end check of a model: its chain against an independent forward of the checkpoint."""
+    """The end-to-end check of a model: its chain against an independent forward of the checkpoint.
+
+    Of a model with an EquivalenceRecord: the check of its own blocks, before others took their place.
+    """
 
     oracle: str
     num_prompts: int
@@ -152,6 +177,12 @@ class ModelRecord:
     adapters: dict[int, str] = field(default_factory=dict)
     """Position in the chain -> id of the adapter on the block there."""
     recovery: RecoveryRecord | None = None
+    equivalence: EquivalenceRecord | None = None
+
+    def own_chain(self) -> tuple[str, ...]:
+        """The chain as it was before equivalent blocks took the place of some."""
+        own = self.equivalence.own_blocks if self.equivalence is not None else {}
+        return tuple(own.get(i, block_id) for i, block_id in enumerate(self.chain))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +255,7 @@ class Manifest:
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
-                raise ManifestError(
-                    f"{here}.recovery.own_blocks.{position}: there is no adapter at {position}"
-                )
+                raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
 
     def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
         if adapter_id not in self.adapters:
