@@ -74,9 +74,9 @@ class ChainPlan:
     uses: tuple[SpanUse, ...]
     num_layers: int
     segments: tuple[Segment, ...]
-    entries: tuple[int, ...]
     vocab_size: int
     adapters: tuple[tuple[int, str], ...] = ()  # (position in the chain, adapter id)
+    entries: tuple[int, ...] = (0,)
 
 
 class _Variant(NamedTuple):
@@ -224,7 +224,7 @@ def _chain_plan(
         s if entry else replace(s, boundary="") for s, entry in zip(segments, entries, strict=True)
     )
     return ChainPlan(
-        family, chain[0], tuple(uses), layer, segments, entries, head.vocab_size, variant.adapters
+        family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries
     )
 
 
