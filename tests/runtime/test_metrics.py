@@ -116,7 +116,7 @@ def test_waits_are_kept_by_share_of_the_prompt_spared() -> None:
     recorder = MetricsRecorder()
     for share, wait in ((0.0, 0.02), (0.01, 1.0), (0.5, 2.0), (0.89, 0.3), (0.9, 0.1), (1.0, 0.2)):
         recorder.on_started(wait, share)
-    waits = recorder.snapshot(Scheduler(SchedulerConfig()), []).wait_seconds
+    waits = snapshot(recorder).wait_seconds
     assert {label: histogram.count for label, histogram in waits.items()} == {
         "0": 1,
         "1-49": 1,
