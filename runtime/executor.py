@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, bf16_to_f32
 from blockzoo.runtime.adapters import AdapterInputs
-from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
+from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
@@ -30,6 +31,10 @@ class Rows(NamedTuple):
         past_len: tokens before them, whose K and V are in the pool.
         page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
         wants_logits: whether the logits of the last new token are needed.
+        entry: the first of the chain's span uses to run, one of its `entries`; the KV of the layers below is
+            in the pages already.
+        hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
+        keeps_hidden: whether to report the hidden states that enter the chain's later entries.
     """
 
     chain: int
@@ -37,6 +42,17 @@ class Rows(NamedTuple):
     past_len: int
     page_table: np.ndarray
     wants_logits: bool
+    entry: int = 0
+    hidden: Array | None = None
+    keeps_hidden: bool = False
+
+
+class Hidden(NamedTuple):
+    """Hidden states [n, hidden] of the rows of number `member` of the batch that entered span use `entry`."""
+
+    member: int
+    entry: int
+    rows: Array
 
 
 class StepResult(NamedTuple):
@@ -47,11 +63,13 @@ class StepResult(NamedTuple):
             batch whose last new token its rows belong to. Every index that wanted logits is in one.
         num_calls: engine calls made.
         num_call_rows: rows that went through them.
+        hidden: of the batch's rows that keep theirs; the caller's own.
     """
 
     logits: list[tuple[np.ndarray, list[int]]]
     num_calls: int
     num_call_rows: int
+    hidden: list[Hidden]
 
 
 class Executor:
@@ -86,10 +104,11 @@ class Executor:
         self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        self._rotation = rope_tables  # on the host
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
-        self._num_pages = num_pages
+        self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
@@ -105,15 +124,53 @@ class Executor:
         """
         for rows in batch:
             self._check(rows)
-        order = sorted(range(len(batch)), key=lambda i: batch[i].chain)
+        order = batch_order([(rows.chain, rows.entry) for rows in batch])
         ordered = [batch[i] for i in order]
         layout = self._layout_for(ordered)
         self._fill(layout, ordered)
-        self._gather(layout)
-        self._run_calls(layout)
+        self._gather(layout, ordered)
+        kept = self._run_calls(layout)
         to_host = self._device.to_host
         logits = [(to_host(rows), [order[place] for place in places]) for rows, places in layout.logits]
-        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
+        hidden = [item._replace(member=order[item.member]) for item in kept]
+        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls), hidden)
+
+    def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """Copy pages of K and V, int32 [n] each; no page is in both.
+
+        Raises:
+            ValueError: a page id is out of range; nothing was copied.
+        """
+        ids = np.concatenate([source, destination])
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
+            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+        source, destination = source.astype(np.int64), destination.astype(np.int64)  # as torch wants them
+        for pages in self._pool.values():
+            pages[destination] = pages[source]
+
+    def borrow(self, chain: int, borrowed: Borrowed, page_table: np.ndarray) -> None:
+        """Copy K and V of tokens into the pages of another sequence, K rotated to its new position.
+
+        Args:
+            chain: of both, index into the topology's chains; its rotary embedding must be the plain one.
+            borrowed: what lies where.
+            page_table: int32 [num_layers, pages] of the sequence that takes it.
+
+        Raises:
+            ValueError: a page id is out of range; nothing was copied.
+        """
+        pages = page_table[:, borrowed.positions // PAGE_TOKENS].astype(np.int64)
+        ids = np.concatenate([pages.ravel(), borrowed.pages.ravel()])
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
+            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+        slots = borrowed.positions % PAGE_TOKENS
+        for name, pool in self._pool.items():
+            rows = pool[borrowed.pages, :, borrowed.slots]  # [layers, n, heads, head_dim]
+            if name == "key_cache" and borrowed.shift.any():
+                host = self._device.to_host(rows)
+                wide = bf16_to_f32(host) if host.dtype == np.uint16 else host
+                rows = self._device.activations(rotate(wide, borrowed.shift, *self._rotation[chain]))
+            pool[pages, :, slots] = rows
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
         shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
@@ -130,6 +187,11 @@ class Executor:
         pages = -(-(rows.past_len + count) // PAGE_TOKENS)
         if count < 1 or rows.past_len < 0:
             raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
+        if rows.entry not in (0, *chain.entries):
+            raise ValueError(f"rows enter at span {rows.entry}; expected one of {chain.entries}")
+        if rows.entry and (rows.hidden is None or tuple(rows.hidden.shape) != (count, self._hidden_size)):
+            shape = None if rows.hidden is None else tuple(rows.hidden.shape)
+            raise ValueError(f"hidden states {shape} for {count} rows of {self._hidden_size}")
         if rows.page_table.shape[0] != chain.num_layers or rows.page_table.shape[1] < pages:
             raise ValueError(
                 f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
@@ -148,7 +210,15 @@ class Executor:
 
     def _layout_for(self, batch: Sequence[Rows]) -> StepLayout:
         shapes = tuple(
-            SeqShape(rows.chain, len(rows.token_ids), _table_len(rows), rows.wants_logits) for rows in batch
+            SeqShape(
+                rows.chain,
+                len(rows.token_ids),
+                _table_len(rows),
+                rows.wants_logits,
+                rows.entry,
+                rows.keeps_hidden,
+            )
+            for rows in batch
         )
         if self._layout is None or self._layout.shapes != shapes:
             layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
@@ -174,18 +244,25 @@ class Executor:
         arrays.max_context_len[...] = (arrays.past_lens + np.diff(layout.seq_begins)).max()
         layout.upload()
 
-    def _gather(self, layout: StepLayout) -> None:
-        """Embeddings and rotary rows of the step's tokens."""
+    def _gather(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
+        """Rotary rows of the step's tokens, and what enters: embeddings, or the hidden states given."""
         arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
-        for chain_index, rows_slice in layout.group_rows():
+        for i, rows in enumerate(batch):
+            if rows.entry:
+                layout.entering_rows(i)[...] = rows.hidden
+        for chain_index, entry, rows_slice in layout.group_rows():
             cos, sin = self._rope_tables[chain_index]
             positions = arrays.positions[rows_slice]
             take(cos, positions, buffers.cos[rows_slice, 0, 0])
             take(sin, positions, buffers.sin[rows_slice, 0, 0])
+            if entry:
+                continue
             embedding = self._embeddings[self._chains[chain_index].embed_id]
             embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
 
-    def _run_calls(self, layout: StepLayout) -> None:
+    def _run_calls(self, layout: StepLayout) -> list[Hidden]:
+        """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
+        kept = []
         for index, call in enumerate(layout.calls):
             engine = self._engines[call.span]
             if self._bound_call.get(call.span) != index:
@@ -197,6 +274,11 @@ class Executor:
             engine.run()
             for destination, source in call.copies_out:
                 destination[...] = source
+            for seq, entry, rows in call.passed:
+                own = self._device.rows_like(rows, len(rows))
+                own[...] = rows
+                kept.append(Hidden(seq, entry, own))
+        return kept
 
 
 def _table_len(rows: Rows) -> int:

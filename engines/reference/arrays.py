@@ -55,7 +55,9 @@ class TorchArrays:
 
     def activations(self, values: np.ndarray) -> torch.Tensor:
         """float32 values as activations."""
-        return torch.from_numpy(values).to(self.device, self._dtypes["activation"])
+        # a copy where they are read-only (mapped files): torch takes no such memory
+        writable = np.require(values, requirements="W")
+        return torch.from_numpy(writable).to(self.device, self._dtypes["activation"])
 
     def wait(self) -> None:
         """Wait for the device."""
