@@ -7,6 +7,7 @@ the device's view: one upload a step, and none where the two are the same memory
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -35,6 +36,9 @@ class Arrays(Protocol):
 
     def upload(self, host: np.ndarray, device: Array) -> None:
         """Bring a `mirror` up to date after `host` changed."""
+
+    def trim(self) -> None:
+        """Return memory that was freed to the system, where the allocator keeps it."""
 
     def take(self, table: Array, indices: Array, out: Array) -> None:
         """Write `table[indices]` to `out`; every index must be in range."""
@@ -88,6 +92,12 @@ class HostArrays:
     def activations(self, values: np.ndarray) -> np.ndarray:
         """The values, rounded to bf16 where that is the precision."""
         return f32_to_bf16(values) if self._dtypes["activation"] == np.uint16 else values
+
+    def trim(self) -> None:
+        """Have glibc return what it keeps of freed memory (milliseconds); nothing under other C libraries."""
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
 
     def wait(self) -> None:
         """Nothing to wait for."""

@@ -91,6 +91,9 @@ class Engine(Protocol):
     def run(self) -> None:
         """Run on what is bound; `Arrays.to_host` and `Arrays.wait` wait for a device to have finished."""
 
+    def release_memory(self) -> None:
+        """Give back scratch that large steps have taken; the next run takes what it needs again."""
+
 
 class Embedding(Protocol):
     """An embed block's table."""

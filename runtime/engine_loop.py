@@ -245,6 +245,8 @@ class LLMEngine:
                 outputs.append(self._take_token(request, result))
         if not self._requests:
             self.check_integrity()
+            for executor in self._zoo.executors.values():
+                executor.release_memory()
         return outputs
 
     def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | SamplingError]]:

@@ -19,6 +19,7 @@ from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
+_SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
 
 
@@ -114,6 +115,15 @@ class Executor:
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call it is bound to
+        self._most_rows = 0  # of a step since scratch was given back
+
+    def release_memory(self) -> None:
+        """Give back the engines' scratch if a step was large enough for that to be worth it."""
+        if self._most_rows > _SMALL_STEP:
+            for engine in self._engines.values():
+                engine.release_memory()
+            self._device.trim()
+            self._most_rows = 0
 
     def run(self, batch: Sequence[Rows]) -> StepResult:
         """Run a batch; K and V of all its rows are written when it returns.
@@ -127,6 +137,7 @@ class Executor:
         order = batch_order([(rows.chain, rows.entry) for rows in batch])
         ordered = [batch[i] for i in order]
         layout = self._layout_for(ordered)
+        self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
         self._gather(layout, ordered)
         kept = self._run_calls(layout)

@@ -59,6 +59,11 @@ class TorchArrays:
         writable = np.require(values, requirements="W")
         return torch.from_numpy(writable).to(self.device, self._dtypes["activation"])
 
+    def trim(self) -> None:
+        """Return cached device memory to the driver."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def wait(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":

@@ -40,6 +40,9 @@ class ReferenceEngine:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
         self._bound[name] = array
 
+    def release_memory(self) -> None:
+        """Nothing to give back: torch frees what a run took."""
+
     def run(self) -> None:
         """Start the span on what is bound; on a GPU it returns before the outputs are written."""
         bound = self._bound
