@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo serve test test-all lint bench clean
 
 demo: $(OUT)/zoo
-	$(BIN)/python benchmarks/demo.py $(OUT)/zoo
+	$(BIN)/python -m benchmarks.demo $(OUT)/zoo
 
 serve: $(OUT)/zoo
 	$(BIN)/zoo-serve $(OUT)/zoo

@@ -33,11 +33,12 @@ from benchmarks.common import (
     timed,
 )
 from benchmarks.families import Family, make_family
-from benchmarks.sides import EngineSide, ExecutorSide, Settings, Side, WholeGraphSide
+from benchmarks.sides import EngineSide, ExecutorSide, Settings, Side, WholeGraphSide, decode_turn
 from blockzoo.engines.openvino import OpenVINOEngines
 
 BATCHES = (1, 8, 32)
 CONTEXT = 512
+STEPS = 5
 REFERENCES = ("graph", "genai")
 
 
@@ -107,16 +108,11 @@ def _chunks_and_decode(family: Family, settings: Settings, args: argparse.Namesp
     samples = interleave(turns, max(1, args.repeats // 3), untimed_rounds=0)
     results[f"prefill {length}, chunks of {chunk}"] = _case(samples)
     for batch in BATCHES:
-        turns = {name: partial(_decode, side, batch) for name, side in sides.items()}
+        turns = {name: partial(decode_turn, side, batch, STEPS) for name, side in sides.items()}
         results[f"decode, batch {batch}"] = _case(interleave(turns, args.repeats))
     for side in sides.values():
         side.close()
     return results
-
-
-def _decode(side: Side, batch: int) -> list[float]:
-    side.start(batch)
-    return timed(side.step, times=5, untimed=1)
 
 
 def _genai(family: Family, settings: Settings) -> Side:

@@ -1,6 +1,6 @@
 """The main job on real input: serve a demo zoo, ask every tenant, measure, stop.
 
-    python benchmarks/demo.py out/demo/zoo
+    python -m benchmarks.demo out/demo/zoo
 
 Prints what is shared, what each tenant answers over HTTP, one answer streamed over gRPC, and a few
 seconds of perf_analyzer.
@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from perf_analyzer import perf_analyzer_command
+from benchmarks.perf_analyzer import perf_analyzer_command
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
@@ -50,7 +50,8 @@ def main() -> int:
         for model in models:
             question = QUESTIONS.get(model, CODE)
             answer = server.generate(model, question)
-            print(f"  {model:13} {question.splitlines()[-2:]}\n  {'':13} ->{answer!r}")
+            asked = question.splitlines()[-2] if model in QUESTIONS else question.splitlines()[-1].strip()
+            print(f"  {model:13} {asked}  ->{answer}")
         print("\nstreamed over gRPC, token by token")
         pieces = server.stream(models[-1], QUESTIONS.get(models[-1], CODE))
         print(f"  {models[-1]:13} {pieces}")
@@ -102,6 +103,7 @@ class Server:
     def generate(self, model: str, prompt: str) -> str:
         """One request over HTTP, the whole answer in one response."""
         body = {"text_input": prompt, "max_tokens": 16, "temperature": 0.0, "stop_words": ["\n"]}
+        body["exclude_input_in_output"] = True
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.http}/v2/models/{model}/generate",
             json.dumps(body).encode(),
@@ -148,7 +150,7 @@ class Server:
                 "model": [model],
                 "max_tokens": [16],
                 "temperature": [0.0],
-                "ignore_eos": [True],
+                "sampling_parameters": ['{"ignore_eos": true}'],
                 "stream": [True],
             }
             for model in models
@@ -174,9 +176,10 @@ class Server:
         latency = re.search(r"Avg latency: (\d+) usec", done.stdout)
         if done.returncode or not throughput or not latency:
             raise SystemExit(f"perf_analyzer failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        rate = float(throughput[1])
         print(
-            f"  concurrency {concurrency:2}: {float(throughput[1]):7.1f} responses/s (one a token), "
-            f"{int(latency[1]) / 1000:.1f} ms to a response"
+            f"  concurrency {concurrency:2}: {rate:6.1f} requests/s = {16 * rate:.0f} tokens/s, "
+            f"{int(latency[1]) / 1000:.0f} ms a request"
         )
 
 

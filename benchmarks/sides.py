@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from benchmarks.common import timed
 from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype, f32_to_bf16
-from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.executor import Executor, Rows
@@ -92,6 +93,12 @@ class Side(Protocol):
 
     def close(self) -> None:
         """Free the memory."""
+
+
+def decode_turn(side: Side, batch: int, steps: int) -> list[float]:
+    """Seconds of each of `steps` decode steps of `batch` sequences, after an untimed one."""
+    side.start(batch)
+    return timed(side.step, steps, untimed=1)
 
 
 class ExecutorSide:
@@ -268,6 +275,24 @@ class EngineSide:
         """See Side."""
         del self._engine
 
+    def generate_each(self, num_tokens: int) -> None:
+        """A request of every sequence, one after the other: its prompt and `num_tokens` more tokens."""
+        for i, prompt in enumerate(self._prompts):
+            self._run(i, prompt, num_tokens)
+
+    def pages_in_use(self) -> int:
+        """Bytes of pages that hold K and V."""
+        pool_bytes = self._engine.config.resolved_kv_bytes()
+        metrics = self._engine.metrics()
+        return pool_bytes * (metrics.pages_total - metrics.pages_free) // metrics.pages_total
+
+    def release_memory(self) -> None:
+        """Have all engines give back their scratch."""
+        for executor in self._engine._zoo.executors.values():
+            for engine in executor._engines.values():
+                if isinstance(engine, OpenVINOEngine):
+                    engine.release_memory()
+
     def _stop(self) -> None:
         for request_id in self._running:
             self._engine.abort(request_id)
@@ -276,9 +301,9 @@ class EngineSide:
     def _prompt(self, num_tokens: int) -> list[int]:
         return self._rng.integers(2, self._vocab, num_tokens).tolist()
 
-    def _run(self, seq: int, prompt: list[int]) -> None:
+    def _run(self, seq: int, prompt: list[int], num_tokens: int = 1) -> None:
         self._stop()
-        self._add(seq, prompt, 1)
+        self._add(seq, prompt, num_tokens)
         while self._engine.has_unfinished():
             self._engine.step()
 

@@ -19,6 +19,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,17 +169,29 @@ class EngineFront:
         while not (self._closing and not self._streams):
             self._heartbeat = time.monotonic()
             try:
-                self._deliver(*self._outbox.get(timeout=_POLL_S))
+                stream, output, when = self._outbox.get(timeout=_POLL_S)
             except queue.Empty:
                 if self._closing:  # the engine is closed: nothing more will come
                     return
-            except Exception:
-                self._log(traceback.format_exc())
+            else:
+                self._deliver(stream, output, when)
             if time.monotonic() >= next_poll:
                 self._poll()
                 next_poll = time.monotonic() + _POLL_S
 
     def _deliver(self, stream: _Stream, output: RequestOutput, when: float) -> None:
+        if stream.request_id not in self._streams:  # given up
+            return
+        try:
+            self._pass_on(stream, output, when)
+        except Exception as error:  # a bug of ours: this request ends, the server goes on
+            self._log(traceback.format_exc())
+            self._streams.pop(stream.request_id, None)
+            self._engine.abort(stream.request_id)
+            with suppress(Exception):
+                self._send(stream.sender, Response(error=f"internal error: {error}", final=True))
+
+    def _pass_on(self, stream: _Stream, output: RequestOutput, when: float) -> None:
         if output.token_ids:
             self._exporter.on_token(when - (stream.last_token or stream.arrival), stream.last_token is None)
             stream.last_token = when

@@ -26,7 +26,9 @@ from blockzoo.server_config.environment import Tritonserver
 from blockzoo.server_config.front import DRAIN_FILE
 
 _SHM = Path("/dev/shm")
-_EXIT_GRACE_S = 5.0  # for an idle server: it looks once a second, and waits for idle HTTP connections
+# An idle server needs about 2 s to end, but waits its whole exit timeout for idle HTTP connections. Its
+# requests have ended by then, so nothing is lost where it is cut short.
+_EXIT_GRACE_S = 3.0
 _TAIL_LINES = 400
 # on a machine without a GPU each ensemble logs one of these as an error
 _NOISE = ("unable to create stream", "CudaDriverHelper has not been initialized")
@@ -90,6 +92,8 @@ class TritonProcess:
         self._shm_prefix = f"blockzoo-{os.getpid()}-{secrets.token_hex(4)}-"
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._verbose = verbose
+        self.forward_errors = False
+        """Pass error lines on; before the server serves they are kept for `failure` alone."""
         self._killed = False
         prefix = f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"
         self._process = subprocess.Popen(
@@ -166,7 +170,7 @@ class TritonProcess:
             for line in lines:
                 line = line.rstrip("\n")
                 self._tail.append(line)
-                if self._verbose or _is_error(line):
+                if self._verbose or (self.forward_errors and _is_error(line)):
                     print(line if self._verbose else line.replace("\\n", "\n"), file=sys.stderr, flush=True)
 
 

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from blockzoo.server_config.schema import (
+from blockzoo.server_config.tensors import (
     INPUT_IDS,
     INPUTS,
     MODEL,

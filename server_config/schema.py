@@ -1,8 +1,7 @@
-"""The tensors of a generation request and what they mean: Triton inputs -> a prompt and SamplingParams.
+"""What the tensors of a generation request mean: Triton inputs -> a prompt and SamplingParams.
 
-Names, types and defaults are those of the TensorRT-LLM backend, so that its clients work unchanged; what
-this server adds is marked in `INPUTS`. Knows nothing of Triton's Python API: arrays in, one frozen object
-out, every refusal an `InvalidRequestError` or `UnknownModelError` that says what to do.
+Defaults are those of the TensorRT-LLM backend. Knows nothing of Triton's Python API: arrays in, one frozen
+object out, every refusal an `InvalidRequestError` or `UnknownModelError` that says what to do.
 """
 
 from __future__ import annotations
@@ -18,64 +17,10 @@ import numpy as np
 
 from blockzoo.runtime.errors import InvalidRequestError, UnknownModelError
 from blockzoo.runtime.request import SamplingParams
+from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_SCOPE_CHARS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class TensorField:
-    """One tensor of a model configuration: its name, Triton data type and shape without the batch."""
-
-    name: str
-    data_type: str
-    dims: tuple[int, ...] = (1,)
-
-
-TEXT_INPUT = TensorField("text_input", "STRING")
-INPUT_IDS = TensorField("input_ids", "INT32", (-1,))  # ours: the prompt as tokens, of the preprocessing step
-MODEL = TensorField("model", "STRING")  # ours: which tenant
-SAMPLING_INPUTS = (
-    TensorField("max_tokens", "INT32"),
-    TensorField("stream", "BOOL"),
-    TensorField("temperature", "FP32"),
-    TensorField("top_k", "INT32"),
-    TensorField("top_p", "FP32"),
-    TensorField("repetition_penalty", "FP32"),
-    TensorField("presence_penalty", "FP32"),
-    TensorField("frequency_penalty", "FP32"),
-    TensorField("random_seed", "UINT64"),
-    TensorField("stop_words", "STRING", (-1,)),
-    TensorField("bad_words", "STRING", (-1,)),
-    TensorField("min_length", "INT32"),
-    TensorField("end_id", "INT32"),
-    TensorField("pad_id", "INT32"),
-    TensorField("length_penalty", "FP32"),
-    TensorField("beam_width", "INT32"),
-    TensorField("num_return_sequences", "INT32"),
-    TensorField("return_log_probs", "BOOL"),
-    TensorField("return_context_logits", "BOOL"),
-    TensorField("return_generation_logits", "BOOL"),
-    TensorField("exclude_input_in_output", "BOOL"),
-    TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
-    TensorField("kv_reuse", "STRING"),  # ours: "exact" or "off"
-    TensorField("kv_scope", "STRING"),  # ours: only requests of one scope share cached KV
-)
-HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
-INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT)
-
-TEXT_OUTPUT = TensorField("text_output", "STRING", (-1,))
-OUTPUTS = (
-    TEXT_OUTPUT,
-    TensorField("cum_log_probs", "FP32", (-1,)),
-    TensorField("output_log_probs", "FP32", (-1, -1)),
-    # ours, token_ids with every response and the others with the last one
-    TensorField("token_ids", "INT32", (-1,)),
-    TensorField("finish_reason", "STRING"),
-    TensorField("num_prompt_tokens", "INT32"),
-    TensorField("num_cached_tokens", "INT32"),
-    TensorField("error", "STRING"),
-)
 
 # what Triton itself puts among a request's parameters; every other one is a misspelled input
 TRITON_PARAMETERS = frozenset(

@@ -29,22 +29,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
     network = parser.add_argument_group("network (port 0 takes a free one)")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    network.add_argument("--http-port", type=int, default=8000, metavar="N", help="default %(default)s")
-    network.add_argument("--grpc-port", type=int, default=8001, metavar="N", help="default %(default)s")
-    network.add_argument("--metrics-port", type=int, default=8002, metavar="N", help="default %(default)s")
+    network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
+    network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
+    network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
-    engine.add_argument("--kv-cache-gb", type=float, metavar="GB", help="size of the KV pool (default 2)")
+    engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
     engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
     engine.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt with its answer")
-    engine.add_argument("--max-request-seconds", type=float, metavar="S", help="limit per request (600)")
+    engine.add_argument("--max-request-seconds", type=_amount, metavar="S", help="limit per request (600)")
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
     engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
     parser.add_argument(
         "--drain-seconds",
-        type=float,
+        type=_amount,
         default=30.0,
         metavar="S",
         help="how long running requests may go on after SIGTERM or Ctrl-C (default %(default)s)",
@@ -52,6 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--write-only", metavar="DIR", help="write the model repository to DIR and exit")
     parser.add_argument("--verbose", action="store_true", help="show the server's whole log")
     return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port; expected 0 to 65535")
+    return port
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:  # also refuses NaN
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected a number above 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,6 +200,7 @@ class _Supervisor:
             if self._stop.wait(0.1):
                 return
         self._watchdog.self_test()
+        process.forward_errors = True
 
 
 def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from blockzoo.server_config.answer import strings
-from blockzoo.server_config.schema import OUTPUTS
+from blockzoo.server_config.tensors import OUTPUTS
 
 _ENGINE_MODEL = "blockzoo"
 _MAX_CALLS = 128  # each waits in a thread; further requests queue here

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +19,13 @@ from benchmarks.sides import MAX_STEPS, Settings
 
 
 def ir_folder(family: Family, tenant: str) -> Path:
-    """A tenant's model as GenAI reads it, written on first use."""
-    path = family.path / "genai" / tenant
+    """A tenant's model as GenAI reads it, written on first use (by another process: it imports torch)."""
 
     def write(folder: Path) -> None:
-        from benchmarks.peers.ir import write_ir
+        command = [sys.executable, "-m", "benchmarks.peers.ir", str(family.checkpoint(tenant)), str(folder)]
+        subprocess.run(command, check=True)
 
-        write_ir(family.checkpoint(tenant), folder)
-
-    return made_once(path, write)
+    return made_once(family.path / "genai" / tenant, write)
 
 
 class GenAISide:

@@ -3,11 +3,15 @@
 A stateful decoder: token ids in, logits of all tokens out, K and V per layer in variables that beams
 reorder. GenAI turns the attention into its paged form when it loads the model; so what is built here
 decides nothing but the weights and the order of the operators around the attention.
+
+    python -m benchmarks.peers.ir CHECKPOINT FOLDER
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,6 @@ from openvino.op import Constant, Parameter
 
 from blockzoo.engines.openvino.graphs import openvino_tensor
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
-from blockzoo.zoo.tensors import BlockTensor
 
 Node = Any  # ov.Node or ov.Output
 
@@ -29,9 +32,24 @@ def write_ir(checkpoint: Path, folder: Path) -> None:
     opened = open_checkpoint(checkpoint)  # must outlive the model, whose constants lie over its files
     model = _Decoder(opened).build()
     ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    _mark_weights(folder / "openvino_model.xml")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, folder / name)
     _write_tokenizer(checkpoint, folder)
+
+
+def _mark_weights(xml: Path) -> None:
+    """Mark the conversions of weights to f32, as exporters do and Python cannot: without it the plugin
+    would carry them out at load and hold f32 copies of all weights."""
+    text = xml.read_text()
+    bare = re.compile(
+        r'(<data destination_type="f32" />)(\s*)(<input>\s*<port id="0" precision="BF16">)', re.MULTILINE
+    )
+    mark = '<rt_info><attribute name="decompression" version="0" /></rt_info>'
+    marked, count = bare.subn(rf"\1\2{mark}\2\3", text)
+    if not count:
+        raise RuntimeError(f"{xml}: no conversions of bf16 weights found; has the format of the IR changed?")
+    xml.write_text(marked)
 
 
 def _write_tokenizer(checkpoint: Path, folder: Path) -> None:
@@ -85,23 +103,24 @@ class _Decoder:
         return param
 
     def _weight(self, name: str) -> Node:
-        tensor: BlockTensor = self._checkpoint.tensor(name)
+        tensor = self._checkpoint.tensor(name)
         constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
         if tensor.dtype == "f32":
             return constant
-        unpacked = op.convert(constant, "f32")
-        unpacked.get_rt_info()["decompression_0"] = ""
-        return unpacked
+        return op.convert(constant, "f32")
+
+    def _vector(self, name: str) -> Node:
+        return op.constant(np.ascontiguousarray(self._checkpoint.tensor(name).to_f32()))
 
     def _linear(self, x: Node, name: str) -> Node:
         y = op.matmul(x, self._weight(f"{name}.weight"), False, True)
         bias = f"{name}.bias"
-        return op.add(y, self._weight(bias)) if bias in self._checkpoint.files else y
+        return op.add(y, self._vector(bias)) if bias in self._checkpoint.files else y
 
     def _rms_norm(self, x: Node, weight: str) -> Node:
         mean = op.reduce_mean(op.power(x, _const(2.0, np.float32)), _const([-1]), keep_dims=True)
         root = op.sqrt(op.add(mean, _const(self._config.rms_norm_eps, np.float32)))
-        return op.multiply(self._weight(weight), op.multiply(x, op.divide(_const(1.0, np.float32), root)))
+        return op.multiply(self._vector(weight), op.multiply(x, op.divide(_const(1.0, np.float32), root)))
 
     def _rotary_tables(self) -> tuple[Node, Node]:
         """cos and sin [B, 1, T, D] of the positions."""
@@ -174,3 +193,7 @@ class _Decoder:
     def _ffn(self, x: Node, prefix: str) -> Node:
         gate, up = self._linear(x, f"{prefix}gate_proj"), self._linear(x, f"{prefix}up_proj")
         return self._linear(op.multiply(op.swish(gate), up), f"{prefix}down_proj")
+
+
+if __name__ == "__main__":
+    write_ir(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -23,13 +23,14 @@ START_S = 60.0
 class ServedZoo:
     """A zoo-serve process and the simplest clients for it."""
 
-    def __init__(self, zoo: Path, *options: str) -> None:
+    def __init__(self, zoo: Path, scratch: Path, *options: str) -> None:
         ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), *ports, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "TMPDIR": str(scratch)},
         )
         self.out: list[str] = []
         self.err: list[str] = []
@@ -121,9 +122,9 @@ class ServedZoo:
         """Regions of this launcher's servers."""
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"blockzoo-{self.process.pid}-")]
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 40) -> int:
-        """Send a signal and wait; the exit status."""
-        if self.process.poll() is None:
+    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 40) -> int:
+        """Send a signal (None: it was sent) and wait; the exit status."""
+        if number is not None and self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(timeout)
         for reader in self._readers:
@@ -147,13 +148,13 @@ def _children(parent: int) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.fixture(scope="session")
-def serve_zoo() -> Iterator[Callable[..., ServedZoo]]:
-    """Start zoo-serve on a zoo and wait until it serves; all are stopped at the end."""
+@pytest.fixture(scope="module")
+def serve_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServedZoo]]:
+    """Start zoo-serve on a zoo and wait until it serves; all are stopped after the module."""
     started: list[ServedZoo] = []
 
     def start(zoo: Path, *options: str) -> ServedZoo:
-        served = ServedZoo(zoo, *options)
+        served = ServedZoo(zoo, tmp_path_factory.mktemp("serve"), *options)
         started.append(served)
         served.wait_until_serving()
         return served

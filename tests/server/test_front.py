@@ -273,3 +273,17 @@ def test_without_reuse_a_request_has_a_scope_of_its_own(front, engine):
     first, second, third = (request.scope for request in engine.requests.values())
     assert first != second
     assert third == "team"
+
+
+def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):
+    broken, sound = Request(text_input="x", stream=True), Request(text_input="x", stream=True)
+    front.handle(broken)
+    stream = next(iter(front._streams.values()))
+    front.handle(sound)
+    monkeypatch.setattr(stream, "answer", None)
+    engine.emit("a")
+    engine.emit("b", "stop")
+    wait_for(lambda: sound.sender.final and broken.sender.final)
+    assert texts(sound.sender) == ["a", "b"]
+    assert broken.sender.sent[0].error.code == "INTERNAL"
+    assert "Traceback" in triton.logged.pop()

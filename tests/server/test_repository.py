@@ -17,6 +17,7 @@ from blockzoo.server_config.repository import (
     configurations,
     write_repository,
 )
+from blockzoo.server_config.serve import main
 from blockzoo.zoo.errors import ZooError
 
 SETTINGS = ServerSettings("/zoos/mine", {"max_num_seqs": 8}, 5.0, None)
@@ -107,3 +108,12 @@ def test_a_zoo_without_models_is_refused(tiny_manifest, tmp_path):
     tiny_manifest.models.clear()
     with pytest.raises(ZooError, match="holds no models; add one with zoo-compile"):
         write_repository(tmp_path / "models", SETTINGS)
+
+
+def test_write_only_writes_the_repository_and_prints_the_command(demo_zoo, tmp_path, capsys):
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), "--kv-cache-gb", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert f"--model-repository={tmp_path / 'models'}" in out
+    assert '"kv_cache_bytes\\": 536870912' in (tmp_path / "models" / "blockzoo" / "config.pbtxt").read_text()
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models")]) == 1
+    assert "is not empty" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 from blockzoo.runtime.errors import InvalidRequestError, RequestError, UnknownModelError
 from blockzoo.runtime.request import SamplingParams
-from blockzoo.server_config.schema import INPUTS, MAX_TEXT_BYTES, ParsedRequest, parse_request
+from blockzoo.server_config.schema import MAX_TEXT_BYTES, ParsedRequest, parse_request
+from blockzoo.server_config.tensors import INPUTS
 
 DTYPES = {
     "INT32": np.int32,

@@ -15,7 +15,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from blockzoo.server_config.schema import INPUTS
+from blockzoo.server_config.tensors import INPUTS
 
 TENANTS = ("base", "notes", "solver")
 PROMPT = "def parse(line):\n    key, value = line."

@@ -1,0 +1,149 @@
+"""The watchdog's judgement, against a scripted HTTP server; and what the supervisor makes of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from blockzoo.server_config import serve, watchdog
+from blockzoo.server_config.environment import ServerError
+from blockzoo.server_config.watchdog import Watchdog
+
+
+class Models:
+    """Answers of a healthy server; a test breaks some."""
+
+    def __init__(self) -> None:
+        self.broken: dict[str, tuple[int, object]] = {}
+        self.silent: set[str] = set()
+        self.release = threading.Event()
+
+    def answer(self, model: str, body: dict) -> tuple[int, object]:
+        if model in self.silent:
+            self.release.wait(10)
+        if model in self.broken:
+            return self.broken[model]
+        echo = {name: value if isinstance(value, list) else [value] for name, value in body.items()}
+        return 200, {"text_output": json.dumps({"unfinished": 2, "echo": echo})}
+
+
+@pytest.fixture
+def models():
+    return Models()
+
+
+@pytest.fixture
+def dog(models, monkeypatch):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = models.answer(self.path.split("/")[3], body)
+            payload = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(watchdog, "_PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(watchdog, "_FIRST_INFERENCE_S", 0.2)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield Watchdog(f"http://127.0.0.1:{server.server_port}", "chat")
+    models.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_healthy_server_passes(dog):
+    dog.self_test()
+    assert dog.problem() is None
+    assert dog.unfinished() == 2
+
+
+@pytest.mark.parametrize("model", ["blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (400, {"error": "Stub process is not healthy."}),
+        (500, {"error": "internal"}),
+        (200, {"error": "generate expects one response"}),
+    ],
+)
+def test_an_error_of_any_model_is_a_problem_at_once(dog, models, model, answer):
+    models.broken[model] = answer
+    problem = dog.problem()
+    assert problem.startswith(f"{model}: ")
+    assert answer[1]["error"] in problem
+
+
+def test_silence_is_a_problem_the_third_time_in_a_row(dog, models):
+    models.silent.add("preprocessing")
+    assert [dog.problem(), dog.problem()] == [None, None]
+    assert dog.problem().startswith("preprocessing: ")
+    models.silent.clear()
+    assert dog.problem() is None
+    models.silent.add("preprocessing")
+    assert dog.problem() is None
+
+
+def test_the_self_test_sees_tensors_that_come_through_wrong(dog, models):
+    echo = {**watchdog._SAMPLE, "max_tokens": [7]}
+    models.broken["blockzoo"] = 200, {"text_output": json.dumps({"echo": echo})}
+    with pytest.raises(ServerError, match=r"read text_input as .* where .* was sent; .* numpy below 2"):
+        dog.self_test()
+
+
+def test_the_self_test_needs_a_real_answer(dog, models):
+    models.broken["chat"] = 400, {"error": "no"}
+    with pytest.raises(ServerError, match=r"its first inference failed: .*no"):
+        dog.self_test()
+
+
+def test_nobody_there(dog):
+    gone = Watchdog("http://127.0.0.1:9", "chat")
+    assert not gone.ready()
+    assert gone.unfinished() is None
+
+
+class DyingProcess:
+    """A server that serves once and then is gone."""
+
+    running = False
+    forward_errors = False
+
+    def failure(self) -> str:
+        return "the server ended"
+
+    def kill(self) -> None:
+        pass
+
+
+class BlindDog:
+    def ready(self) -> bool:
+        return True
+
+    def self_test(self) -> None:
+        pass
+
+
+def test_a_server_that_keeps_dying_is_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(serve.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(serve, "_PROBE_EVERY_S", 0.001)
+    starts = []
+
+    def start() -> DyingProcess:
+        starts.append(1)
+        return DyingProcess()
+
+    with pytest.raises(ServerError, match="restarted 3 times already; giving up"):
+        serve._Supervisor(start, BlindDog(), 1.0).run(lambda: None)
+    assert len(starts) == 4
+    assert capsys.readouterr().err.count("serving again") == 3
