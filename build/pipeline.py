@@ -8,6 +8,7 @@ from blockzoo.build import profiles
 from blockzoo.build.partition import CutBlock, cut
 from blockzoo.build.report import CompileReport, ModelReport, Status, chain_bytes, sharing_bytes
 from blockzoo.build.sources import Merged, Source, nearest, open_sources
+from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans, unused_plans
 from blockzoo.build.verify import encode_prompts, verify
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.zoo.blocks import Dtype
@@ -34,6 +35,8 @@ class CompileOptions:
     """Whether to check every new chain against the numpy oracle."""
     threads: int | None = None
     """Engine threads; None leaves it to the engine."""
+    tensorrt: TensorRTOptions | None = None
+    """What to build TensorRT plans for; None: no plans are built."""
     dry_run: bool = False
     """Only say what would be done."""
 
@@ -67,10 +70,16 @@ class _Compilation:
         self, path: Path, old: Manifest, writer: ZooWriter | None, options: CompileOptions, progress: Progress
     ) -> None:
         self.writer, self.options, self.progress = writer, options, progress
-        self.manifest = Manifest(models=dict(old.models), blocks=dict(old.blocks), plans=dict(old.plans))
+        self.manifest = Manifest(
+            models=dict(old.models),
+            blocks=dict(old.blocks),
+            plans=dict(old.plans),
+            tensorrt_plans=dict(old.tensorrt_plans),
+        )
         self.old = Zoo(path, old)
         self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
         self.reports: dict[str, ModelReport] = {}
+        self.plans: PlanReport | None = None
         self.makers: dict[Precision | None, EngineMaker] = {}
 
     def run(self, models: Mapping[str, str | Path], remove: Sequence[str]) -> CompileReport:
@@ -89,6 +98,8 @@ class _Compilation:
         self.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
+        if self.options.tensorrt is not None:
+            self.plans = build_plans(self.zoo, self.writer, self.options.tensorrt, self.progress)
         freed = self.writer.commit(self.manifest) if self.writer is not None else 0
         return self.report(list(models), tuple(remove), freed)
 
@@ -202,6 +213,8 @@ class _Compilation:
             del self.manifest.blocks[block_id]
         for key in self.manifest.plans.keys() - {block.plan for block in self.manifest.blocks.values()}:
             del self.manifest.plans[key]
+        for key in unused_plans(self.zoo):
+            del self.manifest.tensorrt_plans[key]
 
     def report(self, order: list[str], removed: tuple[str, ...], freed: int) -> CompileReport:
         unshared, stored = sharing_bytes(self.manifest)
@@ -213,5 +226,6 @@ class _Compilation:
             unshared_bytes=unshared,
             stored_bytes=stored,
             freed_bytes=freed,
+            plans=self.plans,
             dry_run=self.writer is None,
         )
