@@ -11,11 +11,11 @@ import torch
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
-from blockzoo.engines.reference.attention import DenseAttention, Inputs
+from blockzoo.engines.reference.attention import DenseAttention, Inputs, Norms
 from blockzoo.engines.reference.blocks import Operators, TorchAttn, TorchFfn, TorchHead, Weights
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
-Attention = Callable[[torch.Tensor, Inputs, torch.Tensor, AttnSpec], torch.Tensor]
+Attention = Callable[[torch.Tensor, Inputs, torch.Tensor, AttnSpec, Norms | None], torch.Tensor]
 TorchBlock = TorchAttn | TorchFfn | TorchHead
 
 
@@ -41,8 +41,8 @@ class ReferenceEngine:
         layer = 0
         for block in self._blocks:
             if isinstance(block, TorchAttn):
-                qkv = block.pre(x, bound["cos"][:, 0], bound["sin"][:, 0])
-                attended = self._attention(qkv, bound, bound[f"block_indices.{layer}"], block.spec)
+                page_ids = bound[f"block_indices.{layer}"]
+                attended = self._attention(block.pre(x), bound, page_ids, block.spec, block.qk_norms)
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
                     attended, x = attended[bound["rows"]], x[bound["rows"]]

@@ -10,6 +10,7 @@ ort = pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 
 from blockzoo.engines.base import EngineError  # noqa: E402
+from blockzoo.engines.reference.attention import rotate  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators, TorchAttn, TorchFfn, TorchHead, Weights  # noqa: E402
 from blockzoo.engines.tensorrt.networks import build_network, network_inputs  # noqa: E402
 from blockzoo.engines.tensorrt.parts import Part, part_weights, parts_of  # noqa: E402
@@ -64,7 +65,10 @@ def in_torch(block: Block, part: Part, given: dict[str, np.ndarray]) -> np.ndarr
     weights, ops = Weights(torch.float32, torch.device("cpu")), Operators()
     t = {name: torch.from_numpy(array) for name, array in given.items()}
     if part == "attn_pre":
-        return TorchAttn.load(block, weights, ops).pre(t["x"], t["cos"][:, None], t["sin"][:, None]).numpy()
+        attn = TorchAttn.load(block, weights, ops)
+        return rotate(
+            attn.pre(t["x"]), t["cos"][:, None], t["sin"][:, None], attn.spec, attn.qk_norms
+        ).numpy()
     if part == "attn_post":
         return TorchAttn.load(block, weights, ops).post(t["attended"], t["x"]).numpy()
     maker = TorchFfn if part == "ffn" else TorchHead
