@@ -22,7 +22,13 @@ Kind = Literal["activation", "f32", "i32"]
 
 
 class Arrays(Protocol):
-    """The arrays of one engine maker."""
+    """The arrays of one engine maker.
+
+    Attributes:
+        records: whether `recorded` gains by steps of equal shapes, so that padding them to few is worth it.
+    """
+
+    records: bool
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
@@ -54,6 +60,8 @@ class Arrays(Protocol):
 
 class HostArrays:
     """numpy arrays; bf16 activations are held as uint16."""
+
+    records = False
 
     def __init__(self, precision: Precision) -> None:
         self._dtypes: dict[str, Any] = {

@@ -7,7 +7,8 @@ engines on what is bound already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
+_KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
 
 
@@ -88,9 +90,13 @@ class Executor:
         self._num_pages = num_pages
         self._pool = self._make_pool(family)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
+        if arrays.records:  # padding at most doubles a decode step
+            max_seqs *= 2
+            max_tokens = max(max_tokens, max_seqs)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
-        self._layout: StepLayout | None = None
-        self._bound_call: dict[int, int] = {}  # engine -> the call it is bound to
+        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Callable[[], None]]] = {}
+        self._bound_layout: StepLayout | None = None
+        self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
 
     def run(self, batch: Sequence[Rows]) -> StepResult:
         """Run a batch; K and V of all its rows are written when it returns.
@@ -101,18 +107,40 @@ class Executor:
         """
         for rows in batch:
             self._check(rows)
-        order = sorted(range(len(batch)), key=lambda i: batch[i].chain)
-        ordered = [batch[i] for i in order]
-        layout = self._layout_for(ordered)
+        order = sorted(((i, rows.chain) for i, rows in enumerate(batch)), key=lambda item: item[1])
+        if self._device.records:
+            order = self._padded(order, batch)
+        ordered = [batch[i] if i >= 0 else self._padding(chain) for i, chain in order]
+        layout, program = self._layout_for(ordered)
         self._fill(layout, ordered)
-        self._gather(layout)
-        self._run_calls(layout)
-        to_host = self._device.to_host
-        logits = [(to_host(rows), [order[place] for place in places]) for rows, places in layout.logits]
+        program()
+        logits = []
+        for rows, places in layout.logits:
+            real = [row for row, place in enumerate(places) if order[place][0] >= 0]
+            matrix = self._device.to_host(rows)
+            matrix = matrix if len(real) == len(places) else matrix[real]
+            logits.append((matrix, [order[places[row]][0] for row in real]))
         return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
 
+    def _padded(self, order: list[tuple[int, int]], batch: Sequence[Rows]) -> list[tuple[int, int]]:
+        """A decode step with each chain's sequences filled up to a power of two, by index -1."""
+        if any(len(rows.token_ids) > 1 or not rows.wants_logits for rows in batch):
+            return order
+        padded: list[tuple[int, int]] = []
+        for chain in dict.fromkeys(chain for _, chain in order):
+            own = [item for item in order if item[1] == chain]
+            padded += own + [(-1, chain)] * ((1 << (len(own) - 1).bit_length()) - len(own))
+        return padded
+
+    def _padding(self, chain: int) -> Rows:
+        """A row that nobody reads: one token in the page beyond those that sequences have."""
+        table = np.full((self._chains[chain].num_layers, 1), self._num_pages, np.int32)
+        return Rows(chain, np.zeros(1, np.int32), 0, table, True)
+
     def _make_pool(self, family: Family) -> dict[str, Array]:
-        shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
+        # where batches are padded, one page more for the rows that nobody reads
+        num_pages = self._num_pages + self._device.records
+        shape = (num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
         pool = {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
         for engine in self._engines.values():
             if engine.spec.layers:
@@ -142,14 +170,27 @@ class Executor:
         if rows.past_len + count > positions:
             raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
 
-    def _layout_for(self, batch: Sequence[Rows]) -> StepLayout:
+    def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Callable[[], None]]:
+        """The layout of a batch's shapes, and what runs it; the last ones are kept."""
+        lens = [_table_len(rows) for rows in batch]
+        if self._device.records:  # the same for all, and few of them
+            lens = [1 << (max(lens) - 1).bit_length()] * len(batch)
         shapes = tuple(
-            SeqShape(rows.chain, len(rows.token_ids), _table_len(rows), rows.wants_logits) for rows in batch
+            SeqShape(rows.chain, len(rows.token_ids), length, rows.wants_logits)
+            for rows, length in zip(batch, lens, strict=True)
         )
-        if self._layout is None or self._layout.shapes != shapes:
-            self._layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
-            self._bound_call.clear()
-        return self._layout
+        kept = self._layouts.pop(shapes, None)
+        if kept is None:
+            layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            kept = layout, self._device.recorded(partial(self._launch, layout))
+            while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
+                self._layouts.pop(next(iter(self._layouts)))
+        self._layouts[shapes] = kept  # the last one used is the last to go
+        return kept
+
+    def _launch(self, layout: StepLayout) -> None:
+        self._gather(layout)
+        self._run_calls(layout)
 
     def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
         arrays = layout.arrays
@@ -178,6 +219,9 @@ class Executor:
             embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
 
     def _run_calls(self, layout: StepLayout) -> None:
+        if self._bound_layout is not layout:
+            self._bound_layout = layout
+            self._bound_call.clear()
         for index, call in enumerate(layout.calls):
             engine = self._engines[call.span]
             if self._bound_call.get(call.span) != index:

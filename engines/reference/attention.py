@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch.nn.functional import rms_norm
@@ -22,6 +23,20 @@ at arbitrary positions, and then `past_lens` is not read."""
 
 Norms = tuple[torch.Tensor, torch.Tensor]
 """Weights of the norms of q's and k's heads, [head_dim] each."""
+
+
+class Attention(Protocol):
+    """Writes K and V into pages and attends over them: torch here, kernels on a GPU."""
+
+    def __call__(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec, norms: Norms | None
+    ) -> torch.Tensor:
+        """Norm and rotate q and k, write K and V, attend; see `DenseAttention`."""
+
+    def rotated(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        """The same for q and k that are normed and rotated already."""
 
 
 class DenseAttention:

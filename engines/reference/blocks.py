@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from blockzoo.engines.reference.arrays import weight_tensor
+from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
 
@@ -87,6 +88,12 @@ class TorchAttn:
     def pre(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
         return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.qkv, self.qkv_bias)
+
+    def attend(
+        self, x: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] -> attention output; K and V are written."""
+        return attention(self.pre(x), inputs, page_ids, self.spec, self.qk_norms)
 
     def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""

@@ -20,6 +20,7 @@ from blockzoo.zoo.rope import RopeConfig  # noqa: E402
 
 ROPE = RopeConfig("default", 1e4)
 NUM_PAGES = 24
+torch.set_num_threads(1)  # the interpreter is one thread of tiny torch and numpy calls
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: tests/gpu runs the kernels on it"

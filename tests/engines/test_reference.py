@@ -86,7 +86,7 @@ def test_a_choice_that_cannot_be_met_is_explained() -> None:
         ReferenceEngines(device="xpu")
     with pytest.raises(EngineError, match="openvino backend runs on the cpu"):
         make_engines("openvino", device="cuda")
-    with pytest.raises(EngineError, match="expected one of openvino, reference"):
+    with pytest.raises(EngineError, match="expected one of openvino, reference, tensorrt"):
         make_engines("onnx")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="sees no GPU"):
