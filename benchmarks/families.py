@@ -211,16 +211,18 @@ def _tensors(shape: Shape, owner: str) -> Iterator[tuple[str, Callable[[], Block
 
 
 def _tokenizer(vocab_size: int) -> dict[str, Any]:
-    """A byte-level BPE `tokenizer.json` whose tokens are all byte pairs, then byte triples, in order."""
+    """A byte-level BPE `tokenizer.json`: all bytes, then pairs and triples of ASCII characters, in order."""
     alphabet = _byte_alphabet()
-    tokens = [*_SPECIAL, *alphabet]
+    letters = alphabet[32:127]
+    heads = list(letters)
     merges: list[str] = []
-    while len(tokens) < vocab_size:
-        head = tokens[len(_SPECIAL) + len(merges) // len(alphabet)]
-        tokens += [head + tail for tail in alphabet]
-        merges += [f"{head} {tail}" for tail in alphabet]
-    del merges[vocab_size - len(_SPECIAL) - len(alphabet) :]
-    del tokens[vocab_size:]
+    count = vocab_size - len(_SPECIAL) - len(alphabet)
+    while len(merges) < count:
+        head = heads[len(merges) // len(letters)]
+        heads += [head + tail for tail in letters]
+        merges += [f"{head} {tail}" for tail in letters]
+    tokens = [*_SPECIAL, *alphabet, *heads[len(letters) :]][:vocab_size]
+    del merges[count:]
     special = [
         {"id": i, "content": token, "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

@@ -22,7 +22,7 @@ class EngineConfig:
         device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
-            free memory where that is less. Split evenly between KV geometries in proportion to models.
+            free memory where that is less. Split between KV geometries in proportion to their models.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait; beyond it they are refused as overloaded.
@@ -59,6 +59,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
+                f"({self.max_num_seqs}): each running request needs a token per step"
+            )
+        if self.schedule not in ("hit-first", "fair"):
+            raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
 

@@ -207,6 +207,23 @@ def test_a_kv_budget_without_a_page_is_refused(demo_zoo: Path) -> None:
         LLMEngine(demo_zoo, EngineConfig(kv_cache_bytes=1000))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"precision": "fp8"},
+        {"kv_cache_bytes": 0},
+        {"max_num_seqs": 0},
+        {"max_waiting": -1},
+        {"max_num_batched_tokens": 31},
+        {"schedule": "random"},
+        {"max_request_seconds": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(setting))):
+        EngineConfig(**setting)
+
+
 def test_scopes_do_not_see_each_others_pages(engine: LLMEngine) -> None:
     prompt = list(range(100, 200))
     cached = []

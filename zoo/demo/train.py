@@ -29,7 +29,7 @@ NUM_SOLVER_LAYERS = 2
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MINUTES_SHARE: dict[Stage, float] = {"base": 0.8, "notes": 0.08, "solver": 0.12}
 LEARNING_RATE: dict[Stage, float] = {"base": 2e-3, "notes": 2e-3, "solver": 1e-3}
-SAVE_SECONDS = 120.0  # of processor time per thread between checkpoints
+SAVE_SECONDS = 30.0  # of processor time per thread between checkpoints
 REPORT_SECONDS = 180.0
 
 

@@ -1,0 +1,102 @@
+"""Every benchmark runs on tiny models; the peer that they compare with computes the same model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.probe import ProbeChain
+
+ROOT = Path(__file__).parents[1]
+PEER = all(
+    importlib.util.find_spec(name) for name in ("openvino_genai", "openvino_tokenizers", "transformers")
+)
+needs_peer = pytest.mark.skipif(not PEER, reason="OpenVINO GenAI is not installed: pip install -e .[bench]")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+def run(name: str, workdir: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--shape", "tiny", "--repeats", "1"]
+    command += ["--context", "64", "--workdir", str(workdir), "--out", str(workdir), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((workdir / f"{name}.json").read_text())
+    assert report["shapes"]["tiny"]["machine"]["cores"] > 0
+    return report["shapes"]["tiny"]["results"]
+
+
+def test_chain_overhead(workdir: Path) -> None:
+    results = run("chain_overhead", workdir)
+    sides = {"fused", "layers", "graph", "engine"} | ({"genai"} if PEER else set())
+    for case in ("prefill 64", "prefill 256, chunks of 64", *(f"decode, batch {n}" for n in (1, 8, 32))):
+        assert set(results[case]) == sides
+        assert results[case]["graph"]["to_graph"]["ratio"] == 1
+        assert all(side["median_ms"] > 0 for side in results[case].values())
+    assert set(results["prefill 256, one step"]) == sides - {"engine"}
+
+
+def test_multi_tenant(workdir: Path) -> None:
+    results = run("multi_tenant", workdir, "--tenants", "2", "--own-layers", "1")
+    sides = {"engine", "executor"} | ({"genai in turn", "genai threads"} if PEER else set())
+    assert set(results["pipelines"]) == sides
+    assert set(results["separate chains"]) == {"executor", "separate chains"}
+    assert results["pipelines"]["engine"]["tokens_per_s"] > 0
+
+
+def test_memory(workdir: Path) -> None:
+    path = workdir / "memory.json"
+    path.write_text(json.dumps({"benchmark": "memory", "shapes": {"110m": {"results": {}}}}))
+    results = run("memory", workdir, "--tenants", "2", "--own-layers", "1")
+    assert set(json.loads(path.read_text())["shapes"]) == {"110m", "tiny"}, "other shapes stay"
+    ours = results["blockzoo"]
+    assert ours["pss"] > ours["needed"]["sum"] > ours["needed"]["unique_blocks"] > 0
+    assert ours["needed"]["pages_in_use"] > 0
+    if PEER:
+        assert results["genai, a process each"]["pss"] > results["genai, one process"]["pss"]
+
+
+def test_sampling() -> None:
+    command = [sys.executable, "benchmarks/sampling.py", "--rows", "2", "--vocab", "5000", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"]["peaked"]
+
+
+@needs_peer
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
+def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(ROOT)
+    from benchmarks.families import make_family
+    from benchmarks.peers.genai import GenAISide, ir_folder
+    from benchmarks.sides import Settings
+
+    family = make_family(workdir, shape, 1, own_layers=1)
+    settings = Settings("f32", None, max_seqs=1, context=64, max_tokens=32, longest_prompt=64)
+    prompt = np.random.default_rng(3).integers(2, family.shape.vocab_size, 50)
+    genai = GenAISide(ir_folder(family, "tenant-0"), settings)
+    tokens, logprobs = genai.generate(prompt, 16)
+    genai.close()
+
+    zoo = family.zoo()
+    record = zoo.manifest.models["tenant-0"]
+    blocks = [zoo.read_block(block_id) for block_id in record.chain]
+    logits = ProbeChain(OpenVINOEngines("f32"), blocks, record.config, 80).forward(
+        [*prompt.tolist(), *tokens[:-1]], 0
+    )[len(prompt) - 1 :]
+    shifted = logits - logits.max(1, keepdims=True)
+    expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    assert tokens == expected.argmax(1).tolist()
+    np.testing.assert_allclose(logprobs, expected.max(1), atol=1e-4)
