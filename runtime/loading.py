@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -59,8 +60,9 @@ def load_zoo(
         raise InvalidRequestError(f"{zoo.path} holds no models; add one with zoo-compile")
     topology = plan_topology(zoo.manifest, config.max_span_layers)
     num_pages = _pages_per_family(topology, config, maker)
+    load_tokenizer = cache(Tokenizer.load)  # models of a family share one folder, so one tokenizer
     models = {
-        name: _load_model(name, record, topology, zoo, config, num_pages)
+        name: _load_model(name, record, topology, load_tokenizer(zoo.tokenizer_dir(name)), config, num_pages)
         for name, record in zoo.manifest.models.items()
     }
     embeds = {chain.embed_id: zoo.read_block(chain.embed_id) for chain in topology.chains}
@@ -117,7 +119,7 @@ def _load_model(
     name: str,
     record: ModelRecord,
     topology: Topology,
-    zoo: Zoo,
+    tokenizer: Tokenizer,
     config: EngineConfig,
     num_pages: Mapping[Family, int],
 ) -> LoadedModel:
@@ -127,7 +129,6 @@ def _load_model(
     bounds = [record.config.max_position_embeddings, pool_tokens]
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
-    tokenizer = Tokenizer.load(zoo.tokenizer_dir(name))
     return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds))
 
 

@@ -188,7 +188,8 @@ def test_the_wide_nucleus_is_the_shortest_heavy_prefix_of_the_sorted_row(
     with np.errstate(over="ignore"):
         row._keep_nucleus(weights, temperature, mass)
     count = np.count_nonzero(weights)
-    np.testing.assert_array_equal(np.sort(order[:count]), np.flatnonzero(weights))
+    # different logits may have equal weights: which of those are kept is open, what they weigh is not
+    np.testing.assert_array_equal(np.sort(exact[order[:count]]), np.sort(weights[weights > 0]))
     slack = 1e-9 * running[-1]
     assert running[count - 1] >= mass - slack
     assert count == 1 or running[count - 2] <= mass + slack
