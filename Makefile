@@ -28,7 +28,7 @@ test-all:
 
 # on a machine with an NVIDIA GPU and a python that has torch, triton and pytest: nothing is installed
 test-gpu:
-	PYTHONPATH=.typings:. $(or $(PYTHON),python3) -m pytest tests/gpu
+	$(or $(PYTHON),python3) -m pytest tests/gpu
 	$(or $(PYTHON),python3) -m benchmarks.gpu
 
 lint:

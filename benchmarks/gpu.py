@@ -12,21 +12,17 @@ fails is recorded with its error, and the others go on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("blockzoo") is None:  # not installed: the folders of this tree are the package
-    package = types.ModuleType("blockzoo")
-    package.__path__ = [str(ROOT)]
-    sys.modules["blockzoo"] = package
+from benchmarks.source_tree import use_source_tree
+
+use_source_tree()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -116,10 +116,11 @@ class Executor:
         program()
         logits = []
         for rows, places in layout.logits:
-            real = [row for row, place in enumerate(places) if order[place][0] >= 0]
-            matrix = self._device.to_host(rows)
-            matrix = matrix if len(real) == len(places) else matrix[real]
-            logits.append((matrix, [order[places[row]][0] for row in real]))
+            matrix, indices = self._device.to_host(rows), [order[place][0] for place in places]
+            if -1 in indices:  # padding
+                real = [row for row, index in enumerate(indices) if index >= 0]
+                matrix, indices = matrix[real], [indices[row] for row in real]
+            logits.append((matrix, indices))
         return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
 
     def _padded(self, order: list[tuple[int, int]], batch: Sequence[Rows]) -> list[tuple[int, int]]:
