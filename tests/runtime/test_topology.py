@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockzoo.engines.arrays import HostArrays
 from blockzoo.runtime.batch import Buffers, Call, SeqShape, StepLayout
 from blockzoo.runtime.topology import Topology, plan_topology
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, EmbedSpec, FfnSpec, HeadSpec
@@ -186,7 +187,7 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
         for m in models
     ]
     buffers = _buffers(max_tokens=32, max_seqs=8)
-    layout = StepLayout(shapes, topology.chains, topology.spans, buffers)
+    layout = StepLayout(shapes, topology.chains, topology.spans, buffers, HostArrays("f32"))
     arrays = layout.arrays
     arrays.past_lens[:] = rng.integers(0, 9, len(shapes))
     arrays.tables[:] = rng.permutation(arrays.tables.size).reshape(arrays.tables.shape)
@@ -205,8 +206,8 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
     assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.wants_logits]
     expected_kv: KV = {}
     for i, model in enumerate(models):
-        begin, end = arrays.seq_begins[i : i + 2]
-        table = arrays.tables[:, arrays.table_begins[i] : arrays.table_begins[i + 1]]
+        begin, end = layout.seq_begins[i : i + 2]
+        table = arrays.tables[:, layout.table_begins[i] : layout.table_begins[i + 1]]
         cos, past = buffers.cos[begin:end, 0, 0, :1], int(arrays.past_lens[i])
         expected = _expected(words[model].split(), start[begin:end], past, table, cos, expected_kv)
         if i in found:
@@ -231,7 +232,7 @@ def _buffers(max_tokens: int, max_seqs: int) -> Buffers:
 def test_a_steady_decode_of_neighbours_copies_nothing() -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h", "z": "e a1 f1 a4 f4 h"})
     shapes = [SeqShape(chain, 1, 8, True) for chain in range(3) for _ in range(2)]
-    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8))
+    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HostArrays("f32"))
     assert len(layout.calls) == 5  # lower layers, three times the upper, head
     assert [call.num_rows for call in layout.calls] == [6, 2, 2, 2, 6]
     assert not any(call.copies_in or call.copies_out for call in layout.calls)
@@ -241,7 +242,7 @@ def test_a_steady_decode_of_neighbours_copies_nothing() -> None:
 def test_a_chunk_without_logits_skips_the_head(wants: tuple[bool, ...]) -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
     shapes = [SeqShape(0, 3, 8, wants[0]), SeqShape(0, 3, 8, wants[1]), SeqShape(1, 3, 8, wants[2])]
-    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8))
+    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HostArrays("f32"))
     heads = [call for call in layout.calls if "logits" in call.binds]
     assert len(heads) == int(any(wants))
     assert all(len(call.binds["logits"]) == sum(wants) for call in heads)
