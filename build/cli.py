@@ -84,6 +84,25 @@ def _parser() -> argparse.ArgumentParser:
         choices=("bf16", "f16", "f32"),
         help="convert the weights; without it they are kept exactly",
     )
+    parser.add_argument(
+        "--share",
+        choices=("exact", "adapter", "equivalent"),
+        default="adapter",
+        help="what full checkpoints share: equal blocks only; or also (the default) blocks into which a LoRA "
+        "was merged, taken apart into the other block and an adapter, and verified; or also blocks that can "
+        "be replaced by another model's with little effect (lossy: see --threshold)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.98,
+        metavar="X",
+        help="for --share equivalent: least mean cosine of the vocabulary probabilities, and least share of "
+        "equal top tokens, of the model with and without replaced blocks (default 0.98)",
+    )
+    parser.add_argument(
+        "--probe", metavar="FILE", help="for --share equivalent: text like that the models are used for"
+    )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
@@ -115,6 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -152,6 +181,9 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         threads=arguments.threads,
         tensorrt=tensorrt,
         dry_run=arguments.dry_run,
+        share=arguments.share,
+        threshold=arguments.threshold,
+        probe=arguments.probe,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)
@@ -162,12 +194,16 @@ def _print_report(report: "CompileReport") -> None:
 
     width = max((len(model.name) for model in report.models), default=0)
     for model in report.models:
-        merged = f" (adapter merged into {model.base})" if model.base else ""
+        adapter = f" (adapter of {model.base}, rank {model.rank})" if model.base else ""
         share = f"reused {model.num_reused} of {model.num_blocks} blocks"
+        if model.num_recovered:
+            share += f", {model.num_recovered} of them by taking out a merged LoRA of rank {model.rank}"
         print(
-            f"{model.name:{width}}  {model.status}{merged}: {share}, "
+            f"{model.name:{width}}  {model.status}{adapter}: {share}, "
             f"{human_bytes(model.new_bytes)} new of {human_bytes(model.model_bytes)}"
         )
+        for note in model.notes:
+            print(f"{'':{width}}  {note}")
         if model.verification is not None:
             print(f"{'':{width}}  {verification_text(model.verification)}")
     for name in report.removed:

@@ -76,6 +76,11 @@ def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
             block.drop_pages()
         except (StoreError, RuntimeError) as error:
             problems.append(str(error))
+    for adapter_id in zoo.manifest.adapters:
+        try:
+            zoo.read_adapter(adapter_id)
+        except StoreError as error:
+            problems.append(str(error))
     for name in zoo.manifest.models:
         try:
             zoo.check_tokenizer(name)
@@ -98,6 +103,9 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "architecture": record.config.architecture,
             "num_layers": record.config.num_layers,
             "chain": list(record.chain),
+            "adapters": encode(record.adapters),
+            "recovery": encode(record.recovery),
+            "equivalence": encode(record.equivalence),
             "chain_bytes": shared.all_bytes[name],
             "own_bytes": shared.own_bytes[name],
             "source": encode(record.source),
@@ -122,6 +130,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
         "stored_bytes": stored,
         "models": models,
         "blocks": blocks,
+        "adapters": encode(zoo.manifest.adapters),
         "plans": encode(zoo.manifest.plans),
         "tensorrt_plans": encode(zoo.manifest.tensorrt_plans),
     }
@@ -130,7 +139,13 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
 def _print_zoo(zoo: "Zoo") -> None:
     from rich.console import Console
 
-    from blockzoo.build.report import human_bytes, sharing_bytes, verification_text
+    from blockzoo.build.report import (
+        adapters_text,
+        equivalence_text,
+        human_bytes,
+        sharing_bytes,
+        verification_text,
+    )
     from blockzoo.build.sharing import sharing_map
 
     console, manifest = Console(highlight=False, soft_wrap=True), zoo.manifest
@@ -157,9 +172,12 @@ def _print_zoo(zoo: "Zoo") -> None:
     width = max(map(len, shared.models))
     for name in shared.models:
         record = manifest.models[name].verification
-        console.print(
-            f"{name:{width}}  {verification_text(record) if record else 'not verified'}", markup=False
-        )
+        said = verification_text(record) if record else "not verified"
+        if manifest.models[name].adapters:
+            console.print(f"{name:{width}}  {adapters_text(manifest, name)}", markup=False)
+        if manifest.models[name].equivalence is not None:
+            console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
+        console.print(f"{name:{width}}  {said}", markup=False)
 
 
 def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from blockzoo.build.sources import Merged, Source
+from blockzoo.build.sources import Adapted, Source
 from blockzoo.zoo.checkpoint import Checkpoint
 from blockzoo.zoo.tensors import TensorFile
 
@@ -194,34 +194,52 @@ def _rotated(x: np.ndarray, angles: np.ndarray, factor: float) -> np.ndarray:
 def oracle_for(source: Source, rounded: bool, dtype: str | None) -> Oracle:
     """The oracle of a model to compile.
 
-    `rounded`: as served, with an adapter's merge rounded to the base's dtype and every tensor to `dtype`
-    where that is given; else the exact values.
+    `rounded`: as served, with every tensor of full checkpoints rounded to `dtype` where that is given, and
+    those that an adapter replaces to the dtype of what they replace; LoRAs are exact in any case.
     """
-    found = _exact_oracle(source, rounded)
-    if not rounded or dtype is None:
-        return found
+    origin = source.origin
+    if isinstance(origin, Adapted):
+        return _adapted_oracle(origin.adapter.path, oracle_for(origin.base, rounded, dtype), rounded)
+    to_dtype = dtype if rounded else None
+    if isinstance(origin, Checkpoint):
+        config, (weight, saved_in) = origin.raw_config, _reader(origin.files)
+    else:
+        config, weight, saved_in = _hf_config(source), _zoo_weight(source), lambda n: source.read(n).dtype
+    if to_dtype is None:
+        exact = Oracle(config, weight, saved_in)
+    else:
+        exact = Oracle(config, _rounded(weight, to_dtype), lambda name: to_dtype)
+    return _with_pairs(exact, source) if source.pairs else exact
 
-    def weight(name: str) -> np.ndarray | None:
-        values = found.weight(name)
+
+def _rounded(weight: Callable[[str], np.ndarray | None], dtype: str) -> Callable[[str], np.ndarray | None]:
+    def rounded(name: str) -> np.ndarray | None:
+        values = weight(name)
         return None if values is None else _round(values, dtype)
 
-    return Oracle(found.config, weight, lambda name: dtype)
+    return rounded
 
 
-def _exact_oracle(source: Source, rounded: bool) -> Oracle:
-    origin = source.origin
-    if isinstance(origin, Checkpoint):
-        return Oracle(origin.raw_config, *_reader(origin.files))
-    if isinstance(origin, Merged):
-        return _merged_oracle(origin.adapter.path, _exact_oracle(origin.base, rounded), rounded)
-
+def _zoo_weight(source: Source) -> Callable[[str], np.ndarray | None]:
     def weight(name: str) -> np.ndarray | None:
         try:
             return source.read(name).to_f32()
         except KeyError:
             return None
 
-    return Oracle(_hf_config(source), weight, lambda name: source.read(name).dtype)
+    return weight
+
+
+def _with_pairs(base: Oracle, source: Source) -> Oracle:
+    """A model of the zoo with its adapters."""
+
+    def weight(name: str) -> np.ndarray | None:
+        values = base.weight(name)
+        for pair in source.pairs.get(name, ()) if values is not None else ():
+            values = values + np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
+        return values
+
+    return Oracle(base.config, weight, base.dtype)
 
 
 def _reader(
@@ -250,7 +268,7 @@ def _hf_config(source: Source) -> dict[str, Any]:
     }
 
 
-def _merged_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
+def _adapted_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
     settings = json.loads((folder / "adapter_config.json").read_text())
     file = TensorFile(folder / "adapter_model.safetensors")
     lora = {name.removeprefix("base_model.model."): file.tensor(name).to_f32() for name in file.names}
@@ -267,17 +285,15 @@ def _merged_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
         saved = base.weight(embed if parted and name == head else name)
         module = name.removesuffix(".weight")
         if name in lora:
-            saved = lora[name]
-        elif f"{module}.lora_A.weight" in lora and saved is not None:
+            replaced = embed if name == head and base.config.get("tie_word_embeddings") else name
+            return _round(lora[name], base.dtype(replaced)) if rounded else lora[name]
+        if f"{module}.lora_A.weight" in lora and saved is not None:
             rank = setting("r", "rank_pattern", module)
             scale = setting("lora_alpha", "alpha_pattern", module)
             scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
             product = lora[f"{module}.lora_B.weight"] @ lora[f"{module}.lora_A.weight"]
             saved = saved + np.float32(scale) * product
-        else:
-            return saved
-        dtype = base.dtype(embed if name == head and base.config.get("tie_word_embeddings") else name)
-        return _round(saved, dtype) if rounded else saved
+        return saved
 
     tied = bool(base.config.get("tie_word_embeddings")) and not parted
     return Oracle({**base.config, "tie_word_embeddings": tied}, weight, base.dtype)

@@ -1,11 +1,22 @@
 """A checkpoint cut into the blocks of its chain: canonical tensors, checked shapes, block ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from blockzoo.zoo.blocks import BlockSpec, Dtype, HeadSpec, chain_specs, main_dtype, tensor_shapes
+from blockzoo.zoo.adapter import LoraPair
+from blockzoo.zoo.blocks import (
+    PROJECTIONS,
+    AdapterSpec,
+    BlockSpec,
+    Dtype,
+    HeadSpec,
+    LoraSpec,
+    chain_specs,
+    main_dtype,
+    tensor_shapes,
+)
 from blockzoo.zoo.checkpoint import Checkpoint
 from blockzoo.zoo.errors import CheckpointError
 from blockzoo.zoo.fingerprint import block_id
@@ -36,6 +47,25 @@ class CutBlock:
     tensors: dict[str, BlockTensor]
     """Without a tied head's weight."""
     tied_to: str | None
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of the largest tensor."""
+        return main_dtype(list(self.tensors.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutAdapter:
+    """The adapter of one block, in memory."""
+
+    id: str
+    spec: AdapterSpec
+    tensors: dict[str, BlockTensor]
 
     @property
     def dtype(self) -> Dtype:
@@ -124,3 +154,35 @@ def _canonical(tensor: BlockTensor, shape: tuple[int, ...], dtype: Dtype | None,
     if not converted.is_finite():
         raise CheckpointError(f"{what} holds values beyond the range of {dtype}: choose another --dtype")
     return converted
+
+
+def cut_adapters(
+    config: ModelConfig, pairs: Mapping[str, Sequence[LoraPair]]
+) -> Iterator[tuple[int, CutAdapter]]:
+    """The adapters of a model by position in its chain; `pairs` as in `sources.Source`."""
+    for position, names in enumerate(chain_names(config)):
+        found = {tensor: list(pairs[hf]) for tensor, hf in names.items() if hf in pairs}
+        if found:
+            yield position, make_adapter({name: _one_pair(loras) for name, loras in found.items()})
+
+
+def _one_pair(loras: list[LoraPair]) -> LoraPair:
+    """Several LoRAs of one weight as one: their ranks side by side, each scale folded into its b."""
+    if len(loras) == 1:
+        return loras[0]
+    a = np.concatenate([lora.a.to_f32() for lora in loras])
+    b = np.concatenate([np.float32(lora.scale) * lora.b.to_f32() for lora in loras], axis=1)
+    return LoraPair(from_f32(a, "f32"), from_f32(b, "f32"), 1.0)
+
+
+def make_adapter(pairs: Mapping[str, LoraPair]) -> CutAdapter:
+    """The adapter of one block from the LoRAs of its projections by canonical tensor name."""
+    order = [name for names in PROJECTIONS.values() for name in names if name in pairs]
+    loras, tensors = [], {}
+    for name in order:
+        pair = pairs[name]
+        tensors[f"{name}.a"], tensors[f"{name}.b"] = narrowed(pair.a), narrowed(pair.b)
+        rank, in_features = pair.a.shape
+        loras.append(LoraSpec(name, rank, in_features, pair.b.shape[0], float(pair.scale)))
+    spec = AdapterSpec(tuple(loras))
+    return CutAdapter(block_id(spec, tensors), spec, tensors)

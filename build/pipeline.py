@@ -3,19 +3,41 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from blockzoo.build import profiles
-from blockzoo.build.partition import CutBlock, cut
-from blockzoo.build.report import CompileReport, ModelReport, Status, chain_bytes, sharing_bytes
-from blockzoo.build.sources import Merged, Source, nearest, open_sources
+from blockzoo.build import equivalence, profiles
+from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
+from blockzoo.build.recover import NotLowRankError, distance, recover
+from blockzoo.build.report import (
+    CompileReport,
+    ModelReport,
+    Status,
+    equivalence_text,
+    model_bytes,
+    sharing_bytes,
+)
+from blockzoo.build.sources import Adapted, Source, nearest, open_sources
 from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans, unused_plans
-from blockzoo.build.verify import encode_prompts, verify
+from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
-from blockzoo.zoo.blocks import Dtype
+from blockzoo.zoo.blocks import PROJECTIONS, Block, BlockTensor, Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
-from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, SourceRecord, VerificationRecord
+from blockzoo.zoo.manifest import (
+    AdapterRecord,
+    BlockRecord,
+    EquivalenceRecord,
+    Manifest,
+    ModelRecord,
+    RecoveryRecord,
+    SourceRecord,
+    VerificationRecord,
+)
 from blockzoo.zoo.store import Zoo, ZooWriter
+
+Sharing = Literal["exact", "adapter", "equivalent"]
+"""What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
+that can take each other's place with little effect."""
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
@@ -31,6 +53,12 @@ class CompileOptions:
     """Whether a model of the same name and other content is replaced."""
     profile: bool = True
     """Whether to time blocks."""
+    share: Sharing = "adapter"
+    """How far full checkpoints share; PEFT folders always share their base."""
+    threshold: float = 0.98
+    """equivalent: least cosine of probabilities, and share of equal top tokens, against the model's own."""
+    probe: str | None = None
+    """equivalent: file with text to compare on; None takes the built-in prompts."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     threads: int | None = None
@@ -75,12 +103,14 @@ class _Compilation:
             blocks=dict(old.blocks),
             plans=dict(old.plans),
             tensorrt_plans=dict(old.tensorrt_plans),
+            adapters=dict(old.adapters),
         )
         self.old = Zoo(path, old)
         self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
         self.reports: dict[str, ModelReport] = {}
         self.plans: PlanReport | None = None
         self.makers: dict[Precision | None, EngineMaker] = {}
+        self.unstored: dict[str, CutBlock] = {}  # new blocks of a dry run
 
     def run(self, models: Mapping[str, str | Path], remove: Sequence[str]) -> CompileReport:
         for name in remove:
@@ -95,6 +125,9 @@ class _Compilation:
         if self.writer is not None and self.options.verify:
             for source in sources:
                 self.verify(source)
+        if self.writer is not None and self.options.share == "equivalent":
+            for source in sources:
+                self.substitute(source)
         self.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
@@ -103,26 +136,40 @@ class _Compilation:
         freed = self.writer.commit(self.manifest) if self.writer is not None else 0
         return self.report(list(models), tuple(remove), freed)
 
-    def add(self, source: Source) -> None:
+    def add(self, source: Source, share: Sharing | None = None, notes: tuple[str, ...] = ()) -> None:
         """Cut one model into blocks, store those that are new, and enter it into the manifest."""
+        share = share or self.options.share
         chain: list[str] = []
+        parts = _Parts()
         new_bytes = reused = 0
         where = str(source.path or source.name)
         steps = 2 * source.config.num_layers + 2
         for block in cut(source.config, source.read, self.options.dtype, where):
             self.progress(f"reading {source.name}", len(chain), steps)
-            known = block.id in self.manifest.blocks
-            reused += known
-            new_bytes += 0 if known else block.num_bytes
-            chain.append(block.id)
-            self.store(block)
+            base = None
+            if block.id not in self.manifest.blocks and share != "exact" and not source.pairs:
+                base = self.taken_apart(block, len(chain), parts)
+            if base is None:
+                known = block.id in self.manifest.blocks
+                new_bytes += 0 if known else block.num_bytes
+                self.store(block)
+            reused += base is not None or known
+            chain.append(base or block.id)
+        for position, adapter in cut_adapters(source.config, source.pairs):
+            parts.adapters[position] = adapter.id
+            parts.new[adapter.id] = adapter
         self.progress(f"reading {source.name}", steps, steps)
+        for adapter_id, adapter in parts.new.items():
+            new_bytes += 0 if adapter_id in self.manifest.adapters else adapter.num_bytes
+            self.store_adapter(adapter)
         record = ModelRecord(
             config=source.config,
             chain=tuple(chain),
             tokenizer=files_id(source.tokenizer_files),
             source=self.source_record(source),
             verification=None,
+            adapters=parts.adapters,
+            recovery=parts.recovery(self.manifest),
         )
         if self.writer is not None:
             self.writer.add_tokenizer(source.tokenizer_files)
@@ -135,13 +182,55 @@ class _Compilation:
             base=record.source.base,
             num_blocks=len(chain),
             num_reused=reused,
-            model_bytes=chain_bytes(self.manifest, record.chain),
+            num_recovered=len(parts.own_blocks),
+            rank=max((self.manifest.adapters[i].spec.rank for i in parts.adapters.values()), default=0),
+            notes=(*notes, *parts.notes()),
+            model_bytes=model_bytes(self.manifest, record),
             new_bytes=new_bytes,
             verification=self.manifest.models[source.name].verification,
         )
 
+    def taken_apart(self, block: CutBlock, position: int, parts: "_Parts") -> str | None:
+        """Find the block's base in the zoo and its adapter on it; the base's id, None where there is none."""
+        if block.spec.kind not in PROJECTIONS:
+            return None
+        for model in self.manifest.models.values():  # the same block was taken apart before
+            recovery = model.recovery
+            if recovery is not None and recovery.own_blocks.get(position) == block.id:
+                parts.take(position, block.id, model.adapters[position], recovery.rounding)
+                return model.chain[position]
+        base = self.nearest_block(block, position)
+        if base is None:
+            return None
+        try:
+            found = recover(block.spec, block.tensors, self.tensors_of(base))
+        except NotLowRankError as error:
+            parts.refused.append((position, str(error)))
+            return None
+        parts.take(position, block.id, found.adapter.id, found.rounding)
+        parts.new[found.adapter.id] = found.adapter
+        return base
+
+    def nearest_block(self, block: CutBlock | Block, position: int, besides: str = "") -> str | None:
+        """The block of the same shape and place in another model (not `besides`) that differs least."""
+        candidates = {
+            model.chain[position]
+            for name, model in self.manifest.models.items()
+            if name != besides
+            and position < len(model.chain) - 1
+            and self.manifest.blocks[model.chain[position]].spec == block.spec
+        }
+        if not candidates:
+            return None
+        return min(sorted(candidates), key=lambda other: distance(block.tensors, self.tensors_of(other)))
+
+    def tensors_of(self, block_id: str) -> dict[str, BlockTensor]:
+        if block_id in self.unstored:
+            return self.unstored[block_id].tensors
+        return self.zoo.read_block(block_id).tensors
+
     def source_record(self, source: Source) -> SourceRecord:
-        base = source.origin.base.name if isinstance(source.origin, Merged) else None
+        base = source.origin.base.name if isinstance(source.origin, Adapted) else None
         folder = source.path.resolve().name if source.path is not None else source.name
         return SourceRecord("hf" if base is None else "peft", folder, source.dtype, self.options.dtype, base)
 
@@ -149,7 +238,7 @@ class _Compilation:
         old = self.manifest.models.get(name)
         if old is None:
             return "added"
-        if (old.config, old.chain, old.tokenizer) == (record.config, record.chain, record.tokenizer):
+        if _content(old) == _content(record) or self.substituted_before(old, record):
             return "unchanged"
         if not self.options.replace:
             raise ZooError(
@@ -160,6 +249,8 @@ class _Compilation:
     def store(self, block: CutBlock) -> None:
         if self.writer is not None:
             self.writer.add_block(block.id, block.tensors, {"kind": block.spec.kind})
+        elif block.id not in self.old.manifest.blocks:
+            self.unstored[block.id] = block
         if block.id in self.manifest.blocks:
             return
         plan = profiles.plan_for(block.spec, block.dtype)
@@ -175,21 +266,119 @@ class _Compilation:
             latency_block=None,
         )
 
+    def store_adapter(self, adapter: CutAdapter) -> None:
+        if self.writer is not None:
+            self.writer.add_block(adapter.id, adapter.tensors, {"kind": adapter.spec.kind})
+        self.manifest.adapters[adapter.id] = AdapterRecord(adapter.spec, adapter.dtype, adapter.num_bytes)
+
     def verify(self, source: Source) -> None:
-        """Check a model unless it, or a model with the same chain, has been checked."""
+        """Check a model unless it, or a model with the same chain, has been checked.
+
+        One that was taken apart and misses its tolerance is stored with its own blocks instead.
+        """
         record = self.manifest.models[source.name]
         if record.verification is not None:
             return
         checked = self.verified_twin(record)
         if checked is None:
             blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
-            checked = verify(source, blocks, self.maker, self.options.dtype, self.progress)
+            adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
+            recovered = record.recovery is not None
+            try:
+                checked = verify(
+                    source, blocks, adapters, self.maker, self.options.dtype, self.progress, recovered
+                )
+            except VerificationError as error:
+                if not recovered:
+                    raise
+                old = self.old.manifest.models.get(source.name)
+                self.manifest.models.pop(source.name)
+                if old is not None:
+                    self.manifest.models[source.name] = old
+                self.add(source, "exact", (f"stored with its own blocks: {error}",))
+                self.verify(source)
+                return
         self.manifest.models[source.name] = replace(record, verification=checked)
         self.reports[source.name] = replace(self.reports[source.name], verification=checked)
 
+    def substituted_before(self, old: ModelRecord, record: ModelRecord) -> bool:
+        """Whether the old record is the new one, with equivalents in it as they are asked for now."""
+        found, options = old.equivalence, self.options
+        if found is None or options.share != "equivalent" or found.threshold != options.threshold:
+            return False
+        own = replace(old, chain=old.own_chain())
+        return found.probe == self.probe_name and _content(own) == _content(record)
+
+    @property
+    def probe_name(self) -> str:
+        return Path(self.options.probe).name if self.options.probe is not None else "built-in"
+
+    def substitute(self, source: Source) -> None:
+        """Let other models' blocks take the place of those that only this model has, where that is alike."""
+        record = self.manifest.models[source.name]
+        if record.equivalence is not None or self.reports[source.name].status == "unchanged":
+            return
+        others = {key for n, m in self.manifest.models.items() if n != source.name for key in m.chain}
+        nearest_blocks: dict[int, str] = {}
+        distances: dict[int, float] = {}
+        for position, block_id in enumerate(record.chain):
+            block = self.zoo.read_block(block_id)
+            if block_id in others or block.spec.kind not in PROJECTIONS or position in record.adapters:
+                continue
+            found = self.nearest_block(block, position, source.name)
+            if found is not None:
+                nearest_blocks[position] = found
+                distances[position] = distance(block.tensors, self.tensors_of(found))
+        if not nearest_blocks:
+            return
+        texts = equivalence.probe_text(self.options.probe, PROMPTS)
+        encoded = encode_texts(source, texts)
+        sequences = equivalence.probe_sequences(encoded, source.config.max_position_embeddings)
+        own = [self.zoo.read_block(block_id) for block_id in record.chain]
+        adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
+        probe = equivalence.Probe(self.maker("f32"), source.config, adapters, sequences, own)
+        scores: dict[frozenset[int], equivalence.Likeness] = {}
+
+        def passes(positions: Sequence[int]) -> bool:
+            self.progress(f"comparing {source.name}", len(scores), 2 * len(nearest_blocks))
+            chain = list(own)
+            for position in positions:
+                chain[position] = self.zoo.read_block(nearest_blocks[position])
+            scores[frozenset(positions)] = probe.likeness(chain)
+            return scores[frozenset(positions)].reaches(self.options.threshold)
+
+        taken = equivalence.compose(sorted(distances, key=lambda i: distances[i]), passes)
+        if not taken:
+            note = f"none of {len(distances)} near blocks is equivalent at {self.options.threshold}"
+            self.note(source.name, note)
+            return
+        likeness = scores[frozenset(taken)]
+        served = [nearest_blocks[i] if i in taken else key for i, key in enumerate(record.chain)]
+        self.manifest.models[source.name] = replace(
+            record,
+            chain=tuple(served),
+            equivalence=EquivalenceRecord(
+                own_blocks={i: record.chain[i] for i in sorted(taken)},
+                threshold=self.options.threshold,
+                cosine=likeness.cosine,
+                kl=likeness.kl,
+                top1=likeness.top1,
+                num_tokens=probe.num_tokens,
+                probe=self.probe_name,
+            ),
+        )
+        freed = sum(self.manifest.blocks[record.chain[i]].num_bytes for i in taken)
+        report = self.reports[source.name]
+        self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
+        self.note(source.name, equivalence_text(self.manifest.models[source.name]))
+
+    def note(self, name: str, said: str) -> None:
+        self.reports[name] = replace(self.reports[name], notes=(*self.reports[name].notes, said))
+
     def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
         for name, other in self.manifest.models.items():
-            if other.chain == record.chain and other.verification is not None:
+            same = _weights(other) == _weights(record) and other.equivalence is None
+            if same and other.verification is not None:
                 return replace(other.verification, same_as=other.verification.same_as or name)
         return None
 
@@ -206,11 +395,15 @@ class _Compilation:
             checked = model.verification
             if checked is not None and checked.same_as is not None:
                 twin = self.manifest.models.get(checked.same_as)
-                if twin is None or twin.chain != model.chain:
+                own = replace(model, chain=model.own_chain())
+                if twin is None or _weights(replace(twin, chain=twin.own_chain())) != _weights(own):
                     self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
         used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
         for block_id in self.manifest.blocks.keys() - used:
             del self.manifest.blocks[block_id]
+        adapted = {key for model in self.manifest.models.values() for key in model.adapters.values()}
+        for key in self.manifest.adapters.keys() - adapted:
+            del self.manifest.adapters[key]
         for key in self.manifest.plans.keys() - {block.plan for block in self.manifest.blocks.values()}:
             del self.manifest.plans[key]
         for key in unused_plans(self.zoo):
@@ -229,3 +422,42 @@ class _Compilation:
             plans=self.plans,
             dry_run=self.writer is None,
         )
+
+
+class _Parts:
+    """The adapters of a model under way, and what was found of its blocks."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[int, str] = {}
+        self.new: dict[str, CutAdapter] = {}
+        self.own_blocks: dict[int, str] = {}
+        self.refused: list[tuple[int, str]] = []
+        self._rounding = 0.0
+
+    def take(self, position: int, own_block: str, adapter_id: str, rounding: float) -> None:
+        """Note a block that was taken apart."""
+        self.adapters[position], self.own_blocks[position] = adapter_id, own_block
+        self._rounding = max(self._rounding, rounding)
+
+    def recovery(self, manifest: Manifest) -> RecoveryRecord | None:
+        """The record of what was recovered; the manifest knows the adapters."""
+        if not self.own_blocks:
+            return None
+        rank = max(manifest.adapters[self.adapters[i]].spec.rank for i in self.own_blocks)
+        return RecoveryRecord(self.own_blocks, rank, round(self._rounding, 3))
+
+    def notes(self) -> tuple[str, ...]:
+        """Why blocks near to others were not taken apart, for the report."""
+        near = [(position, said) for position, said in self.refused if "unrelated" not in said]
+        if not near:
+            return ()
+        position, said = near[0]
+        return (f"{len(near)} blocks are near to others, but no merged LoRA (block {position}: {said})",)
+
+
+def _weights(record: ModelRecord) -> object:
+    return record.chain, record.adapters
+
+
+def _content(record: ModelRecord) -> object:
+    return record.config, record.tokenizer, _weights(record)

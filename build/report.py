@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blockzoo.build.tensorrt_plans import PlanReport
-from blockzoo.zoo.manifest import Manifest, VerificationRecord
+from blockzoo.zoo.manifest import Manifest, ModelRecord, VerificationRecord
 
 Status = Literal["added", "replaced", "unchanged"]
 
@@ -16,15 +16,21 @@ class ModelReport:
     name: str
     status: Status
     base: str | None
-    """Of an adapter: the model that it was merged into."""
+    """Of an adapter: the model that it belongs to."""
     num_blocks: int
     """Length of the chain."""
     num_reused: int
     """Blocks of the chain that were in the zoo, or came with an earlier model or layer."""
+    num_recovered: int
+    """Those among them that stand for a block of the checkpoint, together with an adapter that was found."""
+    rank: int
+    """Largest rank of the model's adapters, 0 without."""
+    notes: tuple[str, ...]
+    """What else there is to say about how it is shared."""
     model_bytes: int
-    """Bytes of the whole chain."""
+    """Bytes of the whole chain and its adapters."""
     new_bytes: int
-    """Bytes of the blocks that only this model brought."""
+    """Bytes of the blocks and adapters that only this model brought."""
     verification: VerificationRecord | None
 
 
@@ -44,15 +50,20 @@ class CompileReport:
     dry_run: bool
 
 
-def chain_bytes(manifest: Manifest, chain: tuple[str, ...]) -> int:
-    """Bytes of a chain's weights when nothing in it is shared."""
-    return sum(manifest.blocks[block_id].num_bytes for block_id in chain)
+def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
+    """Bytes of a model's chain and adapters when nothing of them is shared."""
+    adapters = sum(manifest.adapters[adapter_id].num_bytes for adapter_id in model.adapters.values())
+    return adapters + sum(manifest.blocks[block_id].num_bytes for block_id in model.chain)
 
 
 def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
-    """(bytes of all chains if nothing were shared, bytes stored)."""
-    unshared = sum(chain_bytes(manifest, model.chain) for model in manifest.models.values())
-    return unshared, sum(block.num_bytes for block in manifest.blocks.values())
+    """(bytes of all models if each were a checkpoint of its own, bytes stored)."""
+    # a merged checkpoint is as large as its base: adapters do not count
+    unshared = sum(
+        manifest.blocks[block_id].num_bytes for model in manifest.models.values() for block_id in model.chain
+    )
+    stored = sum(block.num_bytes for block in manifest.blocks.values())
+    return unshared, stored + sum(adapter.num_bytes for adapter in manifest.adapters.values())
 
 
 def human_bytes(count: int) -> str:
@@ -76,3 +87,28 @@ def verification_text(record: VerificationRecord) -> str:
         said.append(f"rounding of weights {record.rounding_error:.1e}")
     twin = f" (same chain as {record.same_as})" if record.same_as else ""
     return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
+
+
+def equivalence_text(model: ModelRecord) -> str:
+    """One line about the blocks of other models that stand for a model's own."""
+    found = model.equivalence
+    assert found is not None
+    return (
+        f"{len(found.own_blocks)} blocks replaced by equivalent ones: cosine {found.cosine:.4f}, KL "
+        f"{found.kl:.1e}, same top token {found.top1:.1%} (asked for {found.threshold:g}, over "
+        f"{found.num_tokens} tokens of {found.probe} text)"
+    )
+
+
+def adapters_text(manifest: Manifest, name: str) -> str:
+    """One line about a model's adapters."""
+    model = manifest.models[name]
+    records = [manifest.adapters[adapter_id] for adapter_id in model.adapters.values()]
+    rank, size = max(r.spec.rank for r in records), human_bytes(sum(r.num_bytes for r in records))
+    said = f"adapters of rank {rank} on {len(records)} blocks, {size}"
+    if model.recovery is not None:
+        said += (
+            f", {len(model.recovery.own_blocks)} of them recovered from merged weights "
+            f"(left out: {model.recovery.rounding:.2f} times the rounding)"
+        )
+    return said

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from blockzoo.build.report import chain_bytes
+from blockzoo.build.report import model_bytes
 from blockzoo.zoo.manifest import Manifest
 
 KINDS = ("embed", "attn", "ffn", "head")
@@ -22,9 +22,9 @@ class SharingMap:
     users: dict[str, tuple[str, ...]]
     """Block id -> the models that use it, in the order of `models`."""
     own_bytes: dict[str, int]
-    """Model -> bytes of the blocks that only it uses."""
+    """Model -> bytes of the blocks and adapters that only it uses."""
     all_bytes: dict[str, int]
-    """Model -> bytes of its chain."""
+    """Model -> bytes of its chain and adapters."""
 
 
 def sharing_map(manifest: Manifest) -> SharingMap:
@@ -45,13 +45,20 @@ def sharing_map(manifest: Manifest) -> SharingMap:
     for block_id, names in users.items():
         if len(names) == 1:
             own[names[0]] += manifest.blocks[block_id].num_bytes
+    holders: dict[str, set[str]] = defaultdict(set)
+    for name in models:
+        for adapter_id in manifest.models[name].adapters.values():
+            holders[adapter_id].add(name)
+    for adapter_id, names_of in holders.items():
+        if len(names_of) == 1:
+            own[next(iter(names_of))] += manifest.adapters[adapter_id].num_bytes
     return SharingMap(
         models=models,
         columns=(("embed", 0), *middle, ("head", 0)),
         cells=cells,
         users={block_id: tuple(names) for block_id, names in users.items()},
         own_bytes=own,
-        all_bytes={name: chain_bytes(manifest, manifest.models[name].chain) for name in models},
+        all_bytes={name: model_bytes(manifest, manifest.models[name]) for name in models},
     )
 
 

@@ -1,7 +1,7 @@
 """What the user names (HF folders, PEFT folders, models of the zoo) as models whose tensors can be read.
 
-Adapters find their base among the models given and those in the zoo, and are merged while they are read:
-weight + scale * b @ a in float32, rounded once to the base's dtype.
+Adapters find their base among the models given and those in the zoo. Their LoRAs stay apart from the base's
+weights; only tensors that an adapter replaces (modules_to_save) are read in the place of the base's.
 """
 
 import difflib
@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from blockzoo.build.partition import chain_names, checkpoint_reader
-from blockzoo.zoo.adapter import LoraAdapter, is_adapter, open_adapter
+from blockzoo.zoo.adapter import LoraAdapter, LoraPair, is_adapter, open_adapter
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
 from blockzoo.zoo.errors import CheckpointError, ZooError
+from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import BlockTensor, from_f32
@@ -27,7 +28,7 @@ _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A model to compile: its configuration and its tensors by HF name, merged where it is an adapter."""
+    """A model to compile: its configuration, its tensors by HF name, and the LoRAs on top of them."""
 
     name: str
     path: Path | None
@@ -36,13 +37,15 @@ class Source:
     dtype: Dtype
     """The dtype in which most weights were given."""
     read: Callable[[str], BlockTensor]
+    pairs: dict[str, tuple[LoraPair, ...]]
+    """HF name of a weight -> the LoRAs that are added to it."""
     tokenizer_files: dict[str, bytes]
-    origin: "Checkpoint | Merged | Zoo"
+    origin: "Checkpoint | Adapted | Zoo"
     """What `read` reads: for the oracle, which reads it in its own way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Merged:
+class Adapted:
     """An adapter and the model it belongs to."""
 
     adapter: LoraAdapter
@@ -70,7 +73,7 @@ def open_sources(models: Mapping[str, str | Path], zoo: Zoo | None) -> list[Sour
         for name, (adapter, wanted) in adapters.items():
             found = _find_base(name, adapter, wanted, opened, adapters, zoo)
             if found is not None:
-                ready[name] = _merged_source(name, adapter, found)
+                ready[name] = _adapted_source(name, adapter, found)
         if not ready:
             raise ZooError(f"adapters {', '.join(adapters)} name each other as base: give their base too")
         opened |= ready
@@ -124,7 +127,7 @@ def _checkpoint_source(name: str, path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     read = checkpoint_reader(checkpoint)
     files = checkpoint.tokenizer_files
-    return Source(name, path, checkpoint.config, checkpoint.dtype, read, files, checkpoint)
+    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, files, checkpoint)
 
 
 def _find_base(
@@ -165,7 +168,7 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
         for block_id, names in zip(record.chain, chain_names(record.config), strict=True)
         for tensor, hf in names.items()
     }
-    # f32 weights that are exactly bf16 are stored as bf16; a merge must still be rounded to f32
+    # f32 weights that are exactly bf16 are stored as bf16; what replaces them must still be read as f32
     widen = record.source.dtype == "f32" and record.source.converted_to is None
 
     def read(hf: str) -> BlockTensor:
@@ -176,10 +179,22 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
     folder = zoo.tokenizer_dir(name)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     dtype = record.source.converted_to or record.source.dtype
-    return Source(name, None, record.config, dtype, read, files, zoo)
+    return Source(name, None, record.config, dtype, read, _zoo_pairs(record, zoo), files, zoo)
 
 
-def _merged_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
+def _zoo_pairs(record: ModelRecord, zoo: Zoo) -> dict[str, tuple[LoraPair, ...]]:
+    """The LoRAs of a model of the zoo by the HF name of the weight."""
+    names = chain_names(record.config)
+    pairs: dict[str, tuple[LoraPair, ...]] = {}
+    for position, adapter_id in record.adapters.items():
+        adapter = zoo.read_adapter(adapter_id)
+        for lora in adapter.spec.loras:
+            a, b = (adapter.tensors[f"{lora.projection}.{which}"] for which in "ab")
+            pairs[names[position][lora.projection]] = (LoraPair(a, b, lora.scale),)
+    return pairs
+
+
+def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
     known = {hf for names in chain_names(base.config) for hf in names.values()} | {_HEAD}
     unknown = sorted((adapter.pairs.keys() | adapter.replacements.keys()) - known)
     if unknown:
@@ -194,13 +209,17 @@ def _merged_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
                 f"{adapter.path}: the LoRA of {hf} is {list(shape)}, but the weight of {base.name} is "
                 f"{list(base.read(hf).shape)}: is this adapter's base another model?"
             )
-    config = _merged_config(adapter, base)
+    config = _adapted_config(adapter, base)
     files = adapter.tokenizer_files or base.tokenizer_files
-    origin = Merged(adapter, base)
-    return Source(name, adapter.path, config, base.dtype, _merged_reader(adapter, base), files, origin)
+    origin = Adapted(adapter, base)
+    read = _adapted_reader(adapter, base)
+    pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in adapter.replacements}
+    for hf, pair in adapter.pairs.items():
+        pairs[hf] = (*pairs.get(hf, ()), pair)
+    return Source(name, adapter.path, config, base.dtype, read, pairs, files, origin)
 
 
-def _merged_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
+def _adapted_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
     """The base's configuration with the adapter's vocabulary; untied where it parts head and embedding."""
     config, replaced = base.config, adapter.replacements
     if config.tie_word_embeddings and (_EMBED in replaced or _HEAD in replaced):
@@ -212,7 +231,7 @@ def _merged_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
     return config
 
 
-def _merged_reader(adapter: LoraAdapter, base: Source) -> Callable[[str], BlockTensor]:
+def _adapted_reader(adapter: LoraAdapter, base: Source) -> Callable[[str], BlockTensor]:
     def read_base(hf: str) -> BlockTensor:
         return base.read(_EMBED if hf == _HEAD and base.config.tie_word_embeddings else hf)
 
@@ -221,11 +240,6 @@ def _merged_reader(adapter: LoraAdapter, base: Source) -> Callable[[str], BlockT
             given = adapter.replacements[hf]
             target = read_base(hf).dtype
             return given if given.dtype == target else from_f32(given.to_f32(), target)
-        weight = read_base(hf)
-        pair = adapter.pairs.get(hf)
-        if pair is None:
-            return weight
-        delta = np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
-        return from_f32(weight.to_f32() + delta, weight.dtype)
+        return read_base(hf)
 
     return read

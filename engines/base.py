@@ -7,7 +7,7 @@ the contents of the bound arrays change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -37,10 +37,12 @@ class SpanSpec:
         drops_rows: True when only the rows named by the input `rows` pass the span's last attention
             (or, in a span without attention, its first block): the K and V of the others are written,
             nothing else of them is needed.
+        lora: by index of a block in the span, the projections that take adapters.
     """
 
     specs: tuple[BlockSpec, ...]
     drops_rows: bool
+    lora: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     @property
     def layers(self) -> tuple[AttnSpec, ...]:
@@ -71,6 +73,11 @@ class Engine(Protocol):
         past_lens       int32 [S], subsequence_begins int32 [S + 1], block_indices_begins int32 [S + 1]
         block_indices.<i>          int32 [E]    page ids of the span's i-th layer
         max_context_len int32      scalar, max over sequences of past + new
+      and when projections take adapters (`spec.lora`), with Q the ranks of all active adapters together:
+        lora_mask       precision  [T, Q]       1 where a row uses that part of an adapter, else 0
+        lora_a.<i>.<projection>    precision [Q, in]    of block i of the span; rows of zeros where an
+        lora_b.<i>.<projection>    precision [Q, out]   adapter leaves the projection alone
+        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B)
     Outputs:
         hidden_out      precision  [T or R, hidden], or
         logits          float32    [T or R, vocab]   when the span ends in a head
@@ -101,8 +108,10 @@ class EngineMaker(Protocol):
     precision: Precision
     arrays: Arrays
 
-    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> Engine:
-        """Compile consecutive blocks into one engine. Raises EngineError."""
+    def span(
+        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+    ) -> Engine:
+        """Compile consecutive blocks into one engine; see `SpanSpec`. Raises EngineError."""
 
     def embedding(self, block: Block) -> Embedding:
         """The look-up of an embed block."""

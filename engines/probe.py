@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from blockzoo.engines.adapters import lora_matrices, lora_targets, padded
 from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker
-from blockzoo.zoo.blocks import AttnSpec, Block
+from blockzoo.zoo.blocks import Adapter, AttnSpec, Block, tensor_shapes
 from blockzoo.zoo.model_config import ModelConfig, RopeConfig
 
 
@@ -20,19 +21,39 @@ class ProbeChain:
         blocks: the chain, from embed to head.
         config: the model's configuration.
         max_tokens: longest sequence that will be run.
+        adapters: by position in the chain.
     """
 
     def __init__(
-        self, engines: EngineMaker, blocks: Sequence[Block], config: ModelConfig, max_tokens: int
+        self,
+        engines: EngineMaker,
+        blocks: Sequence[Block],
+        config: ModelConfig,
+        max_tokens: int,
+        adapters: Mapping[int, Adapter] = {},
     ) -> None:
         self._arrays = engines.arrays
         self._embedding = engines.embedding(blocks[0])
-        self._engine = engines.span(blocks[1:])
+        targets = lora_targets({index - 1: [adapter.spec] for index, adapter in adapters.items()})
+        self._engine = engines.span(blocks[1:], lora=targets)
+        self._rank = max((adapter.spec.rank for adapter in adapters.values()), default=0)
+        self._bind_adapters(blocks, adapters, engines)
         self._vocab = config.vocab_size
         self._hidden = config.hidden_size
         self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
         for block in blocks:
             block.drop_pages()
+
+    def _bind_adapters(
+        self, blocks: Sequence[Block], adapters: Mapping[int, Adapter], engines: EngineMaker
+    ) -> None:
+        for position, adapter in adapters.items():
+            shapes = tensor_shapes(blocks[position].spec)
+            for name, (a, b) in lora_matrices(adapter).items():
+                out_features, in_features = shapes[name]
+                for which, matrix, features in (("a", a, in_features), ("b", b, out_features)):
+                    values = engines.arrays.activations(padded(matrix, self._rank, features))
+                    self._engine.bind(f"lora_{which}.{position - 1}.{name}", values)
 
     def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
         """Append n tokens at position `past`: their logits, float32 [n, vocab]."""
@@ -42,6 +63,9 @@ class ProbeChain:
         logits = self._arrays.zeros((count, self._vocab), "f32")
         self._engine.bind("hidden", hidden)
         self._engine.bind("logits", logits)
+        if self._rank:
+            mask = self._arrays.activations(np.ones((count, self._rank), np.float32))
+            self._engine.bind("lora_mask", mask)
         self._attention.bind(past, count)
         self._engine.run()
         return self._arrays.to_host(logits)

@@ -89,6 +89,8 @@ class Call:
     first_layer: int
     num_rows: int
     binds: dict[str, Array]
+    position: int = 0  # of the span's first block in the chains
+    parts: tuple[tuple[int, int], ...] = ()  # (chain, number of rows) of each group, in the rows' order
     copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
     copies_out: list[tuple[Array, Array]] = field(default_factory=list)
 
@@ -179,15 +181,16 @@ class StepLayout:
             for use in self._chains[group.chain].uses:
                 users[use.position, use.span, use.first_layer].append(group)
         calls = []
-        for (_, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
+        for (position, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
             groups = [g for g in groups if not g.dropped or _length(g.range.kept)]
             if groups:
-                calls.append(self._make_call(span_index, first_layer, groups))
+                calls.append(self._make_call(position, span_index, first_layer, groups))
         return calls
 
-    def _make_call(self, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
+    def _make_call(self, position: int, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
         span = self._spans[span_index]
-        call = Call(span_index, first_layer, 0, {})
+        parts = tuple((group.chain, len(self._view(group))) for group in groups)
+        call = Call(span_index, first_layer, 0, {}, position, parts)
         joined = self._joined(groups)
         self._bind_source(call, groups, joined)
         if span.num_layers:

@@ -23,6 +23,8 @@ class EngineConfig:
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             free memory where that is less. Split between KV geometries in proportion to their models.
+        adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
+            first; those of running requests come on top.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait; beyond it they are refused as overloaded.
@@ -39,6 +41,7 @@ class EngineConfig:
     device: str | None = None
     precision: Literal["f32", "bf16"] | None = None
     kv_cache_bytes: int | None = None
+    adapter_cache_bytes: int = 256 << 20
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024

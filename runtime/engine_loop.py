@@ -349,4 +349,4 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""
-        return self._recorder.snapshot(self._scheduler, list(self._zoo.caches.values()))
+        return self._recorder.snapshot(self._scheduler, list(self._zoo.caches.values()), self._zoo.adapters)

@@ -15,6 +15,7 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
+from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
@@ -67,6 +68,7 @@ class Executor:
         arrays: of the maker of the engines.
         num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
         max_tokens, max_seqs: bounds of a step.
+        adapters: their inputs, by call; None in a zoo without any.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class Executor:
         num_pages: int,
         max_tokens: int,
         max_seqs: int,
+        adapters: AdapterInputs | None = None,
     ) -> None:
+        self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
         unique = {id(tables): tables for tables in rope_tables.values()}
@@ -183,6 +187,9 @@ class Executor:
         kept = self._layouts.pop(shapes, None)
         if kept is None:
             layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            if self._adapters is not None:
+                for call in layout.calls:
+                    call.binds |= self._adapters.of(call)
             kept = layout, self._device.recorded(partial(self._launch, layout))
             while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
                 self._layouts.pop(next(iter(self._layouts)))

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from blockzoo.engines.base import Engine, EngineMaker, activation_dtype
+from blockzoo.runtime.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.runtime.executor import Executor, Rows
@@ -44,6 +45,7 @@ class LoadedZoo:
     topology: Topology
     executors: Mapping[Family, Executor]
     caches: Mapping[Family, KVCache]
+    adapters: AdapterCache
     engine_facts: Mapping[str, object]
 
 
@@ -70,6 +72,8 @@ def load_zoo(
     blocks = {i: zoo.read_block(i) for span in topology.spans for i in span.block_ids}
     engines = _compile_spans(topology, blocks, maker, progress)
     rope_tables = _rope_tables(zoo, topology, models)
+    adapters = AdapterCache(zoo.read_adapter, maker.arrays, config.adapter_cache_bytes)
+    specs = [[blocks[i].spec for i in span.block_ids] for span in topology.spans]
     executors = {
         family: Executor(
             family,
@@ -82,6 +86,7 @@ def load_zoo(
             pages,
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
+            adapters=AdapterInputs(adapters, topology.chains, topology.spans, specs),
         )
         for family, pages in num_pages.items()
     }
@@ -90,7 +95,7 @@ def load_zoo(
     for block in blocks.values():
         block.drop_pages()
     caches = {family: KVCache(pages, config.prefix_caching) for family, pages in num_pages.items()}
-    return LoadedZoo(models, topology, executors, caches, maker.facts())
+    return LoadedZoo(models, topology, executors, caches, adapters, maker.facts())
 
 
 def _pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
@@ -137,7 +142,9 @@ def _compile_spans(
 ) -> dict[int, Engine]:
     engines: dict[int, Engine] = {}
     for index, span in enumerate(topology.spans):
-        engines[index] = maker.span([blocks[i] for i in span.block_ids], drops_rows=span.drops_rows)
+        engines[index] = maker.span(
+            [blocks[i] for i in span.block_ids], drops_rows=span.drops_rows, lora=dict(span.lora)
+        )
         if progress is not None:
             progress(index + 1, len(topology.spans))
     return engines

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from threading import Lock
 from typing import get_args
 
+from blockzoo.runtime.adapters import AdapterCache
 from blockzoo.runtime.prefix_tree import CacheStats, KVCache
 from blockzoo.runtime.request import FinishReason
 from blockzoo.runtime.scheduler import Scheduler
@@ -78,6 +79,9 @@ class Metrics:
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
             the first, cached pages being those in the prefix tree whether in use or not.
+        adapter_bytes: adapters kept ready within their budget, copies in use not counted.
+        adapter_loads_total: times that the adapter of a block was read from the zoo.
+        adapter_evictions_total: times that one was dropped to stay within the budget.
         prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
         steps_total: executor runs.
         engine_calls_total: calls of engines in them.
@@ -100,6 +104,9 @@ class Metrics:
     pages_free: int
     pages_cached: int
     pages_used: int
+    adapter_bytes: int
+    adapter_loads_total: int
+    adapter_evictions_total: int
     prefix_hit_tokens: Mapping[str, int]
     steps_total: int
     engine_calls_total: int
@@ -167,7 +174,7 @@ class MetricsRecorder:
             self._engine_calls += engine_calls
             self._call_rows += call_rows
 
-    def snapshot(self, scheduler: Scheduler, caches: Iterable[KVCache]) -> Metrics:
+    def snapshot(self, scheduler: Scheduler, caches: Iterable[KVCache], adapters: AdapterCache) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
         with self._lock:
@@ -184,6 +191,9 @@ class MetricsRecorder:
                 pages_free=sum(s.pages_free for s in stats),
                 pages_cached=sum(s.pages_cached for s in stats),
                 pages_used=sum(s.pages_owned for s in stats),
+                adapter_bytes=adapters.num_bytes,
+                adapter_loads_total=adapters.num_loads,
+                adapter_evictions_total=adapters.num_evictions,
                 prefix_hit_tokens=self._hits_by_layers(stats),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,

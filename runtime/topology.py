@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from blockzoo.runtime.sequence import Segment
 from blockzoo.zoo.blocks import AttnSpec, HeadSpec
-from blockzoo.zoo.manifest import BlockRecord, Manifest
+from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest
 
 _EDGE = ""  # stands for "before the first block" and "after the last"
 
@@ -35,11 +36,13 @@ class Span:
         block_ids: the run, in order.
         num_layers: attention blocks in it.
         drops_rows: rows whose logits nobody needs leave here (see `engines.base.SpanSpec`).
+        lora: by index of a block in the span, the projections that some chain has adapters on.
     """
 
     block_ids: tuple[str, ...]
     num_layers: int
     drops_rows: bool
+    lora: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,10 @@ class SpanUse:
 
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
-    """One model as the runtime sees it. Models with equal chains share one plan."""
+    """One model as the runtime sees it. Models with equal chains and adapters share one plan.
+
+    Adapters split no span: the rows of models that differ in them alone go through the same engines.
+    """
 
     family: Family
     embed_id: str
@@ -61,6 +67,14 @@ class ChainPlan:
     num_layers: int
     segments: tuple[Segment, ...]
     vocab_size: int
+    adapters: tuple[tuple[int, str], ...] = ()  # (position in the chain, adapter id)
+
+
+class _Variant(NamedTuple):
+    """What tells two models apart."""
+
+    chain: tuple[str, ...]
+    adapters: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +94,47 @@ def plan_topology(manifest: Manifest, max_span_layers: int | None = None) -> Top
         manifest: of the zoo to serve.
         max_span_layers: cut spans after this many layers (benchmarks); None: as long as possible.
     """
-    by_chain: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    models_of: dict[_Variant, list[str]] = defaultdict(list)
     for name, model in manifest.models.items():
-        by_chain[model.chain].append(name)
-    chains = sorted(by_chain)
+        models_of[_Variant(model.chain, tuple(sorted(model.adapters.items())))].append(name)
+    variants = sorted(models_of)
+    chains = sorted({variant.chain for variant in variants})
     runs = {chain: _cut(chain[1:], chains, manifest.blocks, max_span_layers) for chain in chains}
     drops = _dropping_runs(runs, manifest.blocks)
     spans = sorted({run for chain_runs in runs.values() for run in chain_runs})
     index = {run: i for i, run in enumerate(spans)}
-    chains.sort(key=lambda chain: [index[run] for run in runs[chain]])
-    segments = _segments(chains, manifest.blocks)
+    variants.sort(key=lambda variant: ([index[run] for run in runs[variant.chain]], variant.adapters))
+    segments = _segments(variants, manifest.blocks)
+    lora = _lora_targets(variants, runs, manifest.adapters)
     return Topology(
-        spans=tuple(Span(run, _num_layers(run, manifest.blocks), run in drops) for run in spans),
-        chains=tuple(
-            _chain_plan(chain, runs[chain], index, segments[chain], manifest.blocks) for chain in chains
+        spans=tuple(
+            Span(run, _num_layers(run, manifest.blocks), run in drops, lora.get(run, ())) for run in spans
         ),
-        chain_of_model={name: i for i, chain in enumerate(chains) for name in by_chain[chain]},
+        chains=tuple(
+            _chain_plan(variant, runs[variant.chain], index, segments[variant], manifest.blocks)
+            for variant in variants
+        ),
+        chain_of_model={name: i for i, variant in enumerate(variants) for name in models_of[variant]},
     )
+
+
+def _lora_targets(
+    variants: Sequence[_Variant],
+    runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]],
+    adapters: Mapping[str, AdapterRecord],
+) -> dict[tuple[str, ...], tuple[tuple[int, tuple[str, ...]], ...]]:
+    """By run, the projections of its blocks that adapters change (`Span.lora`)."""
+    found: dict[tuple[str, ...], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for chain, adapter_ids in variants:
+        changed = dict(adapter_ids)
+        position = 1
+        for run in runs[chain]:
+            for i in range(len(run)):
+                if position + i in changed:
+                    loras = adapters[changed[position + i]].spec.loras
+                    found[run][i].update(lora.projection for lora in loras)
+            position += len(run)
+    return {run: tuple((i, tuple(sorted(names))) for i, names in sorted(found[run].items())) for run in found}
 
 
 def _is_attn(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
@@ -153,12 +191,13 @@ def _dropping_runs(
 
 
 def _chain_plan(
-    chain: tuple[str, ...],
+    variant: _Variant,
     chain_runs: tuple[tuple[str, ...], ...],
     index: Mapping[tuple[str, ...], int],
     segments: tuple[Segment, ...],
     blocks: Mapping[str, BlockRecord],
 ) -> ChainPlan:
+    chain = variant.chain
     uses, position, layer = [], 1, 0
     for run in chain_runs:
         uses.append(SpanUse(index[run], position, layer))
@@ -168,35 +207,36 @@ def _chain_plan(
     assert isinstance(attn, AttnSpec), "the manifest reader checks the order of kinds"
     assert isinstance(head, HeadSpec), "the manifest reader checks the order of kinds"
     family = Family(attn.hidden_size, attn.num_kv_heads, attn.head_dim)
-    return ChainPlan(family, chain[0], tuple(uses), layer, segments, head.vocab_size)
+    return ChainPlan(family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters)
 
 
 def _segments(
-    chains: Sequence[tuple[str, ...]], blocks: Mapping[str, BlockRecord]
-) -> dict[tuple[str, ...], tuple[Segment, ...]]:
-    """Per chain the maximal layer ranges whose KV is shared by one and the same set of chains.
+    variants: Sequence[_Variant], blocks: Mapping[str, BlockRecord]
+) -> dict[_Variant, tuple[Segment, ...]]:
+    """Per model the maximal layer ranges whose KV is shared by one and the same set of models.
 
-    The KV of a layer depends on every block up to its attention, so its identity is the hash of that
-    chain prefix.
+    The KV of a layer depends on every block up to its attention, and on their adapters, so its identity is
+    the hash of that prefix.
     """
-    prefixes = {chain: _layer_keys(chain, blocks) for chain in chains}
-    sharers: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-    for chain, keys in prefixes.items():
+    prefixes = {variant: _layer_keys(variant, blocks) for variant in variants}
+    sharers: dict[str, set[_Variant]] = defaultdict(set)
+    for variant, keys in prefixes.items():
         for key in keys:
-            sharers[key].add(chain)
+            sharers[key].add(variant)
     result = {}
-    for chain, keys in prefixes.items():
+    for variant, keys in prefixes.items():
         starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
         ends = [*starts[1:], len(keys)]
-        result[chain] = tuple(Segment(a, b, keys[a]) for a, b in zip(starts, ends, strict=True))
+        result[variant] = tuple(Segment(a, b, keys[a]) for a, b in zip(starts, ends, strict=True))
     return result
 
 
-def _layer_keys(chain: tuple[str, ...], blocks: Mapping[str, BlockRecord]) -> list[str]:
+def _layer_keys(variant: _Variant, blocks: Mapping[str, BlockRecord]) -> list[str]:
     digest = hashlib.sha256()
+    adapters = dict(variant.adapters)
     keys = []
-    for block_id in chain:
-        digest.update(block_id.encode() + b"\n")
+    for position, block_id in enumerate(variant.chain):
+        digest.update(f"{block_id} {adapters.get(position, '')}\n".encode())
         if _is_attn(block_id, blocks):
             keys.append(digest.hexdigest())
     return keys

@@ -21,6 +21,7 @@ _GAUGES = {
     "pages_free": "Pages that hold nothing",
     "pages_cached": "Pages in the prefix cache, in use or not",
     "pages_used": "Pages that one request owns",
+    "adapter_bytes": "Bytes of adapters kept ready",
     "mean_batch_per_block": "Mean rows of an engine call",
     "engine_calls_per_step": "Mean engine calls of a step",
 }
@@ -30,6 +31,8 @@ _COUNTERS = {
     "cached_tokens_total": "Those of them that the prefix cache spared",
     "generated_tokens_total": "Tokens generated",
     "preemptions_total": "Requests set back because pages ran out",
+    "adapter_loads_total": "Adapters of blocks read from the zoo",
+    "adapter_evictions_total": "Those dropped to stay within their budget",
     "steps_total": "Engine steps",
     "engine_calls_total": "Engine calls",
 }

@@ -28,8 +28,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, workdir: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--shape", "tiny", "--repeats", "1"]
-    command += ["--context", "64", "--workdir", str(workdir), "--out", str(workdir), *arguments]
+    options = ["--shape", "tiny", "--repeats", "1", "--context", "64", "--threads", "1"]
+    folders = ["--workdir", str(workdir), "--out", str(workdir)]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, *folders, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads((workdir / f"{name}.json").read_text())
@@ -84,7 +85,7 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
     from benchmarks.sides import Settings
 
     family = make_family(workdir, shape, 1, own_layers=1)
-    settings = Settings("f32", None, max_seqs=1, context=64, max_tokens=32, longest_prompt=64)
+    settings = Settings("f32", 1, max_seqs=1, context=64, max_tokens=32, longest_prompt=64)
     prompt = np.random.default_rng(3).integers(2, family.shape.vocab_size, 50)
     genai = GenAISide(ir_folder(family, "tenant-0"), settings)
     tokens, logprobs = genai.generate(prompt, 16)

@@ -9,6 +9,9 @@ from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
 
 __all__ = [
+    "PROJECTIONS",
+    "Adapter",
+    "AdapterSpec",
     "AttnSpec",
     "Block",
     "BlockSpec",
@@ -17,6 +20,7 @@ __all__ = [
     "EmbedSpec",
     "FfnSpec",
     "HeadSpec",
+    "LoraSpec",
     "chain_specs",
     "main_dtype",
     "tensor_shapes",
@@ -73,9 +77,45 @@ class HeadSpec:
 
 BlockSpec = EmbedSpec | AttnSpec | FfnSpec | HeadSpec
 
+PROJECTIONS: dict[str, tuple[str, ...]] = {"attn": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}
+"""By kind of block, the matrices that a LoRA may change."""
 
-def tensor_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
-    """Canonical tensor names of a block with their shapes, in order (a tied head has no `weight`)."""
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA of one projection: y = x W^T becomes x W^T + scale * (x A^T) B^T (arXiv 2106.09685)."""
+
+    projection: str
+    rank: int
+    in_features: int
+    out_features: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """The LoRAs that one model puts on one attn or ffn block, in the order of PROJECTIONS."""
+
+    kind: ClassVar[str] = "adapter"
+    loras: tuple[LoraSpec, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(lora.rank for lora in self.loras)
+
+
+def tensor_shapes(spec: BlockSpec | AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical tensor names of a block with their shapes, in order (a tied head has no `weight`).
+
+    An adapter has `<projection>.a` [rank, in] and `<projection>.b` [out, rank] of every LoRA.
+    """
+    if isinstance(spec, AdapterSpec):
+        shapes: dict[str, tuple[int, ...]] = {}
+        for lora in spec.loras:
+            shapes[f"{lora.projection}.a"] = (lora.rank, lora.in_features)
+            shapes[f"{lora.projection}.b"] = (lora.out_features, lora.rank)
+        return shapes
     hidden = spec.hidden_size
     if isinstance(spec, EmbedSpec):
         return {"weight": (spec.vocab_size, hidden)}
@@ -94,15 +134,15 @@ def tensor_shapes(spec: BlockSpec) -> dict[str, tuple[int, ...]]:
             {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,)} if spec.bias else {}
         )
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"norm": (hidden,), "q": (q_size, hidden), "k": (kv_size, hidden)}
-    shapes |= {"v": (kv_size, hidden), "o": (hidden, q_size)}
+    attn: dict[str, tuple[int, ...]] = {"norm": (hidden,), "q": (q_size, hidden), "k": (kv_size, hidden)}
+    attn |= {"v": (kv_size, hidden), "o": (hidden, q_size)}
     if spec.qkv_bias:
-        shapes |= {"q_bias": (q_size,), "k_bias": (kv_size,), "v_bias": (kv_size,)}
+        attn |= {"q_bias": (q_size,), "k_bias": (kv_size,), "v_bias": (kv_size,)}
     if spec.o_bias:
-        shapes |= {"o_bias": (hidden,)}
+        attn |= {"o_bias": (hidden,)}
     if spec.qk_norm:
-        shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
-    return shapes
+        attn |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    return attn
 
 
 def chain_specs(config: ModelConfig) -> tuple[BlockSpec, ...]:
@@ -147,5 +187,20 @@ class Block:
 
     def drop_pages(self) -> None:
         """Give the mapped weights' memory back once an engine has its own copy (a later read reloads)."""
+        for file in self.files:
+            file.drop_pages()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter with its tensors, see `tensor_shapes`."""
+
+    id: str
+    spec: AdapterSpec
+    tensors: dict[str, BlockTensor]
+    files: tuple[TensorFile, ...] = ()
+
+    def drop_pages(self) -> None:
+        """As `Block.drop_pages`."""
         for file in self.files:
             file.drop_pages()

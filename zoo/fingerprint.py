@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from blockzoo.zoo.blocks import BlockSpec
+from blockzoo.zoo.blocks import AdapterSpec, BlockSpec
 from blockzoo.zoo.strict_json import encode
 from blockzoo.zoo.tensors import BlockTensor
 
 
-def block_id(spec: BlockSpec, tensors: Mapping[str, BlockTensor], tied_to: str | None = None) -> str:
+def block_id(
+    spec: BlockSpec | AdapterSpec, tensors: Mapping[str, BlockTensor], tied_to: str | None = None
+) -> str:
     """sha256 hex of (kind, operator spec, names, dtypes, shapes, tensor bytes) in canonical order.
 
     `tensors`: named and ordered as by `blocks.tensor_shapes`; `tied_to`: a tied head's embed block id.

@@ -6,12 +6,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.zoo.blocks import BlockSpec, Dtype, HeadSpec, chain_specs
+from blockzoo.zoo.blocks import (
+    PROJECTIONS,
+    AdapterSpec,
+    BlockSpec,
+    Dtype,
+    HeadSpec,
+    chain_specs,
+    tensor_shapes,
+)
 from blockzoo.zoo.errors import ManifestError
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.strict_json import decode, encode
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -108,6 +116,51 @@ class BlockRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One stored adapter; its tensors lie where those of blocks do."""
+
+    spec: AdapterSpec
+    dtype: Dtype
+    """Of its largest tensor."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRecord:
+    """A full checkpoint that was taken apart: some blocks are blocks of other models plus adapters."""
+
+    own_blocks: dict[int, str]
+    """Position in the chain -> id of the checkpoint's own block there, which is not stored."""
+    rank: int
+    """The largest rank found."""
+    rounding: float
+    """Largest ratio of what was left out to the rounding noise expected of the weights' dtype (in energy, so
+    squared); about 1 when the checkpoint is the base with a LoRA merged into it, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class EquivalenceRecord:
+    """A model in which other models' blocks stand for some of its own, on its user's wish.
+
+    Scores: of the model as served against the model with its own blocks, in f32, over a probe text.
+    """
+
+    own_blocks: dict[int, str]
+    """Position in the chain -> id of the model's own block there, which is not stored."""
+    threshold: float
+    """Asked for: of `cosine` and `top1`."""
+    cosine: float
+    """Mean cosine of the vocabulary probabilities."""
+    kl: float
+    """Mean Kullback-Leibler divergence, in nats."""
+    top1: float
+    """Share of positions with the same likeliest token."""
+    num_tokens: int
+    probe: str
+    """Name of the probe file; "built-in" without one."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
 
@@ -119,7 +172,7 @@ class SourceRecord:
     converted_to: Dtype | None
     """The dtype asked for at compile time."""
     base: str | None
-    """peft: name of the model that the adapter was merged into."""
+    """peft: name of the model that the adapter belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +187,24 @@ class VerificationFigures:
 
 @dataclass(frozen=True, slots=True)
 class VerificationRecord:
-    """The end-to-end check of a model: its chain against an independent forward of the checkpoint."""
+    """The end-to-end check of a model: its chain against an independent forward of the checkpoint.
+
+    Of a model with an EquivalenceRecord: the check of its own blocks, before others took their place.
+    """
 
     oracle: str
     num_prompts: int
     num_tokens: int
     """Positions compared, over all prompts."""
     tolerance: float
-    """Bound on the f32 max_relative_error."""
+    """Bound on the f32 max_relative_error; wider for a model of which blocks were recovered."""
     figures: dict[str, VerificationFigures]
     """By precision of the chain; f32 decides, others are reported."""
     rounding_error: float | None
-    """Where weights were rounded (an adapter merged, a dtype asked for): max_relative_error of the oracle
+    """Where weights were rounded (a dtype asked for, a replaced tensor): max_relative_error of the oracle
     with the rounded weights against the oracle with the exact ones."""
     same_as: str | None
-    """The model with the same chain whose figures these are."""
+    """The model with the same chain and adapters whose figures these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +216,15 @@ class ModelRecord:
     tokenizer: str
     source: SourceRecord
     verification: VerificationRecord | None
+    adapters: dict[int, str] = field(default_factory=dict)
+    """Position in the chain -> id of the adapter on the block there."""
+    recovery: RecoveryRecord | None = None
+    equivalence: EquivalenceRecord | None = None
+
+    def own_chain(self) -> tuple[str, ...]:
+        """The chain as it was before equivalent blocks took the place of some."""
+        own = self.equivalence.own_blocks if self.equivalence is not None else {}
+        return tuple(own.get(i, block_id) for i, block_id in enumerate(self.chain))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +236,7 @@ class Manifest:
     blocks: dict[str, BlockRecord] = field(default_factory=dict)
     plans: dict[str, PlanRecord] = field(default_factory=dict)
     tensorrt_plans: dict[str, TensorRTPlanRecord] = field(default_factory=dict)
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """The text of `manifest.json`; equal manifests give equal text."""
@@ -228,3 +294,23 @@ class Manifest:
         tied_to = self.blocks[model.chain[-1]].tied_to
         if tied_to is not None and tied_to != model.chain[0]:
             raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
+        for position, adapter_id in model.adapters.items():
+            self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
+        for position in model.recovery.own_blocks if model.recovery is not None else ():
+            if position not in model.adapters:
+                raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
+
+    def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
+        if adapter_id not in self.adapters:
+            raise ManifestError(f"{here}: there is no adapter {adapter_id!r}")
+        if position >= len(model.chain):
+            raise ManifestError(f"{here}: the chain has {len(model.chain)} blocks")
+        spec = self.blocks[model.chain[position]].spec
+        shapes = tensor_shapes(spec)
+        loras = self.adapters[adapter_id].spec.loras
+        names = [lora.projection for lora in loras]
+        if not names or names != [name for name in PROJECTIONS.get(spec.kind, ()) if name in names]:
+            raise ManifestError(f"{here}: an adapter of {', '.join(names) or 'nothing'} on {spec.kind}")
+        for lora in loras:
+            if lora.rank < 1 or shapes[lora.projection] != (lora.out_features, lora.in_features):
+                raise ManifestError(f"{here}: the LoRA of {lora.projection} does not fit the block")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from blockzoo.zoo.blocks import Block, BlockSpec, BlockTensor, tensor_shapes
+from blockzoo.zoo.blocks import Adapter, AdapterSpec, Block, BlockSpec, BlockTensor, tensor_shapes
 from blockzoo.zoo.errors import StoreError
 from blockzoo.zoo.fingerprint import block_id as compute_block_id
 from blockzoo.zoo.fingerprint import files_id
@@ -71,6 +71,12 @@ class Zoo:
             raise StoreError(f"{path}: corrupt (checksum); remove the file and {advice}")
         return content
 
+    def read_adapter(self, adapter_id: str) -> Adapter:
+        """Map an adapter's matrices; raises as `read_block`."""
+        spec = self.manifest.adapters[adapter_id].spec
+        tensors, file = self._read_tensors(adapter_id, spec, None)
+        return Adapter(adapter_id, spec, tensors, (file,))
+
     def tokenizer_dir(self, model: str) -> Path:
         """Folder of the model's tokenizer files. Raises StoreError when it is missing."""
         folder = self.path / "tokenizers" / self.manifest.models[model].tokenizer
@@ -86,7 +92,7 @@ class Zoo:
             raise StoreError(f"{folder}: the tokenizer files are not what was compiled (checksum {seen})")
 
     def _read_tensors(
-        self, block_id: str, spec: BlockSpec, tied_to: str | None
+        self, block_id: str, spec: BlockSpec | AdapterSpec, tied_to: str | None
     ) -> tuple[dict[str, BlockTensor], TensorFile]:
         path = block_path(self.path, block_id)
         advice = "remove the file and compile its models again"
@@ -207,7 +213,7 @@ class ZooWriter:
     def add_block(
         self, block_id: str, tensors: Mapping[str, BlockTensor], metadata: Mapping[str, str]
     ) -> bool:
-        """Store a block's canonical tensors unless a whole file is there already; True when written."""
+        """Store a block's or adapter's tensors unless a whole file is there already; True when written."""
         path = block_path(self.path, block_id)
         if path.exists() and path.stat().st_size == tensor_file_bytes(tensors, metadata):
             return False
@@ -259,7 +265,7 @@ class ZooWriter:
         return self._collect_garbage()
 
     def _collect_garbage(self) -> int:
-        used = {f"{block_id}.safetensors" for block_id in self.manifest.blocks}
+        used = {f"{key}.safetensors" for key in (*self.manifest.blocks, *self.manifest.adapters)}
         used |= {model.tokenizer for model in self.manifest.models.values()}
         used |= self.manifest.tensorrt_plans.keys()
         used |= {

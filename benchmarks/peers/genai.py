@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def ir_folder(family: Family, tenant: str) -> Path:
 
     def write(folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.peers.ir", str(family.checkpoint(tenant)), str(folder)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env={**os.environ, "CI": "true"})  # "CI": no telemetry
 
     return made_once(family.path / "genai" / tenant, write)
 

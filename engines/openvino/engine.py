@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,9 @@ class OpenVINOEngines:
         """The look-up of an embed block, over its mapped file."""
         return EmbeddingTable(block, self.precision)
 
-    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> OpenVINOEngine:
+    def span(
+        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+    ) -> OpenVINOEngine:
         """Compile consecutive blocks (no embed) into one engine.
 
         The blocks' pages may be dropped (`Block.drop_pages`) after the first run, when the plugin holds
@@ -97,7 +99,8 @@ class OpenVINOEngines:
         Raises:
             EngineError: OpenVINO refused the graph.
         """
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows)
+        targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
         try:
             model = build_span(blocks, spec, self.precision)
             compiled = self._core.compile_model(model, "CPU", self._properties)

@@ -99,6 +99,8 @@ class _SpanBuilder:
         self._dtype = _TYPES[precision]
         self._params: list[Parameter] = []
         self._rows: Node | None = None
+        self._lora = {index: set(names) for index, names in spec.lora}
+        self._lora_mask: Node | None = None
         self._meta: dict[str, Node] = {}
 
     def build(self, blocks: Sequence[Block]) -> Model:
@@ -106,17 +108,19 @@ class _SpanBuilder:
         x = self._to_f32(self._param("hidden", self._dtype, [-1, spec.hidden_size]))
         if spec.drops_rows:
             self._rows = self._param("rows", Type.i32, [-1])
+        if spec.lora:
+            self._lora_mask = self._to_f32(self._param("lora_mask", self._dtype, [-1, -1]))
         if spec.layers:
             self._attention_params(spec.layers[0].head_dim)
         elif spec.drops_rows:
-            x = op.gather(x, self._rows, _const(0))
+            x = self._keep_rows(x)
         layer = 0
-        for block in blocks:
+        for index, block in enumerate(blocks):
             if isinstance(block.spec, AttnSpec):
-                x = self._attention(x, block, block.spec, layer)
+                x = self._attention(x, block, block.spec, layer, index)
                 layer += 1
             elif isinstance(block.spec, FfnSpec):
-                x = self._ffn(x, block, block.spec)
+                x = self._ffn(x, block, block.spec, index)
             elif isinstance(block.spec, HeadSpec):
                 x = self._head(x, block, block.spec)
         name = "logits" if spec.head else "hidden_out"
@@ -136,6 +140,29 @@ class _SpanBuilder:
     def _to_f32(self, x: Node) -> Node:
         return x if self._dtype == Type.f32 else op.convert(x, "f32")
 
+    def _keep_rows(self, x: Node) -> Node:
+        """Let the other rows leave; from here on the mask of the adapters has the kept rows too."""
+        if self._lora_mask is not None:
+            self._lora_mask = op.gather(self._lora_mask, self._rows, _const(0))
+        return op.gather(x, self._rows, _const(0))
+
+    def _lora_delta(self, x: Node, block: Block, index: int, name: str) -> Node | None:
+        """What the adapters add to a projection of x, [T, out]; None where none may."""
+        if name not in self._lora.get(index, ()):
+            return None
+        out_features, in_features = block.tensors[name].shape
+        a, b = (
+            self._to_f32(self._param(f"lora_{which}.{index}.{name}", self._dtype, [-1, features]))
+            for which, features in (("a", in_features), ("b", out_features))
+        )
+        return op.matmul(op.multiply(op.matmul(x, a, False, True), self._lora_mask), b, False, False)
+
+    def _project(self, x: Node, block: Block, index: int, name: str) -> Node:
+        """x W^T, with the bias and the adapters' part where there are any."""
+        y = _linear(x, _weight(block.tensors[name]), block.tensors.get(f"{name}_bias"))
+        delta = self._lora_delta(x, block, index, name)
+        return y if delta is None else op.add(y, delta)
+
     def _attention_params(self, head_dim: int) -> None:
         for name in ("cos", "sin"):
             self._meta[name] = self._param(name, Type.f32, [-1, 1, 1, head_dim])
@@ -145,7 +172,7 @@ class _SpanBuilder:
             self._meta[name] = self._param(name, Type.i32, [-1])
         self._meta["max_context_len"] = self._param("max_context_len", Type.i32, [])
 
-    def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int) -> Node:
+    def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int, index: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
         qkv = _linear(normed, _stacked_weight([t["q"], t["k"], t["v"]]), None)
@@ -155,13 +182,15 @@ class _SpanBuilder:
         kv_width = spec.num_kv_heads * spec.head_dim
         sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
         q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()
+        deltas = [self._lora_delta(normed, block, index, name) for name in "qkv"]
+        q, k, v = (y if d is None else op.add(y, d) for y, d in zip((q, k, v), deltas, strict=True))
         q = self._heads(q, spec, spec.num_heads, t.get("q_norm"))
         k = self._heads(k, spec, spec.num_kv_heads, t.get("k_norm"))
         attended = self._paged_attention(q, k, v, spec, layer)
         if self._spec.drops_rows and layer == len(self._spec.layers) - 1:
             attended = op.gather(attended, self._rows, _const(0))
-            x = op.gather(x, self._rows, _const(0))
-        return op.add(x, _linear(attended, _weight(t["o"]), t.get("o_bias")))
+            x = self._keep_rows(x)
+        return op.add(x, self._project(attended, block, index, "o"))
 
     def _heads(self, x: Node, spec: AttnSpec, heads: int, norm: BlockTensor | None) -> Node:
         """[T, heads * D] -> per-head norm where the model has one -> rotated -> [T, heads * D]."""
@@ -193,12 +222,11 @@ class _SpanBuilder:
         info["k_head_size"] = info["v_head_size"] = spec.head_dim
         return attention.output(0)
 
-    def _ffn(self, x: Node, block: Block, spec: FfnSpec) -> Node:
-        t = block.tensors
-        normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        gate = _linear(normed, _weight(t["gate"]), t.get("gate_bias"))
-        up = _linear(normed, _weight(t["up"]), t.get("up_bias"))
-        return op.add(x, _linear(op.multiply(op.swish(gate), up), _weight(t["down"]), t.get("down_bias")))
+    def _ffn(self, x: Node, block: Block, spec: FfnSpec, index: int) -> Node:
+        normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)
+        gate = self._project(normed, block, index, "gate")
+        up = self._project(normed, block, index, "up")
+        return op.add(x, self._project(op.multiply(op.swish(gate), up), block, index, "down"))
 
     def _head(self, x: Node, block: Block, spec: HeadSpec) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)

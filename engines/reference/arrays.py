@@ -59,7 +59,8 @@ class TorchArrays:
 
     def activations(self, values: np.ndarray) -> torch.Tensor:
         """float32 values as activations."""
-        return torch.from_numpy(values).to(self.device, self._dtypes["activation"])
+        own = values if values.flags.writeable else values.copy()  # torch takes no read-only memory
+        return torch.from_numpy(own).to(self.device, self._dtypes["activation"])
 
     def wait(self) -> None:
         """Wait for the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,13 @@ from torch.nn.functional import linear, rms_norm, silu
 from blockzoo.engines.reference.arrays import weight_tensor
 from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+
+Delta = Callable[[torch.Tensor, str], torch.Tensor | None]
+"""(input x of a projection, its name) -> what the adapters add to its output, None where none may."""
+
+
+def no_delta(x: torch.Tensor, name: str) -> None:
+    """Of a block that takes no adapters."""
 
 
 class Weights:
@@ -85,19 +93,28 @@ class TorchAttn:
             ops=ops,
         )
 
-    def pre(self, x: torch.Tensor) -> torch.Tensor:
+    def pre(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
-        return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.qkv, self.qkv_bias)
+        normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
+        qkv = linear(normed, self.qkv, self.qkv_bias)
+        q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
+        _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, delta)
+        return qkv
 
     def attend(
-        self, x: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, attention: Attention
+        self,
+        x: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        attention: Attention,
+        delta: Delta = no_delta,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
-        return attention(self.pre(x), inputs, page_ids, self.spec, self.qk_norms)
+        return attention(self.pre(x, delta), inputs, page_ids, self.spec, self.qk_norms)
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
-        return _add_product(x, attended, self.o, self.o_bias)
+        return _add_product(x, attended, self.o, self.o_bias, delta(attended, "o"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +143,14 @@ class TorchFfn:
             ops=ops,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        inner = self.ops.gated(linear(normed, self.gate_up, self.gate_up_bias))
-        return _add_product(x, inner, self.down, self.down_bias)
+        gate_up = linear(normed, self.gate_up, self.gate_up_bias)
+        size = self.spec.intermediate_size
+        _add_deltas(gate_up, normed, {"gate": size, "up": size}, delta)
+        inner = self.ops.gated(gate_up)
+        return _add_product(x, inner, self.down, self.down_bias, delta(inner, "down"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +173,22 @@ class TorchHead:
         return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
 
 
+def _add_deltas(y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], delta: Delta) -> None:
+    """Add what the adapters add to the projections of x that lie side by side in y."""
+    for part, name in zip(y.split(list(widths.values()), 1), widths, strict=True):
+        added = delta(x, name)
+        if added is not None:
+            part.add_(added)
+
+
 def _add_product(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    added: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x + y @ weight.T (+ bias), rounded once."""
+    """x + y @ weight.T, rounded once (+ bias) (+ added)."""
     out = torch.addmm(x, y, weight.T)
-    return out if bias is None else out + bias
+    out = out if bias is None else out + bias
+    return out if added is None else out + added

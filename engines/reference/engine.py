@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,15 @@ from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
 from blockzoo.engines.reference.attention import Attention, DenseAttention, Inputs
-from blockzoo.engines.reference.blocks import Operators, TorchAttn, TorchFfn, TorchHead, Weights
+from blockzoo.engines.reference.blocks import (
+    Delta,
+    Operators,
+    TorchAttn,
+    TorchFfn,
+    TorchHead,
+    Weights,
+    no_delta,
+)
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
 
@@ -20,16 +28,21 @@ class AttnBlock(Protocol):
     """An attention block on the device, in two parts."""
 
     def attend(
-        self, x: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, attention: Attention
+        self,
+        x: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        attention: Attention,
+        delta: Delta = no_delta,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Attention output and the hidden states before it -> those after it."""
 
 
 class RowBlock(Protocol):
-    """A feed-forward or output block on the device: row by row."""
+    """A feed-forward or output block on the device: row by row (a feed-forward one takes a delta too)."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states or logits."""
@@ -41,7 +54,7 @@ class ReferenceEngine:
     def __init__(self, spec: SpanSpec, blocks: Sequence[AttnBlock | RowBlock], attention: Attention) -> None:
         self.spec = spec
         self._blocks: tuple[Any, ...] = tuple(blocks)  # of the protocol that its spec asks for
-        self._attention = attention
+        self._attention, self._lora = attention, dict(spec.lora)
         self._bound: dict[str, torch.Tensor] = {}
 
     def bind(self, name: str, array: torch.Tensor) -> None:
@@ -55,17 +68,36 @@ class ReferenceEngine:
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
             x = x.index_select(0, bound["rows"])
-        layer = 0
-        for spec, block in zip(self.spec.specs, self._blocks, strict=True):
+        layer, dropped = 0, self.spec.drops_rows and not num_layers
+        for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
+            delta = self._delta(index, dropped)
             if isinstance(spec, AttnSpec):
-                attended = block.attend(x, bound, bound[f"block_indices.{layer}"], self._attention)
+                attended = block.attend(x, bound, bound[f"block_indices.{layer}"], self._attention, delta)
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
                     attended, x = (rows.index_select(0, bound["rows"]) for rows in (attended, x))
-                x = block.post(attended, x)
+                    dropped = True
+                x = block.post(attended, x, self._delta(index, dropped))
+            elif isinstance(spec, FfnSpec):
+                x = block(x, delta)
             else:
                 x = block(x)
         bound["logits" if self.spec.head else "hidden_out"].copy_(x)
+
+    def _delta(self, index: int, dropped: bool) -> Delta:
+        """What the adapters add to the products of a block, before or after rows have left."""
+        names, bound = self._lora.get(index, ()), self._bound
+        if not names:
+            return no_delta
+
+        def delta(x: torch.Tensor, name: str) -> torch.Tensor | None:
+            if name not in names:
+                return None
+            mask = bound["lora_mask"]
+            a, b = bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]
+            return ((x @ a.T) * (mask.index_select(0, bound["rows"]) if dropped else mask)) @ b
+
+        return delta
 
 
 class ReferenceEngines:
@@ -116,9 +148,12 @@ class ReferenceEngines:
         """The look-up of an embed block, on the device."""
         return TorchEmbedding(self.weights.load(block, "weight"))
 
-    def span(self, blocks: Sequence[Block], *, drops_rows: bool = False) -> ReferenceEngine:
+    def span(
+        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+    ) -> ReferenceEngine:
         """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows)
+        targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
         return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
 
     def _block(self, block: Block) -> AttnBlock | RowBlock:

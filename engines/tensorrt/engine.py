@@ -6,15 +6,15 @@ are handed over by address before each run. All contexts work in one scratch are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from blockzoo.engines.base import EngineError, Precision
 from blockzoo.engines.reference.attention import Attention, Inputs
-from blockzoo.engines.reference.blocks import Weights
-from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngines, RowBlock
+from blockzoo.engines.reference.blocks import Delta, Weights, no_delta
+from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngine, ReferenceEngines, RowBlock
 from blockzoo.engines.tensorrt.parts import WEIGHT_PARTS, Part
 from blockzoo.engines.tensorrt.plans import Machine, choose_plan
 from blockzoo.engines.tensorrt.shim import RTX_TARGETS, TensorRT, load_tensorrt, native_target
@@ -43,13 +43,18 @@ class PlanAttn:
         self._pre, self._post, self._spec = pre, post, spec
 
     def attend(
-        self, x: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, attention: Attention
+        self,
+        x: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        attention: Attention,
+        delta: Delta = no_delta,
     ) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
         rotary = {name: inputs[name].flatten(1) for name in ("cos", "sin")}
         return attention.rotated(self._pre({"x": x, **rotary}), inputs, page_ids, self._spec)
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Attention output and the hidden states before it -> those after it."""
         return self._post({"x": x, "attended": attended})
 
@@ -60,7 +65,7 @@ class PlanRows:
     def __init__(self, part: _PlanPart) -> None:
         self._part = part
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states or logits."""
         return self._part({"x": x})
 
@@ -131,6 +136,17 @@ class TensorRTEngines(ReferenceEngines):
         machine = self._machine
         facts = {"backend": self.name, "version": machine.library_version, "library": machine.library}
         return facts | {"precision": self.precision, "target": machine.target}
+
+    def span(
+        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+    ) -> ReferenceEngine:
+        """Plans for consecutive blocks (no embed). Raises EngineError for blocks that take adapters."""
+        if lora:
+            raise EngineError(
+                "the tensorrt backend serves no adapters yet: use backend reference, or merge them into "
+                "checkpoints before zoo-compile"
+            )
+        return super().span(blocks, drops_rows=drops_rows)
 
     def _block(self, block: Block) -> AttnBlock | RowBlock:
         if isinstance(block.spec, AttnSpec):

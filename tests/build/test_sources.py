@@ -64,29 +64,24 @@ def test_a_base_in_the_zoo_gives_the_same_blocks_as_one_given(
     compile_models({"base": checkpoints["llama"]}, tmp_path / "apart", FAST)
     report = compile_models({"notes": adapter}, tmp_path / "apart", FAST)
     assert (tmp_path / "apart/manifest.json").read_text() == (tmp_path / "together/manifest.json").read_text()
-    assert report.models[0].num_reused == 5  # q and v are changed in all three layers
+    assert report.models[0].num_reused == report.models[0].num_blocks == 8
+    assert report.models[0].rank == 4
     source = Zoo.open(tmp_path / "apart").manifest.models["notes"].source
     assert (source.format, source.base, source.folder) == ("peft", "base", "adapter")
 
 
-def test_a_base_that_was_f32_but_stored_as_bf16_is_merged_in_f32(
+def test_an_adapter_of_a_base_in_f32_shares_its_blocks(
     adapter: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     file = TensorFile(checkpoint / "model.safetensors")
     wide = {name: from_f32(file.tensor(name).to_f32(), "f32") for name in file.names}
     write_tensor_file(checkpoint / "new", wide, {})
     (checkpoint / "new").rename(checkpoint / "model.safetensors")
-    compile_models({"base": checkpoint}, tmp_path / "apart", FAST)
-    compile_models({"notes": adapter}, tmp_path / "apart", FAST)
-    compile_models({"base": checkpoint, "notes": adapter}, tmp_path / "together", FAST)
-    apart, together = (Zoo.open(tmp_path / name).manifest for name in ("apart", "together"))
-    assert apart.models["notes"].chain == together.models["notes"].chain
-    assert apart.blocks[apart.models["base"].chain[1]].dtype == "bf16"
-    block = Zoo.open(tmp_path / "apart").read_block(apart.models["notes"].chain[1])
-    assert {name: t.dtype for name, t in block.tensors.items()} == {
-        **dict.fromkeys(("norm", "k", "o"), "bf16"),
-        **dict.fromkeys(("q", "v"), "f32"),
-    }
+    compile_models({"base": checkpoint}, tmp_path / "z", FAST)
+    compile_models({"notes": adapter}, tmp_path / "z", FAST)
+    manifest = Zoo.open(tmp_path / "z").manifest
+    assert manifest.models["notes"].chain == manifest.models["base"].chain
+    assert manifest.blocks[manifest.models["base"].chain[1]].dtype == "bf16"
 
 
 def test_adapters_of_adapters(adapter: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -95,26 +90,43 @@ def test_adapters_of_adapters(adapter: Path, checkpoints: dict[str, Path], tmp_p
         "first": adapter,
         "base": checkpoints["llama"],
     }
-    sources = {source.name: source for source in open_sources(models, None)}
-    name = "model.layers.0.self_attn.q_proj.weight"
-    base, first, second = (sources[n].read(name).to_f32() for n in ("base", "first", "second"))
-    np.testing.assert_allclose(second - first, first - base, atol=0.01)
-    assert not np.array_equal(first, base)
+    for zoo, given in (
+        ("together", [models]),
+        ("apart", [{n: models[n]} for n in ("base", "first", "second")]),
+    ):
+        for part in given:
+            compile_models(part, tmp_path / zoo, FAST)
+        opened = Zoo.open(tmp_path / zoo)
+        first, second = (opened.manifest.models[name] for name in ("first", "second"))
+        assert first.chain == second.chain == opened.manifest.models["base"].chain
+        once, twice = (opened.read_adapter(record.adapters[1]) for record in (first, second))
+        assert [(lora.rank, lora.scale) for lora in twice.spec.loras] == [(8, 1.0), (8, 1.0)]
+        a, b = (once.tensors[f"q.{which}"].to_f32() for which in "ab")
+        deltas = [
+            twice.tensors["q.b"].to_f32() @ twice.tensors["q.a"].to_f32(),
+            2 * once.spec.loras[0].scale * b @ a,
+        ]
+        np.testing.assert_allclose(*deltas, atol=1e-5)
     with pytest.raises(ZooError, match="name each other as base"):
         open_sources({"a": f"{adapter}@b", "b": f"{adapter}@a"}, None)
 
 
-def test_the_merge_is_rounded_once(adapter: Path, checkpoints: dict[str, Path]) -> None:
-    base, notes = open_sources({"notes": adapter, "base": checkpoints["llama"]}, None)
+def test_the_matrices_are_stored_as_they_are(
+    adapter: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    compile_models({"notes": adapter, "base": checkpoints["llama"]}, tmp_path / "z", FAST)
+    zoo = Zoo.open(tmp_path / "z")
+    record = zoo.manifest.models["notes"]
+    assert sorted(record.adapters) == [1, 3, 5]
+    found = zoo.read_adapter(record.adapters[3])
+    assert [(lora.projection, lora.rank, lora.scale) for lora in found.spec.loras] == [
+        ("q", 4, 2.0),
+        ("v", 4, 2.0),
+    ]
     saved = TensorFile(adapter / "adapter_model.safetensors")
-    module = "model.layers.1.self_attn.v_proj"
-    a, b = (saved.tensor(f"base_model.model.{module}.lora_{x}.weight").to_f32() for x in "AB")
-    exact = base.read(f"{module}.weight").to_f32().astype(np.float64) + 2.0 * b.astype(np.float64) @ a
-    merged = notes.read(f"{module}.weight")
-    assert merged.dtype == "bf16"
-    spacing = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)  # of bf16
-    # where weight and delta cancel, what float32 rounds of them shows
-    assert np.all(np.abs(merged.to_f32() - exact) <= spacing * 0.501 + 1e-7)
+    for which in "AB":
+        given = saved.tensor(f"base_model.model.model.layers.1.self_attn.v_proj.lora_{which}.weight")
+        np.testing.assert_array_equal(found.tensors[f"v.{which.lower()}"].to_f32(), given.to_f32())
 
 
 def test_an_adapter_may_bring_more_tokens(

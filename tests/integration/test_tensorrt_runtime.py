@@ -62,8 +62,13 @@ def with_plans(zoo: Path, path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planned_zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_plans(demo_zoo, tmp_path_factory.mktemp("plans") / "zoo")
+def planned_zoo(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo family without its adapters, which this backend does not serve."""
+    path = tmp_path_factory.mktemp("plans") / "zoo"
+    full = {name: demo_family[name] for name in ("base", "base-sharded", "solver")}
+    plans = TensorRTOptions(targets=("sm89",), precision="f32")
+    compile_models(full, path, CompileOptions(verify=False, profile=False, tensorrt=plans))
+    return path
 
 
 def test_tokens_are_those_of_openvino(planned_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +135,10 @@ def test_a_zoo_without_fitting_plans_says_what_to_run(planned_zoo: Path) -> None
     engines._machine = Machine("sm90", "tensorrt", "10.14.1")
     with pytest.raises(EngineError, match=r"plan is for sm89 / TensorRT-RTX .*, this machine has sm90"):
         engines.span([zoo.read_block(zoo.manifest.models["base"].chain[1])])
+
+
+def test_adapters_are_refused(planned_zoo: Path) -> None:
+    zoo = Zoo.open(planned_zoo)
+    block = zoo.read_block(zoo.manifest.models["base"].chain[1])
+    with pytest.raises(EngineError, match="serves no adapters yet"):
+        onnx_engines(zoo).span([block], lora={0: ("q",)})

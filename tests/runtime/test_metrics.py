@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockzoo.engines.arrays import HostArrays
+from blockzoo.runtime.adapters import AdapterCache
 from blockzoo.runtime.metrics import Histogram, MetricsRecorder
 from blockzoo.runtime.prefix_tree import KVCache
 from blockzoo.runtime.scheduler import Scheduler, SchedulerConfig
@@ -13,7 +15,8 @@ from blockzoo.runtime.sequence import Segment, Sequence
 
 
 def snapshot(recorder, caches=(), scheduler=None):
-    return recorder.snapshot(scheduler or Scheduler(SchedulerConfig()), caches)
+    adapters = AdapterCache(lambda name: None, HostArrays("f32"), 0)
+    return recorder.snapshot(scheduler or Scheduler(SchedulerConfig()), caches, adapters)
 
 
 @given(values=st.lists(st.floats(0, 100)), bounds=st.sets(st.floats(0, 100), min_size=1).map(sorted))

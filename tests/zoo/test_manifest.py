@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 
-from blockzoo.zoo.blocks import chain_specs
+from blockzoo.zoo.blocks import AdapterSpec, LoraSpec, chain_specs
 from blockzoo.zoo.errors import ManifestError
 from blockzoo.zoo.manifest import (
+    AdapterRecord,
     BlockRecord,
     Manifest,
     ModelRecord,
     OptimizationProfileRecord,
     PlanRecord,
+    RecoveryRecord,
     SourceRecord,
     VerificationFigures,
     VerificationRecord,
@@ -46,7 +48,17 @@ def make() -> Manifest:
         )
     checked = VerificationRecord("o", 8, 256, 1e-3, {"f32": VerificationFigures(1.0, 1e-6)}, None, None)
     source = SourceRecord("peft", "folder", "f32", "bf16", "base")
-    manifest.models["m"] = ModelRecord(CONFIG, ("embed", "attn", "ffn", "head"), "t", source, checked)
+    lora = LoraSpec("q", rank=4, in_features=64, out_features=64, scale=2.0)
+    manifest.adapters["lora"] = AdapterRecord(AdapterSpec((lora,)), "bf16", 1024)
+    manifest.models["m"] = ModelRecord(
+        config=CONFIG,
+        chain=("embed", "attn", "ffn", "head"),
+        tokenizer="t",
+        source=source,
+        verification=checked,
+        adapters={1: "lora"},
+        recovery=RecoveryRecord({1: "own"}, 4, 0.9),
+    )
     return manifest
 
 
@@ -80,9 +92,16 @@ def _set(*path: str | int, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_set("schema_version", value=2), "schema_version is 2, this blockzoo reads 1"),
+        (_set("schema_version", value=1), "schema_version is 1, this blockzoo reads 2"),
         (_set("schema_version", value=...), "schema_version is None"),
         (_set("extra", value=1), "unknown field 'extra'"),
+        (_set("adapters", value={}), "there is no adapter 'lora'"),
+        (_set("models", "m", "adapters", value={"2": "lora"}), "an adapter of q on ffn"),
+        (_set("models", "m", "adapters", value={"7": "lora"}), "the chain has 4 blocks"),
+        (_set("models", "m", "adapters", value={"x": "lora"}), "'x' is not a whole number"),
+        (_set("models", "m", "adapters", value={}), "own_blocks.1: there is no adapter there"),
+        (_set("adapters", "lora", "spec", "loras", value=[]), "an adapter of nothing on attn"),
+        (_set("adapters", "lora", "spec", "kind", value="attn"), "expected 'adapter', seen 'attn'"),
         (_set("models", value=[]), r"models: expected dict, seen list"),
         (_set("blocks", "attn", "num_bytes", value=...), r"blocks.attn: missing field 'num_bytes'"),
         (

@@ -79,9 +79,9 @@ def bits_per_byte(model: torch.nn.Module, tokenizer: Tokenizer, num_windows: int
     texts = list(corpus.standard_library_texts(2_000_000, held_out=True))
     bits, num_bytes = 0.0, 0
     for _ in range(num_windows):
-        ids = tokenizer.encode(rng.choice(texts)).ids
-        start = rng.randrange(max(1, len(ids) - length))
-        window = ids[start : start + length]
+        text = rng.choice(texts)
+        start = rng.randrange(max(1, len(text) - 8 * length))
+        window = tokenizer.encode(text[start : start + 8 * length]).ids[:length]
         if len(window) < 2:
             continue
         logits = model(input_ids=torch.tensor([window]), use_cache=False).logits[0, :-1].float()
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo.evaluate", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="folder of the models")
-    parser.add_argument("--documents", type=int, default=400, help="questions per task (default 400)")
+    parser.add_argument("--documents", type=int, default=200, help="questions per task (default 200)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

@@ -1,0 +1,111 @@
+"""Merged checkpoints through zoo-compile: taken apart, verified, remembered; or stored whole, and said so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockzoo.build import verify
+from blockzoo.build.cli import main
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.zoo.store import Zoo
+
+Tree = Callable[[Path], dict[str, str]]
+FAST = CompileOptions(verify=False, profile=False)
+
+
+@pytest.fixture
+def models(demo_family: dict[str, Path]) -> dict[str, str | Path]:
+    return {name: demo_family[name] for name in ("base", "notes-merged")}
+
+
+def test_a_merged_lora_is_taken_apart_and_verified(
+    models: dict[str, str | Path], tmp_path: Path, tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"{name}={path}" for name, path in models.items()]
+    assert main([*given, "-o", str(tmp_path / "z"), "--no-profile"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "notes-merged  added: reused 14 of 14 blocks, 6 of them by taking out a merged LoRA of rank 8" in out
+    )
+    manifest = Zoo.open(tmp_path / "z").manifest
+    record, base = manifest.models["notes-merged"], manifest.models["base"]
+    assert record.chain == base.chain
+    assert record.recovery is not None
+    assert record.recovery.rank == 8
+    assert 0.8 < record.recovery.rounding < 1.1
+    assert sorted(record.adapters) == sorted(record.recovery.own_blocks) == [1, 3, 5, 7, 9, 11]
+    assert record.verification is not None
+    figures = record.verification.figures["f32"]
+    assert figures.greedy_agreement >= 0.99
+    assert 1e-4 < figures.max_relative_error < 0.02
+    # again, and under another name: what was found is found again without looking
+    before = tree(tmp_path / "z")
+    assert main([*given, "-o", str(tmp_path / "z"), "--no-profile"]) == 0
+    assert "notes-merged  unchanged" in capsys.readouterr().out
+    assert tree(tmp_path / "z") == before
+    compile_models({"alias": models["notes-merged"]}, tmp_path / "z", FAST)
+    alias = Zoo.open(tmp_path / "z").manifest.models["alias"]
+    assert (alias.adapters, alias.recovery) == (record.adapters, record.recovery)
+
+
+def test_the_order_does_not_matter(models: dict[str, str | Path], tmp_path: Path) -> None:
+    compile_models(dict(reversed(models.items())), tmp_path / "z", FAST)
+    manifest = Zoo.open(tmp_path / "z").manifest
+    assert manifest.models["base"].chain == manifest.models["notes-merged"].chain
+    assert manifest.models["base"].recovery is not None
+
+
+def test_a_dry_run_tells_the_same(
+    models: dict[str, str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"{name}={path}" for name, path in models.items()]
+    assert main([*given, "-o", str(tmp_path / "z"), "--dry-run"]) == 0
+    assert "6 of them by taking out a merged LoRA of rank 8" in capsys.readouterr().out
+    assert not (tmp_path / "z").exists()
+
+
+def test_exact_sharing_takes_nothing_apart(models: dict[str, str | Path], tmp_path: Path) -> None:
+    compile_models(models, tmp_path / "z", CompileOptions(verify=False, profile=False, share="exact"))
+    manifest = Zoo.open(tmp_path / "z").manifest
+    assert manifest.adapters == {}
+    assert len(manifest.blocks) == 20
+
+
+def test_what_misses_its_tolerance_is_stored_whole(
+    models: dict[str, str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "RECOVERED_TOLERANCE", 1e-6)
+    options = CompileOptions(profile=False)
+    report = compile_models(models, tmp_path / "z", options).models[1]
+    assert report.num_recovered == 0
+    assert report.notes[0].startswith("stored with its own blocks: notes-merged: taken apart")
+    manifest = Zoo.open(tmp_path / "z").manifest
+    record = manifest.models["notes-merged"]
+    assert (record.adapters, record.recovery, manifest.adapters) == ({}, None, {})
+    assert record.verification is not None
+    assert record.verification.figures["f32"].greedy_agreement == 1.0
+    assert compile_models(models, tmp_path / "z", options).models[1].status == "unchanged"
+
+
+def test_tuned_layers_are_no_lora(
+    demo_family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"{name}={demo_family[name]}" for name in ("base", "solver")]
+    assert main([*given, "-o", str(tmp_path / "z"), "--no-verify", "--no-profile", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["models"][1]
+    assert (report["num_recovered"], report["num_reused"]) == (0, 10)
+    assert "4 blocks are near to others, but no merged LoRA" in report["notes"][0]
+
+
+def test_removing_the_base_keeps_what_stands_on_it(models: dict[str, str | Path], tmp_path: Path) -> None:
+    compile_models(models, tmp_path / "z", FAST)
+    compile_models({}, tmp_path / "z", FAST, remove=["base"])
+    zoo = Zoo.open(tmp_path / "z")
+    assert list(zoo.manifest.models) == ["notes-merged"]
+    assert len(list((tmp_path / "z" / "blocks").iterdir())) == 14 + 6
+    compile_models({"base": models["base"]}, tmp_path / "z", FAST, remove=["notes-merged"])
+    assert Zoo.open(tmp_path / "z").manifest.adapters == {}

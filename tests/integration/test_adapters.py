@@ -1,0 +1,144 @@
+"""LoRA folders as tenants: rows of many adapters and of the bare base in one batch, against PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.probe import ProbeChain
+from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.zoo.store import Zoo
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 16, "lora_alpha": 24, "target_modules": ALL},
+    "rslora": {"r": 7, "lora_alpha": 5, "target_modules": ["o_proj", "down_proj"], "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "gate_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 9},
+        "alpha_pattern": {"gate_proj": 3},
+    },
+    "upper": {"r": 2, "lora_alpha": 4, "target_modules": ALL, "layers_to_transform": [2]},
+    "head": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def make_adapter(base: Path, folder: Path, seed: int, settings: dict[str, Any]) -> None:
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+
+
+@pytest.fixture(scope="module")
+def tenants(architectures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base and LoRA folders of every kind."""
+    root = tmp_path_factory.mktemp("tenants")
+    base = architectures["llama-gqa-untied"]
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        make_adapter(base, root / name, seed, settings)
+    return {"base": base, **{name: root / name for name in ADAPTERS}}
+
+
+@pytest.fixture(scope="module")
+def zoo(tenants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("zoo") / "adapters"
+    compile_models(tenants, path, CompileOptions(verify=False, profile=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def peft_models(tenants: dict[str, Path]) -> dict[str, torch.nn.Module]:
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tenants["base"], dtype=torch.float32).eval()
+
+    models = {name: PeftModel.from_pretrained(load(), tenants[name]).eval() for name in ADAPTERS}
+    return {"base": load(), **models}
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor([ids])).logits[0])
+
+
+def test_every_adapter_computes_what_peft_computes(
+    zoo: Path, peft_models: dict[str, torch.nn.Module]
+) -> None:
+    opened, engines = Zoo.open(zoo), OpenVINOEngines("f32")
+    ids = np.random.default_rng(0).integers(2, 2048, 40).tolist()
+    plain = logits_of(peft_models["base"], ids)
+    for name, record in opened.manifest.models.items():
+        blocks = [opened.read_block(block_id) for block_id in record.chain]
+        adapters = {i: opened.read_adapter(key) for i, key in record.adapters.items()}
+        found = ProbeChain(engines, blocks, record.config, len(ids), adapters).forward(ids, 0)
+        expected = logits_of(peft_models[name], ids)
+        np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4, err_msg=name)
+        assert name == "base" or np.abs(expected - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_span_layers": 1}, {"adapter_cache_bytes": 1}])
+def test_rows_of_all_adapters_in_one_batch(
+    zoo: Path, peft_models: dict[str, torch.nn.Module], settings: dict[str, int]
+) -> None:
+    rng = np.random.default_rng(1)
+    names = [name for _ in range(2) for name in peft_models]
+    prompts = [rng.integers(2, 2048, int(rng.integers(1, 70))).tolist() for _ in names]
+    llm = LLM(zoo, precision="f32", kv_cache_bytes=32 << 20, max_num_batched_tokens=96, **settings)
+    for name, done in zip(names, llm.generate(names, prompts, GREEDY, progress=False), strict=True):
+        ids = [*done.prompt, *done.token_ids]
+        expected = logits_of(peft_models[name], ids[:-1])[len(done.prompt) - 1 :].argmax(-1)
+        assert tuple(expected.tolist()) == done.token_ids, name
+
+
+def test_base_and_adapted_rows_go_through_one_engine(zoo: Path) -> None:
+    llm = LLM(zoo, precision="f32", kv_cache_bytes=32 << 20)
+    names = ["base", "qv", "all", "rslora", "patterns", "upper"]
+    llm.generate(names, [[5, 6, 7]] * len(names), GREEDY, progress=False)
+    metrics = llm.engine.metrics()
+    # the tenant with its own head splits the trunk from the head; every other row goes through both
+    assert metrics.engine_calls_per_step == 2
+    assert metrics.mean_batch_per_block > 5
+
+
+def test_kv_is_shared_below_the_first_adapter_only(zoo: Path) -> None:
+    prompt = np.random.default_rng(2).integers(2, 2048, 100).tolist()
+    short = SamplingParams(max_tokens=1, temperature=0.0)
+    llm = LLM(zoo, precision="f32", kv_cache_bytes=32 << 20)
+    llm.generate("base", [prompt], short, progress=False)
+    again = llm.generate("base", [prompt], short, progress=False)[0]
+    other = llm.generate("qv", [prompt], short, progress=False)[0]
+    assert (again.num_cached_tokens, other.num_cached_tokens) == (96, 0)
+    hits = llm.engine.metrics().prefix_hit_tokens
+    llm.generate("qv", [prompt], short, progress=False)
+    assert sum(llm.engine.metrics().prefix_hit_tokens.values()) > sum(hits.values())
+
+
+def test_other_precisions_and_backends(zoo: Path) -> None:
+    names = ["base", "all", "upper", "head"]
+    prompts = [[7, 8, 9, 10]] * len(names)
+    expected = LLM(zoo, precision="f32", kv_cache_bytes=32 << 20).generate(
+        names, prompts, GREEDY, progress=False
+    )
+    torch_llm = LLM(zoo, backend="reference", device="cpu", precision="f32", kv_cache_bytes=32 << 20)
+    found = torch_llm.generate(names, prompts, GREEDY, progress=False)
+    assert [done.token_ids for done in found] == [done.token_ids for done in expected]
