@@ -8,7 +8,7 @@ demo: $(OUT)/zoo
 	$(BIN)/python -m benchmarks.demo $(OUT)/zoo
 
 serve: $(OUT)/zoo
-	$(BIN)/zoo-serve $(OUT)/zoo
+	$(BIN)/zoo-serve $(OUT)/zoo --kv-sharing scope
 
 $(OUT)/zoo: FORCE
 	@.ci/venv

@@ -9,16 +9,19 @@ of chains that are run grows with the number of candidates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from blockzoo.build.recover import distance, nearest_block
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.probe import ProbeChain
-from blockzoo.zoo.blocks import Adapter, Block
+from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block, BlockTensor
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import EquivalenceRecord, ModelRecord
 from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.store import Zoo
 
 MAX_TOKENS = 2048
 _SEQUENCE = 256
@@ -131,3 +134,73 @@ def probe_sequences(encoded: Sequence[Sequence[int]], max_positions: int) -> lis
             sequences.append(cut)
             left -= len(cut)
     return sequences
+
+
+def substitute(
+    name: str,
+    zoo: Zoo,
+    encoded: Sequence[Sequence[int]],
+    maker: EngineMaker,
+    threshold: float,
+    probe_name: str,
+    progress: Callable[[str, int, int], None],
+) -> ModelRecord:
+    """The record of a model of the zoo with other models' blocks in it; without, where none is alike.
+
+    `encoded`: the probe text as token ids; `maker`: of f32 engines.
+    """
+    record = zoo.manifest.models[name]
+    nearest, ranked = _candidates(name, zoo)
+    if not ranked:
+        return record
+    own = [zoo.read_block(block_id) for block_id in record.chain]
+    adapters = {i: zoo.read_adapter(key) for i, key in record.adapters.items()}
+    sequences = probe_sequences(encoded, record.config.max_position_embeddings)
+    probe = Probe(maker, record.config, adapters, sequences, own)
+    scores: dict[tuple[int, ...], Likeness] = {}
+
+    def passes(positions: Sequence[int]) -> bool:
+        progress(f"comparing {name}", len(scores), 2 * len(ranked))
+        chain = [zoo.read_block(nearest[i]) if i in positions else block for i, block in enumerate(own)]
+        found = scores[tuple(positions)] = probe.likeness(chain)
+        return found.reaches(threshold)
+
+    taken = compose(ranked, passes)
+    progress(f"comparing {name}", 1, 1)
+    if not taken:
+        return record
+    likeness = scores[tuple(taken)]
+    return replace(
+        record,
+        chain=tuple(nearest[i] if i in taken else block_id for i, block_id in enumerate(record.chain)),
+        equivalence=EquivalenceRecord(
+            own_blocks={i: record.chain[i] for i in sorted(taken)},
+            threshold=threshold,
+            cosine=likeness.cosine,
+            kl=likeness.kl,
+            top1=likeness.top1,
+            num_tokens=probe.num_tokens,
+            probe=probe_name,
+        ),
+    )
+
+
+def _candidates(name: str, zoo: Zoo) -> tuple[dict[int, str], list[int]]:
+    """Per position of a block that only this model has, the nearest other; the positions, nearest first."""
+    record = zoo.manifest.models[name]
+    others = {key for other, model in zoo.manifest.models.items() if other != name for key in model.chain}
+    nearest: dict[int, str] = {}
+    distances: dict[int, float] = {}
+
+    def read(block_id: str) -> dict[str, BlockTensor]:
+        return zoo.read_block(block_id).tensors
+
+    for position, block_id in enumerate(record.chain):
+        spec = zoo.manifest.blocks[block_id].spec
+        if block_id in others or spec.kind not in PROJECTIONS or position in record.adapters:
+            continue
+        tensors = read(block_id)
+        found = nearest_block(zoo.manifest, read, spec, tensors, position, name)
+        if found is not None:
+            nearest[position], distances[position] = found, distance(tensors, read(found))
+    return nearest, sorted(distances, key=lambda position: distances[position])

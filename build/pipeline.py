@@ -7,7 +7,7 @@ from typing import Literal
 
 from blockzoo.build import equivalence, profiles
 from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
-from blockzoo.build.recover import NotLowRankError, distance, recover
+from blockzoo.build.recover import NotLowRankError, nearest_block, recover
 from blockzoo.build.report import (
     CompileReport,
     ModelReport,
@@ -20,13 +20,12 @@ from blockzoo.build.sources import Adapted, Source, nearest, open_sources
 from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans, unused_plans
 from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
-from blockzoo.zoo.blocks import PROJECTIONS, Block, BlockTensor, Dtype
+from blockzoo.zoo.blocks import PROJECTIONS, BlockTensor, Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import (
     AdapterRecord,
     BlockRecord,
-    EquivalenceRecord,
     Manifest,
     ModelRecord,
     RecoveryRecord,
@@ -199,7 +198,7 @@ class _Compilation:
             if recovery is not None and recovery.own_blocks.get(position) == block.id:
                 parts.take(position, block.id, model.adapters[position], recovery.rounding)
                 return model.chain[position]
-        base = self.nearest_block(block, position)
+        base = nearest_block(self.manifest, self.tensors_of, block.spec, block.tensors, position)
         if base is None:
             return None
         try:
@@ -210,19 +209,6 @@ class _Compilation:
         parts.take(position, block.id, found.adapter.id, found.rounding)
         parts.new[found.adapter.id] = found.adapter
         return base
-
-    def nearest_block(self, block: CutBlock | Block, position: int, besides: str = "") -> str | None:
-        """The block of the same shape and place in another model (not `besides`) that differs least."""
-        candidates = {
-            model.chain[position]
-            for name, model in self.manifest.models.items()
-            if name != besides
-            and position < len(model.chain) - 1
-            and self.manifest.blocks[model.chain[position]].spec == block.spec
-        }
-        if not candidates:
-            return None
-        return min(sorted(candidates), key=lambda other: distance(block.tensors, self.tensors_of(other)))
 
     def tensors_of(self, block_id: str) -> dict[str, BlockTensor]:
         if block_id in self.unstored:
@@ -315,62 +301,27 @@ class _Compilation:
 
     def substitute(self, source: Source) -> None:
         """Let other models' blocks take the place of those that only this model has, where that is alike."""
-        record = self.manifest.models[source.name]
-        if record.equivalence is not None or self.reports[source.name].status == "unchanged":
-            return
-        others = {key for n, m in self.manifest.models.items() if n != source.name for key in m.chain}
-        nearest_blocks: dict[int, str] = {}
-        distances: dict[int, float] = {}
-        for position, block_id in enumerate(record.chain):
-            block = self.zoo.read_block(block_id)
-            if block_id in others or block.spec.kind not in PROJECTIONS or position in record.adapters:
-                continue
-            found = self.nearest_block(block, position, source.name)
-            if found is not None:
-                nearest_blocks[position] = found
-                distances[position] = distance(block.tensors, self.tensors_of(found))
-        if not nearest_blocks:
+        record, report = self.manifest.models[source.name], self.reports[source.name]
+        if record.equivalence is not None or report.status == "unchanged":
             return
         texts = equivalence.probe_text(self.options.probe, PROMPTS)
-        encoded = encode_texts(source, texts)
-        sequences = equivalence.probe_sequences(encoded, source.config.max_position_embeddings)
-        own = [self.zoo.read_block(block_id) for block_id in record.chain]
-        adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
-        probe = equivalence.Probe(self.maker("f32"), source.config, adapters, sequences, own)
-        scores: dict[frozenset[int], equivalence.Likeness] = {}
-
-        def passes(positions: Sequence[int]) -> bool:
-            self.progress(f"comparing {source.name}", len(scores), 2 * len(nearest_blocks))
-            chain = list(own)
-            for position in positions:
-                chain[position] = self.zoo.read_block(nearest_blocks[position])
-            scores[frozenset(positions)] = probe.likeness(chain)
-            return scores[frozenset(positions)].reaches(self.options.threshold)
-
-        taken = equivalence.compose(sorted(distances, key=lambda i: distances[i]), passes)
-        if not taken:
-            note = f"none of {len(distances)} near blocks is equivalent at {self.options.threshold}"
-            self.note(source.name, note)
-            return
-        likeness = scores[frozenset(taken)]
-        served = [nearest_blocks[i] if i in taken else key for i, key in enumerate(record.chain)]
-        self.manifest.models[source.name] = replace(
-            record,
-            chain=tuple(served),
-            equivalence=EquivalenceRecord(
-                own_blocks={i: record.chain[i] for i in sorted(taken)},
-                threshold=self.options.threshold,
-                cosine=likeness.cosine,
-                kl=likeness.kl,
-                top1=likeness.top1,
-                num_tokens=probe.num_tokens,
-                probe=self.probe_name,
-            ),
+        changed = equivalence.substitute(
+            source.name,
+            self.zoo,
+            encode_texts(source, texts),
+            self.maker("f32"),
+            self.options.threshold,
+            self.probe_name,
+            self.progress,
         )
-        freed = sum(self.manifest.blocks[record.chain[i]].num_bytes for i in taken)
-        report = self.reports[source.name]
+        if changed.equivalence is None:
+            self.note(source.name, f"no block is equivalent to another model's at {self.options.threshold:g}")
+            return
+        self.manifest.models[source.name] = changed
+        own = changed.equivalence.own_blocks.values()
+        freed = sum(self.manifest.blocks[block_id].num_bytes for block_id in own)
         self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
-        self.note(source.name, equivalence_text(self.manifest.models[source.name]))
+        self.note(source.name, equivalence_text(changed))
 
     def note(self, name: str, said: str) -> None:
         self.reports[name] = replace(self.reports[name], notes=(*self.reports[name].notes, said))

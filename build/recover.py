@@ -11,7 +11,7 @@ its difference has more energy below its largest singular values than rounding e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from blockzoo.build.partition import CutAdapter, make_adapter
 from blockzoo.zoo.adapter import LoraPair
 from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec
+from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.tensors import BlockTensor, Dtype, from_f32
 
 MAX_RANK = 256
@@ -53,6 +54,25 @@ def distance(block: Mapping[str, BlockTensor], other: Mapping[str, BlockTensor])
         for tensor in (block[name], other[name])
     )
     return float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+
+
+def nearest_block(
+    manifest: Manifest,
+    read: Callable[[str], Mapping[str, BlockTensor]],
+    spec: BlockSpec,
+    tensors: Mapping[str, BlockTensor],
+    position: int,
+    besides: str = "",
+) -> str | None:
+    """The block of the same shape and place in another model (not `besides`) that differs least."""
+    candidates = {
+        model.chain[position]
+        for name, model in manifest.models.items()
+        if name != besides
+        and position < len(model.chain) - 1
+        and manifest.blocks[model.chain[position]].spec == spec
+    }
+    return min(sorted(candidates), key=lambda other: distance(tensors, read(other)), default=None)
 
 
 def recover(spec: BlockSpec, block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor]) -> Recovered:

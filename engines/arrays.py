@@ -54,7 +54,7 @@ class Arrays(Protocol):
     def wait(self) -> None:
         """Return when everything that was started has finished."""
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run`, or something faster with the same effect on the same arrays when called repeatedly."""
 
 
@@ -100,6 +100,6 @@ class HostArrays:
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` itself."""
         return run

@@ -1,12 +1,13 @@
 """Row programs: which rows of a step run through which engine, in what order, over which arrays.
 
-A step's sequences are ordered by chain. A *group* is the run of sequences of one chain; a *call* is
-one engine run over the groups whose chains use that span at that position. Where those groups are
-neighbours (the usual case) the call works on slices of the step's buffers; else its rows are
-gathered into scratch and scattered back.
+A step's sequences are ordered by chain. A *group* is the run of sequences of one chain that enter it at
+one place; a *call* is one engine run over the groups whose chains use that span at that position. Where
+those groups are neighbours (the usual case) the call works on slices of the step's buffers; else its rows
+are gathered into scratch and scattered back.
 
 Two kinds of rows: *token rows*, one per new token, until a chain's last attention has run; then
-*logit rows*, those whose logits somebody needs.
+*logit rows*, those whose logits somebody needs. Token rows may enter a chain late, with hidden states that
+were kept where they left the spans below (`boundary`).
 
 Only ints and arrays here: the executor binds the arrays to engines and runs them.
 """
@@ -31,6 +32,8 @@ class SeqShape(NamedTuple):
     num_tokens: int  # new tokens
     table_len: int  # page-table entries handed to the engines, >= pages in use
     wants_logits: bool  # of its last new token
+    entry: int = 0  # the first of its chain's span uses that runs
+    keeps_hidden: bool = False  # what enters the chain's later entries is kept
 
 
 @dataclass(slots=True)
@@ -81,6 +84,14 @@ class StepArrays:
         return 2 * num_rows + num_seqs + table_shape[0] * table_shape[1] + 1
 
 
+class Passed(NamedTuple):
+    """Hidden states after a call that somebody keeps: rows of sequence `seq` that enter span use `entry`."""
+
+    seq: int
+    entry: int
+    rows: Array
+
+
 @dataclass(slots=True)
 class Call:
     """One engine run. Before it, `copies_in` fill its private arrays; after it, `copies_out`."""
@@ -93,6 +104,7 @@ class Call:
     parts: tuple[tuple[int, int], ...] = ()  # (chain, number of rows) of each group, in the rows' order
     copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
     copies_out: list[tuple[Array, Array]] = field(default_factory=list)
+    passed: list[Passed] = field(default_factory=list)
 
 
 class _Range(NamedTuple):
@@ -106,6 +118,7 @@ class _Range(NamedTuple):
 @dataclass(slots=True)
 class _Group:
     chain: int
+    entry: int
     range: _Range
     dropped: bool = False  # now logit rows
     side: int = 0  # which of the two buffers holds its rows
@@ -115,7 +128,7 @@ class StepLayout:
     """The calls of all steps with one sequence of `SeqShape`s; array contents change, shapes do not.
 
     Args:
-        shapes: one per sequence, ordered by chain.
+        shapes: one per sequence, ordered as by `batch_order`.
         chains, spans: of the topology.
         buffers: of the family.
         device: makes arrays where the buffers are.
@@ -160,14 +173,23 @@ class StepLayout:
         """Hand the filled `arrays` to the engines."""
         self._device.upload(self._flat, self._device_flat)
 
-    def group_rows(self) -> list[tuple[int, slice]]:
-        """Chain and token rows of each group, for the embedding look-up."""
-        return [(group.chain, group.range.rows) for group in self._groups]
+    def group_rows(self) -> list[tuple[int, int, slice]]:
+        """Chain, entry and token rows of each group, for the embedding look-up."""
+        return [(group.chain, group.entry, group.range.rows) for group in self._groups]
+
+    def entering_rows(self, seq: int) -> Array:
+        """Where the hidden states of a sequence that enters late are expected, [n, hidden]."""
+        begins = self.seq_begins
+        return self._buffers.hidden[_side_at(self.shapes[seq].entry)][begins[seq] : begins[seq + 1]]
 
     def _make_groups(self) -> list[_Group]:
-        starts = [i for i, s in enumerate(self.shapes) if i == 0 or s.chain != self.shapes[i - 1].chain]
+        kinds = [(shape.chain, shape.entry) for shape in self.shapes]
+        starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         ends = [*starts[1:], len(self.shapes)]
-        return [_Group(self.shapes[a].chain, self._range(a, b)) for a, b in zip(starts, ends, strict=True)]
+        return [
+            _Group(*kinds[a], self._range(a, b), side=_side_at(kinds[a][1]))
+            for a, b in zip(starts, ends, strict=True)
+        ]
 
     def _range(self, first: int, end: int) -> _Range:
         def between(begins: np.ndarray) -> slice:
@@ -178,7 +200,7 @@ class StepLayout:
     def _make_calls(self) -> list[Call]:
         users: dict[tuple[int, int, int], list[_Group]] = defaultdict(list)
         for group in self._groups:
-            for use in self._chains[group.chain].uses:
+            for use in self._chains[group.chain].uses[group.entry :]:
                 users[use.position, use.span, use.first_layer].append(group)
         calls = []
         for (position, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
@@ -206,6 +228,7 @@ class StepLayout:
             self._bind_logits(call, groups)
         else:
             self._bind_output(call, groups)
+            self._note_passed(call, groups)
         return call
 
     def _joined(self, groups: list[_Group]) -> _Range | None:
@@ -310,6 +333,23 @@ class StepLayout:
             call.binds["hidden_out"] = self._stack(self._buffers.scratch[1], views, copies)
             call.copies_out = [(view, scratch) for scratch, view in copies]
 
+    def _note_passed(self, call: Call, groups: list[_Group]) -> None:
+        """Note the rows that are about to enter where chains part, of the sequences that keep them."""
+        begins = self.seq_begins
+        for group in groups:
+            chain = self._chains[group.chain]
+            use = 1 + next(
+                i
+                for i, u in enumerate(chain.uses)
+                if (u.span, u.first_layer) == (call.span, call.first_layer)
+            )
+            if use not in chain.entries[1:]:
+                continue
+            hidden = self._buffers.hidden[group.side]
+            for seq in range(group.range.seqs.start, group.range.seqs.stop):
+                if self.shapes[seq].keeps_hidden:
+                    call.passed.append(Passed(seq, use, hidden[begins[seq] : begins[seq + 1]]))
+
     def _bind_logits(self, call: Call, groups: list[_Group]) -> None:
         seqs = [i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop) if self._wants[i]]
         vocab = self._chains[groups[0].chain].vocab_size
@@ -320,6 +360,26 @@ class StepLayout:
         call.binds["logits"] = rows
         if seqs:
             self.logits.append((rows, seqs))
+
+
+def batch_order(kinds: Sequence[tuple[int, int]]) -> list[int]:
+    """The order of a step's sequences, given (chain, entry) of each.
+
+    Sequences of one chain are neighbours. Those that enter late come first in the first chain and last in
+    the others, so that they do not part the rows below of two chains that share a lower span.
+    """
+    first = min((chain for chain, _ in kinds), default=0)
+
+    def place(index: int) -> tuple[int, int]:
+        chain, entry = kinds[index]
+        return chain, -entry if chain == first else entry
+
+    return sorted(range(len(kinds)), key=place)
+
+
+def _side_at(use: int) -> int:
+    """The buffer that holds token rows before a chain's span use: every call moves them to the other."""
+    return use % 2
 
 
 def _length(part: slice) -> int:

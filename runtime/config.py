@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
 from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.reuse import ReuseConfig
 
 _DEFAULT_KV_BYTES = 2 << 30
 
@@ -31,6 +32,13 @@ class EngineConfig:
         max_model_len: prompt and generated tokens of a request; None: what the model and the pool allow.
         max_request_seconds: a request that takes longer ends with an error; None: no limit.
         prefix_caching: keep and reuse the KV of finished prompts.
+        boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
+            has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
+            refuses such requests. Needs prefix_caching.
+        kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
+            scope; with "scope" also those to other models, which saves memory and time where models share
+            layers, and lets their users find out (by timing) what others of the scope asked.
         schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
             no tenant can tell from its own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
@@ -48,6 +56,9 @@ class EngineConfig:
     max_model_len: int | None = None
     max_request_seconds: float | None = None
     prefix_caching: bool = True
+    boundary_cache_bytes: int = 256 << 20
+    approximate: ReuseConfig | None = None
+    kv_sharing: Literal["model", "scope"] = "model"
     schedule: Literal["hit-first", "fair"] = "hit-first"
     num_threads: int | None = None
     max_span_layers: int | None = None
@@ -62,6 +73,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
+        if self.boundary_cache_bytes < 0:
+            raise InvalidRequestError(
+                f"boundary_cache_bytes is {self.boundary_cache_bytes}; expected at least 0"
+            )
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -70,6 +85,8 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request needs a token per step"
             )
+        if self.kv_sharing not in ("model", "scope"):
+            raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
         if self.schedule not in ("hit-first", "fair"):
             raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:

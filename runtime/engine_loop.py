@@ -8,11 +8,13 @@ called from any thread.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import get_args
 
 from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.config import EngineConfig
@@ -23,15 +25,17 @@ from blockzoo.runtime.errors import (
     SamplingError,
     UnknownModelError,
 )
-from blockzoo.runtime.executor import Rows
+from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
-from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
-from blockzoo.runtime.sequence import Sequence
+from blockzoo.runtime.sequence import Part, Sequence
 from blockzoo.runtime.tokenizer import Tokenizer
-from blockzoo.runtime.topology import Family
+from blockzoo.runtime.topology import ChainPlan, Family
 from blockzoo.zoo.store import Zoo
 
 
@@ -46,6 +50,7 @@ class Request:
     detokenizer: Detokenizer
     max_tokens: int  # params.max_tokens, or what the model's length leaves
     arrival: float
+    started: bool = False
     last_token_time: float | None = None
     num_generated: int = field(default=0)
 
@@ -119,13 +124,17 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
+        kv_reuse: KVReuse = "exact",
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
         Args:
             prompt: text, or token ids.
-            scope: requests share cached KV only with those of the same scope; None is a scope of its
-                own that all requests without one share.
+            scope: requests share cached KV only with those of the same scope, and only within one model
+                unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
+                requests without one.
+            kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
+                takes also the KV of equal words behind other ones (see `runtime.reuse`).
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
@@ -139,6 +148,10 @@ class LLMEngine:
                 f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
                 "that one can be generated: shorten it"
             )
+        if kv_reuse not in get_args(KVReuse):
+            raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
+        if kv_reuse == "approx":
+            self._check_approximate(loaded)
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
@@ -148,13 +161,27 @@ class LLMEngine:
             model,
             self._zoo.caches[loaded.chain.family],
             loaded.chain.segments,
-            scope or "",
+            # unambiguous whatever a scope contains: it comes from the network
+            json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
             token_ids,
             arrival,
+            kv_reuse,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
         return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
+
+    def _check_approximate(self, model: LoadedModel) -> None:
+        if self.config.approximate is None:
+            raise InvalidRequestError(
+                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None); "
+                "use 'exact'"
+            )
+        if not model.plain_rope:
+            raise InvalidRequestError(
+                f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
+                "supported: use 'exact'"
+            )
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
@@ -169,9 +196,10 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
+        kv_reuse: KVReuse = "exact",
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope))
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -226,11 +254,11 @@ class LLMEngine:
         results: list[tuple[Sequence, SampledToken | SamplingError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
+            self._note_start(self._requests[item.seq.request_id])
             family = self._requests[item.seq.request_id].model.chain.family
             by_family.setdefault(family, []).append(item)
         for family, items in by_family.items():
-            step = self._zoo.executors[family].run([self._rows(item) for item in items])
-            self._scheduler.advance(items)
+            step = self._run(self._zoo.executors[family], items)
             self._recorder.on_step(step.num_calls, step.num_call_rows)
             for logits, indices in step.logits:
                 seqs = [items[i].seq for i in indices]
@@ -238,11 +266,61 @@ class LLMEngine:
                 results += zip(seqs, self._sampler.sample(logits, states), strict=True)
         return results
 
-    def _rows(self, item: Scheduled) -> Rows:
-        seq, start = item.seq, item.seq.num_computed
-        end = start + item.num_tokens
-        chain_index = self._requests[seq.request_id].model.chain_index
-        return Rows(chain_index, seq.token_ids[start:end], start, seq.page_table, end == seq.num_tokens)
+    def _note_start(self, request: Request) -> None:
+        if not request.started:
+            request.started = True
+            share = request.seq.num_spared / request.seq.prompt_len
+            self._recorder.on_started(time.monotonic() - request.arrival, share)
+
+    def _run(self, executor: Executor, items: list[Scheduled]) -> StepResult:
+        """Run the scheduled tokens of one family; logits come with indices into `items`."""
+        batch: list[Rows] = []
+        owners: list[tuple[int, Part]] = []
+        for index, (seq, num_tokens) in enumerate(items):
+            copies = seq.cache.take_copies(seq)
+            if copies is not None:
+                executor.copy_pages(*copies)
+            borrowed = seq.cache.take_borrowed(seq)
+            if borrowed is not None:
+                executor.borrow(self._chain_index(seq), borrowed, seq.page_table)
+            for position in seq.stale[: seq.num_refreshing].tolist():
+                part = Part(position, position + 1, 0)
+                batch.append(self._rows(seq, part))
+                owners.append((index, part))
+            for part in seq.parts(seq.end_after(num_tokens)):
+                batch.append(self._rows(seq, part))
+                owners.append((index, part))
+        step = executor.run(batch)
+        self._scheduler.advance(items)
+        for index, entry, hidden in step.hidden:
+            seq, part = items[owners[index][0]].seq, owners[index][1]
+            segment = seq.segments[self._chain(seq).entries.index(entry)]
+            self._zoo.boundaries.record(seq, segment.boundary, part.start, hidden)
+        logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
+        return step._replace(logits=logits)
+
+    def _rows(self, seq: Sequence, part: Part) -> Rows:
+        chain = self._chain(seq)
+        return Rows(
+            self._chain_index(seq),
+            seq.token_ids[part.start : part.end],
+            part.start,
+            seq.page_table,
+            wants_logits=part.end == seq.num_tokens,
+            entry=chain.entries[part.level],
+            hidden=self._zoo.boundaries.entering(seq, part) if part.level else None,
+            # not of what stands behind approximate KV: others could not tell
+            keeps_hidden=self._zoo.boundaries.max_bytes > 0
+            and seq.reuse != "off"
+            and seq.reused is None
+            and part.start < seq.num_prompt_pages * PAGE_TOKENS,
+        )
+
+    def _chain_index(self, seq: Sequence) -> int:
+        return self._requests[seq.request_id].model.chain_index
+
+    def _chain(self, seq: Sequence) -> ChainPlan:
+        return self._requests[seq.request_id].model.chain
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1
@@ -339,6 +417,18 @@ class LLMEngine:
             hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(self.models)}"
             raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
         return model
+
+    def configure_reuse(self, reuse: ReuseConfig) -> None:
+        """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
+
+        Raises:
+            InvalidRequestError: the engine was made without approximate reuse.
+        """
+        if self.config.approximate is None:
+            raise InvalidRequestError("this engine has no approximate reuse: set EngineConfig.approximate")
+        for cache in self._zoo.caches.values():
+            if cache.planner is not None:
+                cache.planner.config = reuse
 
     # ---- looking in
 

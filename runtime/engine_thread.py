@@ -13,7 +13,7 @@ from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine, Request
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.metrics import Metrics
-from blockzoo.runtime.request import RequestOutput, SamplingParams
+from blockzoo.runtime.request import KVReuse, RequestOutput, SamplingParams
 
 OnOutput = Callable[[RequestOutput], None]
 
@@ -59,13 +59,14 @@ class EngineThread:
         params: SamplingParams,
         on_output: OnOutput,
         scope: str | None = None,
+        kv_reuse: KVReuse = "exact",
     ) -> None:
         """Check a request in the calling thread and hand it to the engine.
 
         Raises:
             RequestError: of the kind that fits; `on_output` is then never called.
         """
-        request = self.engine.prepare(request_id, model, prompt, params, scope)
+        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse)
         with self._wake:
             if self.error is not None:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, bf16_to_f32
 from blockzoo.runtime.adapters import AdapterInputs
-from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout
+from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
@@ -32,6 +34,10 @@ class Rows(NamedTuple):
         past_len: tokens before them, whose K and V are in the pool.
         page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
         wants_logits: whether the logits of the last new token are needed.
+        entry: the first of the chain's span uses to run, one of its `entries`; the KV of the layers below is
+            in the pages already.
+        hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
+        keeps_hidden: whether to report the hidden states that enter the chain's later entries.
     """
 
     chain: int
@@ -39,6 +45,21 @@ class Rows(NamedTuple):
     past_len: int
     page_table: np.ndarray
     wants_logits: bool
+    entry: int = 0
+    hidden: Array | None = None
+    keeps_hidden: bool = False
+
+
+class Hidden(NamedTuple):
+    """Hidden states [n, hidden] of the rows of number `member` of the batch that entered span use `entry`."""
+
+    member: int
+    entry: int
+    rows: Array
+
+
+Program = Callable[[], list[Hidden] | None]
+"""Runs a filled layout; None where a recording runs in its place: nothing is kept there."""
 
 
 class StepResult(NamedTuple):
@@ -49,11 +70,13 @@ class StepResult(NamedTuple):
             batch whose last new token its rows belong to. Every index that wanted logits is in one.
         num_calls: engine calls made.
         num_call_rows: rows that went through them.
+        hidden: of the batch's rows that keep theirs; the caller's own.
     """
 
     logits: list[tuple[np.ndarray, list[int]]]
     num_calls: int
     num_call_rows: int
+    hidden: list[Hidden]
 
 
 class Executor:
@@ -88,17 +111,18 @@ class Executor:
         self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        self._rotation = rope_tables  # on the host
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
-        self._num_pages = num_pages
+        self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
             max_tokens = max(max_tokens, max_seqs)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
-        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Callable[[], None]]] = {}
+        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
         self._bound_layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
 
@@ -111,31 +135,72 @@ class Executor:
         """
         for rows in batch:
             self._check(rows)
-        order = sorted(((i, rows.chain) for i, rows in enumerate(batch)), key=lambda item: item[1])
+        order = batch_order([(rows.chain, rows.entry) for rows in batch])
+        ordered = [batch[i] for i in order]
         if self._device.records:
-            order = self._padded(order, batch)
-        ordered = [batch[i] if i >= 0 else self._padding(chain) for i, chain in order]
+            order, ordered = self._padded(order, ordered)
         layout, program = self._layout_for(ordered)
         self._fill(layout, ordered)
-        program()
+        kept = program() or []
         logits = []
         for rows, places in layout.logits:
-            matrix, indices = self._device.to_host(rows), [order[place][0] for place in places]
+            matrix, indices = self._device.to_host(rows), [order[place] for place in places]
             if -1 in indices:  # padding
                 real = [row for row, index in enumerate(indices) if index >= 0]
                 matrix, indices = matrix[real], [indices[row] for row in real]
             logits.append((matrix, indices))
-        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls))
+        hidden = [item._replace(member=order[item.member]) for item in kept]
+        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls), hidden)
 
-    def _padded(self, order: list[tuple[int, int]], batch: Sequence[Rows]) -> list[tuple[int, int]]:
-        """A decode step with each chain's sequences filled up to a power of two, by index -1."""
-        if any(len(rows.token_ids) > 1 or not rows.wants_logits for rows in batch):
-            return order
-        padded: list[tuple[int, int]] = []
-        for chain in dict.fromkeys(chain for _, chain in order):
-            own = [item for item in order if item[1] == chain]
-            padded += own + [(-1, chain)] * ((1 << (len(own) - 1).bit_length()) - len(own))
-        return padded
+    def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """Copy pages of K and V, int32 [n] each; no page is in both.
+
+        Raises:
+            ValueError: a page id is out of range; nothing was copied.
+        """
+        ids = np.concatenate([source, destination])
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
+            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+        source, destination = source.astype(np.int64), destination.astype(np.int64)  # as torch wants them
+        for pages in self._pool.values():
+            pages[destination] = pages[source]
+
+    def borrow(self, chain: int, borrowed: Borrowed, page_table: np.ndarray) -> None:
+        """Copy K and V of tokens into the pages of another sequence, K rotated to its new position.
+
+        Args:
+            chain: of both, index into the topology's chains; its rotary embedding must be the plain one.
+            borrowed: what lies where.
+            page_table: int32 [num_layers, pages] of the sequence that takes it.
+
+        Raises:
+            ValueError: a page id is out of range; nothing was copied.
+        """
+        pages = page_table[:, borrowed.positions // PAGE_TOKENS].astype(np.int64)
+        ids = np.concatenate([pages.ravel(), borrowed.pages.ravel()])
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
+            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+        slots = borrowed.positions % PAGE_TOKENS
+        for name, pool in self._pool.items():
+            rows = pool[borrowed.pages, :, borrowed.slots]  # [layers, n, heads, head_dim]
+            if name == "key_cache" and borrowed.shift.any():
+                host = self._device.to_host(rows)
+                wide = bf16_to_f32(host) if host.dtype == np.uint16 else host
+                rows = self._device.activations(rotate(wide, borrowed.shift, *self._rotation[chain]))
+            pool[pages, :, slots] = rows
+
+    def _padded(self, order: list[int], batch: list[Rows]) -> tuple[list[int], list[Rows]]:
+        """A decode step with each chain's sequences filled up to a power of two, by rows of index -1."""
+        if any(len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden for r in batch):
+            return order, batch
+        indices: list[int] = []
+        padded: list[Rows] = []
+        for chain, own in groupby(zip(order, batch, strict=True), key=lambda item: item[1].chain):
+            items = list(own)
+            missing = (1 << (len(items) - 1).bit_length()) - len(items)
+            indices += [index for index, _ in items] + [-1] * missing
+            padded += [rows for _, rows in items] + [self._padding(chain)] * missing
+        return indices, padded
 
     def _padding(self, chain: int) -> Rows:
         """A row that nobody reads: one token in the page beyond those that sequences have."""
@@ -159,6 +224,11 @@ class Executor:
         pages = -(-(rows.past_len + count) // PAGE_TOKENS)
         if count < 1 or rows.past_len < 0:
             raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
+        if rows.entry not in (0, *chain.entries):
+            raise ValueError(f"rows enter at span {rows.entry}; expected one of {chain.entries}")
+        if rows.entry and (rows.hidden is None or tuple(rows.hidden.shape) != (count, self._hidden_size)):
+            shape = None if rows.hidden is None else tuple(rows.hidden.shape)
+            raise ValueError(f"hidden states {shape} for {count} rows of {self._hidden_size}")
         if rows.page_table.shape[0] != chain.num_layers or rows.page_table.shape[1] < pages:
             raise ValueError(
                 f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
@@ -175,13 +245,15 @@ class Executor:
         if rows.past_len + count > positions:
             raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
 
-    def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Callable[[], None]]:
+    def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
         """The layout of a batch's shapes, and what runs it; the last ones are kept."""
         lens = [_table_len(rows) for rows in batch]
         if self._device.records:  # the same for all, and few of them
             lens = [1 << (max(lens) - 1).bit_length()] * len(batch)
         shapes = tuple(
-            SeqShape(rows.chain, len(rows.token_ids), length, rows.wants_logits)
+            SeqShape(
+                rows.chain, len(rows.token_ids), length, rows.wants_logits, rows.entry, rows.keeps_hidden
+            )
             for rows, length in zip(batch, lens, strict=True)
         )
         kept = self._layouts.pop(shapes, None)
@@ -190,15 +262,18 @@ class Executor:
             if self._adapters is not None:
                 for call in layout.calls:
                     call.binds |= self._adapters.of(call)
-            kept = layout, self._device.recorded(partial(self._launch, layout))
+            program: Program = partial(self._launch, layout)
+            if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
+                program = self._device.recorded(program)
+            kept = layout, program
             while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
                 self._layouts.pop(next(iter(self._layouts)))
         self._layouts[shapes] = kept  # the last one used is the last to go
         return kept
 
-    def _launch(self, layout: StepLayout) -> None:
+    def _launch(self, layout: StepLayout) -> list[Hidden]:
         self._gather(layout)
-        self._run_calls(layout)
+        return self._run_calls(layout)
 
     def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
         arrays = layout.arrays
@@ -214,22 +289,29 @@ class Executor:
             entries[:, :pages] = rows.page_table[:, :pages]  # beyond: some valid id, never read
         arrays.max_context_len[...] = (arrays.past_lens + np.diff(layout.seq_begins)).max()
         layout.upload()
+        for i, rows in enumerate(batch):
+            if rows.entry:
+                layout.entering_rows(i)[...] = rows.hidden
 
     def _gather(self, layout: StepLayout) -> None:
-        """Embeddings and rotary rows of the step's tokens."""
+        """Rotary rows of the step's tokens, and the embeddings of those that enter at the bottom."""
         arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
-        for chain_index, rows_slice in layout.group_rows():
+        for chain_index, entry, rows_slice in layout.group_rows():
             cos, sin = self._rope_tables[chain_index]
             positions = arrays.positions[rows_slice]
             take(cos, positions, buffers.cos[rows_slice, 0, 0])
             take(sin, positions, buffers.sin[rows_slice, 0, 0])
+            if entry:
+                continue
             embedding = self._embeddings[self._chains[chain_index].embed_id]
             embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
 
-    def _run_calls(self, layout: StepLayout) -> None:
+    def _run_calls(self, layout: StepLayout) -> list[Hidden]:
+        """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
         if self._bound_layout is not layout:
             self._bound_layout = layout
             self._bound_call.clear()
+        kept = []
         for index, call in enumerate(layout.calls):
             engine = self._engines[call.span]
             if self._bound_call.get(call.span) != index:
@@ -241,6 +323,11 @@ class Executor:
             engine.run()
             for destination, source in call.copies_out:
                 destination[...] = source
+            for seq, entry, rows in call.passed:
+                own = self._device.rows_like(rows, len(rows))
+                own[...] = rows
+                kept.append(Hidden(seq, entry, own))
+        return kept
 
 
 def _table_len(rows: Rows) -> int:

@@ -34,13 +34,14 @@ class LLM:
 
     Args:
         zoo_path: a zoo directory.
-        settings: fields of `EngineConfig`.
+        settings: fields of `EngineConfig`. All prompts come from one caller here, so that unlike there
+            the default of `kv_sharing` is "scope".
 
     Raises: as `LLMEngine`.
     """
 
     def __init__(self, zoo_path: str | os.PathLike[str], **settings: Any) -> None:
-        self.engine = LLMEngine(zoo_path, EngineConfig(**settings))
+        self.engine = LLMEngine(zoo_path, EngineConfig(**{"kv_sharing": "scope", **settings}))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from blockzoo.engines.base import Engine, EngineMaker, activation_dtype
 from blockzoo.runtime.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.runtime.executor import Executor, Rows
@@ -35,6 +36,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
     max_len: int  # tokens of prompt and answer together
+    plain_rope: bool  # rotating a key by a difference of positions moves it there
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class LoadedZoo:
     topology: Topology
     executors: Mapping[Family, Executor]
     caches: Mapping[Family, KVCache]
+    boundaries: BoundaryCache
     adapters: AdapterCache
     engine_facts: Mapping[str, object]
 
@@ -94,8 +97,14 @@ def load_zoo(
     blocks |= embeds
     for block in blocks.values():
         block.drop_pages()
-    caches = {family: KVCache(pages, config.prefix_caching) for family, pages in num_pages.items()}
-    return LoadedZoo(models, topology, executors, caches, adapters, maker.facts())
+    boundaries = BoundaryCache(
+        config.boundary_cache_bytes if config.prefix_caching else 0, maker.arrays.rows_like
+    )
+    caches = {
+        family: KVCache(pages, config.prefix_caching, boundaries, config.approximate)
+        for family, pages in num_pages.items()
+    }
+    return LoadedZoo(models, topology, executors, caches, boundaries, adapters, maker.facts())
 
 
 def _pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
@@ -134,7 +143,8 @@ def _load_model(
     bounds = [record.config.max_position_embeddings, pool_tokens]
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
-    return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds))
+    plain = record.config.rope.rope_type == "default"
+    return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds), plain)
 
 
 def _compile_spans(

@@ -21,6 +21,13 @@ from blockzoo.runtime.sequence import Segment
 
 TTFT_BOUNDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 INTER_TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
+WAIT_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_HIT_SHARES = (
+    (0.0, "0"),
+    (0.5, "1-49"),
+    (0.9, "50-89"),
+    (float("inf"), "90-100"),
+)  # below which share, label
 E2E_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
 
 
@@ -32,6 +39,14 @@ class HistogramSnapshot:
     cumulative_counts: tuple[int, ...]
     sum: float
     count: int
+
+    def quantile(self, share: float) -> float:
+        """The bound that `share` of the observations do not exceed; inf beyond the last, 0 without any."""
+        needed = share * self.count
+        if not self.count:
+            return 0.0
+        at_most = zip(self.bounds, self.cumulative_counts, strict=True)
+        return next((bound for bound, count in at_most if count >= needed), float("inf"))
 
 
 class Histogram:
@@ -75,6 +90,8 @@ class Metrics:
         requests_total: requests ended, by finish reason (all four are always present).
         prompt_tokens_total: prompt tokens of ended requests.
         cached_tokens_total: those of them that the prefix cache spared.
+        copied_tokens_total: tokens whose KV was copied from a page that begins alike.
+        approximate_tokens_total: tokens whose KV was taken from equal words behind other ones.
         generated_tokens_total: tokens generated, also of requests that still run.
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
@@ -87,6 +104,9 @@ class Metrics:
         engine_calls_total: calls of engines in them.
         engine_calls_per_step: their ratio, 0 before the first step.
         mean_batch_per_block: mean rows of an engine call: how far tenants share batches.
+        wait_seconds: from arrival to the first step with the request, by the share of its prompt's work, in
+            percent, that the cache spared: "0", "1-49", "50-89" or "90-100". Who has nothing cached must not
+            starve behind those who do.
         ttft_seconds: from arrival to the first token.
         inter_token_seconds: between two tokens of one request.
         e2e_seconds: from arrival to the end.
@@ -98,6 +118,8 @@ class Metrics:
     requests_total: Mapping[FinishReason, int]
     prompt_tokens_total: int
     cached_tokens_total: int
+    copied_tokens_total: int
+    approximate_tokens_total: int
     generated_tokens_total: int
     preemptions_total: int
     pages_total: int
@@ -112,6 +134,7 @@ class Metrics:
     engine_calls_total: int
     engine_calls_per_step: float
     mean_batch_per_block: float
+    wait_seconds: Mapping[str, HistogramSnapshot]
     ttft_seconds: HistogramSnapshot
     inter_token_seconds: HistogramSnapshot
     e2e_seconds: HistogramSnapshot
@@ -136,6 +159,7 @@ class MetricsRecorder:
         self._steps = 0
         self._engine_calls = 0
         self._call_rows = 0
+        self._waits = {label: Histogram(WAIT_BOUNDS) for _, label in _HIT_SHARES}
         self._ttft = Histogram(TTFT_BOUNDS)
         self._inter_token = Histogram(INTER_TOKEN_BOUNDS)
         self._e2e = Histogram(E2E_BOUNDS)
@@ -144,6 +168,15 @@ class MetricsRecorder:
         """A request was queued."""
         with self._lock:
             self._arrived += 1
+
+    def on_started(self, wait_s: float, spared_share: float) -> None:
+        """A request runs for the first time, so many seconds after its arrival; 0 to 1 of its prompt's work
+        was spared."""
+        label = next(
+            label for bound, label in _HIT_SHARES if spared_share < bound or spared_share == bound == 0
+        )
+        with self._lock:
+            self._waits[label].observe(wait_s)
 
     def on_first_token(self, ttft_s: float) -> None:
         """A request has its first token, so many seconds after its arrival."""
@@ -185,6 +218,8 @@ class MetricsRecorder:
                 requests_total=dict(self._finished),
                 prompt_tokens_total=self._prompt_tokens,
                 cached_tokens_total=self._cached_tokens,
+                copied_tokens_total=sum(s.copied_tokens for s in stats),
+                approximate_tokens_total=sum(s.approximate_tokens for s in stats),
                 generated_tokens_total=self._generated_tokens,
                 preemptions_total=scheduler.num_preemptions,
                 pages_total=sum(s.pages_total for s in stats),
@@ -199,6 +234,7 @@ class MetricsRecorder:
                 engine_calls_total=self._engine_calls,
                 engine_calls_per_step=self._engine_calls / max(1, self._steps),
                 mean_batch_per_block=self._call_rows / max(1, self._engine_calls),
+                wait_seconds={label: waits.snapshot() for label, waits in self._waits.items()},
                 ttft_seconds=self._ttft.snapshot(),
                 inter_token_seconds=self._inter_token.snapshot(),
                 e2e_seconds=self._e2e.snapshot(),

@@ -6,8 +6,11 @@ segments there, so their sequences meet in the same nodes.
 
     page_table of a sequence            columns: pages of 32 tokens
                         0    1    2    3    4
-      layers 0..19    [ n    n    n  | o    o ]     n: pages of tree nodes, shared, never written again
+      layers 0..19    [ n    n    n    n  | o ]     n: pages of tree nodes, shared, never written again
       layers 20..23   [ n    n    n  | o    o ]     o: the sequence's own pages, being filled
+
+Here the tokens of page 3 have been computed by another model that shares layers 0..19, and the hidden states
+that leave layer 19 are at hand (`BoundaryCache`): only layers 20..23 are computed for them.
 
 It knows page ids, token counts and keys; no tensor, no engine.
 """
@@ -18,36 +21,20 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from blockzoo.runtime.pool import PAGE_TOKENS, IntegrityError, PagePool, pages_for
+from blockzoo.runtime.boundary import BoundaryCache
+from blockzoo.runtime.kv_integrity import check_lru, check_partition, check_references
+from blockzoo.runtime.kv_nodes import Node, SegmentTree
+from blockzoo.runtime.pool import PAGE_TOKENS, PagePool, pages_for
+from blockzoo.runtime.reuse import Borrowed, ReuseConfig
+from blockzoo.runtime.reuse_plan import ReusePlanner
 from blockzoo.runtime.sequence import Segment, Sequence
 
-
-class Node:
-    """32 tokens in one segment: `pages` int32 [layers of the segment]; `refs` sequences use it now."""
-
-    __slots__ = ("key", "pages", "parent", "refs", "tree")
-
-    def __init__(self, tree: SegmentTree, key: bytes, parent: Node | None, pages: np.ndarray) -> None:
-        self.tree = tree
-        self.key = key
-        self.parent = parent  # the 32 tokens before, in the same segment
-        self.pages = pages
-        self.refs = 1
-
-
-class SegmentTree:
-    """The nodes of one segment by page key, and what it gained."""
-
-    __slots__ = ("deduped_tokens", "hit_tokens", "nodes", "segment")
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.nodes: dict[bytes, Node] = {}
-        self.hit_tokens = 0
-        self.deduped_tokens = 0
+MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
+_MAX_CANDIDATES = 64  # pages looked at for one that begins alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +48,8 @@ class CacheStats:
     pages_owned: int  # being filled by running sequences
     lookups: int  # admissions that asked the cache
     resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
+    copied_tokens: int  # whose KV was copied from a page that begins alike
+    approximate_tokens: int  # whose KV was taken from equal words behind other ones
     evictions: int  # nodes evicted
     hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
     deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
@@ -71,19 +60,36 @@ class KVCache:
 
     Invariants (check_integrity):
     - A page is free, in the tree, or owned by one sequence.
-    - A sequence that references the node of page i references those of pages < i, in all its segments.
+    - A sequence that references the node of page i in a segment references those of pages < i there, and
+      those of pages <= i in all segments below.
     - `_lru` holds the unreferenced nodes, oldest use first, and each child before its parent. So its front is
       always a leaf: eviction needs no search and never cuts a path.
+
+    Args:
+        num_pages: of the pool.
+        prefix_caching: False keeps nothing of a sequence that has gone.
+        boundaries: where hidden states are kept with which prefills of other models start late.
+        reuse: how sequences that ask for it reuse KV approximately; None: not at all.
     """
 
-    def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        prefix_caching: bool = True,
+        boundaries: BoundaryCache | None = None,
+        reuse: ReuseConfig | None = None,
+    ) -> None:
         self.pool = PagePool(num_pages)
         self.prefix_caching = prefix_caching
+        self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
+        self.planner = None if reuse is None else ReusePlanner(reuse)
         self.version = 0  # changes whenever a probe's result may have changed
         self.num_cached_pages = 0
         self.num_evictable_pages = 0
         self.lookups = 0
         self.resumed_tokens = 0
+        self.copied_tokens = 0
+        self.approximate_tokens = 0
         self.evictions = 0
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._trees: dict[Segment, SegmentTree] = {}
@@ -92,39 +98,60 @@ class KVCache:
     # ---- lookups
 
     def probe(self, seq: Sequence) -> int:
-        """Tokens that `seq` would skip if it began now. Changes nothing."""
-        return self._match(seq) * PAGE_TOKENS
+        """Tokens whose work `seq` would save if it began now; with some layers only, their share of it.
 
-    def _match(self, seq: Sequence) -> int:
-        """Leading pages that are cached in every segment; at least one token is left to compute."""
-        if not self.prefix_caching:
-            return 0
-        trees = [self._trees.get(segment) for segment in seq.segments]
-        limit = (seq.num_tokens - 1) // PAGE_TOKENS
+        Changes nothing.
+        """
+        layers = [s.end_layer - s.first_layer for s in seq.segments]
+        saved = sum(pages * n for pages, n in zip(self._match(seq), layers, strict=True))
+        return saved * PAGE_TOKENS // seq.num_layers
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Per segment, the leading pages that `seq` need not compute there; at least what it holds already.
+
+        What is cached in all segments is skipped (but for one token, whose logits are needed). What is
+        cached in the lower ones alone is of use where the hidden states that leave them are at hand.
+        """
+        ends = [len(path) for path in seq.nodes]
+        if not self._reuses(seq):
+            return ends
+        cached = []  # per segment: leading pages in the tree there and in all segments below
+        limit = seq.num_tokens // PAGE_TOKENS
         # No node outlives its parent, so presence is monotonic in the page index and bisection is exact.
-        for tree in trees:
+        for segment in seq.segments:
+            tree = self._trees.get(segment)
             if tree is None or limit == 0:
-                return 0
-            nodes = tree.nodes
-            limit = bisect_left(seq.page_keys(limit), True, 0, limit, key=lambda key: key not in nodes)
-        return limit
+                limit = 0
+            else:
+                nodes = tree.nodes
+                limit = bisect_left(seq.page_keys(limit), True, 0, limit, key=lambda key: key not in nodes)
+            cached.append(limit)
+        ends[-1] = max(ends[-1], min(cached[-1], (seq.num_tokens - 1) // PAGE_TOKENS))
+        for upper in range(len(ends) - 1, 0, -1):
+            boundary, page = seq.segments[upper].boundary, max(ends[upper], ends[upper - 1])
+            if boundary:
+                keys = seq.page_keys(cached[upper - 1])
+                while page < cached[upper - 1] and self.boundaries.has(boundary, keys[page]):
+                    page += 1
+            ends[upper - 1] = page
+        return ends
 
     def can_begin(self, seq: Sequence, spare_pages: int = 0) -> bool:
         """Whether pages for all tokens of a new `seq` can be had now, with `spare_pages` left besides."""
-        matched = self._match(seq)
         pinned = 0  # evictable now, but not once the sequence uses them
-        for tree in self._trees_of(seq):
-            for key in seq.page_keys(matched)[:matched]:
+        need = spare_pages + pages_for(seq.num_tokens) * seq.num_layers
+        for tree, end in zip(self._trees_of(seq), self._match(seq), strict=True):
+            need -= end * tree.num_layers
+            for key in seq.page_keys(end)[:end]:
                 node = tree.nodes[key]
                 pinned += node.pages.size if node.refs == 0 else 0
-        need = (pages_for(seq.num_tokens) - matched) * seq.num_layers
-        return need + spare_pages <= self.pool.num_free + self.num_evictable_pages - pinned
+        return need <= self.pool.num_free + self.num_evictable_pages - pinned
 
     def can_ever_hold(self, seq: Sequence) -> bool:
         """Whether all tokens of `seq` would fit if it had all pages to itself."""
         return pages_for(seq.num_tokens) * seq.num_layers <= self.pool.num_pages
 
-    # ---- a sequence's life: begin, ([extend,] reserve, commit)*, release
+    # ---- a sequence's life: begin, [borrow or copy_partial,] ([extend,] reserve, commit)*, release
 
     def begin(self, seq: Sequence) -> int:
         """Give `seq` the cached pages of its tokens. Returns and sets num_computed = num_cached."""
@@ -138,32 +165,134 @@ class KVCache:
         """Skip pages that others have entered since `seq` began, unless it has own pages, part filled.
 
         Requests that arrive together with one prompt prefix thus compute it about once. Returns the number
-        of tokens skipped, which are added to num_computed and num_cached.
+        of tokens skipped in all layers, which are added to num_computed and num_cached.
         """
         first = seq.num_tree_pages
         if seq.num_pages != first:
             return 0
-        end = self._match(seq)
-        if end <= first:
-            return 0
-        keys = seq.page_keys(end)[first:end]
-        skipped = (end - first) * PAGE_TOKENS
-        seq.grow_page_table(end)
-        for path, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
-            nodes = [tree.nodes[key] for key in keys]
+        ends = self._match(seq)
+        seq.grow_page_table(ends[0])
+        for path, tree, end in zip(seq.nodes, self._trees_of(seq), ends, strict=True):
+            held = len(path)
+            if end == held:
+                continue
+            nodes = [tree.nodes[key] for key in seq.page_keys(end)[held:end]]
             for node in nodes:
                 self._reference(node)
             path += nodes
-            rows = slice(tree.segment.first_layer, tree.segment.end_layer)
-            seq.page_table[rows, first:end] = np.stack([node.pages for node in nodes], axis=1)
+            seq.page_table[tree.rows, held:end] = np.stack([node.pages for node in nodes], axis=1)
             if seq.num_preemptions == 0:
-                tree.hit_tokens += skipped
+                tree.hit_tokens += (end - held) * PAGE_TOKENS
+        self._take_hidden(seq, ends)
+        skipped = (ends[-1] - first) * PAGE_TOKENS
         if seq.num_preemptions:
             self.resumed_tokens += skipped
-        seq.num_pages = end
+        seq.num_pages = ends[-1]
         seq.num_computed += skipped
         seq.num_cached += skipped
         return skipped
+
+    def _take_hidden(self, seq: Sequence, ends: list[int]) -> None:
+        """Take the hidden states of the pages that enter at a boundary, before they may be evicted."""
+        before, seq.entering = seq.entering, {}
+        for upper in range(len(ends) - 1, 0, -1):
+            boundary = seq.segments[upper].boundary
+            for page in range(ends[upper], ends[upper - 1]):
+                rows = self.boundaries.get(boundary, seq.page_keys(page + 1)[page])
+                # Not there any more: held since an earlier match, and paths only grow, so at this boundary.
+                seq.entering[page] = before[page] if rows is None else rows
+
+    def copy_partial(self, seq: Sequence, spare_pages: int = 0) -> int:
+        """Let `seq`, which has just begun, copy the page whose tokens begin like its next ones.
+
+        Returns the tokens spared, added to num_computed and num_cached; the caller has the pages copied
+        (take_copies) before anything else is computed or released. `spare_pages` as in can_begin.
+        """
+        first = seq.num_tree_pages
+        if not self._reuses(seq) or seq.num_pages != first or len(seq.nodes[0]) > first:
+            return 0
+        start = first * PAGE_TOKENS
+        wanted = seq.token_ids[start : min(start + PAGE_TOKENS, seq.num_tokens - 1)]
+        if wanted.size < MIN_COPIED_TOKENS:
+            return 0
+        count, donors = self._begin_alike(seq, seq.parent_key(first), wanted)
+        pinned = sum(node.pages.size for node in donors if node.refs == 0)
+        need = spare_pages + (pages_for(seq.num_tokens) - first) * seq.num_layers
+        if not donors or need > self.pool.num_free + self.num_evictable_pages - pinned:
+            return 0
+        for node, segment in zip(donors, seq.segments, strict=True):
+            self._reference(node)
+            self.boundaries.begin_page(seq, segment.boundary, node.key, start + count)
+        seq.copied_from = donors
+        seq.num_computed += count
+        seq.num_cached += count
+        self.copied_tokens += count
+        return count
+
+    def _begin_alike(self, seq: Sequence, parent: bytes, wanted: np.ndarray) -> tuple[int, list[Node]]:
+        """The page after `parent` whose tokens agree with `wanted` the longest: how many, its nodes."""
+        *lower, top = self._trees_of(seq)
+        best, donors = MIN_COPIED_TOKENS - 1, []
+        for key, child in islice(reversed(top.children.get(parent, {}).items()), _MAX_CANDIDATES):
+            differs = child.token_ids[: wanted.size] != wanted
+            count = int(differs.argmax()) if differs.any() else wanted.size
+            if count > best and all(key in tree.nodes for tree in lower):
+                best, donors = count, [*(tree.nodes[key] for tree in lower), child]
+        return best, donors
+
+    def borrow(self, seq: Sequence, spare_pages: int = 0) -> int:
+        """Let `seq`, which has just begun and asks for approximate reuse, take over KV of equal words.
+
+        All its pages are reserved. Returns the tokens taken over; the caller has their KV copied
+        (take_borrowed) before anything else is computed or released. `spare_pages` as in can_begin.
+        """
+        if self.planner is None or seq.reuse != "approx" or not self._reuses(seq):
+            return 0
+        plan = self.planner.plan(seq, self._trees_of(seq))
+        if plan is None:
+            return 0
+        pinned = sum(node.pages.size for node in plan.nodes if node.refs == 0)
+        need = spare_pages + self.missing_pages(seq, seq.num_tokens)
+        if need > self.pool.num_free + self.num_evictable_pages - pinned:
+            return 0
+        for node in plan.nodes:
+            self._reference(node)
+        seq.copied_from = list(plan.nodes)
+        reserved = self.reserve(seq, seq.num_tokens)
+        assert reserved, f"{seq} lacks pages that were counted"
+        seq.reused, seq.borrowed = plan.reused, plan.borrowed
+        seq.stale = np.flatnonzero(plan.reused)
+        seq.num_computed = seq.end_after(0)
+        self.approximate_tokens += seq.stale.size
+        return int(seq.stale.size)
+
+    def take_borrowed(self, seq: Sequence) -> Borrowed | None:
+        """The KV to copy before the next tokens of `seq` run."""
+        borrowed, seq.borrowed = seq.borrowed, None
+        if borrowed is not None:
+            self._drop_copies(seq)
+        return borrowed
+
+    def take_copies(self, seq: Sequence) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
+        if not seq.copied_from or seq.borrowed is not None:
+            return None
+        source = np.concatenate([node.pages for node in seq.copied_from])
+        self._drop_copies(seq)
+        return source, seq.page_table[:, seq.num_tree_pages].copy()
+
+    def _drop_copies(self, seq: Sequence) -> None:
+        for node in reversed(seq.copied_from):
+            self._dereference(node)
+        seq.copied_from = []
+
+    def missing_pages(self, seq: Sequence, num_tokens: int) -> int:
+        """Pages that `seq` lacks for its first `num_tokens` tokens."""
+        end, first = pages_for(num_tokens), seq.num_pages
+        return sum(
+            max(0, end - max(first, len(path))) * (segment.end_layer - segment.first_layer)
+            for path, segment in zip(seq.nodes, seq.segments, strict=True)
+        )
 
     def reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` own pages for tokens [0, num_tokens) in every layer, evicting as needed.
@@ -174,11 +303,12 @@ class KVCache:
         first = seq.num_pages
         if end <= first:
             return True
-        count = (end - first) * seq.num_layers
+        count = self.missing_pages(seq, num_tokens)
         if count > self.pool.num_free and not self._evict_until_free(count):
             return False
         seq.grow_page_table(end)
-        seq.page_table[:, first:end] = self.pool.allocate(count).reshape(end - first, seq.num_layers).T
+        columns = seq.page_table[:, first:end].T
+        columns[columns < 0] = self.pool.allocate(count)  # others are the tree's
         seq.num_pages = end
         return True
 
@@ -189,38 +319,52 @@ class KVCache:
         computed it first), the sequence drops its own pages of that segment and points at the node's.
         """
         full = seq.num_computed // PAGE_TOKENS
-        first = seq.num_tree_pages
-        if full <= first or not self.prefix_caching:
-            return
-        keys = seq.page_keys(full)
+        if full <= seq.num_tree_pages or not self._reuses(seq) or seq.reused is not None:
+            return  # what is computed from approximate KV is approximate
+        first, keys = seq.num_tree_pages, seq.page_keys(full)
         for nodes, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
-            rows = slice(tree.segment.first_layer, tree.segment.end_layer)
-            for page in range(first, full):
-                own = seq.page_table[rows, page]
+            for page in range(len(nodes), full):
+                own = seq.page_table[tree.rows, page]
                 node = tree.nodes.get(keys[page])
                 if node is None:
-                    node = Node(tree, keys[page], nodes[page - 1] if page else None, own.copy())
-                    tree.nodes[keys[page]] = node
+                    tokens = seq.token_ids[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].copy()
+                    parent = nodes[page - 1] if page else None
+                    node = Node(tree, keys[page], parent, seq.parent_key(page), own.copy(), tokens)
+                    tree.add(node)
                     self.num_cached_pages += node.pages.size
                 else:
                     self._reference(node)
                     self.pool.free(own)
-                    seq.page_table[rows, page] = node.pages
+                    seq.page_table[tree.rows, page] = node.pages
                     tree.deduped_tokens += PAGE_TOKENS
                 nodes.append(node)
+        for page in [page for page in seq.entering if page < full]:
+            del seq.entering[page]
+        if self.planner is not None and first < seq.num_prompt_pages <= full:
+            self.planner.remember(seq)
         self.version += 1
 
     def release(self, seq: Sequence) -> None:
         """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
-        self.pool.free(seq.page_table[:, seq.num_tree_pages : seq.num_pages].ravel())
+        self.pool.free(seq.own_pages())
+        self._drop_copies(seq)
+        self.boundaries.touch(seq)
         # Last page first, top segment first: the order in which they should be evicted.
-        for page in range(seq.num_tree_pages - 1, -1, -1):
+        for page in range(len(seq.nodes[0]) - 1, -1, -1):
             for nodes in reversed(seq.nodes):
-                self._dereference(nodes[page])
+                if page < len(nodes):
+                    self._dereference(nodes[page])
         for nodes in seq.nodes:
             nodes.clear()
-        seq.page_table[:, : seq.num_pages] = -1
+        seq.entering.clear()
+        seq.unfinished.clear()
+        seq.reused = seq.borrowed = None
+        seq.stale = seq.stale[:0]
+        seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
+
+    def _reuses(self, seq: Sequence) -> bool:
+        return self.prefix_caching and seq.reuse != "off"
 
     # ---- nodes
 
@@ -247,7 +391,7 @@ class KVCache:
         evicted: list[np.ndarray] = []
         while short > 0:
             node, _ = self._lru.popitem(last=False)
-            del node.tree.nodes[node.key]
+            node.tree.remove(node)
             evicted.append(node.pages)
             short -= node.pages.size
         pages = np.concatenate(evicted)
@@ -276,6 +420,8 @@ class KVCache:
             pages_owned=self.pool.num_pages - self.pool.num_free - self.num_cached_pages,
             lookups=self.lookups,
             resumed_tokens=self.resumed_tokens,
+            copied_tokens=self.copied_tokens,
+            approximate_tokens=self.approximate_tokens,
             evictions=self.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,
@@ -288,53 +434,6 @@ class KVCache:
         """
         sequences = list(sequences)
         nodes = [node for tree in self._trees.values() for node in tree.nodes.values()]
-        self._check_partition(sequences, nodes)
-        self._check_references(sequences, nodes)
-        self._check_lru(nodes)
-
-    def _check_partition(self, sequences: list[Sequence], nodes: list[Node]) -> None:
-        owned = [seq.page_table[:, seq.num_tree_pages : seq.num_pages].ravel() for seq in sequences]
-        cached = [node.pages for node in nodes]
-        everyone = np.concatenate([self.pool.free_ids(), *cached, *owned])
-        counts = np.bincount(everyone, minlength=self.pool.num_pages) if everyone.min() >= 0 else None
-        if counts is None or counts.size != self.pool.num_pages or (counts != 1).any():
-            wrong = everyone.tolist() if counts is None else np.flatnonzero(counts != 1).tolist()
-            raise IntegrityError(f"free + cached + owned is not each page once; wrong pages: {wrong[:20]}")
-        if sum(pages.size for pages in cached) != self.num_cached_pages:
-            raise IntegrityError(f"{self.num_cached_pages} cached pages counted, not what the nodes hold")
-
-    def _check_references(self, sequences: list[Sequence], nodes: list[Node]) -> None:
-        refs = dict.fromkeys(nodes, 0)
-        for seq in sequences:
-            if not all(len(path) == seq.num_tree_pages for path in seq.nodes):
-                raise IntegrityError(f"{seq} has paths of unequal length in its segments")
-            if not seq.num_tree_pages <= seq.num_computed / PAGE_TOKENS <= seq.num_pages:
-                raise IntegrityError(
-                    f"{seq} has {seq.num_tree_pages} pages in the tree and {seq.num_pages} in all: it would "
-                    "write into the tree or beside its pages"
-                )
-            for path, segment in zip(seq.nodes, seq.segments, strict=True):
-                for page, node in enumerate(path):
-                    rows = slice(segment.first_layer, segment.end_layer)
-                    if node not in refs or node.parent is not (path[page - 1] if page else None):
-                        raise IntegrityError(f"page {page} of {seq}, {segment} is not on a path of the tree")
-                    if not np.array_equal(seq.page_table[rows, page], node.pages):
-                        raise IntegrityError(f"page {page} of {seq}, {segment} is not that of its node")
-                    refs[node] += 1
-        if any(node.refs != count for node, count in refs.items()):
-            raise IntegrityError("the nodes' reference counts are not those of the running sequences")
-
-    def _check_lru(self, nodes: list[Node]) -> None:
-        present = set(nodes)
-        if any(node.parent is not None and node.parent not in present for node in nodes):
-            raise IntegrityError("a node has outlived its parent")
-        order = {node: place for place, node in enumerate(self._lru)}
-        if set(order) != {node for node in nodes if node.refs == 0}:
-            raise IntegrityError("the evictable nodes are not the unreferenced ones")
-        if sum(node.pages.size for node in order) != self.num_evictable_pages:
-            raise IntegrityError(
-                f"{self.num_evictable_pages} evictable pages counted, not what the nodes hold"
-            )
-        for node, place in order.items():
-            if node.parent is not None and order.get(node.parent, len(order)) <= place:
-                raise IntegrityError("a node would be evicted before its child")
+        check_partition(self.pool, sequences, nodes, self.num_cached_pages)
+        check_references(sequences, nodes)
+        check_lru(nodes, list(self._lru), self.num_evictable_pages)

@@ -13,6 +13,9 @@ from typing import Any, Literal
 from blockzoo.runtime.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+KVReuse = Literal["off", "exact", "approx"]
+"""What KV of earlier requests a request may use: none, that of equal prefixes, or also that of equal words
+behind other ones."""
 
 MAX_TOKENS_LIMIT = 1_000_000
 MAX_LOGPROBS = 20

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError
-from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
+from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.prefix_tree import KVCache
 from blockzoo.runtime.sequence import Sequence
 
@@ -182,6 +182,7 @@ class Scheduler:
                 if self._make_room(step, entry, seq.num_tokens):
                     step.chosen[entry] = 1
                     step.budget -= 1
+        self._schedule_refresh(step)
         for entry in prefills:
             if entry.running and step.budget > 0:
                 entry.seq.cache.extend(entry.seq)
@@ -195,20 +196,32 @@ class Scheduler:
             entry = self._entries.get(seq.request_id)
             if entry is None or entry.seq is not seq:
                 continue  # aborted while the step ran
-            seq.num_computed += num_tokens
+            seq.num_computed = seq.end_after(num_tokens)
+            seq.stale = seq.stale[seq.num_refreshing :]
             seq.cache.commit(seq)
+
+    def _schedule_refresh(self, step: _Step) -> None:
+        """Beside their new tokens, sequences with approximate KV compute some of it anew."""
+        for entry in self._running:
+            seq, planner = entry.seq, entry.seq.cache.planner
+            seq.num_refreshing = 0
+            if entry in step.chosen and planner is not None:
+                seq.num_refreshing = min(seq.stale.size, planner.config.refresh, max(0, step.budget))
+                step.budget -= seq.num_refreshing
 
     def _schedule_prefill(self, step: _Step, entry: _Entry) -> None:
         seq = entry.seq
-        end = seq.num_tokens
-        if seq.num_uncomputed > step.budget:
-            end = seq.num_computed + step.budget
+        rows, end = seq.num_uncomputed, seq.num_tokens
+        if rows > step.budget:
+            rows = step.budget
+            end = seq.end_after(rows)
             border = end - end % PAGE_TOKENS
-            if 2 * (border - seq.num_computed) >= step.budget:  # not at the price of half the step
-                end = border
+            # not at the price of half the step
+            if seq.reused is None and 2 * (border - seq.num_computed) >= step.budget:
+                rows, end = border - seq.num_computed, border
         if self._make_room(step, entry, end):
-            step.chosen[entry] = end - seq.num_computed
-            step.budget -= end - seq.num_computed
+            step.chosen[entry] = rows
+            step.budget -= rows
             step.prefills += 1
 
     def _make_room(self, step: _Step, entry: _Entry, num_tokens: int) -> bool:
@@ -258,7 +271,8 @@ class Scheduler:
         seq, cache = entry.seq, entry.seq.cache
         if cache in step.full:
             return
-        if not cache.can_begin(seq, self._spare_pages(cache)):
+        spare_pages = self._spare_pages(cache)
+        if not cache.can_begin(seq, spare_pages):
             step.full.add(cache)  # who comes later must not overtake it
             return
         if entry in self._waiting:
@@ -268,12 +282,14 @@ class Scheduler:
         entry.running = True
         insort(self._running, entry)
         cache.begin(seq)
+        if not cache.borrow(seq, spare_pages):
+            cache.copy_partial(seq, spare_pages)
         self._schedule_prefill(step, entry)
 
     def _spare_pages(self, cache: KVCache) -> int:
         """Pages that running sequences will soon need: the rest of their prompts, and one page ahead."""
         running = [entry.seq for entry in self._running if entry.seq.cache is cache]
-        return sum((pages_for(s.num_tokens) + 1 - s.num_pages) * s.num_layers for s in running)
+        return sum(cache.missing_pages(seq, seq.num_tokens + PAGE_TOKENS) for seq in running)
 
     def _ordered_waiting(self) -> list[tuple[float, float, int, _Entry]]:
         """A heap of the waiting: (rank, arrival, order of add, entry)."""

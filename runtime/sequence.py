@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.request import KVReuse
+from blockzoo.runtime.reuse import Borrowed, pieces
 
 if TYPE_CHECKING:
     from blockzoo.runtime.prefix_tree import KVCache, Node
@@ -39,11 +41,28 @@ def page_key(parent: bytes, token_ids: np.ndarray) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Layers [first_layer, end_layer) of a chain; equal `key`s compute equal KV there from equal tokens."""
+    """Layers [first_layer, end_layer) of a chain; equal `key`s compute equal KV there from equal tokens.
+
+    Attributes:
+        boundary: equal ones have equal hidden states where their chains first differ below this segment,
+            from equal tokens. Empty where nothing may enter: the chain's first segment.
+    """
 
     first_layer: int
     end_layer: int
     key: str
+    boundary: str = ""
+
+
+class Part(NamedTuple):
+    """Tokens [start, end) of a sequence; the KV of its lower `level` segments is in the tree already.
+
+    With a level above 0 the tokens' hidden states enter the chain at segment number `level`.
+    """
+
+    start: int
+    end: int
+    level: int
 
 
 class Sequence:
@@ -54,7 +73,10 @@ class Sequence:
         "_root_key",
         "_tokens",
         "arrival",
+        "borrowed",
         "cache",
+        "copied_from",
+        "entering",
         "model",
         "nodes",
         "num_cached",
@@ -62,12 +84,17 @@ class Sequence:
         "num_layers",
         "num_pages",
         "num_preemptions",
+        "num_refreshing",
         "num_tokens",
         "page_table",
         "prompt_len",
         "request_id",
+        "reuse",
+        "reused",
         "scope",
         "segments",
+        "stale",
+        "unfinished",
     )
 
     def __init__(
@@ -79,13 +106,18 @@ class Sequence:
         scope: str,
         prompt_token_ids: AnySequence[int] | np.ndarray,
         arrival: float,
+        reuse: KVReuse = "exact",
     ) -> None:
-        """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic()."""
+        """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
+
+        Only sequences of one `scope` share KV.
+        """
         self.request_id = request_id
         self.model = model
         self.cache = cache
         self.segments = tuple(segments)
         self.scope = scope
+        self.reuse = reuse
         self.arrival = arrival
         self.num_layers = _check_segments(self.segments)
 
@@ -100,8 +132,19 @@ class Sequence:
         self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]
         self.num_pages = 0  # valid columns of page_table
         # Per segment: the tree nodes of the leading pages. These pages belong to the tree and are read only;
-        # the columns from num_tree_pages on are the sequence's own.
+        # the columns behind them are the sequence's own. A lower segment's path may be longer than an upper
+        # one's: the tokens between enter the chain at the boundary, with the hidden states in `entering`.
         self.nodes: list[list[Node]] = [[] for _ in self.segments]
+        self.entering: dict[int, Any] = {}  # page -> hidden states [32, hidden]
+        # boundary -> (next token, hidden states [32, hidden]) of a page that is not complete yet
+        self.unfinished: dict[str, tuple[int, Any]] = {}
+        self.copied_from: list[Node] = []  # per segment: whose page begins like the first own page, if any
+        # With approximate reuse: which tokens keep KV that was computed behind other words (bool, of the
+        # tokens when it began), how that KV comes here, which are still to be refreshed while decoding.
+        self.reused: np.ndarray | None = None
+        self.borrowed: Borrowed | None = None
+        self.stale = np.empty(0, np.int64)
+        self.num_refreshing = 0  # of `stale`, in this step
         self._root_key = root_key(scope)
         self._page_keys: list[bytes] = []
 
@@ -113,12 +156,68 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens whose KV is still to be computed."""
-        return self.num_tokens - self.num_computed
+        left = self.num_tokens - self.num_computed
+        return left if self.reused is None else left - int(self.reused[self.num_computed :].sum())
+
+    def end_after(self, num_rows: int) -> int:
+        """What num_computed will be when `num_rows` more tokens have been computed."""
+        start = self.num_computed
+        if self.reused is None or start >= self.reused.size:
+            return start + num_rows
+        fresh = start + np.flatnonzero(~self.reused[start:])
+        if num_rows < fresh.size:
+            return int(fresh[num_rows])
+        return self.reused.size + num_rows - fresh.size
 
     @property
     def num_tree_pages(self) -> int:
-        """Leading pages that belong to the prefix tree."""
-        return len(self.nodes[0])
+        """Leading pages that belong to the prefix tree in all layers."""
+        return len(self.nodes[-1])
+
+    @property
+    def root_key(self) -> bytes:
+        """What stands for the scope."""
+        return self._root_key
+
+    @property
+    def num_spared(self) -> int:
+        """Tokens whose work the cache spares; where it spares some layers only, their share of it."""
+        late = sum(
+            (len(path) - self.num_tree_pages) * (segment.end_layer - segment.first_layer)
+            for path, segment in zip(self.nodes, self.segments, strict=True)
+        )
+        borrowed = 0 if self.reused is None else int(self.reused.sum())
+        return self.num_cached + borrowed + late * PAGE_TOKENS // self.num_layers
+
+    @property
+    def num_prompt_pages(self) -> int:
+        """Pages that the prompt fills."""
+        return self.prompt_len // PAGE_TOKENS
+
+    def own_pages(self) -> np.ndarray:
+        """The pages that belong to this sequence alone, int32 [n]."""
+        owned = [
+            self.page_table[segment.first_layer : segment.end_layer, len(path) : self.num_pages].ravel()
+            for path, segment in zip(self.nodes, self.segments, strict=True)
+        ]
+        return np.concatenate(owned)
+
+    def parts(self, end: int) -> list[Part]:
+        """The tokens to compute from num_computed to `end`, cut where the level changes.
+
+        All but the last end a page, or are single tokens between others that are reused.
+        """
+        parts = []
+        start = self.num_computed
+        for level in range(len(self.nodes) - 1, -1, -1):  # the more is cached, the further in front
+            stop = end if level == 0 else min(end, len(self.nodes[level - 1]) * PAGE_TOKENS)
+            if level == 0 and self.reused is not None and start < self.reused.size:
+                fresh = start + np.flatnonzero(~self.reused[start:end])
+                parts += [Part(a, b, 0) for a, b in pieces(fresh, self.num_tokens)]
+            elif stop > start:
+                parts.append(Part(start, stop, level))
+                start = stop
+        return parts
 
     def append_token(self, token_id: int) -> None:
         """Add a generated token."""
@@ -128,6 +227,10 @@ class Sequence:
             self._tokens = grown
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+
+    def parent_key(self, page: int) -> bytes:
+        """The key of all tokens before `page`."""
+        return self.page_keys(page)[page - 1] if page else self._root_key
 
     def page_keys(self, count: int) -> list[bytes]:
         """Keys of the first `count` pages or more, which must be full of tokens; each is computed once."""
@@ -145,7 +248,7 @@ class Sequence:
             return
         capacity = -(-max(num_pages, 2 * capacity) // _PAGE_TABLE_CHUNK) * _PAGE_TABLE_CHUNK
         grown = np.full((layers, capacity), -1, dtype=np.int32)
-        grown[:, : self.num_pages] = self.page_table[:, : self.num_pages]
+        grown[:, : self.page_table.shape[1]] = self.page_table
         self.page_table = grown
 
     def __repr__(self) -> str:

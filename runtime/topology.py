@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from blockzoo.runtime.sequence import Segment
@@ -59,6 +59,14 @@ class ChainPlan:
     """One model as the runtime sees it. Models with equal chains and adapters share one plan.
 
     Adapters split no span: the rows of models that differ in them alone go through the same engines.
+
+    Attributes:
+        uses: the spans of the chain, in order.
+        segments: what KV is shared with which other models.
+        entries: per segment, the first of `uses` that runs for tokens whose KV below the segment is there:
+            the one at which the models that share the segment below part. 0 for the first segment, and
+            where they part within a span, by an adapter: nothing enters there.
+        adapters: (position in the chain, adapter id).
     """
 
     family: Family
@@ -68,6 +76,7 @@ class ChainPlan:
     segments: tuple[Segment, ...]
     vocab_size: int
     adapters: tuple[tuple[int, str], ...] = ()  # (position in the chain, adapter id)
+    entries: tuple[int, ...] = (0,)
 
 
 class _Variant(NamedTuple):
@@ -111,7 +120,7 @@ def plan_topology(manifest: Manifest, max_span_layers: int | None = None) -> Top
             Span(run, _num_layers(run, manifest.blocks), run in drops, lora.get(run, ())) for run in spans
         ),
         chains=tuple(
-            _chain_plan(variant, runs[variant.chain], index, segments[variant], manifest.blocks)
+            _chain_plan(variant, runs[variant.chain], index, *segments[variant], manifest.blocks)
             for variant in variants
         ),
         chain_of_model={name: i for i, variant in enumerate(variants) for name in models_of[variant]},
@@ -195,6 +204,7 @@ def _chain_plan(
     chain_runs: tuple[tuple[str, ...], ...],
     index: Mapping[tuple[str, ...], int],
     segments: tuple[Segment, ...],
+    boundaries: tuple[int, ...],
     blocks: Mapping[str, BlockRecord],
 ) -> ChainPlan:
     chain = variant.chain
@@ -207,16 +217,24 @@ def _chain_plan(
     assert isinstance(attn, AttnSpec), "the manifest reader checks the order of kinds"
     assert isinstance(head, HeadSpec), "the manifest reader checks the order of kinds"
     family = Family(attn.hidden_size, attn.num_kv_heads, attn.head_dim)
-    return ChainPlan(family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters)
+    # chains that part at a block go on differently after the one before: a span begins there
+    use_at = {use.position: i for i, use in enumerate(uses)}
+    entries = tuple(use_at.get(position, 0) for position in boundaries)
+    segments = tuple(
+        s if entry else replace(s, boundary="") for s, entry in zip(segments, entries, strict=True)
+    )
+    return ChainPlan(
+        family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries
+    )
 
 
 def _segments(
     variants: Sequence[_Variant], blocks: Mapping[str, BlockRecord]
-) -> dict[_Variant, tuple[Segment, ...]]:
+) -> dict[_Variant, tuple[tuple[Segment, ...], tuple[int, ...]]]:
     """Per model the maximal layer ranges whose KV is shared by one and the same set of models.
 
     The KV of a layer depends on every block up to its attention, and on their adapters, so its identity is
-    the hash of that prefix.
+    the hash of that prefix. With each range comes the position in the chain at which its sharers below part.
     """
     prefixes = {variant: _layer_keys(variant, blocks) for variant in variants}
     sharers: dict[str, set[_Variant]] = defaultdict(set)
@@ -227,8 +245,32 @@ def _segments(
     for variant, keys in prefixes.items():
         starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
         ends = [*starts[1:], len(keys)]
-        result[variant] = tuple(Segment(a, b, keys[a]) for a, b in zip(starts, ends, strict=True))
+        # before them: blocks that all sharers of the layer below have in common
+        boundaries = [1, *(_common_length(sharers[keys[start - 1]]) for start in starts[1:])]
+        result[variant] = (
+            tuple(
+                Segment(start, end, keys[start], _prefix_key(variant, boundary))
+                for start, end, boundary in zip(starts, ends, boundaries, strict=True)
+            ),
+            tuple(boundaries),
+        )
     return result
+
+
+def _steps(variant: _Variant) -> list[str]:
+    """What computes, block by block: the block, and its adapter."""
+    adapters = dict(variant.adapters)
+    return [f"{block_id} {adapters.get(i, '')}" for i, block_id in enumerate(variant.chain)]
+
+
+def _common_length(variants: set[_Variant]) -> int:
+    """The number of steps that all models begin with."""
+    columns = zip(*map(_steps, variants), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _prefix_key(variant: _Variant, length: int) -> str:
+    return hashlib.sha256("\n".join(["hidden states after", *_steps(variant)[:length]]).encode()).hexdigest()
 
 
 def _layer_keys(variant: _Variant, blocks: Mapping[str, BlockRecord]) -> list[str]:

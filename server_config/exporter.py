@@ -29,6 +29,7 @@ _COUNTERS = {
     "requests_arrived_total": "Requests queued",
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
+    "copied_tokens_total": "Prompt tokens whose KV was copied from a page that begins alike",
     "generated_tokens_total": "Tokens generated",
     "preemptions_total": "Requests set back because pages ran out",
     "adapter_loads_total": "Adapters of blocks read from the zoo",
@@ -40,6 +41,7 @@ _LABELLED = {  # field -> (metric, label, description)
     "requests_total": ("requests_total", "finish_reason", "Requests ended"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
 }
+_WAIT_P99 = "wait_p99_seconds"
 
 
 class MetricsExporter:
@@ -63,6 +65,9 @@ class MetricsExporter:
             field: self._family(name, description, kinds.COUNTER)
             for field, (name, _, description) in _LABELLED.items()
         }
+        self._labelled[_WAIT_P99] = self._family(
+            _WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
+        )
         self._ttft = self._histogram("ttft_seconds", "From arrival to the first token", TTFT_BOUNDS)
         self._gap = self._histogram(
             "inter_token_seconds", "Between two tokens of a request", INTER_TOKEN_BOUNDS
@@ -87,6 +92,8 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=True)
+        for label, waits in metrics.wait_seconds.items():
+            self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
 
     def _update(self, name: str, label: str, value: float, counter: bool) -> None:
         key = (name, label)
@@ -94,7 +101,8 @@ class MetricsExporter:
         if value == seen:
             return
         if key not in self._metrics:
-            self._metrics[key] = self._labelled[name].Metric(labels={_LABELLED[name][1]: label})
+            label_name = _LABELLED[name][1] if name in _LABELLED else "cached_percent"
+            self._metrics[key] = self._labelled[name].Metric(labels={label_name: label})
         metric = self._metrics[key]
         if counter:
             metric.increment(value - seen)

@@ -120,12 +120,17 @@ class EngineFront:
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
         stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline)
-        scope = parsed.kv_scope if parsed.kv_reuse else f"kv_reuse=off {stream.request_id}"
         self._streams[stream.request_id] = stream
         try:
             on_output = partial(self._on_output, stream)
             self._engine.submit(
-                stream.request_id, parsed.model, parsed.prompt, parsed.params, on_output, scope
+                stream.request_id,
+                parsed.model,
+                parsed.prompt,
+                parsed.params,
+                on_output,
+                parsed.kv_scope,
+                parsed.kv_reuse,
             )
         except BaseException:
             del self._streams[stream.request_id]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from blockzoo.runtime.errors import InvalidRequestError, UnknownModelError
-from blockzoo.runtime.request import SamplingParams
+from blockzoo.runtime.request import KVReuse, SamplingParams
 from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS
 
 MAX_TEXT_BYTES = 1 << 20
@@ -63,7 +63,7 @@ class ParsedRequest:
         stream: one response per token instead of one in all.
         echo: text to put before the answer ("" where none is wanted).
         kv_scope: see `EngineThread.submit`.
-        kv_reuse: False where the request must share cached KV with no other.
+        kv_reuse: see `EngineThread.submit`.
         timeout_s: the client's own limit, from Triton's `timeout` parameter; None without one.
     """
 
@@ -73,7 +73,7 @@ class ParsedRequest:
     stream: bool
     echo: str
     kv_scope: str | None
-    kv_reuse: bool
+    kv_reuse: KVReuse
     timeout_s: float | None
 
 
@@ -105,13 +105,12 @@ def parse_request(
     if kv_reuse not in (None, "", "exact", "off"):
         hint = " (approximate reuse is not part of this release)" if kv_reuse == "approx" else ""
         raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected 'exact' or 'off'{hint}")
+    reuse: KVReuse = "off" if kv_reuse == "off" else "exact"
     kv_scope = _text(inputs, "kv_scope")
     if kv_scope is not None and len(kv_scope) > MAX_SCOPE_CHARS:
         raise InvalidRequestError(f"kv_scope has {len(kv_scope)} characters; at most {MAX_SCOPE_CHARS}")
     params = _sampling_params(inputs)
-    return ParsedRequest(
-        model, prompt, params, stream, echo, kv_scope or None, kv_reuse != "off", _timeout(parameters)
-    )
+    return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, _timeout(parameters))
 
 
 def checked_text(value: bytes, name: str) -> str:

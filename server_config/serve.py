@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
     engine.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt with its answer")
     engine.add_argument("--max-request-seconds", type=_amount, metavar="S", help="limit per request (600)")
+    engine.add_argument(
+        "--kv-sharing",
+        choices=("model", "scope"),
+        help="share cached KV of a scope within each model (default) or between models too",
+    )
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
     engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
     parser.add_argument(
@@ -100,6 +105,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "max_model_len": args.max_model_len,
         # an ensemble's cancelled requests run on unnoticed: something must bound them
         "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
+        "kv_sharing": args.kv_sharing,
         "schedule": args.schedule,
         "num_threads": args.threads,
     }

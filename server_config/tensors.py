@@ -44,7 +44,7 @@ SAMPLING_INPUTS = (
     TensorField("exclude_input_in_output", "BOOL"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
     TensorField("kv_reuse", "STRING"),  # ours: "exact" or "off"
-    TensorField("kv_scope", "STRING"),  # ours: only requests of one scope share cached KV
+    TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
 INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT)

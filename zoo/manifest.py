@@ -296,6 +296,9 @@ class Manifest:
             raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
         for position, adapter_id in model.adapters.items():
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
+        for position in model.equivalence.own_blocks if model.equivalence is not None else ():
+            if position >= len(model.chain):
+                raise ManifestError(f"{here}.equivalence.own_blocks.{position}: beyond the chain")
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
                 raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")

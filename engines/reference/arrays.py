@@ -59,15 +59,16 @@ class TorchArrays:
 
     def activations(self, values: np.ndarray) -> torch.Tensor:
         """float32 values as activations."""
-        own = values if values.flags.writeable else values.copy()  # torch takes no read-only memory
-        return torch.from_numpy(own).to(self.device, self._dtypes["activation"])
+        # a copy where they are read-only (mapped files): torch takes no such memory
+        writable = np.require(values, requirements="W")
+        return torch.from_numpy(writable).to(self.device, self._dtypes["activation"])
 
     def wait(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """On a GPU a CUDA graph of `run`, made at the third call: the first two compile and warm up."""
         if not self.records:
             return run
@@ -77,7 +78,7 @@ class TorchArrays:
 
 
 class _Recorded:
-    def __init__(self, run: Callable[[], None], memory: Any) -> None:
+    def __init__(self, run: Callable[[], Any], memory: Any) -> None:
         self._run, self._memory = run, memory
         self._graph: Any = None
         self._calls = 0

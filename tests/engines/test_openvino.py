@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,12 @@ def test_a_precision_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(EngineError, match="bf16 was asked for, but this CPU offers FP32, INT8; use f32"):
         OpenVINOEngines("bf16")
     assert OpenVINOEngines().precision == "f32"
+
+
+def test_openvino_is_imported_without_its_telemetry() -> None:
+    script = (
+        "import sys, blockzoo.engines.openvino, openvino\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+        "import threading; assert threading.active_count() == 1, threading.enumerate()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -28,6 +28,8 @@ def whole(path: Path) -> set[str]:
         zoo.check_tokenizer(name)
         for block in record.chain:
             zoo.read_block(block)
+        for adapter in record.adapters.values():
+            zoo.read_adapter(adapter)
     return set(zoo.manifest.models)
 
 
@@ -62,7 +64,8 @@ def test_killed_at_random_moments(demo_family: dict[str, Path], tmp_path: Path) 
     subprocess.run(command(more, zoo), check=True)
     assert whole(zoo) == {*first, *more}
     assert (zoo / "manifest.json").read_bytes() == expected
-    used = {f"{block}.safetensors" for block in Zoo.open(zoo).manifest.blocks}
+    manifest = Zoo.open(zoo).manifest
+    used = {f"{key}.safetensors" for key in (*manifest.blocks, *manifest.adapters)}
     assert {path.name for path in (zoo / "blocks").iterdir()} == used
 
 

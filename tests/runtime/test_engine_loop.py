@@ -216,21 +216,14 @@ def test_a_kv_budget_without_a_page_is_refused(demo_zoo: Path) -> None:
         {"max_waiting": -1},
         {"max_num_batched_tokens": 31},
         {"schedule": "random"},
+        {"kv_sharing": "all"},
+        {"boundary_cache_bytes": -1},
         {"max_request_seconds": 0.0},
     ],
 )
 def test_settings_out_of_range_are_named(setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(setting))):
         EngineConfig(**setting)
-
-
-def test_scopes_do_not_see_each_others_pages(engine: LLMEngine) -> None:
-    prompt = list(range(100, 200))
-    cached = []
-    for i, scope in enumerate(("red", "blue", "red", None)):
-        engine.add_request(str(i), "base", prompt, GREEDY, scope=scope)
-        cached.append(run(engine)[str(i)][-1].num_cached_tokens)
-    assert cached == [0, 0, 96, 0]
 
 
 # ---- LLM

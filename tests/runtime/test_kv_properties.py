@@ -2,7 +2,8 @@
 
 For each slot of each page the memory holds a number that stands for all its K and V depend on: scope, layers
 below, all tokens up to it. Each step first checks that every page table leads to exactly the right numbers
-for all tokens before it (what attention would read), then writes those of the step's own tokens.
+for all tokens before it (what attention would read), then writes those of the step's own tokens. Tokens that
+enter at a boundary must come with the right hidden states, and nothing is written in the layers below.
 """
 
 import random
@@ -15,28 +16,37 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.errors import OverloadedError
 from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
 from blockzoo.runtime.prefix_tree import KVCache
-from blockzoo.runtime.scheduler import Scheduler, SchedulerConfig
-from blockzoo.runtime.sequence import Segment, Sequence
+from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
+from blockzoo.runtime.sequence import Part, Segment, Sequence
 
-MODELS = {  # a and b share their two lower layers; c is of another geometry, so of another cache
-    "a": (Segment(0, 2, "low"), Segment(2, 3, "low+a")),
-    "b": (Segment(0, 2, "low"), Segment(2, 3, "low+b")),
+LOW, MIDDLE = Segment(0, 1, "low"), Segment(1, 2, "low+middle", "out of low")
+MODELS = {  # d leaves a and b after one layer, a and b part after two; c has another geometry and cache
+    "a": (LOW, MIDDLE, Segment(2, 3, "low+a", "out of middle")),
+    "b": (LOW, MIDDLE, Segment(2, 3, "low+b", "out of middle")),
     "c": (Segment(0, 2, "other"),),
+    "d": (LOW, Segment(1, 3, "low+d", "out of low")),
 }
+ROW_BYTES = 8
 PRIME = 2_147_483_629
 
 
 class World:
     """A scheduler over two caches, their memories, and an engine that checks what it reads."""
 
-    def __init__(self, num_pages: int, config: SchedulerConfig, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, config: SchedulerConfig, prefix_caching: bool = True, hidden_pages: int = 12
+    ) -> None:
         self.now = 0.0
         self.scheduler = Scheduler(config, clock=lambda: self.now)
-        large, small = KVCache(num_pages, prefix_caching), KVCache(num_pages // 2, prefix_caching)
-        self.caches = {"a": large, "b": large, "c": small}
+        self.boundaries = BoundaryCache(hidden_pages * PAGE_TOKENS * ROW_BYTES)
+        large, small = (
+            KVCache(pages, prefix_caching, self.boundaries) for pages in (num_pages, num_pages // 2)
+        )
+        self.caches = {"a": large, "b": large, "c": small, "d": large}
         self.memory = {
             cache: np.zeros((cache.pool.num_pages, PAGE_TOKENS), np.int64) for cache in (large, small)
         }
@@ -45,6 +55,7 @@ class World:
         self.refused = 0
         self.num_added = 0
         self.values: dict[str, np.ndarray] = {}
+        self.late_tokens = 0
 
     def add(self, model: str, scope: str, prompt: list[int], max_tokens: int) -> None:
         name = f"{self.num_added}"
@@ -82,14 +93,17 @@ class World:
         assert len({seq.request_id for seq, _ in scheduled}) == len(scheduled) <= config.max_num_seqs
         assert sum(num_tokens for _, num_tokens in scheduled) <= config.max_num_batched_tokens
         assert scheduled or all_failed or not self.scheduler.has_unfinished()
-        for seq, num_tokens in scheduled:
-            self.compute(seq, num_tokens)
+        self.copy(scheduled)
+        hidden = [self.compute(seq, num_tokens) for seq, num_tokens in scheduled]
         if abort is not None:
             self.abort(abort)
         if fault:  # nothing is known of what was written; the same work is scheduled again
             self.check()
             return len(scheduled)
         self.scheduler.advance(scheduled)
+        for (seq, _), parts in zip(scheduled, hidden, strict=True):
+            for boundary, start, rows in parts:
+                self.boundaries.record(seq, boundary, start, rows)
         self.check()
         for seq, _ in scheduled:
             name = seq.request_id
@@ -101,22 +115,46 @@ class World:
                     self.end(name)
         return len(scheduled)
 
-    def compute(self, seq: Sequence, num_tokens: int) -> None:
-        """Read all KV before the step's tokens, write theirs."""
+    def copy(self, scheduled: list[Scheduled]) -> None:
+        """Copy pages that begin like a sequence's next one; behind the part that is equal comes rubbish."""
+        for seq, _ in scheduled:
+            copies = seq.cache.take_copies(seq)
+            if copies is not None:
+                source, destination = copies
+                memory = self.memory[seq.cache]
+                memory[destination] = memory[source]
+                memory[destination, seq.num_computed % PAGE_TOKENS :] = -1
+
+    def compute(self, seq: Sequence, num_tokens: int) -> list[tuple[str, int, np.ndarray]]:
+        """Read all KV before the step's tokens, write theirs; (boundary, first token, rows) passed."""
         assert num_tokens >= 1
-        first, end = seq.num_computed, seq.num_computed + num_tokens
+        end = seq.num_computed + num_tokens
         assert end <= seq.num_tokens
         memory = self.memory[seq.cache]
         prefix = self.prefix_values(seq)
         position = np.arange(end)
-        for segment in seq.segments:
-            for layer in range(segment.first_layer, segment.end_layer):
-                expected = prefix[:end] ^ crc32(segment.key.encode()) ^ layer
-                pages = seq.page_table[layer, position // PAGE_TOKENS]
-                assert (pages >= 0).all()
-                seen = memory[pages[:first], position[:first] % PAGE_TOKENS]
-                assert np.array_equal(seen, expected[:first])
-                memory[pages[first:], position[first:] % PAGE_TOKENS] = expected[first:]
+        passed = []
+        parts = seq.parts(end)
+        assert [seq.num_computed, *(part.end for part in parts)] == [*(part.start for part in parts), end]
+        for start, stop, level in parts:
+            assert stop == end or stop % PAGE_TOKENS == 0
+            for number, segment in enumerate(seq.segments):
+                hidden = prefix[start:stop, None] ^ crc32(segment.boundary.encode())  # [n, 1]
+                if number == level and level:
+                    part = Part(start, stop, level)
+                    assert np.array_equal(self.boundaries.entering(seq, part), hidden)
+                    self.late_tokens += stop - start
+                elif number > level:
+                    passed.append((segment.boundary, start, hidden))
+                written = stop if number < level else start  # of these layers, before the step
+                for layer in range(segment.first_layer, segment.end_layer):
+                    expected = prefix[:stop] ^ crc32(segment.key.encode()) ^ layer
+                    pages = seq.page_table[layer, position[:stop] // PAGE_TOKENS]
+                    assert (pages >= 0).all()
+                    seen = memory[pages[:written], position[:written] % PAGE_TOKENS]
+                    assert np.array_equal(seen, expected[:written])
+                    memory[pages[written:], position[written:stop] % PAGE_TOKENS] = expected[written:]
+        return passed
 
     def prefix_values(self, seq: Sequence) -> np.ndarray:
         """int64 [num_tokens]: a number per position for scope and all tokens up to it."""
@@ -170,15 +208,16 @@ class KVMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["hit-first", "fair"]),
         ageing_s=st.sampled_from([0.0, 0.05, 100.0]),
         caching=st.sampled_from([True, True, True, False]),
+        hidden_pages=st.sampled_from([0, 2, 8, 100]),
     )
-    def start(self, columns, tokens, policy, ageing_s, caching):
+    def start(self, columns, tokens, policy, ageing_s, caching, hidden_pages):
         config = SchedulerConfig(
             max_num_seqs=6, max_num_batched_tokens=tokens, max_waiting=8, policy=policy, ageing_s=ageing_s
         )
-        self.world = World(columns * 3, config, caching)
+        self.world = World(columns * 3, config, caching, hidden_pages)
 
     @rule(
-        model=st.sampled_from("aabbc"), scope=st.sampled_from("xxy"), prompt=prompts(), n=st.integers(1, 90)
+        model=st.sampled_from("aabbcd"), scope=st.sampled_from("xxy"), prompt=prompts(), n=st.integers(1, 90)
     )
     def add(self, model, scope, prompt, n):
         self.world.add(model, scope, prompt, n)
@@ -229,7 +268,7 @@ def test_soak_sees_every_kind_of_event(seed):
         if rng.random() < 0.25:
             shared = rng.choice([0, 32, 64, 100, 130])
             tail = [rng.randrange(3) for _ in range(rng.choice([1, 20, 70, 500]))]
-            world.add(rng.choice("aabbc"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
+            world.add(rng.choice("aabbcd"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
         if rng.random() < 0.05:
             world.abort(rng.randrange(100))
         world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None, fault=rng.random() < 0.02)
@@ -239,6 +278,9 @@ def test_soak_sees_every_kind_of_event(seed):
     assert stats.hit_tokens["low+a"] > 0
     assert stats.hit_tokens["low"] > stats.hit_tokens["low+a"]
     assert stats.deduped_tokens["low"] > 0
+    assert stats.copied_tokens > 0
+    assert world.late_tokens > 0
+    assert world.boundaries.evictions > 0
     assert stats.resumed_tokens > 0
     assert world.scheduler.num_preemptions > 0
     assert world.refused > 0
@@ -253,7 +295,7 @@ def test_same_load_makes_the_same_choices():
         tables = []
         for _ in range(12):
             prompt = [0] * rng.choice([0, 32, 64]) + [rng.randrange(3) for _ in range(rng.randrange(1, 90))]
-            world.add(rng.choice("ab"), rng.choice("xy"), prompt, rng.randrange(1, 60))
+            world.add(rng.choice("abd"), rng.choice("xy"), prompt, rng.randrange(1, 60))
         while world.scheduler.has_unfinished():
             world.step()
             tables.append([int(seq.page_table.sum()) for seq in world.scheduler.running])

@@ -110,3 +110,30 @@ def test_nothing_is_lost_between_threads():
         thread.join()
     taken = snapshot(recorder)
     assert taken.generated_tokens_total == taken.steps_total == 8000
+
+
+def test_waits_are_kept_by_share_of_the_prompt_spared() -> None:
+    recorder = MetricsRecorder()
+    for share, wait in ((0.0, 0.02), (0.01, 1.0), (0.5, 2.0), (0.89, 0.3), (0.9, 0.1), (1.0, 0.2)):
+        recorder.on_started(wait, share)
+    waits = snapshot(recorder).wait_seconds
+    assert {label: histogram.count for label, histogram in waits.items()} == {
+        "0": 1,
+        "1-49": 1,
+        "50-89": 2,
+        "90-100": 2,
+    }
+
+
+def test_quantiles_are_bounds() -> None:
+    histogram = Histogram((1, 2, 5))
+    assert histogram.snapshot().quantile(0.99) == 0.0
+    for value in (0.5, 0.6, 1.5, 9.0):
+        histogram.observe(value)
+    assert [histogram.snapshot().quantile(q) for q in (0.25, 0.5, 0.6, 0.75, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+        float("inf"),
+    ]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.engines.arrays import HostArrays
-from blockzoo.runtime.batch import Buffers, Call, SeqShape, StepLayout
+from blockzoo.runtime.batch import Buffers, Call, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.topology import Topology, plan_topology
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, EmbedSpec, FfnSpec, HeadSpec
 from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord
@@ -98,6 +98,49 @@ def test_rows_leave_in_the_next_span_where_a_chain_goes_on() -> None:
     assert drops_of(topology) == {"h", "a2 f2"}
 
 
+def entries_of(topology: Topology, model: str) -> list[str]:
+    """The blocks before which a model's tokens may enter, segment by segment."""
+    chain = topology.chains[topology.chain_of_model[model]]
+    return [topology.spans[chain.uses[use].span].block_ids[0] for use in chain.entries]
+
+
+def test_tokens_enter_where_chains_part() -> None:
+    topology = topology_of(
+        {"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f2 h", "z": "e a1 f3 a2 f2 h", "own": "e2 a1 f1 a2 f2 h"}
+    )
+    assert entries_of(topology, "x") == ["a1", "f1"]  # z differs in the first ffn, so nobody enters behind it
+    assert entries_of(topology, "y") == ["a1", "f1"]
+    assert entries_of(topology, "z") == ["a1", "f3"]
+    assert entries_of(topology, "own") == ["a1"]
+    x, y, z, own = (topology.chains[topology.chain_of_model[m]].segments for m in ("x", "y", "z", "own"))
+    assert x[1].boundary == y[1].boundary == z[1].boundary != ""
+    assert [s.boundary for s in own] == [""]
+
+
+def test_each_set_of_sharers_has_its_boundary() -> None:
+    topology = topology_of(
+        {"x": "e a1 f1 a2 f2 a3 f3 h", "y": "e a1 f1 a2 f2 a4 f4 h", "z": "e a1 f1 a5 f5 h"}
+    )
+    assert entries_of(topology, "x") == ["a1", "a2", "a3"]
+    assert entries_of(topology, "y") == ["a1", "a2", "a4"]
+    assert entries_of(topology, "z") == ["a1", "a5"]
+    x, y, z = (topology.chains[topology.chain_of_model[m]].segments for m in "xyz")
+    assert x[1] == y[1]
+    assert x[1].boundary == z[1].boundary
+    assert x[2].boundary == y[2].boundary != x[1].boundary
+
+
+def test_late_rows_do_not_part_the_rows_below() -> None:
+    topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
+    kinds = [(chain, topology.chains[chain].entries[level]) for chain in (1, 0) for level in (0, 1)]
+    order = batch_order(kinds)
+    assert [kinds[i] for i in order] == [(0, 1), (0, 0), (1, 0), (1, 1)]
+    shapes = [SeqShape(chain, 3, 8, True, entry, True) for chain, entry in (kinds[i] for i in order)]
+    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HOST)
+    assert [call.num_rows for call in layout.calls] == [6, 6, 6, 4]
+    assert not any(call.copies_in or call.copies_out for call in layout.calls)
+
+
 def test_a_block_may_recur_in_a_chain() -> None:
     topology = topology_of({"m": "e a1 f1 a1 f1 a2 f2 h"})
     chain = topology.chains[0]
@@ -118,6 +161,7 @@ def _constant(block_id: str) -> float:
     return float(sum(ord(char) * (i + 1) for i, char in enumerate(block_id)) % 97 + 1)
 
 
+HOST = HostArrays("f32")
 KV = dict[tuple[int, int], float]  # (first page id of the sequence in a layer, position) -> what was written
 
 
@@ -147,18 +191,21 @@ def _run_engine(topology: Topology, call: Call, kv: KV) -> None:
 
 
 def _expected(
-    chain: list[str], x: np.ndarray, past: int, tables: np.ndarray, cos: np.ndarray, kv: KV
-) -> np.ndarray:
-    layer = 0
-    for block_id in chain[1:]:
-        x = x * np.float32(0.5) + np.float32(_constant(block_id))
-        if block_id[0] == "a":
+    chain: list[str], first: int, x: np.ndarray, past: int, tables: np.ndarray, cos: np.ndarray, kv: KV
+) -> dict[int, np.ndarray]:
+    """The rows before each block from `first` on, and after the last."""
+    rows = {first: x}
+    layer = sum(block_id[0] == "a" for block_id in chain[:first])
+    for position in range(first, len(chain)):
+        x = x * np.float32(0.5) + np.float32(_constant(chain[position]))
+        if chain[position][0] == "a":
             kv.update({(int(tables[layer][0]), past + i): float(row[0]) for i, row in enumerate(x)})
             x += np.arange(past, past + len(x), dtype=np.float32)[:, None]
             x += np.float32(tables[layer].sum())
             x += cos
             layer += 1
-    return x[-1]
+        rows[position + 1] = x
+    return rows
 
 
 _BLOCKS = st.sampled_from(["a1 f1", "a2 f2", "a1 f2", "a3 f3", "a4 f1"])
@@ -176,32 +223,46 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
     topology = topology_of(words, data.draw(st.sampled_from([None, 1, 2])))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     models = data.draw(st.lists(st.sampled_from(sorted(words)), min_size=1, max_size=6))
-    models.sort(key=lambda name: topology.chain_of_model[name])
+    entries = [
+        data.draw(st.sampled_from(topology.chains[topology.chain_of_model[m]].entries)) for m in models
+    ]
+    order = batch_order(
+        [(topology.chain_of_model[m], entry) for m, entry in zip(models, entries, strict=True)]
+    )
+    models, entries = [models[i] for i in order], [entries[i] for i in order]
     shapes = [
         SeqShape(
             topology.chain_of_model[m],
             int(rng.integers(1, 4)),
             int(rng.integers(1, 3)),
             bool(rng.integers(2)),
+            entry,
+            bool(rng.integers(2)),
         )
-        for m in models
+        for m, entry in zip(models, entries, strict=True)
     ]
     buffers = _buffers(max_tokens=32, max_seqs=8)
-    layout = StepLayout(shapes, topology.chains, topology.spans, buffers, HostArrays("f32"))
+    layout = StepLayout(shapes, topology.chains, topology.spans, buffers, HOST)
     arrays = layout.arrays
     arrays.past_lens[:] = rng.integers(0, 9, len(shapes))
     arrays.tables[:] = rng.permutation(arrays.tables.size).reshape(arrays.tables.shape)
     rows = layout.num_rows
     start = rng.integers(0, 9, (rows, HIDDEN)).astype(np.float32)
-    buffers.hidden[0][:rows] = start
+    for i, shape in enumerate(shapes):
+        begin, end = layout.seq_begins[i : i + 2]
+        buffers.hidden[0][begin:end] = start[begin:end] if shape.entry == 0 else np.nan
+        if shape.entry:
+            layout.entering_rows(i)[...] = start[begin:end]
     buffers.cos[:rows] = rng.integers(0, 9, (rows, 1, 1, 1))
     written: KV = {}
+    passed = {}
     for call in layout.calls:
         for destination, source in call.copies_in:
             destination[...] = source
         _run_engine(topology, call, written)
         for destination, source in call.copies_out:
             destination[...] = source
+        passed |= {(kept.seq, kept.entry): kept.rows.copy() for kept in call.passed}
     found = {seq: row for matrix, seqs in layout.logits for row, seq in zip(matrix, seqs, strict=True)}
     assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.wants_logits]
     expected_kv: KV = {}
@@ -209,9 +270,15 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
         begin, end = layout.seq_begins[i : i + 2]
         table = arrays.tables[:, layout.table_begins[i] : layout.table_begins[i + 1]]
         cos, past = buffers.cos[begin:end, 0, 0, :1], int(arrays.past_lens[i])
-        expected = _expected(words[model].split(), start[begin:end], past, table, cos, expected_kv)
+        chain = topology.chains[shapes[i].chain]
+        first = chain.uses[entries[i]].position
+        expected = _expected(words[model].split(), first, start[begin:end], past, table, cos, expected_kv)
         if i in found:
-            np.testing.assert_allclose(found[i][:HIDDEN], expected, rtol=1e-5)
+            np.testing.assert_allclose(found[i][:HIDDEN], expected[len(words[model].split())][-1], rtol=1e-5)
+        for entry in chain.entries:
+            assert ((i, entry) in passed) == (shapes[i].keeps_hidden and entry > entries[i])
+            if (i, entry) in passed:
+                np.testing.assert_allclose(passed[i, entry], expected[chain.uses[entry].position], rtol=1e-5)
     assert written == pytest.approx(expected_kv)
 
 
@@ -232,7 +299,7 @@ def _buffers(max_tokens: int, max_seqs: int) -> Buffers:
 def test_a_steady_decode_of_neighbours_copies_nothing() -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h", "z": "e a1 f1 a4 f4 h"})
     shapes = [SeqShape(chain, 1, 8, True) for chain in range(3) for _ in range(2)]
-    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HostArrays("f32"))
+    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HOST)
     assert len(layout.calls) == 5  # lower layers, three times the upper, head
     assert [call.num_rows for call in layout.calls] == [6, 2, 2, 2, 6]
     assert not any(call.copies_in or call.copies_out for call in layout.calls)
@@ -242,7 +309,7 @@ def test_a_steady_decode_of_neighbours_copies_nothing() -> None:
 def test_a_chunk_without_logits_skips_the_head(wants: tuple[bool, ...]) -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
     shapes = [SeqShape(0, 3, 8, wants[0]), SeqShape(0, 3, 8, wants[1]), SeqShape(1, 3, 8, wants[2])]
-    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HostArrays("f32"))
+    layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HOST)
     heads = [call for call in layout.calls if "logits" in call.binds]
     assert len(heads) == int(any(wants))
     assert all(len(call.binds["logits"]) == sum(wants) for call in heads)

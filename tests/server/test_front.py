@@ -113,11 +113,11 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
 
-    def submit(self, request_id, model, prompt, params, on_output, scope=None) -> None:
+    def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact") -> None:
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
-            model=model, prompt=prompt, params=params, on_output=on_output, scope=scope
+            model=model, prompt=prompt, params=params, on_output=on_output, scope=scope, kv_reuse=kv_reuse
         )
 
     def emit(self, text: str, reason=None, error=None) -> None:
@@ -139,7 +139,7 @@ class ScriptedEngine:
 
     def metrics(self) -> Any:
         zeros = dict.fromkeys((field.name for field in fields(Metrics)), 0)
-        return SimpleNamespace(**zeros | {"requests_total": {}, "prefix_hit_tokens": {}})
+        return SimpleNamespace(**zeros | {"requests_total": {}, "prefix_hit_tokens": {}, "wait_seconds": {}})
 
     def drain(self, timeout_s: float) -> bool:
         return not self.requests
@@ -266,13 +266,11 @@ def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp
     assert running.sender.sent[-1].tensors["error"][0, 0] == b"the server is shutting down"
 
 
-def test_without_reuse_a_request_has_a_scope_of_its_own(front, engine):
-    for _ in range(2):
-        front.handle(Request(text_input="x", kv_reuse="off"))
+def test_scope_and_reuse_reach_the_engine(front, engine):
+    front.handle(Request(text_input="x", kv_reuse="off"))
     front.handle(Request(text_input="x", kv_scope="team"))
-    first, second, third = (request.scope for request in engine.requests.values())
-    assert first != second
-    assert third == "team"
+    seen = [(request.scope, request.kv_reuse) for request in engine.requests.values()]
+    assert seen == [(None, "off"), ("team", "exact")]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):

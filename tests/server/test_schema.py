@@ -43,7 +43,7 @@ def test_a_minimal_request_is_greedy_and_echoes_its_prompt():
         stream=False,
         echo="Hello",
         kv_scope=None,
-        kv_reuse=True,
+        kv_reuse="exact",
         timeout_s=None,
     )
 
@@ -138,8 +138,8 @@ def test_the_only_model_need_not_be_named():
 
 def test_kv_scope_and_reuse():
     assert parse(text_input="x", model="chat", kv_scope="team a").kv_scope == "team a"
-    assert parse(text_input="x", model="chat", kv_reuse="exact").kv_reuse
-    assert not parse(text_input="x", model="chat", kv_reuse="off").kv_reuse
+    for reuse in ("exact", "off"):
+        assert parse(text_input="x", model="chat", kv_reuse=reuse).kv_reuse == reuse
 
 
 def test_the_client_timeout_is_in_microseconds():

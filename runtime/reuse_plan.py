@@ -1,0 +1,90 @@
+"""From a sequence and the prefix tree to the KV that it takes over approximately (`reuse`)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as AnySequence
+from typing import NamedTuple
+
+import numpy as np
+
+from blockzoo.runtime.kv_nodes import Node, SegmentTree
+from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
+from blockzoo.runtime.reuse import Borrowed, Donor, Donors, ReuseConfig, Run, reused_positions
+from blockzoo.runtime.sequence import Sequence
+
+
+class Plan(NamedTuple):
+    """What to take over, and the nodes it lies in, each once."""
+
+    reused: np.ndarray  # bool [num_tokens]
+    borrowed: Borrowed
+    nodes: tuple[Node, ...]
+
+
+class ReusePlanner:
+    """Remembers prompts whose KV is in the tree, and finds what others may take over."""
+
+    def __init__(self, config: ReuseConfig) -> None:
+        self.config = config  # may be replaced, but for what the donors are indexed by
+        self._donors = Donors(config)
+
+    def remember(self, seq: Sequence) -> None:
+        """Make a donor of a sequence whose prompt has just entered the tree."""
+        pages = seq.num_prompt_pages
+        self._donors.add(_where(seq), seq.token_ids[: pages * PAGE_TOKENS], seq.page_keys(pages)[:pages])
+
+    def plan(self, seq: Sequence, trees: AnySequence[SegmentTree]) -> Plan | None:
+        """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
+        start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
+        found = [
+            (cut, donor)
+            for run, donor in self._donors.match(_where(seq), seq.token_ids, start, end)
+            if (cut := self._present(run, donor, trees)).length >= self.config.window
+        ]
+        matched = sum(run.length for run, _ in found)
+        if matched == 0 or matched < self.config.min_share * (seq.num_tokens - start):
+            return None
+        reused = reused_positions([(run.start, run.length) for run, _ in found], seq.num_tokens, self.config)
+        parts = [self._borrowed(run, donor, trees, reused) for run, donor in found]
+        borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
+        if not borrowed.positions.size:
+            return None
+        # With all nodes before them, parents first: eviction takes children first, and must go on doing so.
+        nodes = dict.fromkeys(
+            tree.nodes[key]
+            for run, donor in found
+            for key in donor.keys[: pages_for(run.donor_start + run.length)]
+            for tree in trees
+        )
+        return Plan(reused, borrowed, tuple(nodes))
+
+    @staticmethod
+    def _present(run: Run, donor: Donor, trees: AnySequence[SegmentTree]) -> Run:
+        """The run as far as the donor's pages are still in the tree in all segments."""
+        limit = len(donor.keys)
+        for tree in trees:  # no node outlives its parent
+            limit = bisect_left(donor.keys, True, 0, limit, key=lambda key: key not in tree.nodes)
+        return run._replace(length=min(run.length, limit * PAGE_TOKENS - run.donor_start))
+
+    @staticmethod
+    def _borrowed(
+        run: Run, donor: Donor, trees: AnySequence[SegmentTree], reused: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        offsets = np.flatnonzero(reused[run.start : run.start + run.length])
+        places = run.donor_start + offsets
+        first = run.donor_start // PAGE_TOKENS
+        keys = _keys(run, donor)
+        pages = np.concatenate([np.stack([tree.nodes[key].pages for key in keys], axis=1) for tree in trees])
+        shift = np.full(offsets.size, run.start - run.donor_start)
+        columns = places // PAGE_TOKENS - first
+        return run.start + offsets, pages[:, columns].astype(np.int64), places % PAGE_TOKENS, shift
+
+
+def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:
+    return donor.keys[run.donor_start // PAGE_TOKENS : pages_for(run.donor_start + run.length)]
+
+
+def _where(seq: Sequence) -> object:
+    """Only sequences of one scope and one chain give to each other."""
+    return seq.root_key, seq.segments

@@ -1,0 +1,197 @@
+"""Approximate reuse end to end: its limits are exact, and nothing approximate gets out of its request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.sequence import Sequence
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
+LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+
+
+def words(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(2, 2048, length).tolist()
+
+
+DOCUMENT = words(150, 1)
+DONOR = words(20, 2) + DOCUMENT + words(30, 3)
+PROMPT = words(37, 4) + DOCUMENT + words(25, 5)  # the document stands 17 tokens further
+
+
+def serve(zoo: Path, reuse: ReuseConfig | None, **settings: Any) -> LLMEngine:
+    settings = {"precision": "f32", "kv_cache_bytes": 32 << 20} | settings
+    return LLMEngine(zoo, EngineConfig(approximate=reuse, **settings))
+
+
+def ask(
+    engine: LLMEngine, prompt: list[int], how: str = "exact", **more: Any
+) -> tuple[list, list[float], int]:
+    """Tokens, their log-probabilities and how many prompt tokens came from the exact cache."""
+    engine.add_request("r", "base", prompt, GREEDY, kv_reuse=how, **more)
+    tokens, logprobs, cached = [], [], 0
+    while engine.has_unfinished():
+        for output in engine.step():
+            assert output.error is None
+            tokens += output.token_ids
+            logprobs += [entry.logprob for entry in output.logprobs or ()]
+            cached = output.num_cached_tokens
+    engine.check_integrity()
+    return tokens, logprobs, cached
+
+
+def approximated(engine: LLMEngine) -> int:
+    return sum(cache.stats().approximate_tokens for cache in engine._zoo.caches.values())
+
+
+def kv_of(engine: LLMEngine, seq: Sequence, num_tokens: int) -> np.ndarray:
+    """K and V of the first tokens: [2, layers, tokens, heads, head_dim]."""
+    (executor,) = engine._zoo.executors.values()
+    positions = np.arange(num_tokens)
+    pages = seq.page_table[:, positions // 32]
+    return np.stack([pool[pages, :, positions % 32] for pool in executor._pool.values()])
+
+
+def start(engine: LLMEngine, prompt: list[int], how: str) -> Sequence:
+    """Run the prefill of a request that then goes on."""
+    engine.add_request("r", "base", prompt, LONG, kv_reuse=how)
+    while not any(output.token_ids for output in engine.step()):
+        pass
+    (seq,) = engine._scheduler.running
+    return seq
+
+
+@pytest.fixture(scope="module")
+def exact(demo_zoo: Path) -> LLMEngine:
+    return serve(demo_zoo, None, prefix_caching=False)
+
+
+@pytest.mark.parametrize("budget", [512, 64])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_recomputing_everything_is_a_full_prefill(
+    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool
+) -> None:
+    reuse = ReuseConfig(recompute=0.999, refresh=0, page_aligned=aligned)
+    engine = serve(demo_zoo, reuse, max_num_batched_tokens=budget)
+    ask(engine, DONOR)
+    tokens, logprobs, _ = ask(engine, PROMPT, "approx")
+    expected, expected_logprobs, _ = ask(exact, PROMPT)
+    assert tokens == expected
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [512, 48])
+def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngine, budget: int) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0), max_num_batched_tokens=budget)
+    ask(engine, DONOR)
+    seq = start(engine, PROMPT, "approx")
+    assert seq.reused is not None
+    assert np.flatnonzero(seq.reused).tolist() == list(range(37, 37 + 150))
+    found = kv_of(engine, seq, len(PROMPT))
+    expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-4)  # layer 0 sees nothing of other tokens
+    np.testing.assert_allclose(found[:, :, :37], expected[:, :, :37], atol=1e-4)
+    assert np.abs(found[:, 1:, 37:187] - expected[:, 1:, 37:187]).max() > 1e-2  # the price
+    for each in (engine, exact):
+        each.abort("r")
+        each.check_integrity()
+
+
+@pytest.mark.parametrize(("refresh", "aligned"), [(1, True), (3, False), (64, False)])
+def test_a_drained_queue_leaves_exact_kv(
+    demo_zoo: Path, exact: LLMEngine, refresh: int, aligned: bool
+) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.1, refresh=refresh, page_aligned=aligned))
+    ask(engine, DONOR)
+    seq = start(engine, PROMPT, "approx")
+    left = seq.stale.size
+    assert 0 < left < 150
+    steps = 0
+    while seq.stale.size:
+        engine.step()
+        steps += 1
+    assert steps == -(-left // refresh)
+    # of the document; what stands behind it was computed over the approximate KV
+    found = kv_of(engine, seq, 187)
+    expected = kv_of(exact, start(exact, PROMPT, "exact"), 187)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    for each in (engine, exact):
+        each.abort("r")
+        each.check_integrity()
+
+
+def test_nothing_approximate_stays_behind(demo_zoo: Path, exact: LLMEngine) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0))
+    ask(engine, DONOR)
+    ask(engine, PROMPT, "approx")
+    assert approximated(engine) == 150
+    before = engine.metrics().pages_cached
+    expected = ask(exact, PROMPT)
+    tokens, logprobs, cached = ask(engine, PROMPT)
+    assert (tokens, cached) == (expected[0], 0)
+    assert logprobs == pytest.approx(expected[1], abs=1e-4)
+    assert engine.metrics().pages_cached > before
+    # and it was no donor: only DONOR and the exact run of PROMPT are
+    ask(engine, words(9, 6) + PROMPT[-25:], "approx")
+    assert approximated(engine) == 150
+
+
+def test_approximate_kv_keeps_to_its_scope_and_chain(demo_zoo: Path) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.0))
+    ask(engine, DONOR, scope="red")
+    ask(engine, PROMPT, "approx", scope="blue")
+    ask(engine, PROMPT, "approx")
+    assert approximated(engine) == 0
+    engine.add_request("r", "solver", PROMPT, GREEDY, "red", "approx")
+    while engine.has_unfinished():
+        engine.step()
+    assert approximated(engine) == 0
+    ask(engine, PROMPT, "approx", scope="red")
+    assert approximated(engine) == 150
+
+
+def test_a_prompt_with_little_in_common_is_computed_in_full(demo_zoo: Path, exact: LLMEngine) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, min_share=0.5))
+    ask(engine, DONOR)
+    prompt = words(100, 7) + DOCUMENT[:40] + words(20, 8)
+    assert ask(engine, prompt, "approx")[0] == ask(exact, prompt)[0]
+    assert approximated(engine) == 0
+
+
+def test_many_at_once_under_pressure(demo_zoo: Path) -> None:
+    """Mixed with others, preempted, short of pages: every request ends, every page comes back."""
+    reuse = ReuseConfig(recompute=0.2, refresh=3)
+    engine = LLMEngine(
+        demo_zoo,
+        EngineConfig(precision="f32", kv_cache_bytes=3 << 20, approximate=reuse, max_num_batched_tokens=96),
+    )
+    ask(engine, DONOR)
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        cut = int(rng.integers(0, 100))
+        prompt = (
+            words(int(rng.integers(1, 60)), 10 + i) + DOCUMENT[cut:] + words(int(rng.integers(1, 40)), 50 + i)
+        )
+        engine.add_request(str(i), "base", prompt, GREEDY, kv_reuse=("approx", "exact")[i % 3 == 2])
+    reasons = []
+    while engine.has_unfinished():
+        reasons += [output.finish_reason for output in engine.step() if output.finished]
+        engine.check_integrity()
+    assert reasons == ["length"] * 16
+    assert approximated(engine) > 150
+    assert engine.metrics().pages_used == 0
+
+
+def test_it_must_be_allowed(demo_zoo: Path, exact: LLMEngine, architecture_zoo: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="does not allow"):
+        exact.add_request("r", "base", PROMPT, GREEDY, kv_reuse="approx")
+    engine = serve(architecture_zoo, ReuseConfig())
+    with pytest.raises(InvalidRequestError, match="scaled rotary"):
+        engine.add_request("r", "qwen2-rope-yarn", [5, 6, 7], GREEDY, kv_reuse="approx")
