@@ -2,7 +2,7 @@
 OUT := out/demo
 BIN := .venv/bin
 
-.PHONY: demo serve test test-all lint bench clean
+.PHONY: test-gpu demo serve test test-all lint bench clean
 
 demo: $(OUT)/zoo
 	$(BIN)/python -m benchmarks.demo $(OUT)/zoo
@@ -25,6 +25,11 @@ test-all:
 	@.ci/venv test
 	@.ci/venv bench
 	$(BIN)/pytest -m "slow or not slow"
+
+# on a machine with an NVIDIA GPU and a python that has torch, triton and pytest: nothing is installed
+test-gpu:
+	$(or $(PYTHON),python3) -m pytest tests/gpu
+	$(or $(PYTHON),python3) -m benchmarks.gpu
 
 lint:
 	@.ci/venv test

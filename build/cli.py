@@ -22,7 +22,12 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 2 for a user's mistake (the zoo is unchanged), 1 for other failures."""
     arguments = _parser().parse_args(argv)
-    if not arguments.models and not arguments.remove:
+    only_tensorrt = {"--target": arguments.target, "--workspace": arguments.workspace}
+    only_tensorrt["--bake-weights"] = arguments.bake_weights or None
+    for name, value in only_tensorrt.items():
+        if value is not None and arguments.backend != "tensorrt":
+            _parser().error(f"{name} is a setting of --backend tensorrt")
+    if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
         _parser().error("give at least one [NAME=]PATH to compile, or --remove NAME")
     from blockzoo.build.progress import ProgressPrinter
     from blockzoo.engines.base import EngineError
@@ -101,6 +106,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
+    parser.add_argument(
+        "--backend",
+        choices=("openvino", "tensorrt"),
+        default="openvino",
+        help="tensorrt: build plans for NVIDIA GPUs too, for all models of the zoo (no PATH is needed then)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="SM",
+        help="tensorrt: the GPU to build for, by compute capability: sm89, sm120, ... (needs no GPU), or "
+        "native, the GPU of this machine; repeatable (default: native)",
+    )
+    parser.add_argument(
+        "--workspace",
+        type=_size,
+        metavar="SIZE",
+        help="tensorrt: bound on a plan's scratch memory (256M, 1G)",
+    )
+    parser.add_argument(
+        "--bake-weights",
+        action="store_true",
+        help="tensorrt: weights as constants of the plans, one plan per block instead of one per shape",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be shared; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
@@ -123,16 +152,34 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _size(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected bytes, or 512K, 256M, 2G")
+    return int(number) * unit
+
+
 def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileReport":
     from blockzoo.build.pipeline import CompileOptions, compile_models
     from blockzoo.build.sources import parse_models
 
+    tensorrt = None
+    if arguments.backend == "tensorrt":
+        from blockzoo.build.tensorrt_plans import TensorRTOptions
+
+        tensorrt = TensorRTOptions(
+            targets=tuple(arguments.target or ["native"]),
+            workspace_bytes=arguments.workspace,
+            bake_weights=arguments.bake_weights,
+        )
     options = CompileOptions(
         dtype=arguments.dtype,
         replace=arguments.replace,
         profile=not arguments.no_profile,
         verify=not arguments.no_verify,
         threads=arguments.threads,
+        tensorrt=tensorrt,
         dry_run=arguments.dry_run,
         share=arguments.share,
         threshold=arguments.threshold,
@@ -169,6 +216,12 @@ def _print_report(report: "CompileReport") -> None:
         f"{human_bytes(report.stored_bytes)} instead of {human_bytes(report.unshared_bytes)} "
         f"({saved:.0%} saved)"
     )
+    if report.plans is not None:
+        would = "to build" if report.dry_run else "built"
+        print(
+            f"TensorRT plans: {report.plans.built} {would}, {report.plans.reused} reused"
+            + ("" if report.dry_run else f"; {human_bytes(report.plans.num_bytes)}")
+        )
     if report.dry_run:
         print("dry run: nothing was written")
 

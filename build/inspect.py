@@ -132,6 +132,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
         "blocks": blocks,
         "adapters": encode(zoo.manifest.adapters),
         "plans": encode(zoo.manifest.plans),
+        "tensorrt_plans": encode(zoo.manifest.tensorrt_plans),
     }
 
 
@@ -165,6 +166,8 @@ def _print_zoo(zoo: "Zoo") -> None:
         times = blocks[0].latency_us or {}
         said = ", ".join(f"{count}: {time / 1000:.3g} ms" for count, time in sorted(times.items()))
         console.print(f"{plan.kind:6} {plan.dtype:6} {len(blocks):6}  {ranges:40} {said or 'not measured'}")
+    if manifest.tensorrt_plans:
+        _print_tensorrt_plans(console, zoo)
     console.print()
     width = max(map(len, shared.models))
     for name in shared.models:
@@ -175,6 +178,29 @@ def _print_zoo(zoo: "Zoo") -> None:
         if manifest.models[name].equivalence is not None:
             console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
         console.print(f"{name:{width}}  {said}", markup=False)
+
+
+def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
+    from blockzoo.build.report import human_bytes
+    from blockzoo.engines.tensorrt.plans import shape_class
+
+    manifest = zoo.manifest
+    console.print("\nTensorRT   target  library             blocks  size     profiles: scratch")
+    ordered = sorted(manifest.tensorrt_plans.values(), key=lambda plan: (plan.target, plan.part))
+    for plan in ordered:
+        if plan.baked_block is not None:
+            blocks = 1
+        else:
+            blocks = sum(shape_class(block.spec) == plan.spec for block in manifest.blocks.values())
+        scratch = ", ".join(
+            f"{p.name} {p.min} {p.opt} {p.max}: {human_bytes(plan.scratch_bytes[p.name])}"
+            if p.name in plan.scratch_bytes
+            else f"{p.name} {p.min} {p.opt} {p.max}"
+            for p in plan.profiles
+        )
+        library = f"{plan.library} {plan.library_version}"
+        size = human_bytes(plan.num_bytes)
+        console.print(f"{plan.part:10} {plan.target:7} {library:22} {blocks:3}  {size:8} {scratch}")
 
 
 def _print_map(console: Any, shared: "SharingMap") -> None:

@@ -17,6 +17,7 @@ from blockzoo.build.report import (
     sharing_bytes,
 )
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
+from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans, unused_plans
 from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.zoo.blocks import PROJECTIONS, BlockTensor, Dtype
@@ -61,6 +62,8 @@ class CompileOptions:
     """Whether to check every new chain against the numpy oracle."""
     threads: int | None = None
     """Engine threads; None leaves it to the engine."""
+    tensorrt: TensorRTOptions | None = None
+    """What to build TensorRT plans for; None: no plans are built."""
     dry_run: bool = False
     """Only say what would be done."""
 
@@ -98,11 +101,13 @@ class _Compilation:
             models=dict(old.models),
             blocks=dict(old.blocks),
             plans=dict(old.plans),
+            tensorrt_plans=dict(old.tensorrt_plans),
             adapters=dict(old.adapters),
         )
         self.old = Zoo(path, old)
         self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
         self.reports: dict[str, ModelReport] = {}
+        self.plans: PlanReport | None = None
         self.makers: dict[Precision | None, EngineMaker] = {}
         self.unstored: dict[str, CutBlock] = {}  # new blocks of a dry run
 
@@ -125,6 +130,8 @@ class _Compilation:
         self.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
+        if self.options.tensorrt is not None:
+            self.plans = build_plans(self.zoo, self.writer, self.options.tensorrt, self.progress)
         freed = self.writer.commit(self.manifest) if self.writer is not None else 0
         return self.report(list(models), tuple(remove), freed)
 
@@ -350,6 +357,8 @@ class _Compilation:
             del self.manifest.adapters[key]
         for key in self.manifest.plans.keys() - {block.plan for block in self.manifest.blocks.values()}:
             del self.manifest.plans[key]
+        for key in unused_plans(self.zoo):
+            del self.manifest.tensorrt_plans[key]
 
     def report(self, order: list[str], removed: tuple[str, ...], freed: int) -> CompileReport:
         unshared, stored = sharing_bytes(self.manifest)
@@ -361,6 +370,7 @@ class _Compilation:
             unshared_bytes=unshared,
             stored_bytes=stored,
             freed_bytes=freed,
+            plans=self.plans,
             dry_run=self.writer is None,
         )
 

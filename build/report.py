@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from blockzoo.build.tensorrt_plans import PlanReport
 from blockzoo.zoo.manifest import Manifest, ModelRecord, VerificationRecord
 
 Status = Literal["added", "replaced", "unchanged"]
@@ -44,6 +45,8 @@ class CompileReport:
     unshared_bytes: int
     stored_bytes: int
     freed_bytes: int
+    plans: PlanReport | None
+    """Of TensorRT, where they were asked for."""
     dry_run: bool
 
 

@@ -23,7 +23,13 @@ Kind = Literal["activation", "f32", "i32"]
 
 
 class Arrays(Protocol):
-    """The arrays of one engine maker."""
+    """The arrays of one engine maker.
+
+    Attributes:
+        records: whether `recorded` gains by steps of equal shapes, so that padding them to few is worth it.
+    """
+
+    records: bool
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
@@ -52,12 +58,14 @@ class Arrays(Protocol):
     def wait(self) -> None:
         """Return when everything that was started has finished."""
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run`, or something faster with the same effect on the same arrays when called repeatedly."""
 
 
 class HostArrays:
     """numpy arrays; bf16 activations are held as uint16."""
+
+    records = False
 
     def __init__(self, precision: Precision) -> None:
         self._dtypes: dict[str, Any] = {
@@ -102,6 +110,6 @@ class HostArrays:
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` itself."""
         return run

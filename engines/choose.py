@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from blockzoo.engines.base import EngineError, EngineMaker, Precision
+from blockzoo.zoo.store import Zoo
 
-Backend = Literal["openvino", "reference"]
+Backend = Literal["openvino", "reference", "tensorrt"]
 
 
 def make_engines(
@@ -15,14 +16,16 @@ def make_engines(
     *,
     device: str | None = None,
     num_threads: int | None = None,
+    zoo: Zoo | None = None,
 ) -> EngineMaker:
     """The engine maker of a backend.
 
     Args:
         backend: None takes openvino.
         precision: None leaves the backend's choice for the machine.
-        device: of the reference backend: "cpu", "cuda", "cuda:<n>"; None leaves its choice.
+        device: "cpu", "cuda", "cuda:<n>"; None leaves the backend's choice.
         num_threads: CPU threads; None leaves the backend's choice.
+        zoo: whose plans the tensorrt backend runs.
 
     Raises:
         EngineError: the backend, device or precision is not available here.
@@ -36,12 +39,17 @@ def make_engines(
         from blockzoo.engines.openvino import OpenVINOEngines
 
         return OpenVINOEngines(precision, num_threads)
-    if backend == "reference":
+    if backend in ("reference", "tensorrt"):
         try:
             from blockzoo.engines.reference import ReferenceEngines
+            from blockzoo.engines.tensorrt.engine import TensorRTEngines
         except ModuleNotFoundError as error:
             raise EngineError(
-                f"the reference backend needs torch ({error}): pip install blockzoo[torch]"
+                f"the {backend} backend needs torch ({error}): pip install blockzoo[torch]"
             ) from error
-        return ReferenceEngines(precision, device, num_threads)
+        if backend == "reference":
+            return ReferenceEngines(precision, device, num_threads)
+        if zoo is None:
+            raise EngineError("the tensorrt backend runs the plans of a zoo; none was given")
+        return TensorRTEngines(zoo, precision, device)
     raise EngineError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")

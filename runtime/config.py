@@ -18,8 +18,9 @@ class EngineConfig:
     """How an engine serves a zoo.
 
     Attributes:
-        backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU); None: openvino.
-        device: of the reference backend: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
+        backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU), "tensorrt" (the
+            zoo's plans on an NVIDIA GPU); None: openvino.
+        device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             free memory where that is less. Split between KV geometries in proportion to their models.

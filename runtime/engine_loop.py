@@ -83,13 +83,15 @@ class LLMEngine:
             max_waiting=self.config.max_waiting + self.config.max_num_seqs,
             policy=self.config.schedule,
         )
+        zoo = Zoo.open(zoo_path)
         maker = make_engines(
             self.config.backend,
             self.config.precision,
             device=self.config.device,
             num_threads=self.config.num_threads,
+            zoo=zoo,
         )
-        self._zoo = load_zoo(Zoo.open(zoo_path), self.config, maker, progress)
+        self._zoo = load_zoo(zoo, self.config, maker, progress)
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()

@@ -7,7 +7,9 @@ engines on what is bound already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
+_KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
 
 
@@ -54,6 +57,10 @@ class Hidden(NamedTuple):
     member: int
     entry: int
     rows: Array
+
+
+Program = Callable[[], list[Hidden] | None]
+"""Runs a filled layout; None where a recording runs in its place: nothing is kept there."""
 
 
 class StepResult(NamedTuple):
@@ -112,9 +119,13 @@ class Executor:
         self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
+        if arrays.records:  # padding at most doubles a decode step
+            max_seqs *= 2
+            max_tokens = max(max_tokens, max_seqs)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
-        self._layout: StepLayout | None = None
-        self._bound_call: dict[int, int] = {}  # engine -> the call it is bound to
+        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
+        self._bound_layout: StepLayout | None = None
+        self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
         self._most_rows = 0  # of a step since scratch was given back
 
     def release_memory(self) -> None:
@@ -136,13 +147,19 @@ class Executor:
             self._check(rows)
         order = batch_order([(rows.chain, rows.entry) for rows in batch])
         ordered = [batch[i] for i in order]
-        layout = self._layout_for(ordered)
+        if self._device.records:
+            order, ordered = self._padded(order, ordered)
+        layout, program = self._layout_for(ordered)
         self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
-        self._gather(layout, ordered)
-        kept = self._run_calls(layout)
-        to_host = self._device.to_host
-        logits = [(to_host(rows), [order[place] for place in places]) for rows, places in layout.logits]
+        kept = program() or []
+        logits = []
+        for rows, places in layout.logits:
+            matrix, indices = self._device.to_host(rows), [order[place] for place in places]
+            if -1 in indices:  # padding
+                real = [row for row, index in enumerate(indices) if index >= 0]
+                matrix, indices = matrix[real], [indices[row] for row in real]
+            logits.append((matrix, indices))
         hidden = [item._replace(member=order[item.member]) for item in kept]
         return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls), hidden)
 
@@ -183,8 +200,28 @@ class Executor:
                 rows = self._device.activations(rotate(wide, borrowed.shift, *self._rotation[chain]))
             pool[pages, :, slots] = rows
 
+    def _padded(self, order: list[int], batch: list[Rows]) -> tuple[list[int], list[Rows]]:
+        """A decode step with each chain's sequences filled up to a power of two, by rows of index -1."""
+        if any(len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden for r in batch):
+            return order, batch
+        indices: list[int] = []
+        padded: list[Rows] = []
+        for chain, own in groupby(zip(order, batch, strict=True), key=lambda item: item[1].chain):
+            items = list(own)
+            missing = (1 << (len(items) - 1).bit_length()) - len(items)
+            indices += [index for index, _ in items] + [-1] * missing
+            padded += [rows for _, rows in items] + [self._padding(chain)] * missing
+        return indices, padded
+
+    def _padding(self, chain: int) -> Rows:
+        """A row that nobody reads: one token in the page beyond those that sequences have."""
+        table = np.full((self._chains[chain].num_layers, 1), self._num_pages, np.int32)
+        return Rows(chain, np.zeros(1, np.int32), 0, table, True)
+
     def _make_pool(self, family: Family) -> dict[str, Array]:
-        shape = (self._num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
+        # where batches are padded, one page more for the rows that nobody reads
+        num_pages = self._num_pages + self._device.records
+        shape = (num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
         pool = {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
         for engine in self._engines.values():
             if engine.spec.layers:
@@ -219,26 +256,35 @@ class Executor:
         if rows.past_len + count > positions:
             raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
 
-    def _layout_for(self, batch: Sequence[Rows]) -> StepLayout:
+    def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
+        """The layout of a batch's shapes, and what runs it; the last ones are kept."""
+        lens = [_table_len(rows) for rows in batch]
+        if self._device.records:  # the same for all, and few of them
+            lens = [1 << (max(lens) - 1).bit_length()] * len(batch)
         shapes = tuple(
             SeqShape(
-                rows.chain,
-                len(rows.token_ids),
-                _table_len(rows),
-                rows.wants_logits,
-                rows.entry,
-                rows.keeps_hidden,
+                rows.chain, len(rows.token_ids), length, rows.wants_logits, rows.entry, rows.keeps_hidden
             )
-            for rows in batch
+            for rows, length in zip(batch, lens, strict=True)
         )
-        if self._layout is None or self._layout.shapes != shapes:
+        kept = self._layouts.pop(shapes, None)
+        if kept is None:
             layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
             if self._adapters is not None:
                 for call in layout.calls:
                     call.binds |= self._adapters.of(call)
-            self._layout = layout
-            self._bound_call.clear()
-        return self._layout
+            program: Program = partial(self._launch, layout)
+            if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
+                program = self._device.recorded(program)
+            kept = layout, program
+            while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
+                self._layouts.pop(next(iter(self._layouts)))
+        self._layouts[shapes] = kept  # the last one used is the last to go
+        return kept
+
+    def _launch(self, layout: StepLayout) -> list[Hidden]:
+        self._gather(layout)
+        return self._run_calls(layout)
 
     def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
         arrays = layout.arrays
@@ -254,13 +300,13 @@ class Executor:
             entries[:, :pages] = rows.page_table[:, :pages]  # beyond: some valid id, never read
         arrays.max_context_len[...] = (arrays.past_lens + np.diff(layout.seq_begins)).max()
         layout.upload()
-
-    def _gather(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
-        """Rotary rows of the step's tokens, and what enters: embeddings, or the hidden states given."""
-        arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
         for i, rows in enumerate(batch):
             if rows.entry:
                 layout.entering_rows(i)[...] = rows.hidden
+
+    def _gather(self, layout: StepLayout) -> None:
+        """Rotary rows of the step's tokens, and the embeddings of those that enter at the bottom."""
+        arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
         for chain_index, entry, rows_slice in layout.group_rows():
             cos, sin = self._rope_tables[chain_index]
             positions = arrays.positions[rows_slice]
@@ -273,6 +319,9 @@ class Executor:
 
     def _run_calls(self, layout: StepLayout) -> list[Hidden]:
         """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
+        if self._bound_layout is not layout:
+            self._bound_layout = layout
+            self._bound_call.clear()
         kept = []
         for index, call in enumerate(layout.calls):
             engine = self._engines[call.span]

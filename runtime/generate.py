@@ -19,6 +19,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
+    parser.add_argument(
+        "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
+    )
+    parser.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: what the CPU does best")
     return parser
 
@@ -53,7 +57,8 @@ def _generate(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
     )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = LLMEngine(args.zoo, EngineConfig(precision=args.precision, max_num_seqs=1))
+    config = EngineConfig(backend=args.backend, device=args.device, precision=args.precision, max_num_seqs=1)
+    engine = LLMEngine(args.zoo, config)
     engine.add_request("cli", args.model, prompt, params)
     while engine.has_unfinished():
         for output in engine.step():

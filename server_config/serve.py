@@ -33,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
     network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
     engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
+    )
+    engine.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
@@ -91,6 +95,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     from blockzoo.runtime import EngineConfig
 
     settings = {
+        "backend": args.backend,
+        "device": args.device,
         "precision": args.precision,
         "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
         "max_num_seqs": args.max_num_seqs,

@@ -21,6 +21,8 @@ from blockzoo.zoo.strict_json import decode, encode
 
 SCHEMA_VERSION = 2
 
+TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizationProfileRecord:
@@ -49,6 +51,46 @@ class PlanRecord:
     def kind(self) -> str:
         """The kind of block: embed, attn, ffn or head."""
         return self.spec.kind
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTensorRecord:
+    """An input or output of a serialized plan; -1 in the shape is the number of rows."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRTPlanRecord:
+    """A serialized TensorRT plan in the zoo: `plans/tensorrt/<key>`, the key naming what it was built from.
+
+    One plan serves all blocks of a shape class, unless their weights are baked in.
+    """
+
+    part: Literal["attn_pre", "attn_post", "ffn", "head"]
+    """Which part of a block; attention itself runs between the first two."""
+    spec: BlockSpec
+    """The shape class: the operator without what its network does not depend on."""
+    precision: Literal["bf16", "f32"]
+    target: str
+    """The compute capability it runs on: "sm89"."""
+    library: TensorRTLibrary
+    library_version: str
+    profiles: tuple[OptimizationProfileRecord, ...]
+    inputs: tuple[PlanTensorRecord, ...]
+    outputs: tuple[PlanTensorRecord, ...]
+    scratch_bytes: dict[str, int]
+    """Device memory that a run needs for activations, by profile."""
+    workspace_bytes: int | None
+    """The bound on scratch that it was built under; None: none."""
+    baked_block: str | None
+    """The block whose weights are constants of the plan; None: weights are inputs."""
+    num_bytes: int
+    sha256: str
+    """Of the plan's bytes."""
+    build_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +235,7 @@ class Manifest:
     models: dict[str, ModelRecord] = field(default_factory=dict)
     blocks: dict[str, BlockRecord] = field(default_factory=dict)
     plans: dict[str, PlanRecord] = field(default_factory=dict)
+    tensorrt_plans: dict[str, TensorRTPlanRecord] = field(default_factory=dict)
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
 
     def to_text(self) -> str:

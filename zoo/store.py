@@ -1,6 +1,6 @@
 """The zoo on disk: content-addressed blocks and tokenizers, one manifest; readers and the one writer.
 
-    my-zoo/manifest.json   blocks/<id>.safetensors   tokenizers/<sha256>/   .lock
+    my-zoo/manifest.json   blocks/<id>.safetensors   tokenizers/<sha256>/   plans/tensorrt/<key>   .lock
 
 A file appears under its final name only when it is whole (temporary name, fsync, rename), and the manifest
 is written last: a writer killed at any moment leaves the zoo as it was, plus files that nothing refers to.
@@ -8,6 +8,7 @@ The next writer reuses those it needs and collects the rest.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import threading
@@ -57,6 +58,18 @@ class Zoo:
         embed = self.read_block(record.tied_to)
         tensors["weight"] = embed.tensors["weight"]
         return Block(block_id, record.spec, tensors, (file, *embed.files))
+
+    def read_tensorrt_plan(self, key: str) -> bytes:
+        """A serialized plan. Raises StoreError when it is missing or corrupt."""
+        path = tensorrt_plan_path(self.path, key)
+        advice = "run zoo-compile --backend tensorrt on the zoo again"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise StoreError(f"{path}: missing; {advice}") from None
+        if hashlib.sha256(content).hexdigest() != self.manifest.tensorrt_plans[key].sha256:
+            raise StoreError(f"{path}: corrupt (checksum); remove the file and {advice}")
+        return content
 
     def read_adapter(self, adapter_id: str) -> Adapter:
         """Map an adapter's matrices; raises as `read_block`."""
@@ -109,6 +122,16 @@ class Zoo:
 def block_path(zoo: Path, block_id: str) -> Path:
     """Where a zoo keeps a block."""
     return zoo / "blocks" / f"{block_id}.safetensors"
+
+
+def tensorrt_plan_path(zoo: Path, key: str) -> Path:
+    """Where a serialized TensorRT plan lies."""
+    return zoo / "plans" / "tensorrt" / key
+
+
+def timing_cache_name(library: str, version: str, target: str) -> str:
+    """The file, beside the plans, of the timings that a library measured on a target."""
+    return f"timing-{library}-{version}-{target}"
 
 
 class ZooWriter:
@@ -179,7 +202,7 @@ class ZooWriter:
                 ) from None
 
     def _remove_empty_zoo(self) -> None:
-        for name in ("blocks", "tokenizers"):
+        for name in ("blocks", "tokenizers", "plans/tensorrt", "plans"):
             if (self.path / name).is_dir() and not any((self.path / name).iterdir()):
                 (self.path / name).rmdir()
         if {p.name for p in self.path.iterdir()} == {".lock"}:
@@ -218,10 +241,19 @@ class ZooWriter:
         temporary.rename(folder)
         return tokenizer
 
+    def add_tensorrt_plan(self, key: str, content: bytes) -> None:
+        """Store a serialized plan, or a timing cache, under its key."""
+        path = tensorrt_plan_path(self.path, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(_TEMPORARY + key)
+        self._new += [temporary, path]
+        _write_synced(temporary, content)
+        temporary.rename(path)
+
     def commit(self, manifest: Manifest) -> int:
         """Make `manifest` the zoo's; then drop what it does not refer to. Returns the bytes freed."""
         manifest.check("manifest.json")
-        for name in ("blocks", "tokenizers"):
+        for name in _FOLDERS:
             if (self.path / name).is_dir():
                 _sync_directory(self.path / name)
         temporary = self.path / f"{_TEMPORARY}manifest.json"
@@ -235,8 +267,13 @@ class ZooWriter:
     def _collect_garbage(self) -> int:
         used = {f"{key}.safetensors" for key in (*self.manifest.blocks, *self.manifest.adapters)}
         used |= {model.tokenizer for model in self.manifest.models.values()}
+        used |= self.manifest.tensorrt_plans.keys()
+        used |= {
+            timing_cache_name(plan.library, plan.library_version, plan.target)
+            for plan in self.manifest.tensorrt_plans.values()
+        }
         freed = 0
-        for name in ("blocks", "tokenizers"):
+        for name in _FOLDERS:
             folder = self.path / name
             for path in sorted(folder.iterdir()) if folder.is_dir() else []:
                 if path.name not in used:
@@ -244,7 +281,8 @@ class ZooWriter:
         return freed
 
 
-_OWN_NAMES = {".lock", "blocks", "tokenizers"}
+_FOLDERS = ("blocks", "tokenizers", "plans/tensorrt")
+_OWN_NAMES = {".lock", "blocks", "tokenizers", "plans"}
 
 
 def _write_synced(path: Path, content: bytes) -> None:

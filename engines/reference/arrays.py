@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ class TorchArrays:
     Args:
         device: where the arrays are.
         precision: of activations and KV.
+        record: on a GPU, let `recorded` make CUDA graphs.
     """
 
-    def __init__(self, device: torch.device, precision: Precision) -> None:
+    def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
         self.device = device
+        self.records = record and device.type == "cuda"
+        self._graph_memory: Any = None
         self._dtypes = {"activation": TORCH_DTYPES[precision], "f32": torch.float32, "i32": torch.int32}
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> torch.Tensor:
@@ -69,9 +73,33 @@ class TorchArrays:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def recorded(self, run: Callable[[], None]) -> Callable[[], None]:
-        """`run` itself."""
-        return run
+    def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """On a GPU a CUDA graph of `run`, made at the third call: the first two compile and warm up."""
+        if not self.records:
+            return run
+        if self._graph_memory is None:  # graphs run one after the other: they may share their scratch
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        return _Recorded(run, self._graph_memory)
+
+
+class _Recorded:
+    def __init__(self, run: Callable[[], Any], memory: Any) -> None:
+        self._run, self._memory = run, memory
+        self._graph: Any = None
+        self._calls = 0
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._calls < 2:
+            self._calls += 1
+            self._run()
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                self._run()
+            self._graph = graph
+            graph.replay()
 
 
 def weight_tensor(tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
+from torch.nn.functional import rms_norm
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.zoo.blocks import AttnSpec
@@ -19,23 +21,49 @@ Inputs = Mapping[str, torch.Tensor]
 at arbitrary positions, and then `past_lens` is not read."""
 
 
+Norms = tuple[torch.Tensor, torch.Tensor]
+"""Weights of the norms of q's and k's heads, [head_dim] each."""
+
+
+class Attention(Protocol):
+    """Writes K and V into pages and attends over them: torch here, kernels on a GPU."""
+
+    def __call__(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec, norms: Norms | None
+    ) -> torch.Tensor:
+        """Norm and rotate q and k, write K and V, attend; see `DenseAttention`."""
+
+    def rotated(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        """The same for q and k that are normed and rotated already."""
+
+
 class DenseAttention:
     """Gathers each sequence's pages into one matrix; waits for the device once per sequence."""
 
     def __call__(
-        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec, norms: Norms | None
     ) -> torch.Tensor:
-        """Write the rows' K and V, then attend.
+        """Norm and rotate q and k, write the rows' K and V, then attend.
 
         Args:
-            qkv: [T, (heads + 2 * kv_heads) * head_dim], rotated.
+            qkv: [T, (heads + 2 * kv_heads) * head_dim], side by side; may be overwritten.
             inputs: of the engine.
             page_ids: the layer's `block_indices`.
             spec: the attention operator.
+            norms: where it has `qk_norm`.
 
         Returns:
             [T, heads * head_dim].
         """
+        turned = rotate(qkv, inputs["cos"][:, 0], inputs["sin"][:, 0], spec, norms)
+        return self.rotated(turned, inputs, page_ids, spec)
+
+    def rotated(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        """The same for q and k that are normed and rotated already."""
         dim, kv_heads = spec.head_dim, spec.num_kv_heads
         q, k, v = (
             part.unflatten(1, (-1, dim))
@@ -59,6 +87,26 @@ class DenseAttention:
             k_all, v_all = (cache[pages].transpose(1, 2).flatten(0, 1)[:length] for cache in (keys, values))
             out[begin:end] = attend(q[begin:end], k_all, v_all, where, spec)
         return out.flatten(1)
+
+
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: AttnSpec, norms: Norms | None
+) -> torch.Tensor:
+    """q, k, v side by side -> the same with q and k normed, where there are norms, and rotated.
+
+    cos, sin: float32 [T, 1, head_dim], their halves equal.
+    """
+    heads, kv_heads = spec.num_heads, spec.num_kv_heads
+    q, k, v = qkv.unflatten(1, (-1, spec.head_dim)).split([heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        eps, shape = spec.rms_norm_eps, (spec.head_dim,)
+        q, k = (rms_norm(x, shape, weight, eps) for x, weight in zip((q, k), norms, strict=True))
+    return torch.cat([_rotated(q, cos, sin), _rotated(k, cos, sin), v], 1).flatten(1)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.float().chunk(2, -1)
+    return (torch.cat([low, high], -1) * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
 
 
 def attend(

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from blockzoo.engines.reference.arrays import weight_tensor
+from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
 Delta = Callable[[torch.Tensor, str], torch.Tensor | None]
@@ -57,33 +58,10 @@ class Operators:
         """Root mean square norm over the last dimension, in float32 inside."""
         return rms_norm(x, x.shape[-1:], weight, eps)
 
-    def rotate(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        spec: AttnSpec,
-        norms: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Rotate q and k in qkv [T, (heads + 2 * kv_heads) * head_dim], after their norms where given.
-
-        cos, sin: float32 [T, 1, head_dim].
-        """
-        dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
-        q, k, v = qkv.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
-        if norms is not None:
-            q, k = (self.norm(x, weight, spec.rms_norm_eps) for x, weight in zip((q, k), norms, strict=True))
-        return torch.cat([_rotated(q, cos, sin), _rotated(k, cos, sin), v], 1).flatten(1)
-
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of [T, 2 * inner]: gate first."""
         gate, up = gate_up.chunk(2, 1)
         return silu(gate) * up
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.float().chunk(2, -1)
-    return (torch.cat([low, high], -1) * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +93,24 @@ class TorchAttn:
             ops=ops,
         )
 
-    def pre(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, delta: Delta = no_delta
-    ) -> torch.Tensor:
-        """Hidden states [T, hidden] -> rotated q, k, v side by side."""
+    def pre(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+        """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
         qkv = linear(normed, self.qkv, self.qkv_bias)
         q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
         _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, delta)
-        return self.ops.rotate(qkv, cos, sin, self.spec, self.qk_norms)
+        return qkv
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        attention: Attention,
+        delta: Delta = no_delta,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] -> attention output; K and V are written."""
+        return attention(self.pre(x, delta), inputs, page_ids, self.spec, self.qk_norms)
 
     def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""

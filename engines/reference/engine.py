@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
-from blockzoo.engines.reference.attention import DenseAttention, Inputs
+from blockzoo.engines.reference.attention import Attention, DenseAttention, Inputs
 from blockzoo.engines.reference.blocks import (
     Delta,
     Operators,
@@ -23,17 +23,38 @@ from blockzoo.engines.reference.blocks import (
 )
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
-Attention = Callable[[torch.Tensor, Inputs, torch.Tensor, AttnSpec], torch.Tensor]
-TorchBlock = TorchAttn | TorchFfn | TorchHead
+
+class AttnBlock(Protocol):
+    """An attention block on the device, in two parts."""
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        attention: Attention,
+        delta: Delta = no_delta,
+    ) -> torch.Tensor:
+        """Hidden states [T, hidden] -> attention output; K and V are written."""
+
+    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+        """Attention output and the hidden states before it -> those after it."""
+
+
+class RowBlock(Protocol):
+    """A feed-forward or output block on the device: row by row (a feed-forward one takes a delta too)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden] -> hidden states or logits."""
 
 
 class ReferenceEngine:
     """A span in torch. Not thread-safe: one caller at a time."""
 
-    def __init__(self, spec: SpanSpec, blocks: Sequence[TorchBlock], attention: Attention) -> None:
+    def __init__(self, spec: SpanSpec, blocks: Sequence[AttnBlock | RowBlock], attention: Attention) -> None:
         self.spec = spec
-        self._blocks, self._attention = tuple(blocks), attention
-        self._lora = dict(spec.lora)
+        self._blocks: tuple[Any, ...] = tuple(blocks)  # of the protocol that its spec asks for
+        self._attention, self._lora = attention, dict(spec.lora)
         self._bound: dict[str, torch.Tensor] = {}
 
     def bind(self, name: str, array: torch.Tensor) -> None:
@@ -49,19 +70,19 @@ class ReferenceEngine:
         x = bound["hidden"]
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
-            x = x[bound["rows"]]
+            x = x.index_select(0, bound["rows"])
         layer, dropped = 0, self.spec.drops_rows and not num_layers
-        for index, block in enumerate(self._blocks):
-            if isinstance(block, TorchAttn):
-                delta = self._delta(index, dropped)
-                qkv = block.pre(x, bound["cos"][:, 0], bound["sin"][:, 0], delta)
-                attended = self._attention(qkv, bound, bound[f"block_indices.{layer}"], block.spec)
+        for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
+            delta = self._delta(index, dropped)
+            if isinstance(spec, AttnSpec):
+                attended = block.attend(x, bound, bound[f"block_indices.{layer}"], self._attention, delta)
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
-                    attended, x, dropped = attended[bound["rows"]], x[bound["rows"]], True
+                    attended, x = (rows.index_select(0, bound["rows"]) for rows in (attended, x))
+                    dropped = True
                 x = block.post(attended, x, self._delta(index, dropped))
-            elif isinstance(block, TorchFfn):
-                x = block(x, self._delta(index, dropped))
+            elif isinstance(spec, FfnSpec):
+                x = block(x, delta)
             else:
                 x = block(x)
         bound["logits" if self.spec.head else "hidden_out"].copy_(x)
@@ -77,7 +98,7 @@ class ReferenceEngine:
                 return None
             mask = bound["lora_mask"]
             a, b = bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]
-            return ((x @ a.T) * (mask[bound["rows"]] if dropped else mask)) @ b
+            return ((x @ a.T) * (mask.index_select(0, bound["rows"]) if dropped else mask)) @ b
 
         return delta
 
@@ -88,6 +109,7 @@ class ReferenceEngines:
     Args:
         precision: None takes bf16 on a GPU and f32 on the CPU.
         device: "cpu", "cuda" or "cuda:<n>"; None takes a GPU where there is one.
+        cuda_graphs: on a GPU, record steps that repeat their shapes and replay them.
         num_threads: torch's compute threads on the CPU, for the whole process; None leaves them.
 
     Raises:
@@ -97,16 +119,20 @@ class ReferenceEngines:
     name = "reference"
 
     def __init__(
-        self, precision: Precision | None = None, device: str | None = None, num_threads: int | None = None
+        self,
+        precision: Precision | None = None,
+        device: str | None = None,
+        num_threads: int | None = None,
+        *,
+        cuda_graphs: bool = True,
     ) -> None:
         self.device = _find_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "f32")
-        self.arrays: Arrays = TorchArrays(self.device, self.precision)
+        self.arrays: Arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.weights = Weights(TORCH_DTYPES[self.precision], self.device)
-        self._ops = Operators()
-        self._attention: Attention = DenseAttention()
+        self._ops, self._attention = _operators(self.device)
 
     @property
     def version(self) -> str:
@@ -133,9 +159,9 @@ class ReferenceEngines:
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
         return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
 
-    def _block(self, block: Block) -> TorchBlock:
+    def _block(self, block: Block) -> AttnBlock | RowBlock:
         makers: dict[type, Any] = {AttnSpec: TorchAttn, FfnSpec: TorchFfn, HeadSpec: TorchHead}
-        loaded: TorchBlock = makers[type(block.spec)].load(block, self.weights, self._ops)
+        loaded: AttnBlock | RowBlock = makers[type(block.spec)].load(block, self.weights, self._ops)
         return loaded
 
 
@@ -149,6 +175,16 @@ class TorchEmbedding:
     def lookup(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Write the rows of `token_ids` (int32 [n]) to `out` [n, hidden]."""
         torch.index_select(self._table, 0, token_ids, out=out)
+
+
+def _operators(device: torch.device) -> tuple[Operators, Attention]:
+    """Kernels on a GPU, plain torch on the CPU."""
+    if device.type != "cuda":
+        return Operators(), DenseAttention()
+    from blockzoo.engines.tensorrt.attention import FusedOperators, PagedAttention
+
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return FusedOperators(), PagedAttention(processors)
 
 
 def _find_device(name: str | None) -> torch.device:

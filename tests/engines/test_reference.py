@@ -65,13 +65,13 @@ def test_rows_at_any_positions_attend_as_in_order() -> None:
         "block_indices_begins": torch.tensor([0, 3], dtype=torch.int32),
         "past_lens": torch.zeros(1, dtype=torch.int32),
     }
-    expected = DenseAttention()(qkv, inputs, pages, spec)
+    expected = DenseAttention().rotated(qkv, inputs, pages, spec)
     some = torch.randperm(tokens)[:20]
     inputs |= {
         "positions": some.int(),
         "subsequence_begins": torch.tensor([0, len(some)], dtype=torch.int32),
     }
-    torch.testing.assert_close(DenseAttention()(qkv[some], inputs, pages, spec), expected[some])
+    torch.testing.assert_close(DenseAttention().rotated(qkv[some], inputs, pages, spec), expected[some])
 
 
 def test_blocks_are_timed(demo_zoo: Path, reference: ReferenceEngines) -> None:
@@ -86,7 +86,7 @@ def test_a_choice_that_cannot_be_met_is_explained() -> None:
         ReferenceEngines(device="xpu")
     with pytest.raises(EngineError, match="openvino backend runs on the cpu"):
         make_engines("openvino", device="cuda")
-    with pytest.raises(EngineError, match="expected one of openvino, reference"):
+    with pytest.raises(EngineError, match="expected one of openvino, reference, tensorrt"):
         make_engines("onnx")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="sees no GPU"):

@@ -1,0 +1,174 @@
+"""Chains with random weights that are made where they are used: no checkpoint, no disk, no tokenizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from blockzoo.engines.reference import ReferenceEngines
+from blockzoo.engines.reference.arrays import TORCH_DTYPES
+from blockzoo.engines.reference.blocks import Weights
+from blockzoo.runtime.executor import Executor, Rows
+from blockzoo.runtime.topology import plan_topology
+from blockzoo.zoo.blocks import Block, EmbedSpec, HeadSpec, chain_specs, tensor_shapes
+from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, SourceRecord
+from blockzoo.zoo.model_config import ModelConfig
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {  # Llama-3.1-8B
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "0.5b": {  # Qwen2.5-0.5B without its biases
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+
+
+def hf_config(shape: str) -> dict[str, Any]:
+    """The config.json of a shape."""
+    common = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+    lengths = {"max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    return common | lengths | SHAPES[shape]
+
+
+class RandomWeights(Weights):
+    """Weights drawn on the device when they are first asked for, scaled to keep activations in range."""
+
+    def load(self, block: Block, *names: str) -> torch.Tensor:
+        """The block's random tensors of these names on top of each other."""
+        key = (block.id, *names)
+        if key not in self._loaded:
+            shapes = tensor_shapes(block.spec)
+            rows = sum(shapes[name][0] for name in names)
+            rest = shapes[names[0]][1:]
+            tensor = torch.empty(rows, *rest, dtype=self._dtype, device=self._device)
+            if rest:
+                deviation = 1.0 if isinstance(block.spec, EmbedSpec) else rest[0] ** -0.5
+                tensor.normal_(0.0, deviation)
+            else:
+                tensor.fill_(1.0)
+            self._loaded[key] = tensor
+        return self._loaded[key]
+
+
+class RandomZoo:
+    """Models of one shape that share their lower layers, and an executor over them.
+
+    Args:
+        shape: of `SHAPES`.
+        engines: torch engines; their weights are replaced by random ones.
+        models: how many.
+        shared_layers: the layers that all models have in common; embedding and head always are.
+        max_tokens, max_seqs: of a step.
+        context: longest sequence.
+        sequences: how many have pages of their own; None: `max_seqs`.
+    """
+
+    def __init__(
+        self,
+        shape: str,
+        engines: ReferenceEngines,
+        models: int = 1,
+        shared_layers: int = 0,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        context: int,
+        sequences: int | None = None,
+    ) -> None:
+        self.config = ModelConfig.from_hf(hf_config(shape), None)
+        self.engines, self.context = engines, context
+        self.weights = engines.weights = RandomWeights(TORCH_DTYPES[engines.precision], engines.device)
+        manifest = self._manifest(models, shared_layers)
+        self.topology = plan_topology(manifest)
+        chains, spans = self.topology.chains, self.topology.spans
+        blocks = {i: self._block(i, record) for i, record in manifest.blocks.items()}
+        compiled = {
+            i: engines.span([blocks[b] for b in span.block_ids], drops_rows=span.drops_rows)
+            for i, span in enumerate(spans)
+        }
+        self.pages_per_seq = -(-context // 32)
+        self.num_pages = (sequences or max_seqs) * self.pages_per_seq * chains[0].num_layers
+        tables = self.config.rope.tables(self.config.head_dim, context)
+        self.executor = Executor(
+            chains[0].family,
+            chains,
+            spans,
+            compiled,
+            {c.embed_id: engines.embedding(blocks[c.embed_id]) for c in chains},
+            dict.fromkeys(range(len(chains)), tables),
+            engines.arrays,
+            self.num_pages,
+            max_tokens,
+            max_seqs,
+        )
+
+    def _manifest(self, models: int, shared: int) -> Manifest:
+        manifest = Manifest()
+        source = SourceRecord("hf", "random", "bf16", None, None)
+        for model in range(models):
+            chain = []
+            for i, spec in enumerate(chain_specs(self.config)):
+                common = i <= 2 * shared or isinstance(spec, HeadSpec)
+                block_id = f"{i:03}-{'shared' if common else model}"
+                chain.append(block_id)
+                size = 2 * sum(math.prod(dims) for dims in tensor_shapes(spec).values())
+                manifest.blocks[block_id] = BlockRecord(spec, "bf16", size, None, "", None, None)
+            manifest.models[f"m{model}"] = ModelRecord(self.config, tuple(chain), "", source, None)
+        return manifest
+
+    @staticmethod
+    def _block(block_id: str, record: BlockRecord) -> Block:
+        names: dict[str, Any] = dict.fromkeys(tensor_shapes(record.spec))
+        return Block(block_id, record.spec, names)
+
+    def rows(self, seq: int, model: int, num_tokens: int, past: int) -> Rows:
+        """New tokens of sequence number `seq`, which has pages of its own."""
+        chain = self.topology.chain_of_model[f"m{model}"]
+        layers = self.topology.chains[chain].num_layers
+        first = seq * layers * self.pages_per_seq
+        table = np.arange(first, first + layers * self.pages_per_seq, dtype=np.int32)
+        ids = np.random.default_rng(seq).integers(0, self.config.vocab_size, num_tokens, dtype=np.int32)
+        return Rows(chain, ids, past, table.reshape(layers, -1), True)
+
+    def step_bytes(self, num_seqs: int, past: int) -> int:
+        """Bytes that a decode step must read: all weights but the embedding table, and the K and V."""
+        config = self.config
+        item = 2 if self.engines.precision == "bf16" else 4
+        table = config.vocab_size * config.hidden_size * item
+        kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+        return self.weights.num_bytes - table + num_seqs * past * kv
+
+    def step_flops(self, num_tokens: int) -> float:
+        """Multiplications and additions of a prefill from position 0, logits of the last token only."""
+        config = self.config
+        matrices = [
+            math.prod(dims)
+            for spec in chain_specs(config)[1:-1]
+            for dims in tensor_shapes(spec).values()
+            if len(dims) == 2
+        ]
+        attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
+        head = 2.0 * config.vocab_size * config.hidden_size
+        return 2.0 * sum(matrices) * num_tokens + attention + head

@@ -1,0 +1,143 @@
+"""TensorRT plans of a zoo: one per part of each shape class and target, built when it is not there yet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from blockzoo.engines.base import EngineError, Precision
+from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests
+from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import TensorRTPlanRecord
+from blockzoo.zoo.store import Zoo, ZooWriter, tensorrt_plan_path, timing_cache_name
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRTOptions:
+    """What to build plans for."""
+
+    targets: tuple[str, ...] = ("native",)
+    """Compute capabilities ("sm89"), or "native": this machine's GPU."""
+    precision: Precision = "bf16"
+    """Of activations and weights."""
+    workspace_bytes: int | None = None
+    """Bound on the scratch memory of a plan; None: the library's own."""
+    bake_weights: bool = False
+    """Whether each block gets plans of its own with its weights as constants."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What was done."""
+
+    built: int
+    reused: int
+    num_bytes: int
+    """Of all plans of the targets."""
+
+
+def build_plans(
+    zoo: Zoo,
+    writer: ZooWriter | None,
+    options: TensorRTOptions,
+    progress: Callable[[str, int, int], None],
+) -> PlanReport:
+    """Enter plans for every block of `zoo` into its manifest; without a writer (a dry run) only count.
+
+    Plans of other targets, versions and settings stay as long as some block has their shape class.
+
+    Raises:
+        ZooError: a target cannot be compiled for here. EngineError: the library refused a network.
+    """
+    if find_spec("onnx") is None:
+        raise ZooError("TensorRT plans are built from ONNX graphs: pip install blockzoo[tensorrt]")
+    built = reused = num_bytes = 0
+    for target, library in _targets(options.targets).items():
+        wanted = _requests(zoo, target, library, options)
+        missing = {key: request for key, request in wanted.items() if not _is_there(zoo, key)}
+        reused += len(wanted) - len(missing)
+        built += len(missing)
+        if missing and writer is not None:
+            cache_name = timing_cache_name(library.library, library.version, target)
+            _build(zoo, writer, library, cache_name, missing, progress)
+        num_bytes += sum(plan.num_bytes for key, plan in zoo.manifest.tensorrt_plans.items() if key in wanted)
+    return PlanReport(built, reused, num_bytes)
+
+
+def _targets(names: tuple[str, ...]) -> dict[str, TensorRT]:
+    native = native_target()
+    if "native" in names and native is None:
+        raise ZooError(
+            "--target native: this machine has no NVIDIA GPU that torch can see; name the target: "
+            "--target sm89 (L4, L40S), sm120 (RTX 50, RTX PRO 6000), sm86 (A10, RTX 30), sm80 (A100)"
+        )
+    chosen = [native if name == "native" and native else name for name in names]
+    try:
+        return {target: library_for(target, native) for target in chosen}
+    except EngineError as error:
+        raise ZooError(str(error)) from error
+
+
+def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions) -> dict[str, PlanRequest]:
+    """By key: blocks of one shape class ask for the same plans."""
+    if target == "sm75" and options.precision == "bf16":
+        raise ZooError("target sm75 does not compute in bf16; choose a newer target")
+    requests = {}
+    for block_id, block in zoo.manifest.blocks.items():
+        for request in plan_requests(
+            block.spec,
+            options.precision,
+            target,
+            library.library,
+            library.version,
+            workspace_bytes=options.workspace_bytes,
+            baked_block=block_id if options.bake_weights else None,
+        ):
+            requests[request.key()] = request
+    return requests
+
+
+def _is_there(zoo: Zoo, key: str) -> bool:
+    record = zoo.manifest.tensorrt_plans.get(key)
+    path = tensorrt_plan_path(zoo.path, key)
+    return record is not None and path.exists() and path.stat().st_size == record.num_bytes
+
+
+def _build(
+    zoo: Zoo,
+    writer: ZooWriter,
+    library: TensorRT,
+    cache_name: str,
+    missing: dict[str, PlanRequest],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    from blockzoo.engines.tensorrt.builder import PlanBuilder
+
+    cache = tensorrt_plan_path(zoo.path, cache_name)
+    builder = PlanBuilder(library, cache.read_bytes() if cache.exists() else b"")
+    for done, (key, request) in enumerate(missing.items()):
+        what = f"building {request.part} for {request.target}"
+        progress(what, done, len(missing))
+        block = zoo.read_block(request.baked_block) if request.baked_block is not None else None
+        content, record = builder.build(request, block)
+        if block is not None:
+            block.drop_pages()
+        writer.add_tensorrt_plan(key, content)
+        zoo.manifest.tensorrt_plans[key] = record
+    if builder.timing_cache():
+        writer.add_tensorrt_plan(cache_name, builder.timing_cache())
+    progress("building plans", len(missing), len(missing))
+
+
+def unused_plans(zoo: Zoo) -> set[str]:
+    """Keys of the plans that no block of the manifest can use."""
+    from blockzoo.engines.tensorrt.plans import shape_class
+
+    specs = [shape_class(block.spec) for block in zoo.manifest.blocks.values()]
+
+    def used(plan: TensorRTPlanRecord) -> bool:
+        if plan.baked_block is not None:
+            return plan.baked_block in zoo.manifest.blocks
+        return plan.spec in specs
+
+    return {key for key, plan in zoo.manifest.tensorrt_plans.items() if not used(plan)}

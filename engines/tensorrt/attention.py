@@ -1,0 +1,266 @@
+"""Paged attention on the GPU: rotate, write K and V, attend; one code path for prefill, decode and any rows.
+
+Launch shapes depend on the shapes of the inputs only, never on their contents: nothing waits for the GPU,
+and a launch can be recorded in a CUDA graph and replayed while positions, page tables and lengths change.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.engines.reference.attention import Inputs, Norms
+from blockzoo.engines.reference.blocks import Operators
+from blockzoo.engines.tensorrt import kernels
+from blockzoo.zoo.blocks import AttnSpec
+
+_MAX_SPLITS = 32
+_TILE = 64  # keys in a tile
+
+
+class PagedAttention:
+    """The Triton-language attention; see `engines.reference.attention.DenseAttention` for what it computes.
+
+    Args:
+        num_processors: of the GPU: short batches are split over the keys until all have work.
+    """
+
+    def __init__(self, num_processors: int) -> None:
+        self._num_processors = num_processors
+
+    def __call__(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec, norms: Norms | None
+    ) -> torch.Tensor:
+        """Norm and rotate q and k (q in place, in `qkv`), write K and V, attend: [T, heads * head_dim]."""
+        self._write(qkv, inputs, page_ids, spec, norms, rotate=True)
+        return self._attend(qkv, inputs, page_ids, spec)
+
+    def rotated(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        """The same for q and k that are rotated already."""
+        self._write(qkv, inputs, page_ids, spec, None, rotate=False)
+        return self._attend(qkv, inputs, page_ids, spec)
+
+    def scores(
+        self,
+        qkv: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        spec: AttnSpec,
+        window_rows: int,
+        width: int,
+    ) -> torch.Tensor:
+        """Attention that each key receives from the last rows of its sequence, summed over heads.
+
+        Args:
+            qkv: as it is after a call: rotated, its K written.
+            window_rows: rows per sequence that count, from its end; those it has where it has fewer.
+            width: keys per sequence in the result; those beyond a sequence's length get 0.
+
+        Returns:
+            float32 [S, width].
+        """
+        num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
+        tops, totals = (qkv.new_empty(num_rows * spec.num_heads, dtype=torch.float32) for _ in range(2))
+        out = qkv.new_zeros(num_seqs, width, dtype=torch.float32)
+        for summing in (True, False):
+            programs = window_rows if summing else -(-width // _TILE)
+            kernels.attention_scores[(programs, num_seqs)](
+                qkv,
+                inputs["key_cache"],
+                page_ids,
+                *_rows(inputs),
+                tops,
+                totals,
+                out,
+                num_seqs,
+                window_rows,
+                width,
+                _scale(spec),
+                **_shape(spec),
+                BLOCK_D=_power(spec.head_dim),
+                BLOCK_M=max(16, _power(spec.num_heads // spec.num_kv_heads)),
+                BLOCK_N=_TILE,
+                WINDOW=spec.sliding_window,
+                HAS_POSITIONS="positions" in inputs,
+                PRECISION=dot_precision(qkv),
+                SUMMING=summing,
+            )
+        return out
+
+    def _write(
+        self,
+        qkv: torch.Tensor,
+        inputs: Inputs,
+        page_ids: torch.Tensor,
+        spec: AttnSpec,
+        norms: Norms | None,
+        *,
+        rotate: bool,
+    ) -> None:
+        q_norm, k_norm = norms or (qkv, qkv)  # something to point at; not read
+        heads = 2 * spec.num_kv_heads + (spec.num_heads if rotate else 0)
+        cos, sin = (inputs["cos"], inputs["sin"]) if rotate else (qkv, qkv)
+        kernels.rotate_and_write[(len(qkv), heads)](
+            qkv,
+            cos,
+            sin,
+            q_norm,
+            k_norm,
+            inputs["key_cache"],
+            inputs["value_cache"],
+            page_ids,
+            *_rows(inputs),
+            len(inputs["past_lens"]),
+            spec.rms_norm_eps,
+            **_shape(spec),
+            HALF=_power(spec.head_dim // 2),
+            ROTATE=rotate,
+            NORM=norms is not None,
+            HAS_POSITIONS="positions" in inputs,
+            num_warps=1,
+        )
+
+    def _attend(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
+    ) -> torch.Tensor:
+        num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
+        group = spec.num_heads // spec.num_kv_heads
+        block_m = max(16 if num_rows <= 4 * num_seqs else 64, _power(group))
+        block_q = block_m // group
+        num_blocks = num_rows // block_q + num_seqs
+        table_tokens = -(-len(page_ids) // num_seqs) * PAGE_TOKENS
+        splits = self._splits(num_blocks * spec.num_kv_heads, table_tokens)
+        out = qkv.new_empty(num_rows, spec.num_heads * spec.head_dim)
+        parts, sums = out, out
+        if splits > 1:
+            shape = (num_rows * spec.num_heads, splits)
+            parts = qkv.new_empty(*shape, spec.head_dim, dtype=torch.float32)
+            sums = qkv.new_empty(*shape, 2, dtype=torch.float32)
+        kernels.attend[(num_blocks, spec.num_kv_heads, splits)](
+            qkv,
+            inputs["key_cache"],
+            inputs["value_cache"],
+            page_ids,
+            *_rows(inputs),
+            parts,
+            sums,
+            num_seqs,
+            _scale(spec),
+            **_shape(spec),
+            BLOCK_D=_power(spec.head_dim),
+            BLOCK_Q=block_q,
+            BLOCK_M=block_m,
+            BLOCK_N=_TILE,
+            SPLITS=splits,
+            WINDOW=spec.sliding_window,
+            HAS_POSITIONS="positions" in inputs,
+            PRECISION=dot_precision(qkv),
+            num_warps=4,
+            num_stages=3 if spec.head_dim <= 128 and qkv.element_size() == 2 else 2,
+        )
+        if splits > 1:
+            kernels.join_splits[(num_rows * spec.num_heads,)](
+                parts,
+                sums,
+                out,
+                D=spec.head_dim,
+                BLOCK_D=_power(spec.head_dim),
+                SPLITS=splits,
+                BLOCK_S=_power(splits),
+                num_warps=1,
+            )
+        return out
+
+    def _splits(self, programs: int, table_tokens: int) -> int:
+        """Parts of the keys: enough programs for the GPU, none with less than two tiles of a full table."""
+        wanted = min(2 * self._num_processors // programs, table_tokens // (2 * _TILE), _MAX_SPLITS)
+        return 1 << max(0, wanted.bit_length() - 1) if wanted > 0 else 1
+
+
+class FusedOperators(Operators):
+    """The operators between matrix products, one kernel each."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square norm over the last dimension."""
+        x = x.contiguous()
+        out, width = torch.empty_like(x), x.shape[-1]
+        rows = x.numel() // width
+        kernels.rms_norm[(rows,)](x, weight, out, eps, WIDTH=width, BLOCK=_power(width), num_warps=8)
+        return out
+
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 * inner]: gate first."""
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
+        kernels.silu_times[(rows, -(-width // 1024))](gate_up, out, WIDTH=width, BLOCK=1024, num_warps=4)
+        return out
+
+
+def add_adapters(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
+) -> None:
+    """y += ((x A^T) * mask) B^T in place, at the cost of the adapters that each tile of rows uses.
+
+    Args:
+        y: [T, out]. x: [T, in]. a: [ranks, in]. b: [out, ranks]: all adapters' ranks side by side.
+        mask: [T, ranks]: the scale in the ranks of the row's own adapter, else 0.
+    """
+    rows, ranks = mask.shape
+    if len({tensor.dtype for tensor in (y, x, a, b, mask)}) > 1:
+        raise ValueError("y, x, a, b and mask must have one type")
+    narrow = x.new_empty(rows, ranks)
+    tiles = -(-rows // 16)
+    kernels.lora_shrink[(tiles, -(-ranks // 16))](
+        x,
+        a,
+        mask,
+        narrow,
+        rows,
+        WIDTH=x.shape[1],
+        RANKS=ranks,
+        BLOCK_T=16,
+        BLOCK_R=16,
+        BLOCK_K=128,
+        PRECISION=dot_precision(x),
+    )
+    kernels.lora_expand[(tiles, -(-y.shape[1] // 128))](
+        narrow,
+        b,
+        mask,
+        y,
+        rows,
+        WIDTH=y.shape[1],
+        RANKS=ranks,
+        BLOCK_T=16,
+        BLOCK_R=16,
+        BLOCK_O=128,
+        PRECISION=dot_precision(x),
+    )
+
+
+def dot_precision(x: torch.Tensor) -> str:
+    """How Triton multiplies x: float32 exactly (its default, tf32, keeps 10 bits)."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    past_lens = inputs["past_lens"]
+    positions = inputs.get("positions", past_lens)
+    return inputs["subsequence_begins"], past_lens, positions, inputs["block_indices_begins"]
+
+
+def _shape(spec: AttnSpec) -> dict[str, int]:
+    return {"HEADS": spec.num_heads, "KV_HEADS": spec.num_kv_heads, "D": spec.head_dim}
+
+
+def _scale(spec: AttnSpec) -> float:
+    return float(spec.head_dim**-0.5 * math.log2(math.e))
+
+
+def _power(size: int) -> int:
+    """The next power of two, which a Triton tile must have."""
+    return 1 << (size - 1).bit_length()

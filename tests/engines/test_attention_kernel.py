@@ -1,0 +1,260 @@
+"""The Triton-language kernels: against torch in the interpreter (fp16), and compiled for sm_90a."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from blockzoo.engines.reference.attention import DenseAttention, rotate  # noqa: E402
+from blockzoo.engines.reference.blocks import Operators  # noqa: E402
+from blockzoo.engines.tensorrt import attention  # noqa: E402
+from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
+from blockzoo.zoo.rope import RopeConfig  # noqa: E402
+
+ROPE = RopeConfig("default", 1e4)
+NUM_PAGES = 24
+torch.set_num_threads(1)  # the interpreter is one thread of tiny torch and numpy calls
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: tests/gpu runs the kernels on it"
+)
+
+
+def spec_of(
+    window: int = 0, qk_norm: bool = False, heads: int = 4, kv_heads: int = 2, dim: int = 32
+) -> AttnSpec:
+    return AttnSpec(64, heads, kv_heads, dim, 1e-5, ROPE, window, False, False, qk_norm)
+
+
+def make_inputs(
+    spec: AttnSpec, lens: list[tuple[int, int]], slack: int = 0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Rows of sequences (past, new) with shuffled pages, the past's K and V there already."""
+    rng = torch.Generator().manual_seed(1)
+    pages_of = [-(-(past + new) // 32) + slack for past, new in lens]
+    shape = (NUM_PAGES, spec.num_kv_heads, 32, spec.head_dim)
+    ids = torch.randperm(NUM_PAGES, generator=rng)[: sum(pages_of)].int()
+    assert len(ids) == sum(pages_of)
+    counts = [new for _, new in lens]
+    positions = torch.cat([torch.arange(past, past + new) for past, new in lens])
+    cos, sin = (
+        torch.from_numpy(table)[positions][:, None, None] for table in ROPE.tables(spec.head_dim, 512)
+    )
+    inputs = {
+        "key_cache": torch.randn(shape, generator=rng).half(),
+        "value_cache": torch.randn(shape, generator=rng).half(),
+        "past_lens": torch.tensor([past for past, _ in lens], dtype=torch.int32),
+        "subsequence_begins": torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32),
+        "block_indices_begins": torch.tensor(np.cumsum([0, *pages_of]), dtype=torch.int32),
+        "cos": cos.contiguous(),
+        "sin": sin.contiguous(),
+    }
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    return torch.randn(sum(counts), width, generator=rng).half(), inputs, ids
+
+
+def run_both(
+    spec: AttnSpec,
+    qkv: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    ids: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    processors: int = 1,
+) -> None:
+    """Same output and same pool from the kernels and from float32 torch."""
+    wide = {name: t.float() if t.dtype == torch.float16 else t for name, t in inputs.items()}
+    wide_norms = None if norms is None else (norms[0].float(), norms[1].float())
+    expected = DenseAttention()(qkv.float(), wide, ids, spec, wide_norms)
+    out = attention.PagedAttention(processors)(qkv, inputs, ids, spec, norms)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=4e-3)
+    for name in ("key_cache", "value_cache"):
+        torch.testing.assert_close(inputs[name].float(), wide[name], atol=4e-3, rtol=2e-3)
+
+
+RAGGED = [(0, 5), (70, 1), (31, 3), (63, 1), (40, 20)]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "spec",
+    [
+        spec_of(),
+        spec_of(window=24),
+        spec_of(heads=6, kv_heads=2),  # a group that is no power of two
+        spec_of(heads=2, kv_heads=1, dim=48),  # a head that is none
+        spec_of(heads=3, kv_heads=3, dim=16),
+    ],
+    ids=["gqa", "window", "group3", "dim48", "mha"],
+)
+def test_ragged_batches_over_shuffled_pages(spec: AttnSpec) -> None:
+    run_both(spec, *make_inputs(spec, RAGGED))
+
+
+@interpreted
+def test_decode_and_the_norms_of_qwen3() -> None:
+    spec = spec_of(qk_norm=True)
+    qkv, inputs, ids = make_inputs(spec, [(past, 1) for past in (0, 31, 32, 100, 7)], slack=1)
+    norms = tuple(1 + 0.1 * torch.randn(spec.head_dim).half() for _ in range(2))
+    run_both(spec, qkv, inputs, ids, norms)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("lens", [[(500, 1)], [(480, 3), (10, 1)]])
+def test_keys_split_over_programs(window: int, lens: list[tuple[int, int]]) -> None:
+    """A short batch uses the whole GPU: some splits see keys, some of no row."""
+    spec = spec_of(window=window)
+    qkv, inputs, ids = make_inputs(spec, lens)
+    paged = attention.PagedAttention(132)
+    table = -(-len(ids) // len(lens)) * 32
+    assert paged._splits(2 * len(lens), table) > 1
+    run_both(spec, qkv, inputs, ids, processors=132)
+
+
+@interpreted
+def test_scattered_rows_in_any_order() -> None:
+    """Rows at arbitrary positions of two sequences, mutually attending: what DHD recomputes."""
+    spec = spec_of()
+    qkv, inputs, ids = make_inputs(spec, [(0, 90), (0, 50)])
+    rng = np.random.default_rng(0)
+    some = [rng.permutation(90)[:21], rng.permutation(50)[:9]]
+    rows = torch.from_numpy(np.concatenate([some[0], some[1] + 90]))
+    scattered = {
+        **inputs,
+        "positions": torch.from_numpy(np.concatenate(some)).int(),
+        "subsequence_begins": torch.tensor([0, 21, 30], dtype=torch.int32),
+        "cos": inputs["cos"][rows],
+        "sin": inputs["sin"][rows],
+    }
+    run_both(spec, qkv[rows].contiguous(), scattered, ids)
+
+
+@interpreted
+def test_rows_rotated_by_a_network() -> None:
+    spec = spec_of()
+    qkv, inputs, ids = make_inputs(spec, RAGGED)
+    other = {name: t.clone() for name, t in inputs.items()}
+    turned = rotate(qkv.float(), inputs["cos"][:, 0], inputs["sin"][:, 0], spec, None).half()
+    paged = attention.PagedAttention(1)
+    expected = paged(qkv, inputs, ids, spec, None)
+    torch.testing.assert_close(paged.rotated(turned, other, ids, spec), expected, atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(other["key_cache"], inputs["key_cache"], atol=4e-3, rtol=4e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [0, 24])
+def test_scores_are_what_keys_receive(window: int) -> None:
+    spec = spec_of(window=window)
+    lens = [(40, 6), (0, 70), (64, 1)]
+    qkv, inputs, ids = make_inputs(spec, lens)
+    paged = attention.PagedAttention(1)
+    paged(qkv, inputs, ids, spec, None)
+    scores = paged.scores(qkv, inputs, ids, spec, window_rows=3, width=80)
+    begins, tables = inputs["subsequence_begins"].tolist(), inputs["block_indices_begins"].tolist()
+    q = qkv.float().unflatten(1, (-1, spec.head_dim))[:, : spec.num_heads]
+    for i, (past, new) in enumerate(lens):
+        keys = inputs["key_cache"][ids[tables[i] : tables[i + 1]].long()].float()
+        keys = keys.transpose(1, 2).flatten(0, 1)[: past + new].repeat_interleave(2, 1)
+        last = min(new, 3)
+        weights = torch.einsum("qhd,khd->hqk", q[begins[i + 1] - last : begins[i + 1]], keys)
+        where, at = torch.arange(past + new - last, past + new)[:, None], torch.arange(past + new)
+        visible = (at <= where) & (at > where - window if window else True)
+        shares = (weights * spec.head_dim**-0.5).masked_fill(~visible, float("-inf")).softmax(-1)
+        torch.testing.assert_close(scores[i, : past + new], shares.sum((0, 1)), atol=2e-3, rtol=2e-3)
+        assert not scores[i, past + new :].any()
+        assert abs(scores[i].sum() - spec.num_heads * last) < 0.01
+
+
+@interpreted
+def test_fused_operators() -> None:
+    fused, plain = attention.FusedOperators(), Operators()
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 96).half(), torch.randn(96).half()
+    torch.testing.assert_close(fused.norm(x, weight, 1e-5), plain.norm(x, weight, 1e-5), atol=4e-3, rtol=4e-3)
+    gate_up = torch.randn(5, 2 * 1100).half()
+    torch.testing.assert_close(fused.gated(gate_up), plain.gated(gate_up), atol=4e-3, rtol=4e-3)
+
+
+@interpreted
+def test_adapters_add_to_their_own_rows() -> None:
+    torch.manual_seed(0)
+    rows, width, out_width, rank = 37, 72, 200, 8
+    owners = torch.tensor([(i // 5) % 4 - 1 for i in range(rows)])  # -1: no adapter
+    mask = torch.zeros(rows, 3 * rank)
+    for row, owner in enumerate(owners.tolist()):
+        if owner >= 0:
+            mask[row, owner * rank : (owner + 1) * rank] = 0.5 + owner
+    x, y = torch.randn(rows, width).half(), torch.randn(rows, out_width).half()
+    a, b = torch.randn(3 * rank, width).half() * 0.1, torch.randn(out_width, 3 * rank).half() * 0.1
+    expected = y.float() + (x.float() @ a.float().T * mask) @ b.float().T
+    attention.add_adapters(y, x, a, b, mask.half())
+    torch.testing.assert_close(y.float(), expected, atol=8e-3, rtol=8e-3)
+    with pytest.raises(ValueError, match="one type"):
+        attention.add_adapters(y, x.float(), a, b, mask.half())
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from blockzoo.engines.tensorrt import kernels
+
+SHAPE = dict(HEADS=32, KV_HEADS=8, D=128)
+ROWS = dict(begins="*i32", past_lens="*i32", positions="*i32", table_begins="*i32", num_seqs="i32")
+CASES = {
+    "rotate_and_write": (
+        dict(qkv="*bf16", cos="*fp32", sin="*fp32", q_norm="*bf16", k_norm="*bf16", keys="*bf16",
+             values="*bf16", page_ids="*i32", eps="fp32", **ROWS),
+        dict(HALF=64, ROTATE=True, NORM=True, HAS_POSITIONS=False, **SHAPE),
+    ),
+    "attend": (
+        dict(qkv="*bf16", keys="*bf16", values="*bf16", page_ids="*i32", out="*fp32", sums="*fp32",
+             scale="fp32", **ROWS),
+        dict(BLOCK_D=128, BLOCK_Q=4, BLOCK_M=16, BLOCK_N=64, SPLITS=8, WINDOW=0, HAS_POSITIONS=False,
+             PRECISION="tf32", **SHAPE),
+    ),
+    "join_splits": (
+        dict(parts="*fp32", sums="*fp32", out="*bf16"), dict(D=128, BLOCK_D=128, SPLITS=8, BLOCK_S=8)
+    ),
+    "attention_scores": (
+        dict(qkv="*bf16", keys="*bf16", page_ids="*i32", tops="*fp32", totals="*fp32", out="*fp32",
+             window_rows="i32", width="i32", scale="fp32", **ROWS),
+        dict(BLOCK_D=128, BLOCK_M=16, BLOCK_N=64, WINDOW=0, HAS_POSITIONS=True, PRECISION="tf32",
+             SUMMING=False, **SHAPE),
+    ),
+    "rms_norm": (dict(x="*bf16", weight="*bf16", out="*bf16", eps="fp32"), dict(WIDTH=4096, BLOCK=4096)),
+    "silu_times": (dict(gate_up="*bf16", out="*bf16"), dict(WIDTH=14336, BLOCK=1024)),
+    "lora_shrink": (
+        dict(x="*bf16", a="*bf16", mask="*bf16", out="*bf16", num_rows="i32"),
+        dict(WIDTH=4096, RANKS=128, BLOCK_T=16, BLOCK_R=16, BLOCK_K=128, PRECISION="tf32"),
+    ),
+    "lora_expand": (
+        dict(h="*bf16", b="*bf16", mask="*bf16", y="*bf16", num_rows="i32"),
+        dict(WIDTH=4096, RANKS=128, BLOCK_T=16, BLOCK_R=16, BLOCK_O=128, PRECISION="tf32"),
+    ),
+}
+for name, (signature, constants) in CASES.items():
+    kernel = getattr(kernels, name)
+    types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert ".target sm_90a" in compiled.asm["ptx"], name
+    print(name, len(compiled.asm["cubin"]), compiled.metadata.shared)
+"""
+
+
+def test_all_kernels_compile_for_hopper() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.splitlines()) == 8

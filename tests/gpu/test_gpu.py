@@ -1,0 +1,167 @@
+"""On an NVIDIA GPU, in bf16: kernels against float32 torch, whole chains, CUDA graphs. `make test-gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+from benchmarks.random_chains import RandomZoo  # noqa: E402
+from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
+from blockzoo.engines.reference.attention import DenseAttention  # noqa: E402
+from blockzoo.engines.reference.blocks import Operators  # noqa: E402
+from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
+from blockzoo.zoo.rope import RopeConfig  # noqa: E402
+
+ROPE = RopeConfig("default", 1e4)
+SPECS = {
+    "8b": AttnSpec(4096, 32, 8, 128, 1e-5, ROPE, 0, False, False, False),
+    "0.5b": AttnSpec(896, 14, 2, 64, 1e-5, ROPE, 0, False, False, False),
+    "window": AttnSpec(4096, 32, 8, 128, 1e-5, ROPE, 512, False, False, False),
+    "qk-norm": AttnSpec(2048, 16, 8, 128, 1e-5, ROPE, 0, False, False, True),
+}
+BATCHES = {
+    "decode": [(1000, 1)] * 3 + [(31, 1), (0, 1)],
+    "one": [(4000, 1)],
+    "prefill": [(0, 700)],
+    "mixed": [(500, 1), (0, 130), (64, 64), (2000, 33)],
+}
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.float() - exact).norm() / exact.norm())
+
+
+def attention_inputs(
+    spec: AttnSpec, lens: list[tuple[int, int]]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    torch.manual_seed(len(lens))
+    device = torch.device("cuda")
+    pages = [-(-(past + new) // 32) for past, new in lens]
+    positions = torch.cat([torch.arange(past, past + new) for past, new in lens])
+    cos, sin = (torch.from_numpy(t)[positions][:, None, None] for t in ROPE.tables(spec.head_dim, 4096))
+    pool = (sum(pages) + 7, spec.num_kv_heads, 32, spec.head_dim)
+    ints = {
+        "past_lens": [past for past, _ in lens],
+        "subsequence_begins": np.cumsum([0, *(new for _, new in lens)]).tolist(),
+        "block_indices_begins": np.cumsum([0, *pages]).tolist(),
+    }
+    inputs = {name: torch.tensor(values, dtype=torch.int32, device=device) for name, values in ints.items()}
+    for name in ("key_cache", "value_cache"):
+        inputs[name] = torch.randn(pool, device=device).bfloat16()
+    inputs |= {"cos": cos.contiguous().to(device), "sin": sin.contiguous().to(device)}
+    width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    qkv = torch.randn(len(positions), width, device=device).bfloat16()
+    return qkv, inputs, torch.randperm(pool[0], device=device)[: sum(pages)].int()
+
+
+def check_attention(
+    spec: AttnSpec, qkv: torch.Tensor, inputs: dict[str, torch.Tensor], ids: torch.Tensor
+) -> None:
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+
+    norms = None
+    if spec.qk_norm:
+        norms = tuple(1 + 0.1 * torch.randn(spec.head_dim, device="cuda").bfloat16() for _ in range(2))
+    wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in inputs.items()}
+    wide_norms = None if norms is None else tuple(norm.float() for norm in norms)
+    expected = DenseAttention()(qkv.float(), wide, ids, spec, wide_norms)
+    out = PagedAttention(132)(qkv, inputs, ids, spec, norms)
+    assert relative_error(out, expected) < 1e-2
+    for name in ("key_cache", "value_cache"):
+        assert relative_error(inputs[name], wide[name]) < 5e-3
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", SPECS)
+def test_attention(name: str, batch: str) -> None:
+    check_attention(SPECS[name], *attention_inputs(SPECS[name], BATCHES[batch]))
+
+
+def test_scattered_rows() -> None:
+    spec = SPECS["8b"]
+    qkv, inputs, ids = attention_inputs(spec, [(0, 1500)])
+    some = torch.randperm(1500, device="cuda")[:200]
+    inputs |= {
+        "positions": some.int(),
+        "subsequence_begins": torch.tensor([0, 200], dtype=torch.int32, device="cuda"),
+        "cos": inputs["cos"][some],
+        "sin": inputs["sin"][some],
+    }
+    check_attention(spec, qkv[some].contiguous(), inputs, ids)
+
+
+def test_scores() -> None:
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+
+    spec = SPECS["8b"]
+    qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300)])
+    paged = PagedAttention(132)
+    paged(qkv, inputs, ids, spec, None)
+    scores = paged.scores(qkv, inputs, ids, spec, window_rows=4, width=1024)
+    sums = scores.sum(1).cpu()
+    torch.testing.assert_close(sums, torch.full((2,), 4.0 * spec.num_heads), rtol=1e-2, atol=0.0)
+    assert not scores[0, 908:].any()
+    assert not scores[1, 300:].any()
+
+
+def test_operators_and_adapters() -> None:
+    from blockzoo.engines.tensorrt.attention import FusedOperators, add_adapters
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    fused, plain = FusedOperators(), Operators()
+    x, weight, gate_up = drawn(70, 4096), drawn(4096), drawn(70, 2 * 14336)
+    assert relative_error(fused.norm(x, weight, 1e-5), plain.norm(x.float(), weight.float(), 1e-5)) < 5e-3
+    assert relative_error(fused.gated(gate_up), plain.gated(gate_up.float())) < 5e-3
+    a, b, y = drawn(128, 4096) / 64, drawn(6144, 128), drawn(70, 6144)
+    mask = torch.zeros(70, 128, device="cuda", dtype=torch.bfloat16)
+    for row in range(70):
+        mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 0.5
+    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float().T
+    add_adapters(y, x, a, b, mask)
+    assert relative_error(y, expected) < 1e-2
+
+
+def zoo_on_gpu(cuda_graphs: bool, make: Callable[[ReferenceEngines], None] | None = None) -> RandomZoo:
+    torch.manual_seed(0)  # equal weights, drawn in equal order
+    engines = ReferenceEngines("bf16", "cuda", cuda_graphs=cuda_graphs)
+    if make is not None:
+        make(engines)
+    return RandomZoo("tiny", engines, 3, 2, max_tokens=256, max_seqs=16, context=256)
+
+
+def run_steps(zoo: RandomZoo) -> list[np.ndarray]:
+    """A prefill of three models, then six decode steps of them in equal shapes."""
+    prompt = zoo.executor.run([zoo.rows(i, i, 40, 0) for i in range(3)])
+    results = [np.concatenate([rows.copy() for rows, _ in prompt.logits])]
+    for step in range(6):
+        batch = [zoo.rows(i, i, 1, 40 + step) for i in range(3)]
+        batch += [zoo.rows(3 + i, 0, 1, step) for i in range(2)]  # three of one model: padded to four
+        found = zoo.executor.run(batch)
+        order = [index for _, indices in found.logits for index in indices]
+        assert sorted(order) == list(range(5))
+        logits = np.concatenate([rows for rows, _ in found.logits])
+        results.append(logits[np.argsort(order)].copy())
+    return results
+
+
+def test_recorded_steps_give_what_direct_ones_give() -> None:
+    for recorded, direct in zip(run_steps(zoo_on_gpu(True)), run_steps(zoo_on_gpu(False)), strict=True):
+        assert relative_error(torch.from_numpy(recorded), torch.from_numpy(direct)) < 1e-2
+
+
+def test_kernels_in_a_chain_give_what_plain_torch_gives() -> None:
+    def plain(engines: ReferenceEngines) -> None:
+        engines._ops, engines._attention = Operators(), DenseAttention()
+
+    for ours, theirs in zip(run_steps(zoo_on_gpu(True)), run_steps(zoo_on_gpu(False, plain)), strict=True):
+        assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
