@@ -2,7 +2,7 @@
 OUT := out/demo
 BIN := .venv/bin
 
-.PHONY: test-gpu demo serve test test-all lint bench clean
+.PHONY: demo serve test test-all test-gpu lint clean
 
 demo: $(OUT)/zoo
 	$(BIN)/python -m benchmarks.demo $(OUT)/zoo

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.perf_analyzer import perf_analyzer_command
+from benchmarks.perf_analyzer import stream
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
@@ -146,36 +144,20 @@ class Server:
         """A short perf_analyzer run over all tenants, on the shared endpoint."""
         requests = [
             {
-                "text_input": [f"{QUESTIONS.get(model, CODE)}"],
+                "text_input": [QUESTIONS.get(model, CODE)],
                 "model": [model],
                 "max_tokens": [16],
+                "min_length": [16],
                 "temperature": [0.0],
-                "sampling_parameters": ['{"ignore_eos": true}'],
                 "stream": [True],
             }
             for model in models
         ]
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "requests.json"
-            data.write_text(json.dumps({"data": requests}))
-            command, env = perf_analyzer_command()
-            command += [
-                "-m",
-                "blockzoo",
-                "-u",
-                f"127.0.0.1:{self.grpc}",
-                "-i",
-                "grpc",
-                "--streaming",
-                "--async",
-            ]
-            command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
-            command += ["-p", str(int(seconds * 1000)), "-s", "500", "-r", "3"]
-            done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
-        throughput = re.search(r"Throughput: ([\d.]+) infer/sec", done.stdout)
-        latency = re.search(r"Avg latency: (\d+) usec", done.stdout)
-        if done.returncode or not throughput or not latency:
-            raise SystemExit(f"perf_analyzer failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        printed, _ = stream(self.grpc, requests, concurrency, seconds)
+        throughput = re.search(r"Throughput: ([\d.]+) infer/sec", printed)
+        latency = re.search(r"Avg latency: (\d+) usec", printed)
+        if not throughput or not latency:
+            raise SystemExit(f"perf_analyzer printed no figures:\n{printed}")
         rate = float(throughput[1])
         print(
             f"  concurrency {concurrency:2}: {rate:6.1f} requests/s = {16 * rate:.0f} tokens/s, "

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
@@ -37,3 +43,43 @@ def perf_analyzer_command() -> tuple[list[str], dict[str, str]]:
         if not (links / name).exists():
             (links / name).symlink_to(found[0])
     return [str(binary)], {"LD_LIBRARY_PATH": f"{links}:{carried}"}
+
+
+def stream(
+    grpc_port: int, requests: Sequence[dict[str, list[Any]]], concurrency: int, seconds: float
+) -> tuple[str, str]:
+    """Stream `requests` to the model blockzoo in a closed loop.
+
+    Args:
+        grpc_port: on loopback.
+        requests: tensors by name, sent in turn.
+        concurrency: requests under way at once.
+        seconds: length of a measurement window.
+
+    Returns:
+        What perf_analyzer printed, and the JSON profile it exported: every request with the times of its
+        responses. (It does not escape quotes in the inputs that it repeats there.)
+
+    Raises:
+        SystemExit: perf_analyzer failed; the message is its output.
+    """
+    command, env = perf_analyzer_command()
+    with tempfile.TemporaryDirectory() as folder:
+        data, export = Path(folder) / "requests.json", Path(folder) / "export.json"
+        data.write_text(json.dumps({"data": list(requests)}))
+        command += ["-m", "blockzoo", "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc", "--streaming", "--async"]
+        command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
+        command += [
+            "-p",
+            str(int(seconds * 1000)),
+            "-s",
+            "500",
+            "-r",
+            "3",
+            "--profile-export-file",
+            str(export),
+        ]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise SystemExit(f"perf_analyzer failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        return done.stdout, export.read_text()

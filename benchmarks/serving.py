@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo import Server
 from benchmarks.families import make_family
-from benchmarks.perf_analyzer import perf_analyzer_command
+from benchmarks.perf_analyzer import perf_analyzer_command, stream
 from blockzoo.runtime import EngineConfig, EngineThread, RequestOutput, SamplingParams
 
 Timeline = list[float]  # seconds: start of the request, then each of its tokens
@@ -94,27 +94,8 @@ def _perf_analyzer(
         }
         for request in requests
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        requests_file, export = Path(folder) / "requests.json", Path(folder) / "export.json"
-        requests_file.write_text(json.dumps({"data": data}))
-        command, env = perf_analyzer_command()
-        command += [
-            "-m",
-            "blockzoo",
-            "-u",
-            f"127.0.0.1:{server.grpc}",
-            "-i",
-            "grpc",
-            "--streaming",
-            "--async",
-        ]
-        command += ["--input-data", str(requests_file), "--concurrency-range", str(concurrency)]
-        command += ["-p", str(int(seconds * 1000)), "-s", "500", "-r", "3"]
-        command += ["--profile-export-file", str(export)]
-        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise SystemExit(f"perf_analyzer failed ({done.returncode}):\n{done.stdout}{done.stderr}")
-        (experiment,) = json.loads(export.read_text())["experiments"]
+    _, profile = stream(server.grpc, data, concurrency, seconds)
+    (experiment,) = json.loads(profile)["experiments"]
     new_tokens = requests[0]["max_tokens"]
     return [
         [stamp / 1e9 for stamp in (request["timestamp"], *request["response_timestamps"][:new_tokens])]
