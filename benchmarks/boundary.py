@@ -15,7 +15,6 @@ All take turns in one process, with a new prompt in every round. B's tokens must
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from benchmarks.common import arguments, interleave, machine_facts, print_table, save_report
 from benchmarks.families import Family, make_family
+from benchmarks.sides import first_token
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.config import EngineConfig
 
@@ -73,11 +73,11 @@ def run(family: Family, args: argparse.Namespace) -> dict[str, Any]:
         def once() -> list[float]:
             prompt = rng.integers(2, family.shape.vocab_size, args.length).tolist()
             for model in before:
-                _first_token(engine, model, prompt)
-            seconds, found = _first_token(engine, tenant_b, prompt)
+                first_token(engine, model, prompt, GREEDY)
+            seconds, found = first_token(engine, tenant_b, prompt, GREEDY)
             if engine is not cold:
                 nonlocal equal
-                _, expected = _first_token(cold, tenant_b, prompt)
+                _, expected = first_token(cold, tenant_b, prompt, GREEDY)
                 equal += found == expected
             return [seconds]
 
@@ -105,21 +105,6 @@ def run(family: Family, args: argparse.Namespace) -> dict[str, Any]:
         "rounds_equal": equal,
         "prefix_hit_tokens": dict(metrics.prefix_hit_tokens),
     }
-
-
-def _first_token(engine: LLMEngine, model: str, prompt: list[int]) -> tuple[float, tuple[int, ...]]:
-    """Seconds to the first token, and all tokens of the answer."""
-    start = time.perf_counter()
-    engine.add_request("request", model, prompt, GREEDY)
-    first, found = 0.0, []
-    while engine.has_unfinished():
-        for output in engine.step():
-            if output.error is not None:
-                raise SystemExit(output.error)
-            if output.token_ids and not found:
-                first = time.perf_counter() - start
-            found += output.token_ids
-    return first, tuple(found)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 
 from benchmarks.common import arguments, interleave, machine_facts, print_table, save_report
 from benchmarks.families import Family, made_once, make_family
+from benchmarks.sides import first_token
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.request import KVReuse
@@ -159,17 +159,7 @@ def ask(
         engine.configure_reuse(reuse)
         how = "approx"
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    start = time.perf_counter()
-    engine.add_request("request", model, prompt, params, kv_reuse=how)
-    first, found = 0.0, []
-    while engine.has_unfinished():
-        for output in engine.step():
-            if output.error is not None:
-                raise SystemExit(output.error)
-            if output.token_ids and not found:
-                first = time.perf_counter() - start
-            found += output.token_ids
-    return first, tuple(found)
+    return first_token(engine, model, prompt, params, how)
 
 
 def _make_demo(folder: Path) -> None:

@@ -6,6 +6,7 @@ that a decode step costs the same whenever it is timed: the prompts are cached a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.executor import Executor, Rows
 from blockzoo.runtime.loading import load_zoo
+from blockzoo.runtime.request import KVReuse
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
 
@@ -339,3 +341,20 @@ class InTurn:
         """See Side."""
         for side in self._sides:
             side.close()
+
+
+def first_token(
+    engine: LLMEngine, model: str, prompt: list[int], params: SamplingParams, kv_reuse: KVReuse = "exact"
+) -> tuple[float, tuple[int, ...]]:
+    """Run one request alone: seconds to its first token, and all tokens of the answer."""
+    start = time.perf_counter()
+    engine.add_request("request", model, prompt, params, kv_reuse=kv_reuse)
+    first, found = 0.0, []
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.error is not None:
+                raise SystemExit(output.error)
+            if output.token_ids and not found:
+                first = time.perf_counter() - start
+            found += output.token_ids
+    return first, tuple(found)
