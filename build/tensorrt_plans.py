@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from blockzoo.engines.base import EngineError, Precision
-from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests
+from blockzoo.engines.tensorrt.parts import part_lora, parts_of
+from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests, shape_class
 from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import TensorRTPlanRecord
@@ -83,6 +84,7 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
     if target == "sm75" and options.precision == "bf16":
         raise ZooError("target sm75 does not compute in bf16; choose a newer target")
     requests = {}
+    lora, ranks = _adapted(zoo)
     for block_id, block in zoo.manifest.blocks.items():
         for request in plan_requests(
             block.spec,
@@ -91,10 +93,25 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
             library.library,
             library.version,
             workspace_bytes=options.workspace_bytes,
-            baked_block=block_id if options.bake_weights else None,
+            # both plans of a block with adapters take the same weights: baked in, they would lie there twice
+            baked_block=block_id if options.bake_weights and block_id not in lora else None,
+            lora=lora.get(block_id, ()),
+            lora_ranks=ranks,
         ):
             requests[request.key()] = request
     return requests
+
+
+def _adapted(zoo: Zoo) -> tuple[dict[str, tuple[str, ...]], int]:
+    """By id of a block, the projections that adapters change; and the ranks of all models' together."""
+    found: dict[str, set[str]] = {}
+    ranks: dict[tuple[str, ...], int] = {}  # by the adapters of a model: equal ones share theirs
+    for model in zoo.manifest.models.values():
+        specs = [zoo.manifest.adapters[key].spec for key in model.adapters.values()]
+        ranks[tuple(model.adapters.values())] = max((spec.rank for spec in specs), default=0)
+        for position, spec in zip(model.adapters, specs, strict=True):
+            found.setdefault(model.chain[position], set()).update(lora.projection for lora in spec.loras)
+    return {block_id: tuple(sorted(names)) for block_id, names in found.items()}, sum(ranks.values())
 
 
 def _is_there(zoo: Zoo, key: str) -> bool:
@@ -131,13 +148,17 @@ def _build(
 
 def unused_plans(zoo: Zoo) -> set[str]:
     """Keys of the plans that no block of the manifest can use."""
-    from blockzoo.engines.tensorrt.plans import shape_class
-
-    specs = [shape_class(block.spec) for block in zoo.manifest.blocks.values()]
+    lora, _ = _adapted(zoo)
+    used_as = {
+        (shape_class(block.spec), part_lora(part, names))
+        for block_id, block in zoo.manifest.blocks.items()
+        for part in parts_of(block.spec)
+        for names in ((), lora.get(block_id, ()))
+    }
 
     def used(plan: TensorRTPlanRecord) -> bool:
         if plan.baked_block is not None:
             return plan.baked_block in zoo.manifest.blocks
-        return plan.spec in specs
+        return (plan.spec, plan.lora) in used_as
 
     return {key for key, plan in zoo.manifest.tensorrt_plans.items() if not used(plan)}

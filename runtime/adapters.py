@@ -141,6 +141,8 @@ class _Bank:
             rank = max(len(a) for pairs in found.values() for a, _ in pairs.values())
             self._slots[chain] = slice(self._rank, self._rank + rank)
             self._rank += rank
+        if self._arrays.records:  # few shapes, so that steps repeat them
+            self._rank = 1 << (self._rank - 1).bit_length()
         self._inputs = self._packed(loaded, self._rank)
 
     def _packed(self, loaded: dict[int, dict[int, Pairs]], rank: int) -> dict[str, Array]:

@@ -11,15 +11,16 @@ import torch
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
-from blockzoo.engines.reference.attention import Attention, DenseAttention, Inputs
+from blockzoo.engines.reference.attention import Attention, DenseAttention
 from blockzoo.engines.reference.blocks import (
-    Delta,
+    NO_LORA,
+    LayerCall,
+    Lora,
     Operators,
     TorchAttn,
     TorchFfn,
     TorchHead,
     Weights,
-    no_delta,
 )
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
@@ -27,24 +28,17 @@ from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 class AttnBlock(Protocol):
     """An attention block on the device, in two parts."""
 
-    def attend(
-        self,
-        x: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        attention: Attention,
-        delta: Delta = no_delta,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, call: LayerCall, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output and the hidden states before it -> those after it."""
 
 
 class RowBlock(Protocol):
-    """A feed-forward or output block on the device: row by row (a feed-forward one takes a delta too)."""
+    """A feed-forward or output block on the device: row by row (no adapter changes an output block)."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states or logits."""
 
 
@@ -67,40 +61,38 @@ class ReferenceEngine:
     def run(self) -> None:
         """Start the span on what is bound; on a GPU it returns before the outputs are written."""
         bound = self._bound
-        x = bound["hidden"]
+        x, mask = bound["hidden"], self._lora_mask()
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
-            x = x.index_select(0, bound["rows"])
-        layer, dropped = 0, self.spec.drops_rows and not num_layers
+            x, mask = self._kept(x), self._kept(mask)
+        layer = 0
         for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
-            delta = self._delta(index, dropped)
             if isinstance(spec, AttnSpec):
-                attended = block.attend(x, bound, bound[f"block_indices.{layer}"], self._attention, delta)
+                call = LayerCall(bound, bound[f"block_indices.{layer}"], self._attention)
+                attended = block.attend(x, call, self._adapters(index, mask))
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
-                    attended, x = (rows.index_select(0, bound["rows"]) for rows in (attended, x))
-                    dropped = True
-                x = block.post(attended, x, self._delta(index, dropped))
-            elif isinstance(spec, FfnSpec):
-                x = block(x, delta)
+                    attended, x, mask = self._kept(attended), self._kept(x), self._kept(mask)
+                x = block.post(attended, x, self._adapters(index, mask))
             else:
-                x = block(x)
+                x = block(x, self._adapters(index, mask))
         bound["logits" if self.spec.head else "hidden_out"].copy_(x)
 
-    def _delta(self, index: int, dropped: bool) -> Delta:
-        """What the adapters add to the products of a block, before or after rows have left."""
+    def _lora_mask(self) -> torch.Tensor | None:
+        """The mask of the call's adapters; None where it has none."""
+        mask = self._bound["lora_mask"] if self._lora else None
+        return mask if mask is not None and mask.shape[1] else None
+
+    def _kept(self, rows: torch.Tensor | None) -> Any:
+        return None if rows is None else rows.index_select(0, self._bound["rows"])
+
+    def _adapters(self, index: int, mask: torch.Tensor | None) -> Lora:
+        """What the adapters add to the products of a block, on the rows of `mask`."""
         names, bound = self._lora.get(index, ()), self._bound
-        if not names:
-            return no_delta
-
-        def delta(x: torch.Tensor, name: str) -> torch.Tensor | None:
-            if name not in names:
-                return None
-            mask = bound["lora_mask"]
-            a, b = bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]
-            return ((x @ a.T) * (mask.index_select(0, bound["rows"]) if dropped else mask)) @ b
-
-        return delta
+        if mask is None or not names:
+            return NO_LORA
+        pairs = {name: (bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]) for name in names}
+        return Lora(mask, pairs)
 
 
 class ReferenceEngines:
@@ -128,7 +120,9 @@ class ReferenceEngines:
     ) -> None:
         self.device = _find_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "f32")
-        self.arrays: Arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
+        torch_arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
+        self.arrays: Arrays = torch_arrays
+        self._is_settling = lambda: torch_arrays.settling
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.weights = Weights(TORCH_DTYPES[self.precision], self.device)
@@ -157,9 +151,11 @@ class ReferenceEngines:
         """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
-        return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
+        found = dict(targets)
+        loaded = [self._block(block, found.get(index, ())) for index, block in enumerate(blocks)]
+        return ReferenceEngine(spec, loaded, self._attention)
 
-    def _block(self, block: Block) -> AttnBlock | RowBlock:
+    def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         makers: dict[type, Any] = {AttnSpec: TorchAttn, FfnSpec: TorchFfn, HeadSpec: TorchHead}
         loaded: AttnBlock | RowBlock = makers[type(block.spec)].load(block, self.weights, self._ops)
         return loaded
@@ -181,7 +177,8 @@ def _operators(device: torch.device) -> tuple[Operators, Attention]:
     """Kernels on a GPU, plain torch on the CPU."""
     if device.type != "cuda":
         return Operators(), DenseAttention()
-    from blockzoo.engines.tensorrt.attention import FusedOperators, PagedAttention
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+    from blockzoo.engines.tensorrt.operators import FusedOperators
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return FusedOperators(), PagedAttention(processors)

@@ -12,8 +12,8 @@ import torch
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.engines.reference.attention import Inputs, Norms
-from blockzoo.engines.reference.blocks import Operators
-from blockzoo.engines.tensorrt import kernels
+from blockzoo.engines.tensorrt import kernels, score_kernels
+from blockzoo.engines.tensorrt.operators import dot_precision, power_of_two
 from blockzoo.zoo.blocks import AttnSpec
 
 _MAX_SPLITS = 32
@@ -68,7 +68,7 @@ class PagedAttention:
         out = qkv.new_zeros(num_seqs, width, dtype=torch.float32)
         for summing in (True, False):
             programs = window_rows if summing else -(-width // _TILE)
-            kernels.attention_scores[(programs, num_seqs)](
+            score_kernels.attention_scores[(programs, num_seqs)](
                 qkv,
                 inputs["key_cache"],
                 page_ids,
@@ -81,8 +81,8 @@ class PagedAttention:
                 width,
                 _scale(spec),
                 **_shape(spec),
-                BLOCK_D=_power(spec.head_dim),
-                BLOCK_M=max(16, _power(spec.num_heads // spec.num_kv_heads)),
+                BLOCK_D=power_of_two(spec.head_dim),
+                BLOCK_M=max(16, power_of_two(spec.num_heads // spec.num_kv_heads)),
                 BLOCK_N=_TILE,
                 WINDOW=spec.sliding_window,
                 HAS_POSITIONS="positions" in inputs,
@@ -117,7 +117,7 @@ class PagedAttention:
             len(inputs["past_lens"]),
             spec.rms_norm_eps,
             **_shape(spec),
-            HALF=_power(spec.head_dim // 2),
+            HALF=power_of_two(spec.head_dim // 2),
             ROTATE=rotate,
             NORM=norms is not None,
             HAS_POSITIONS="positions" in inputs,
@@ -129,7 +129,7 @@ class PagedAttention:
     ) -> torch.Tensor:
         num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
         group = spec.num_heads // spec.num_kv_heads
-        block_m = max(16 if num_rows <= 4 * num_seqs else 64, _power(group))
+        block_m = max(16 if num_rows <= 4 * num_seqs else 64, power_of_two(group))
         block_q = block_m // group
         num_blocks = num_rows // block_q + num_seqs
         table_tokens = -(-len(page_ids) // num_seqs) * PAGE_TOKENS
@@ -151,7 +151,7 @@ class PagedAttention:
             num_seqs,
             _scale(spec),
             **_shape(spec),
-            BLOCK_D=_power(spec.head_dim),
+            BLOCK_D=power_of_two(spec.head_dim),
             BLOCK_Q=block_q,
             BLOCK_M=block_m,
             BLOCK_N=_TILE,
@@ -168,9 +168,9 @@ class PagedAttention:
                 sums,
                 out,
                 D=spec.head_dim,
-                BLOCK_D=_power(spec.head_dim),
+                BLOCK_D=power_of_two(spec.head_dim),
                 SPLITS=splits,
-                BLOCK_S=_power(splits),
+                BLOCK_S=power_of_two(splits),
                 num_warps=1,
             )
         return out
@@ -179,72 +179,6 @@ class PagedAttention:
         """Parts of the keys: enough programs for the GPU, none with less than two tiles of a full table."""
         wanted = min(2 * self._num_processors // programs, table_tokens // (2 * _TILE), _MAX_SPLITS)
         return 1 << max(0, wanted.bit_length() - 1) if wanted > 0 else 1
-
-
-class FusedOperators(Operators):
-    """The operators between matrix products, one kernel each."""
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension."""
-        x = x.contiguous()
-        out, width = torch.empty_like(x), x.shape[-1]
-        rows = x.numel() // width
-        kernels.rms_norm[(rows,)](x, weight, out, eps, WIDTH=width, BLOCK=_power(width), num_warps=8)
-        return out
-
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 * inner]: gate first."""
-        rows, width = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, width)
-        kernels.silu_times[(rows, -(-width // 1024))](gate_up, out, WIDTH=width, BLOCK=1024, num_warps=4)
-        return out
-
-
-def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
-) -> None:
-    """y += ((x A^T) * mask) B^T in place, at the cost of the adapters that each tile of rows uses.
-
-    Args:
-        y: [T, out]. x: [T, in]. a: [ranks, in]. b: [out, ranks]: all adapters' ranks side by side.
-        mask: [T, ranks]: the scale in the ranks of the row's own adapter, else 0.
-    """
-    rows, ranks = mask.shape
-    if len({tensor.dtype for tensor in (y, x, a, b, mask)}) > 1:
-        raise ValueError("y, x, a, b and mask must have one type")
-    narrow = x.new_empty(rows, ranks)
-    tiles = -(-rows // 16)
-    kernels.lora_shrink[(tiles, -(-ranks // 16))](
-        x,
-        a,
-        mask,
-        narrow,
-        rows,
-        WIDTH=x.shape[1],
-        RANKS=ranks,
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_K=128,
-        PRECISION=dot_precision(x),
-    )
-    kernels.lora_expand[(tiles, -(-y.shape[1] // 128))](
-        narrow,
-        b,
-        mask,
-        y,
-        rows,
-        WIDTH=y.shape[1],
-        RANKS=ranks,
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_O=128,
-        PRECISION=dot_precision(x),
-    )
-
-
-def dot_precision(x: torch.Tensor) -> str:
-    """How Triton multiplies x: float32 exactly (its default, tf32, keeps 10 bits)."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -259,8 +193,3 @@ def _shape(spec: AttnSpec) -> dict[str, int]:
 
 def _scale(spec: AttnSpec) -> float:
     return float(spec.head_dim**-0.5 * math.log2(math.e))
-
-
-def _power(size: int) -> int:
-    """The next power of two, which a Triton tile must have."""
-    return 1 << (size - 1).bit_length()

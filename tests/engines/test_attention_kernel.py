@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from blockzoo.engines.reference.attention import DenseAttention, rotate  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators  # noqa: E402
-from blockzoo.engines.tensorrt import attention  # noqa: E402
+from blockzoo.engines.tensorrt import attention, operators  # noqa: E402
 from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
 from blockzoo.zoo.rope import RopeConfig  # noqa: E402
 
@@ -175,7 +175,7 @@ def test_scores_are_what_keys_receive(window: int) -> None:
 
 @interpreted
 def test_fused_operators() -> None:
-    fused, plain = attention.FusedOperators(), Operators()
+    fused, plain = operators.FusedOperators(), Operators()
     torch.manual_seed(0)
     x, weight = torch.randn(5, 96).half(), torch.randn(96).half()
     torch.testing.assert_close(fused.norm(x, weight, 1e-5), plain.norm(x, weight, 1e-5), atol=4e-3, rtol=4e-3)
@@ -193,19 +193,19 @@ def test_adapters_add_to_their_own_rows() -> None:
         if owner >= 0:
             mask[row, owner * rank : (owner + 1) * rank] = 0.5 + owner
     x, y = torch.randn(rows, width).half(), torch.randn(rows, out_width).half()
-    a, b = torch.randn(3 * rank, width).half() * 0.1, torch.randn(out_width, 3 * rank).half() * 0.1
-    expected = y.float() + (x.float() @ a.float().T * mask) @ b.float().T
-    attention.add_adapters(y, x, a, b, mask.half())
+    a, b = torch.randn(3 * rank, width).half() * 0.1, torch.randn(3 * rank, out_width).half() * 0.1
+    expected = y.float() + (x.float() @ a.float().T * mask) @ b.float()
+    operators.add_adapters(y, x, a, b, mask.half())
     torch.testing.assert_close(y.float(), expected, atol=8e-3, rtol=8e-3)
     with pytest.raises(ValueError, match="one type"):
-        attention.add_adapters(y, x.float(), a, b, mask.half())
+        operators.add_adapters(y, x.float(), a, b, mask.half())
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blockzoo.engines.tensorrt import kernels
+from blockzoo.engines.tensorrt import kernels, row_kernels, score_kernels
 
 SHAPE = dict(HEADS=32, KV_HEADS=8, D=128)
 ROWS = dict(begins="*i32", past_lens="*i32", positions="*i32", table_begins="*i32", num_seqs="i32")
@@ -233,16 +233,16 @@ CASES = {
     "rms_norm": (dict(x="*bf16", weight="*bf16", out="*bf16", eps="fp32"), dict(WIDTH=4096, BLOCK=4096)),
     "silu_times": (dict(gate_up="*bf16", out="*bf16"), dict(WIDTH=14336, BLOCK=1024)),
     "lora_shrink": (
-        dict(x="*bf16", a="*bf16", mask="*bf16", out="*bf16", num_rows="i32"),
-        dict(WIDTH=4096, RANKS=128, BLOCK_T=16, BLOCK_R=16, BLOCK_K=128, PRECISION="tf32"),
+        dict(x="*bf16", a="*bf16", mask="*bf16", out="*bf16", num_rows="i32", ranks="i32"),
+        dict(WIDTH=4096, BLOCK_T=16, BLOCK_R=16, BLOCK_K=128, PRECISION="tf32"),
     ),
     "lora_expand": (
-        dict(h="*bf16", b="*bf16", mask="*bf16", y="*bf16", num_rows="i32"),
-        dict(WIDTH=4096, RANKS=128, BLOCK_T=16, BLOCK_R=16, BLOCK_O=128, PRECISION="tf32"),
+        dict(h="*bf16", b="*bf16", mask="*bf16", y="*bf16", num_rows="i32", ranks="i32"),
+        dict(WIDTH=4096, BLOCK_T=16, BLOCK_R=16, BLOCK_O=128, PRECISION="tf32"),
     ),
 }
 for name, (signature, constants) in CASES.items():
-    kernel = getattr(kernels, name)
+    kernel = next(getattr(m, name) for m in (kernels, row_kernels, score_kernels) if hasattr(m, name))
     types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

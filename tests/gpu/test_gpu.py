@@ -113,7 +113,7 @@ def test_scores() -> None:
 
 
 def test_operators_and_adapters() -> None:
-    from blockzoo.engines.tensorrt.attention import FusedOperators, add_adapters
+    from blockzoo.engines.tensorrt.operators import FusedOperators, add_adapters
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
@@ -122,11 +122,11 @@ def test_operators_and_adapters() -> None:
     x, weight, gate_up = drawn(70, 4096), drawn(4096), drawn(70, 2 * 14336)
     assert relative_error(fused.norm(x, weight, 1e-5), plain.norm(x.float(), weight.float(), 1e-5)) < 5e-3
     assert relative_error(fused.gated(gate_up), plain.gated(gate_up.float())) < 5e-3
-    a, b, y = drawn(128, 4096) / 64, drawn(6144, 128), drawn(70, 6144)
+    a, b, y = drawn(128, 4096) / 64, drawn(128, 6144), drawn(70, 6144)
     mask = torch.zeros(70, 128, device="cuda", dtype=torch.bfloat16)
     for row in range(70):
         mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 0.5
-    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float().T
+    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float()
     add_adapters(y, x, a, b, mask)
     assert relative_error(y, expected) < 1e-2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime import LLM, SamplingParams
@@ -142,3 +144,31 @@ def test_other_precisions_and_backends(zoo: Path) -> None:
     torch_llm = LLM(zoo, backend="reference", device="cpu", precision="f32", kv_cache_bytes=32 << 20)
     found = torch_llm.generate(names, prompts, GREEDY, progress=False)
     assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+
+
+@pytest.fixture(scope="module")
+def planned_zoo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with TensorRT plans."""
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path_factory.mktemp("planned") / "zoo"
+    shutil.copytree(zoo, path)
+    plans = TensorRTOptions(targets=("sm89",), precision="f32")
+    compile_models({}, path, CompileOptions(verify=False, profile=False, tensorrt=plans))
+    return path
+
+
+def test_tensorrt_plans_compute_what_peft_computes(
+    planned_zoo: Path, peft_models: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of all adapters in one batch, with onnxruntime in the place of the GPU."""
+    from onnx_device import onnx_engines
+
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr("blockzoo.runtime.engine_loop.make_engines", lambda *_, zoo, **__: onnx_engines(zoo))
+    names = [name for _ in range(2) for name in peft_models]
+    prompts = [rng.integers(2, 2048, int(rng.integers(1, 70))).tolist() for _ in names]
+    llm = LLM(planned_zoo, backend="tensorrt", kv_cache_bytes=32 << 20, max_num_batched_tokens=96)
+    for name, done in zip(names, llm.generate(names, prompts, GREEDY, progress=False), strict=True):
+        whole = [*done.prompt, *done.token_ids]
+        expected = logits_of(peft_models[name], whole[:-1])[len(done.prompt) - 1 :].argmax(-1)
+        assert tuple(expected.tolist()) == done.token_ids, name
