@@ -35,61 +35,21 @@ class PagedAttention:
     ) -> torch.Tensor:
         """Norm and rotate q and k (q in place, in `qkv`), write K and V, attend: [T, heads * head_dim]."""
         self._write(qkv, inputs, page_ids, spec, norms, rotate=True)
-        return self._attend(qkv, inputs, page_ids, spec)
+        return self._attend_and_score(qkv, inputs, page_ids, spec)
 
     def rotated(
         self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
     ) -> torch.Tensor:
         """The same for q and k that are rotated already."""
         self._write(qkv, inputs, page_ids, spec, None, rotate=False)
-        return self._attend(qkv, inputs, page_ids, spec)
+        return self._attend_and_score(qkv, inputs, page_ids, spec)
 
-    def scores(
-        self,
-        qkv: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        spec: AttnSpec,
-        window_rows: int,
-        width: int,
+    def _attend_and_score(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
     ) -> torch.Tensor:
-        """Attention that each key receives from the last rows of its sequence, summed over heads.
-
-        Args:
-            qkv: as it is after a call: rotated, its K written.
-            window_rows: rows per sequence that count, from its end; those it has where it has fewer.
-            width: keys per sequence in the result; those beyond a sequence's length get 0.
-
-        Returns:
-            float32 [S, width].
-        """
-        num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
-        tops, totals = (qkv.new_empty(num_rows * spec.num_heads, dtype=torch.float32) for _ in range(2))
-        out = qkv.new_zeros(num_seqs, width, dtype=torch.float32)
-        for summing in (True, False):
-            programs = window_rows if summing else -(-width // _TILE)
-            score_kernels.attention_scores[(programs, num_seqs)](
-                qkv,
-                inputs["key_cache"],
-                page_ids,
-                *_rows(inputs),
-                tops,
-                totals,
-                out,
-                num_seqs,
-                window_rows,
-                width,
-                _scale(spec),
-                **_shape(spec),
-                BLOCK_D=power_of_two(spec.head_dim),
-                BLOCK_M=max(16, power_of_two(spec.num_heads // spec.num_kv_heads)),
-                BLOCK_N=_TILE,
-                WINDOW=spec.sliding_window,
-                HAS_POSITIONS="positions" in inputs,
-                PRECISION=dot_precision(qkv),
-                SUMMING=summing,
-            )
-        return out
+        if "scores" in inputs:
+            _add_scores(qkv, inputs, page_ids, spec)
+        return self._attend(qkv, inputs, page_ids, spec)
 
     def _write(
         self,
@@ -179,6 +139,32 @@ class PagedAttention:
         """Parts of the keys: enough programs for the GPU, none with less than two tiles of a full table."""
         wanted = min(2 * self._num_processors // programs, table_tokens // (2 * _TILE), _MAX_SPLITS)
         return 1 << max(0, wanted.bit_length() - 1) if wanted > 0 else 1
+
+
+def _add_scores(qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec) -> None:
+    """Add to `scores`, float32 [sum of past + new], what each token of the context receives.
+
+    Of the attention of the last `score_windows` int32 [S] rows of its sequence, summed over rows and heads;
+    qkv is rotated and its K written. Sequences have no `positions` here.
+    """
+    begins, past_lens, _, table_begins = _rows(inputs)
+    counts = past_lens + begins.diff()
+    contexts = counts.cumsum(0) - counts
+    tops, totals = (qkv.new_empty(len(qkv) * spec.num_heads, dtype=torch.float32) for _ in range(2))
+    rows = (qkv, inputs["key_cache"], page_ids, begins, past_lens, table_begins, inputs["score_windows"])
+    shape = _shape(spec) | {
+        "BLOCK_D": power_of_two(spec.head_dim),
+        "BLOCK_M": max(16, power_of_two(spec.num_heads // spec.num_kv_heads)),
+        "BLOCK_N": _TILE,
+        "WINDOW": spec.sliding_window,
+        "PRECISION": dot_precision(qkv),
+    }
+    num_seqs, scale = len(past_lens), _scale(spec)
+    score_kernels.softmax_sums[(len(qkv), spec.num_kv_heads)](*rows, tops, totals, num_seqs, scale, **shape)
+    num_tiles = len(page_ids) * PAGE_TOKENS // _TILE + num_seqs
+    score_kernels.add_scores[(num_tiles,)](
+        *rows, tops, totals, contexts, inputs["scores"], num_seqs, scale, **shape
+    )
 
 
 def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -23,7 +23,7 @@ to have would stop a step for seconds."""
 
 
 @triton.jit
-def _sequence_of(begins, index, num_seqs, BLOCK_Q: tl.constexpr):
+def sequence_of(begins, index, num_seqs, BLOCK_Q: tl.constexpr):
     """The sequence whose query block `index` is; sequence s has blocks from begins[s] // BLOCK_Q + s on.
 
     That leaves each sequence room for one partial block, so that the grid needs no exact count. With
@@ -75,7 +75,7 @@ def rotate_and_write(
     head = tl.program_id(1)
     if not ROTATE:
         head += HEADS
-    seq = _sequence_of(begins, row, num_seqs, 0)
+    seq = sequence_of(begins, row, num_seqs, 0)
     if HAS_POSITIONS:
         position = tl.load(positions + row)
     else:
@@ -146,7 +146,7 @@ def attend(
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    seq = _sequence_of(begins, block, num_seqs, BLOCK_Q)
+    seq = sequence_of(begins, block, num_seqs, BLOCK_Q)
     begin = tl.load(begins + seq)
     count = tl.load(begins + seq + 1) - begin
     first = (block - begin // BLOCK_Q - seq) * BLOCK_Q

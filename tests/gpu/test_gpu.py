@@ -102,14 +102,16 @@ def test_scores() -> None:
     from blockzoo.engines.tensorrt.attention import PagedAttention
 
     spec = SPECS["8b"]
-    qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300)])
-    paged = PagedAttention(132)
-    paged(qkv, inputs, ids, spec, None)
-    scores = paged.scores(qkv, inputs, ids, spec, window_rows=4, width=1024)
-    sums = scores.sum(1).cpu()
-    torch.testing.assert_close(sums, torch.full((2,), 4.0 * spec.num_heads), rtol=1e-2, atol=0.0)
-    assert not scores[0, 908:].any()
-    assert not scores[1, 300:].any()
+    qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300), (70, 1)])
+    inputs |= {
+        "score_windows": torch.tensor([4, 4, 0], dtype=torch.int32, device="cuda"),
+        "scores": torch.zeros(908 + 300 + 71, device="cuda"),
+    }
+    PagedAttention(132)(qkv, inputs, ids, spec, None)
+    scores = inputs["scores"].cpu()
+    sums = torch.stack([part.sum() for part in scores.split([908, 300, 71])])
+    expected = torch.tensor([4.0, 4.0, 0.0]) * spec.num_heads
+    torch.testing.assert_close(sums, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_operators_and_adapters() -> None:
