@@ -126,15 +126,3 @@ class EngineMaker(Protocol):
 def activation_dtype(precision: Precision) -> np.dtype[Any]:
     """The numpy dtype that carries activations and KV: bf16 is held as uint16."""
     return np.dtype(np.uint16 if precision == "bf16" else np.float32)
-
-
-def f32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to bf16 (nearest, ties to even), as uint16 of the same shape. NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def bf16_to_f32(values: np.ndarray) -> np.ndarray:
-    """Widen bf16 held as uint16 to float32 of the same shape, exactly."""
-    return (values.astype(np.uint32) << 16).view(np.float32)

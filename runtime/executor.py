@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, bf16_to_f32
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
+from blockzoo.zoo.tensors import bf16_to_f32
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
 _KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
