@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockzoo.build.pipeline import Progress
+    from blockzoo.build.progress import Progress
     from blockzoo.build.report import CompileReport
 
 _EPILOG = """\

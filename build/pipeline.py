@@ -1,12 +1,13 @@
 """Checkpoints -> zoo: read, cut into blocks, store what is new, verify, time, commit the manifest last."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from blockzoo.build import equivalence, profiles
 from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
+from blockzoo.build.progress import Progress, no_progress
 from blockzoo.build.recover import NotLowRankError, nearest_block, recover
 from blockzoo.build.report import (
     CompileReport,
@@ -38,7 +39,6 @@ Sharing = Literal["exact", "adapter", "equivalent"]
 """What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
 that can take each other's place with little effect."""
 
-Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
 
 
@@ -74,7 +74,7 @@ def compile_models(
     options: CompileOptions | None = None,
     *,
     remove: Sequence[str] = (),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> CompileReport:
     """Compile models into the zoo directory `zoo`, which is made or extended; drop those in `remove`.
 

@@ -20,6 +20,7 @@ pytest.importorskip("tensorrt_rtx")
 
 from onnx_device import onnx_engines  # noqa: E402
 
+from blockzoo.build.inspect import main as inspect  # noqa: E402
 from blockzoo.build.pipeline import CompileOptions, compile_models  # noqa: E402
 from blockzoo.build.tensorrt_plans import TensorRTOptions  # noqa: E402
 from blockzoo.engines.base import EngineError  # noqa: E402
@@ -143,6 +144,20 @@ def test_calls_without_adapters_run_plans_without(planned_zoo: Path, serve_on_on
 
     assert runs_of("base")[1] == 0
     assert runs_of("notes")[1] > 0
+
+
+def test_plans_with_adapters_are_shown_and_go_with_the_last_of_them(
+    planned_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "zoo"
+    shutil.copytree(planned_zoo, path)
+    assert inspect([str(path)]) == 0
+    assert "takes adapters of 64 ranks on q, k, v" in capsys.readouterr().out
+    quick = CompileOptions(verify=False, profile=False)
+    compile_models({}, path, quick, remove=["notes"])
+    assert len(Zoo.open(path).manifest.tensorrt_plans) == 7  # notes-merged has some too
+    compile_models({}, path, quick, remove=["notes-merged"])
+    assert not [plan for plan in Zoo.open(path).manifest.tensorrt_plans.values() if plan.lora]
 
 
 def test_more_ranks_than_the_plans_have_room_for_are_told(planned_zoo: Path) -> None:
