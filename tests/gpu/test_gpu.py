@@ -133,12 +133,14 @@ def test_operators_and_adapters() -> None:
     assert relative_error(y, expected) < 1e-2
 
 
+SIZES = {"max_tokens": 256, "max_seqs": 16, "context": 256}
+
+
 def zoo_on_gpu(cuda_graphs: bool, make: Callable[[ReferenceEngines], None] | None = None) -> RandomZoo:
-    torch.manual_seed(0)  # equal weights, drawn in equal order
     engines = ReferenceEngines("bf16", "cuda", cuda_graphs=cuda_graphs)
     if make is not None:
         make(engines)
-    return RandomZoo("tiny", engines, 3, 2, max_tokens=256, max_seqs=16, context=256)
+    return RandomZoo("tiny", engines, 3, 2, **SIZES)
 
 
 def run_steps(zoo: RandomZoo) -> list[np.ndarray]:
@@ -166,4 +168,30 @@ def test_kernels_in_a_chain_give_what_plain_torch_gives() -> None:
         engines._ops, engines._attention = Operators(), DenseAttention()
 
     for ours, theirs in zip(run_steps(zoo_on_gpu(True)), run_steps(zoo_on_gpu(False, plain)), strict=True):
+        assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
+
+
+def adapted_zoo(engines: ReferenceEngines) -> RandomZoo:
+    return RandomZoo("tiny", engines, 3, 32, lora_rank=4, **SIZES)
+
+
+def test_recorded_steps_with_adapters_give_what_direct_ones_give() -> None:
+    sides = [run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=g))) for g in (True, False)]
+    for recorded, direct in zip(*sides, strict=True):
+        assert relative_error(torch.from_numpy(recorded), torch.from_numpy(direct)) < 1e-2
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_plans_give_what_torch_gives(cuda_graphs: bool) -> None:
+    """With and without adapters, prefill and decode, in plans built for this GPU."""
+    pytest.importorskip("onnx")
+    from benchmarks.gpu_plans import native_engines
+    from blockzoo.engines.base import EngineError
+
+    try:
+        engines = native_engines("tiny", cuda_graphs=cuda_graphs, lora_ranks=8)
+    except EngineError as error:
+        pytest.skip(str(error))
+    torch_steps = run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=False)))
+    for ours, theirs in zip(run_steps(adapted_zoo(engines)), torch_steps, strict=True):
         assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
