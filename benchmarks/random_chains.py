@@ -31,6 +31,14 @@ from blockzoo.zoo.blocks import (
 from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest, ModelRecord, SourceRecord
 from blockzoo.zoo.model_config import ModelConfig
 
+_TINY = {  # for dry runs
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 256,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B
         "hidden_size": 4096,
@@ -48,14 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
-    "tiny": {  # as many layers as the 8B, for dry runs
-        "hidden_size": 32,
-        "intermediate_size": 80,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 256,
-    },
+    "tiny": _TINY,
+    "deep": _TINY | {"num_hidden_layers": 32},  # as many layers as the 8B
 }
 
 

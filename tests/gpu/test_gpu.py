@@ -172,7 +172,7 @@ def test_kernels_in_a_chain_give_what_plain_torch_gives() -> None:
 
 
 def adapted_zoo(engines: ReferenceEngines) -> RandomZoo:
-    return RandomZoo("tiny", engines, 3, 32, lora_rank=4, **SIZES)
+    return RandomZoo("tiny", engines, 3, 4, lora_rank=4, **SIZES)
 
 
 def test_recorded_steps_with_adapters_give_what_direct_ones_give() -> None:
