@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
@@ -20,6 +20,7 @@ from blockzoo.zoo.store import Zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
 
+MakeLora = Callable[[Path, Path, int, dict[str, Any]], None]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -44,25 +45,15 @@ OTHER_ENDS: dict[str, dict[str, Any]] = {  # over a base with biases, its head t
 }
 
 
-def make_adapter(base: Path, folder: Path, seed: int, settings: dict[str, Any]) -> None:
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.1 * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
-
-
 @pytest.fixture(scope="module")
-def tenants(architectures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tenants(
+    architectures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, make_lora: MakeLora
+) -> dict[str, Path]:
     """The base and LoRA folders of every kind."""
     root = tmp_path_factory.mktemp("tenants")
     base = architectures["llama-gqa-untied"]
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        make_adapter(base, root / name, seed, settings)
+        make_lora(base, root / name, seed, settings)
     return {"base": base, **{name: root / name for name in ADAPTERS}}
 
 
@@ -110,11 +101,13 @@ def compare(zoo: Path, peft_models: dict[str, torch.nn.Module]) -> None:
         assert name == "base" or np.abs(expected - plain).max() > 0.1
 
 
-def test_trained_biases_and_embeddings(architectures: dict[str, Path], tmp_path: Path) -> None:
+def test_trained_biases_and_embeddings(
+    architectures: dict[str, Path], tmp_path: Path, make_lora: MakeLora
+) -> None:
     tenants = {"base": architectures["qwen2-bias-tied"]}
     for seed, (name, settings) in enumerate(OTHER_ENDS.items()):
         tenants[name] = tmp_path / name
-        make_adapter(tenants["base"], tenants[name], seed, settings)
+        make_lora(tenants["base"], tenants[name], seed, settings)
     zoo = tmp_path / "zoo"
     done = compile_models(tenants, zoo, CompileOptions(profile=False))  # each is verified as well
     assert all(report.verification is not None for report in done.models)
