@@ -109,6 +109,11 @@ class LLMEngine:
         """A model's tokenizer. Raises UnknownModelError."""
         return self._model(model).tokenizer
 
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return {name: model.eos_token_ids for name, model in self._zoo.models.items()}
+
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
         return self._model(model).max_len

@@ -52,6 +52,11 @@ class EngineThread:
         """Names of the models served."""
         return self.engine.models
 
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return self.engine.end_ids
+
     def submit(
         self,
         request_id: str,

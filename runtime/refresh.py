@@ -18,6 +18,7 @@ from blockzoo.runtime.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.sequence import Segment
 from blockzoo.runtime.tokenizer import Tokenizer
 from blockzoo.runtime.topology import ChainPlan, Topology, Variant, layer_keys, steps
+from blockzoo.zoo.errors import StoreError
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
@@ -68,6 +69,8 @@ class Refresher:
         """
         with self._lock:
             zoo = Zoo.open(self._path)
+            if not zoo.manifest.models:
+                raise StoreError(f"{zoo.path} holds no models any more; what was loaded is still served")
             models, waiting = dict(loaded.models), {}
             changed = [n for n, r in zoo.manifest.models.items() if not _same(r, self._served.get(n))]
             removed = sorted(models.keys() - zoo.manifest.models.keys())
