@@ -1,8 +1,8 @@
 """The keys of pages: who reads whose KV.
 
-    scope -> root key -> page key -> page key -> ...               a scope's own pages
-    PUBLIC_ROOT ------> page key -> page key                       what an operator published, for every scope
-                                       \\-> branch key -> page key  a scope's own pages behind it
+scope -> root key -> page key -> page key -> ...               a scope's own pages
+PUBLIC_ROOT ------> page key -> page key                       what an operator published, for every scope
+                                   \\-> branch key -> page key  a scope's own pages behind it
 """
 
 from __future__ import annotations

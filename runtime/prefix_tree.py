@@ -365,6 +365,10 @@ class KVCache:
             self.planner.remember(seq)
         self.version += 1
 
+    def pages_to_publish(self, seq: Sequence) -> int:
+        """Pages that publishing `seq`, a sequence of full pages, would add to those published."""
+        return self.published.missing_pages(seq, self._trees_of(seq))
+
     def publish(self, seq: Sequence, num_tokens: int, lead: int) -> Publication:
         """Keep the pages of `seq`, which publishes and is computed, for every scope until `withdraw`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,15 @@ class Publication:
     lead: int
     keys: tuple[bytes, ...]
     nodes: tuple[Node, ...]
+
+
+class PublishStats(NamedTuple):
+    """Counts of an engine since its start, and of what is published now."""
+
+    documents: int = 0
+    loaded: int = 0  # chains of documents whose KV came from disk
+    computed: int = 0  # those whose KV was computed
+    rejected_files: int = 0  # on disk, damaged or not what they say
 
 
 class PublishedPages:
