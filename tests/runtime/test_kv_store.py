@@ -219,5 +219,5 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidRequestError, match="kv_cache_dir .* cannot be used"):
+    with pytest.raises(InvalidRequestError, match=r"kv_cache_dir .* cannot be used"):
         opened(tmp_path / "file" / "folder")

@@ -77,13 +77,13 @@ def test_what_stands_behind_a_document_stays_in_its_scope():
 def test_a_request_is_never_taken_for_a_document():
     """The same tokens before, while and after they are published."""
     cache = KVCache(60)
-    run(cache, FILLED + [7], "red")
-    assert run(cache, FILLED + [7], "blue") == 0
+    run(cache, [*FILLED, 7], "red")
+    assert run(cache, [*FILLED, 7], "blue") == 0
     publication = publish(cache)
     own = {int(page) for node in publication.nodes for page in node.pages}
-    assert run(cache, FILLED + [7], "blue") == 96
+    assert run(cache, [*FILLED, 7], "blue") == 96
     cache.withdraw(publication)
-    assert run(cache, FILLED + [7], "green") == 0
+    assert run(cache, [*FILLED, 7], "green") == 0
     again = publish(cache)
     assert {int(page) for node in again.nodes for page in node.pages} == own  # what the operator left
 
@@ -91,7 +91,7 @@ def test_a_request_is_never_taken_for_a_document():
 def test_a_document_of_one_chain_is_none_of_another():
     cache = KVCache(60)
     publish(cache, segments=MODEL_A)
-    prompt = FILLED + [7]
+    prompt = [*FILLED, 7]
     assert run(cache, prompt, "red", MODEL_B) == 0
     assert run(cache, prompt, "blue", MODEL_B) == 0
     first = cache.num_cached_pages
@@ -140,15 +140,15 @@ def test_equal_documents_are_stored_once_and_kept_for_the_last():
     first, second = publish(cache), publish(cache)
     assert cache.published.num_pages == 9
     cache.withdraw(first)
-    assert run(cache, FILLED + [7]) == 96
+    assert run(cache, [*FILLED, 7]) == 96
     cache.withdraw(second)
-    assert run(cache, FILLED + [7], "blue") == 0
+    assert run(cache, [*FILLED, 7], "blue") == 0
     assert cache.published.num_pages == 0
 
 
 def test_waiting_requests_learn_what_is_published_meanwhile():
     cache = KVCache(60)
-    seq = sequence(cache, FILLED + [7])
+    seq = sequence(cache, [*FILLED, 7])
     assert cache.probe(seq) == 0
     publication = publish(cache)
     assert cache.probe(seq) == 96
