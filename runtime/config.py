@@ -36,6 +36,11 @@ class EngineConfig:
         prefix_caching: keep and reuse the KV of finished prompts.
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
             has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        published_kv_share: of the KV pool, 0 to 1, that published documents may hold: their pages are never
+            evicted, so the rest is what requests have.
+        kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
+            can write there decides what the models read: guard it like the zoo.
+        kv_cache_dir_bytes: of its files; those used longest ago go first.
         approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
             refuses such requests. Needs prefix_caching.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
@@ -60,6 +65,9 @@ class EngineConfig:
     max_request_seconds: float | None = None
     prefix_caching: bool = True
     boundary_cache_bytes: int = 256 << 20
+    published_kv_share: float = 0.5
+    kv_cache_dir: str | None = None
+    kv_cache_dir_bytes: int = 4 << 30
     approximate: ReuseConfig | None = None
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Literal["hit-first", "fair"] = "hit-first"
@@ -80,7 +88,9 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"boundary_cache_bytes is {self.boundary_cache_bytes}; expected at least 0"
             )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+        if not 0 <= self.published_kv_share <= 1:
+            raise InvalidRequestError(f"published_kv_share is {self.published_kv_share}; expected 0 to 1")
+        for name in ("kv_cache_dir_bytes", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -30,6 +30,8 @@ from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.prompt import assemble
+from blockzoo.runtime.publisher import PublishedDocument, Publisher
 from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.reuse import ReuseConfig
@@ -99,6 +101,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._publisher = Publisher(self._zoo, zoo.manifest, self.config, self._model, self._run)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -133,6 +136,7 @@ class LLMEngine:
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse = "exact",
+        documents: AnySequence[str] = (),
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -143,12 +147,14 @@ class LLMEngine:
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
                 takes also the KV of equal words behind other ones (see `runtime.reuse`).
+            documents: texts put before the prompt as they are, each tokenized on its own: a published one of
+                the same text then is found whole.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
         loaded = self._model(model)
-        token_ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:
@@ -174,6 +180,7 @@ class LLMEngine:
             token_ids,
             arrival,
             kv_reuse,
+            spans,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
@@ -205,9 +212,10 @@ class LLMEngine:
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse = "exact",
+        documents: AnySequence[str] = (),
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse))
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -219,6 +227,21 @@ class LLMEngine:
     def refusal(self, request: Request, error: BaseException) -> RequestOutput:
         """The only output of a prepared request that could not be queued."""
         return self._output(request, "", (), None, "error", str(error))
+
+    # ---- published documents
+
+    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+        """Compute a document's KV, or load it, for some models (all), for every scope; see `Publisher`."""
+        return self._publisher.publish(name, text, models)
+
+    def withdraw(self, name: str) -> None:
+        """End the publication of a document. Raises InvalidRequestError."""
+        self._publisher.withdraw(name)
+
+    @property
+    def documents(self) -> tuple[PublishedDocument, ...]:
+        """What is published."""
+        return self._publisher.documents
 
     # ---- step
 
@@ -332,10 +355,10 @@ class LLMEngine:
         )
 
     def _chain_index(self, seq: Sequence) -> int:
-        return self._requests[seq.request_id].model.chain_index
+        return self._zoo.models[seq.model].chain_index
 
     def _chain(self, seq: Sequence) -> ChainPlan:
-        return self._requests[seq.request_id].model.chain
+        return self._zoo.models[seq.model].chain
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1
@@ -464,4 +487,5 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""
-        return self._recorder.snapshot(self._scheduler, list(self._zoo.caches.values()), self._zoo.adapters)
+        caches = list(self._zoo.caches.values())
+        return self._recorder.snapshot(self._scheduler, caches, self._zoo.adapters, self._publisher.stats())

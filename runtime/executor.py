@@ -18,6 +18,7 @@ from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.kv_pages import KVPages
 from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 from blockzoo.zoo.tensors import bf16_to_f32
@@ -119,6 +120,7 @@ class Executor:
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
+        self.kv = KVPages(self._pool, arrays, num_pages)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2

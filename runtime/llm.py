@@ -10,6 +10,7 @@ from typing import Any
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine
 from blockzoo.runtime.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.publisher import PublishedDocument
 from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 
@@ -60,6 +61,7 @@ class LLM:
         params: SamplingParams | AnySequence[SamplingParams] | None = None,
         *,
         scope: str | None = None,
+        documents: AnySequence[str] = (),
         progress: bool = True,
     ) -> list[Completion]:
         """Complete prompts, all in one batch.
@@ -68,7 +70,7 @@ class LLM:
             model: one model for all prompts, or one per prompt.
             prompts: texts or lists of token ids; a single text is a list of one.
             params: one for all prompts, or one per prompt; None: the defaults.
-            scope: see `LLMEngine.prepare`.
+            scope, documents: of all prompts; see `LLMEngine.prepare`.
             progress: show a bar on a terminal.
 
         Returns:
@@ -81,7 +83,7 @@ class LLM:
         models = _spread("model", model, all_prompts)
         all_params = _spread("params", params or SamplingParams(), all_prompts)
         requests = [
-            self.engine.prepare(str(i), *job, scope=scope)
+            self.engine.prepare(str(i), *job, scope=scope, documents=documents)
             for i, job in enumerate(zip(models, all_prompts, all_params, strict=True))
         ]
         outputs: list[list[RequestOutput]] = [[] for _ in requests]
@@ -100,6 +102,20 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
+
+    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+        """Compute the KV of a document once, for every prompt of some models (all) that begins with it.
+
+        Requests in every scope take it; with `kv_reuse="approx"` also where the document stands elsewhere.
+        With `kv_cache_dir` it is loaded from there, or kept there for the next time.
+
+        Raises: as `runtime.publisher.Publisher.publish`.
+        """
+        return self.engine.publish(name, text, models)
+
+    def withdraw(self, name: str) -> None:
+        """End the publication of a document. Raises InvalidRequestError where there is none."""
+        self.engine.withdraw(name)
 
 
 def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:

@@ -130,6 +130,7 @@ class EngineFront:
                 on_output,
                 parsed.kv_scope,
                 parsed.kv_reuse,
+                parsed.documents,
             )
         except BaseException:
             del self._streams[stream.request_id]

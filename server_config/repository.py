@@ -51,18 +51,21 @@ class ServerSettings:
         engine: fields of `EngineConfig` that differ from its defaults.
         drain_s: seconds that running requests have when the model is unloaded.
         control_dir: folder shared with the launcher; None without one.
+        publish: absolute paths of files with documents to publish.
     """
 
     zoo: str
     engine: Mapping[str, Any] = field(default_factory=dict)
     drain_s: float = 30.0
     control_dir: str | None = None
+    publish: tuple[str, ...] = ()
 
     @classmethod
     def of_model(cls, args: Mapping[str, str]) -> ServerSettings:
         """Read them from what Triton gives to `TritonPythonModel.initialize`."""
         config = json.loads(args["model_config"])
-        return cls(**json.loads(config["parameters"]["settings"]["string_value"]))
+        settings = json.loads(config["parameters"]["settings"]["string_value"])
+        return cls(**settings | {"publish": tuple(settings["publish"])})
 
 
 def write_repository(folder: Path, settings: ServerSettings) -> tuple[str, ...]:

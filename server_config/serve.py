@@ -56,6 +56,26 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("model", "scope"),
         help="share cached KV of a scope within each model (default) or between models too",
     )
+    engine.add_argument(
+        "--publish",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="publish documents, whose KV is computed once for the prompts of every scope: a text file, or a "
+        ".jsonl file with name, text and perhaps models in each line; may be repeated",
+    )
+    engine.add_argument(
+        "--published-kv-share",
+        type=float,
+        metavar="S",
+        help="of the KV pool that they may hold (default 0.5)",
+    )
+    engine.add_argument(
+        "--kv-cache-dir", metavar="DIR", help="keep the KV of published documents there for the next start"
+    )
+    engine.add_argument(
+        "--kv-cache-dir-gb", type=_amount, metavar="GB", help="the most it may hold (default 4)"
+    )
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
     engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
     parser.add_argument(
@@ -114,6 +134,9 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         # an ensemble's cancelled requests run on unnoticed: something must bound them
         "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
         "kv_sharing": args.kv_sharing,
+        "published_kv_share": args.published_kv_share,
+        "kv_cache_dir": None if args.kv_cache_dir is None else str(Path(args.kv_cache_dir).resolve()),
+        "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),
         "schedule": args.schedule,
         "num_threads": args.threads,
     }
@@ -122,12 +145,22 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def _publish(args: argparse.Namespace) -> tuple[str, ...]:
+    """Absolute paths of the files of documents, read once. Raises InvalidRequestError."""
+    from blockzoo.server_config.documents import read_documents
+
+    paths = [Path(path).resolve() for path in args.publish]
+    read_documents(paths)
+    return tuple(map(str, paths))
+
+
 def _write_only(args: argparse.Namespace) -> int:
     from blockzoo.server_config.launcher import Endpoints, server_arguments
     from blockzoo.server_config.repository import ServerSettings, write_repository
 
     folder = Path(args.write_only).resolve()
-    settings = ServerSettings(str(Path(args.zoo).resolve()), _engine_settings(args), args.drain_seconds)
+    zoo = str(Path(args.zoo).resolve())
+    settings = ServerSettings(zoo, _engine_settings(args), args.drain_seconds, publish=_publish(args))
     tenants = write_repository(folder, settings)
     endpoints = Endpoints(args.host, args.http_port, args.grpc_port, args.metrics_port)
     command = ["tritonserver", *server_arguments(folder, endpoints, args.drain_seconds)]
@@ -142,7 +175,7 @@ def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.repository import ServerSettings
     from blockzoo.server_config.watchdog import Watchdog
 
-    engine = _engine_settings(args)
+    engine, publish = _engine_settings(args), _publish(args)
     ports = free_ports(
         args.host,
         {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
@@ -153,7 +186,7 @@ def _serve(args: argparse.Namespace) -> int:
         repository, control_dir = folder / "models", folder / "control"
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
-        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir))
+        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
         watchdog = Watchdog(endpoints.http, "")
         follower = Follower(settings, repository, watchdog.refresh)
         server = find_tritonserver(folder)

@@ -44,6 +44,7 @@ SAMPLING_INPUTS = (
     TensorField("exclude_input_in_output", "BOOL"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
     TensorField("kv_reuse", "STRING"),  # ours: "exact" or "off"
+    TensorField("documents", "STRING", (-1,)),  # ours: texts put before text_input, each tokenized on its own
     TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue

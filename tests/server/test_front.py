@@ -123,11 +123,19 @@ class ScriptedEngine:
         self.end_ids = {"chat": (2,), "code": (2,)}
         return self.found
 
-    def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact") -> None:
+    def submit(
+        self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact", documents=()
+    ) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
-            model=model, prompt=prompt, params=params, on_output=on_output, scope=scope, kv_reuse=kv_reuse
+            model=model,
+            prompt=prompt,
+            params=params,
+            on_output=on_output,
+            scope=scope,
+            kv_reuse=kv_reuse,
+            documents=documents,
         )
 
     def emit(self, text: str, reason=None, error=None) -> None:
@@ -278,9 +286,9 @@ def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp
 
 def test_scope_and_reuse_reach_the_engine(front, engine):
     front.handle(Request(text_input="x", kv_reuse="off"))
-    front.handle(Request(text_input="x", kv_scope="team"))
-    seen = [(request.scope, request.kv_reuse) for request in engine.requests.values()]
-    assert seen == [(None, "off"), ("team", "exact")]
+    front.handle(Request(text_input="x", kv_scope="team", documents="a text"))
+    seen = [(each.scope, each.kv_reuse, each.documents) for each in engine.requests.values()]
+    assert seen == [(None, "off", ()), ("team", "exact", ("a text",))]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.documents import publish_documents
 from blockzoo.server_config.front import EngineFront
 from blockzoo.server_config.repository import ServerSettings
 
@@ -20,6 +21,11 @@ class TritonPythonModel:
         settings = ServerSettings.of_model(args)
         control_dir = None if settings.control_dir is None else Path(settings.control_dir)
         engine = EngineThread(settings.zoo, EngineConfig(**settings.engine))
+        try:
+            publish_documents(engine, settings.publish, pb_utils)
+        except BaseException:
+            engine.close()  # else its thread keeps the process
+            raise
         self._front = EngineFront(engine, pb_utils, control_dir)
         self._drain_s = settings.drain_s
 
