@@ -4,14 +4,10 @@
 
 The wide model is the demo base (hidden size 256, 6 layers); the narrow one, of the same tokenizer, is trained
 here on the same text and kept in the workdir. Layers [0, cut) of one are followed by a stitch with a bias and
-layers [cut, end) of the other, in both directions. The stitch starts from the least squares fit of the
-other model's hidden states and is trained by next-token loss, everything else frozen. Two controls say what
-the back half makes of no information: a random stitch of the same scale, and the mean hidden state at every
-position. `shared` is one trained stitch for all cuts of a direction with a bias per cut, which is what
-BlockLLM's depth as an additional input comes to.
-
-Every chain is scored on held-out text: bits per byte, and the share of positions with the same likeliest
-token as the model that the front was taken from, and as the one of the back.
+layers [cut, end) of the other, in both directions. The stitch starts from a least squares fit and is trained
+by next-token loss, all else frozen. Two controls show what no information gives: a random stitch of the same
+scale, and the mean hidden state everywhere. `shared` is one stitch for all cuts with a bias per cut, which is
+what BlockLLM's depth as an additional input comes to. Scores are of held-out text.
 """
 
 from __future__ import annotations
@@ -70,8 +66,7 @@ class Score:
     """A chain on the held-out text."""
 
     bits_per_byte: float
-    top1_front: float
-    """Share of positions with the likeliest token of the model that the front was taken from."""
+    top1_front: float  # share of positions with the likeliest token of the model of the front
     top1_back: float
 
 
@@ -114,11 +109,7 @@ def train_narrow(wide: LlamaConfig, text: Text, args: argparse.Namespace, folder
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
         train_step(partial(_logits, model), optimizer, text.batch(step), learning_rate(NARROW_RATE, progress))
         step += 1
-    print(f"narrow model: {step} steps of {BATCH * LENGTH} tokens", flush=True)
     model.save_pretrained(folder)
-
-
-# ---- chains
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -209,9 +200,6 @@ def train_stitch(trained: nn.Module, forwards: Sequence[Forward], text: Text, st
         train_step(forwards[step % len(forwards)], optimizer, text.batch(step), rate)
 
 
-# ---- figures
-
-
 @torch.no_grad()
 def score(forward: Forward, text: Text, first: Tensor, second: Tensor) -> Score:
     """`first`, `second`: the likeliest tokens [rows, LENGTH] of the models of the front and the back."""
@@ -281,7 +269,6 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
         | {"parameters": sum(p.numel() for p in model.parameters())}
         for name, model in models.items()
     }
-    print(whole, flush=True)
     return {"whole": whole} | {
         f"{first} -> {second}": measure_direction((first, second), models, tops, text, args)
         for first, second in (("wide", "narrow"), ("narrow", "wide"))

@@ -68,6 +68,32 @@ def test_memory(workdir: Path) -> None:
         assert results["genai, a process each"]["pss"] > results["genai, one process"]["pss"]
 
 
+@pytest.mark.slow
+def test_stitch(tmp_path: Path) -> None:
+    sizes = [
+        "--minutes",
+        "0.02",
+        "--stitch-steps",
+        "2",
+        "--rows",
+        "4",
+        "--cuts",
+        "2",
+        "--text-bytes",
+        "200000",
+    ]
+    command = [sys.executable, "-m", "benchmarks.stitch", *sizes]
+    command += ["--workdir", str(tmp_path), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "stitch.json").read_text())["shapes"]["demo"]["results"]
+    assert results["whole"]["wide"]["bits_per_byte"] < results["whole"]["narrow"]["bits_per_byte"]
+    kinds = {"least squares", "trained", "random", "mean only", "shared"}
+    for direction in ("wide -> narrow", "narrow -> wide"):
+        assert results[direction].keys() == {f"cut 2, {kind}" for kind in kinds}
+        assert all(0 < chain["bits_per_byte"] < 20 for chain in results[direction].values())
+
+
 def test_sampling() -> None:
     command = [sys.executable, "benchmarks/sampling.py", "--rows", "2", "--vocab", "5000", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

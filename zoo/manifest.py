@@ -153,7 +153,7 @@ class EquivalenceRecord:
     own_blocks: dict[int, str]
     """Position in the chain -> id of the model's own block there, which is not stored."""
     threshold: float
-    """Asked for: of `cosine` and `top1`."""
+    """Asked for: the least `cosine`."""
     cosine: float
     """Mean cosine of the vocabulary probabilities."""
     kl: float
