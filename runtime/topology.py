@@ -127,13 +127,6 @@ def plan_topology(manifest: Manifest, max_span_layers: int | None = None) -> Top
     )
 
 
-def layer_keys(manifest: Manifest, model: str) -> tuple[str, ...]:
-    """Per layer of a model, what stands for all that computes its KV: block and adapter ids up to there."""
-    record = manifest.models[model]
-    variant = _Variant(record.chain, tuple(sorted(record.adapters.items())))
-    return tuple(_layer_keys(variant, manifest.blocks))
-
-
 def _lora_targets(
     variants: Sequence[_Variant],
     runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]],
