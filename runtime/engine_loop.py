@@ -101,7 +101,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
-        self._publisher = Publisher(self._zoo, zoo.manifest, self.config, self._model, self._run)
+        self._publisher = Publisher(lambda: self._zoo, self.config, self._model, self._run)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -355,10 +355,14 @@ class LLMEngine:
         )
 
     def _chain_index(self, seq: Sequence) -> int:
-        return self._zoo.models[seq.model].chain_index
+        return self._loaded(seq).chain_index
 
     def _chain(self, seq: Sequence) -> ChainPlan:
-        return self._zoo.models[seq.model].chain
+        return self._loaded(seq).chain
+
+    def _loaded(self, seq: Sequence) -> LoadedModel:
+        request = self._requests.get(seq.request_id)
+        return request.model if request is not None and request.seq is seq else self._publisher.model
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1

@@ -18,7 +18,7 @@ from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
-from blockzoo.runtime.kv_pages import KVPages
+from blockzoo.runtime.kv_contents import KVContents
 from blockzoo.runtime.reuse import Borrowed, rotate
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 from blockzoo.zoo.tensors import bf16_to_f32
@@ -120,7 +120,6 @@ class Executor:
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
-        self.kv = KVPages(self._pool, arrays, num_pages)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
@@ -130,6 +129,7 @@ class Executor:
         self._bound_layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
         self._most_rows = 0  # of a step since scratch was given back
+        self.contents = KVContents(self._pool, arrays, num_pages)
 
     def add_chain(self, chain: ChainPlan, like: int) -> None:
         """Append a chain of the same spans as chain number `like`; from any thread, before rows of it run."""

@@ -38,13 +38,13 @@ class KVPart:
     """KV that may be on disk: whole pages of tokens in layers [first_layer, end_layer) of a chain.
 
     Attributes:
-        layer_key: stands for all that computes in the chain up to the last layer.
+        blocks_key: stands for all that computes in the chain up to the last layer.
         token_ids: int32 [32 * pages].
         page_shape: [kv_heads, 32, head_dim].
         dtype: "bf16" or "f32".
     """
 
-    layer_key: str
+    blocks_key: str
     first_layer: int
     end_layer: int
     token_ids: np.ndarray
@@ -62,7 +62,7 @@ class KVPart:
         return json.dumps(
             {
                 "format": _FORMAT,
-                "layer_key": self.layer_key,
+                "blocks": self.blocks_key,
                 "layers": [self.first_layer, self.end_layer],
                 "tokens": hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest(),
                 "shape": self.shape,

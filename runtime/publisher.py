@@ -8,6 +8,7 @@ approximately (`reuse`), by requests that ask for it.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,7 @@ from blockzoo.runtime.published import Publication, PublishStats
 from blockzoo.runtime.scheduler import Scheduled
 from blockzoo.runtime.sequence import Segment
 from blockzoo.runtime.sequence import Sequence as TokenSequence
-from blockzoo.runtime.topology import model_layer_keys
-from blockzoo.zoo.manifest import Manifest
+from blockzoo.runtime.topology import ChainPlan, Topology
 from blockzoo.zoo.tensors import Dtype
 
 _FILL = 0  # the token behind a document, up to the end of its last page; no prompt sees it
@@ -74,8 +74,7 @@ class Publisher:
     """The published documents of an engine. Called between its steps, from the same thread.
 
     Args:
-        zoo: loaded.
-        manifest: of the zoo.
+        zoo: what is loaded now; its caches and executors stay.
         config: of the engine.
         find_model: a model by its name; raises UnknownModelError.
         run: runs a step.
@@ -86,19 +85,19 @@ class Publisher:
 
     def __init__(
         self,
-        zoo: LoadedZoo,
-        manifest: Manifest,
+        zoo: Callable[[], LoadedZoo],
         config: EngineConfig,
         find_model: Callable[[str], LoadedModel],
         run: RunStep,
     ) -> None:
-        self._zoo, self._manifest, self._config = zoo, manifest, config
+        self._zoo, self._config = zoo, config
         self._find_model, self._run = find_model, run
+        self.model: LoadedModel  # of the document that is being published, whatever its name stands for now
         self._published: dict[str, tuple[PublishedDocument, list[tuple[KVCache, Publication]]]] = {}
         self._loaded = self._computed = 0
         self._store: KVStore | None = None
         if config.kv_cache_dir is not None:
-            self._store = KVStore(Path(config.kv_cache_dir), config.kv_cache_dir_bytes, zoo.engine_facts)
+            self._store = KVStore(Path(config.kv_cache_dir), config.kv_cache_dir_bytes, zoo().engine_facts)
 
     @property
     def documents(self) -> tuple[PublishedDocument, ...]:
@@ -124,7 +123,7 @@ class Publisher:
         if not name or name in self._published:
             why = "is published already; withdraw it first" if name else "is no name of a document"
             raise InvalidRequestError(f"{name!r} {why}")
-        names = tuple(dict.fromkeys(self._zoo.models if models is None else models))
+        names = tuple(dict.fromkeys(self._zoo().models if models is None else models))
         tasks = self._tasks(name, text, names)
         before, loaded = self._num_pages(), self._loaded
         done: list[tuple[KVCache, Publication]] = []
@@ -158,7 +157,7 @@ class Publisher:
             cache.withdraw(publication)
 
     def _num_pages(self) -> int:
-        return sum(cache.published.num_pages for cache in self._zoo.caches.values())
+        return sum(cache.published.num_pages for cache in self._zoo().caches.values())
 
     def _tasks(self, name: str, text: str, names: Sequence[str]) -> list[_Task]:
         """One per distinct chain and tokenization."""
@@ -177,8 +176,9 @@ class Publisher:
         return list(tasks.values())
 
     def _publish_in_chain(self, name: str, task: _Task) -> tuple[KVCache, Publication]:
-        chain = task.model.chain
-        cache, executor = self._zoo.caches[chain.family], self._zoo.executors[chain.family]
+        self.model, chain = task.model, task.model.chain
+        zoo = self._zoo()
+        cache, executor = zoo.caches[chain.family], zoo.executors[chain.family]
         num_tokens = len(task.token_ids)
         filled = np.full(pages_for(num_tokens) * PAGE_TOKENS, _FILL, np.int32)
         filled[:num_tokens] = task.token_ids
@@ -227,13 +227,15 @@ class Publisher:
 
     def _parts(self, seq: TokenSequence, executor: Executor) -> list[tuple[Segment, KVPart]]:
         """What of a document is a file: each segment, so that models share those of their common layers."""
-        keys = model_layer_keys(self._manifest, seq.model)
-        dtype: Dtype = "bf16" if self._zoo.engine_facts["precision"] == "bf16" else "f32"
-        shape = executor.kv.page_shape
-        return [
-            (s, KVPart(keys[s.end_layer - 1], s.first_layer, s.end_layer, seq.token_ids, shape, dtype))
-            for s in seq.segments
-        ]
+        zoo, chain = self._zoo(), self.model.chain
+        dtype: Dtype = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
+        shape = executor.contents.page_shape
+        parts = []
+        for segment in chain.segments:
+            first, end = segment.first_layer, segment.end_layer
+            blocks_key = kv_identity(zoo.topology, chain, end - 1)
+            parts.append((segment, KVPart(blocks_key, first, end, seq.token_ids, shape, dtype)))
+        return parts
 
     def _load(self, seq: TokenSequence, executor: Executor) -> bool:
         """Fill the pages of `seq` that are not in the tree from disk; False, having changed nothing."""
@@ -248,7 +250,7 @@ class Publisher:
                 found.append((segment, len(path), contents))
         for segment, first, (keys, values) in found:
             pages = seq.page_table[segment.first_layer : segment.end_layer, first : seq.num_pages]
-            executor.kv.write(pages, keys[:, first:], values[:, first:])
+            executor.contents.write(pages, keys[:, first:], values[:, first:])
         seq.num_computed = seq.num_tokens
         seq.cache.commit(seq)
         return True
@@ -258,4 +260,13 @@ class Publisher:
             return
         for segment, part in self._parts(seq, executor):
             pages = seq.page_table[segment.first_layer : segment.end_layer, : seq.num_pages]
-            self._store.save(part, *executor.kv.read(pages))
+            self._store.save(part, *executor.contents.read(pages))
+
+
+def kv_identity(topology: Topology, chain: ChainPlan, layer: int) -> str:
+    """What stands, in any process, for all that computes the K and V of a layer: block and adapter ids."""
+    ids = (chain.embed_id, *(i for use in chain.uses for i in topology.spans[use.span].block_ids))
+    adapters = dict(chain.adapters)
+    # embed, then attn and ffn of each layer: its K and V are made in its attn
+    computing = [f"{ids[i]} {adapters.get(i, '')}" for i in range(2 * layer + 2)]
+    return hashlib.sha256("\n".join(["K and V of", *computing]).encode()).hexdigest()

@@ -137,13 +137,6 @@ def plan_topology(
     )
 
 
-def model_layer_keys(manifest: Manifest, model: str) -> tuple[str, ...]:
-    """Per layer of a model, what stands for all that computes its KV: block and adapter ids up to there."""
-    record = manifest.models[model]
-    variant = Variant(record.chain, tuple(sorted(record.adapters.items())))
-    return tuple(layer_keys(variant, manifest.blocks))
-
-
 def _lora_targets(
     variants: Sequence[Variant],
     runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]],

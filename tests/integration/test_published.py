@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,6 +19,7 @@ from blockzoo.runtime.errors import (
     RequestError,
     UnknownModelError,
 )
+from blockzoo.runtime.publisher import kv_identity
 from blockzoo.runtime.reuse import ReuseConfig
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
@@ -57,7 +59,7 @@ def size_of(engine: LLMEngine, text: str) -> int:
 def published_kv(engine: LLMEngine) -> list[np.ndarray]:
     ((_, publication),) = engine._publisher._published["doc"][1][:1]
     (executor,) = engine._zoo.executors.values()
-    return [kv for node in publication.nodes for kv in executor.kv.read(node.pages)]
+    return [kv for node in publication.nodes for kv in executor.contents.read(node.pages)]
 
 
 @pytest.fixture(scope="module")
@@ -349,3 +351,19 @@ def test_a_failure_publishes_nothing(
     found, tokens, _ = ask(engine, QUESTION, scope="red", documents=[SECRET])
     assert (found, tokens) == (0, ask(cold_engine, QUESTION, documents=[SECRET])[1])
     engine.publish("doc", SECRET)
+
+
+def test_kv_on_disk_is_named_after_all_that_computes_it(engine: LLMEngine) -> None:
+    """Layer by layer, models have one name for KV where it is the same, and only there."""
+    topology = engine._zoo.topology
+    chains = {name: engine._model(name).chain for name in ("base", "base-sharded", "solver", "notes")}
+    layers = range(chains["base"].num_layers)
+    names = {name: [kv_identity(topology, chain, i) for i in layers] for name, chain in chains.items()}
+    assert names["base"] == names["base-sharded"]
+    assert len({key for keys in names.values() for key in keys}) > len(layers)
+    for one, other in combinations(chains.values(), 2):
+        shared = {s.key for s in one.segments} & {s.key for s in other.segments}
+        for layer in layers:
+            key = next(s.key for s in one.segments if s.first_layer <= layer < s.end_layer)
+            same = kv_identity(topology, one, layer) == kv_identity(topology, other, layer)
+            assert same == (key in shared)

@@ -51,7 +51,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"layer_key": "another block id"},
+        {"blocks_key": "another block id"},
         {"first_layer": 1, "end_layer": 4},
         {"token_ids": np.arange(1, 65, dtype=np.int32)},
         {"token_ids": np.arange(32, dtype=np.int32)},
@@ -171,7 +171,7 @@ def test_what_is_no_file_is_ignored(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
-    parts = [replace(PART, layer_key=str(i)) for i in range(4)]
+    parts = [replace(PART, blocks_key=str(i)) for i in range(4)]
     for age, part in zip((400, 300, 200), parts, strict=False):
         then = time.time() - age
         os.utime(saved(tmp_path, part), (then, then))
@@ -187,7 +187,7 @@ def test_files_in_use_are_kept_and_what_does_not_fit_is_said(
     store = opened(tmp_path, max_bytes=int(1.5 * PART_BYTES))
     store.save(PART, KEYS, VALUES)
     with caplog.at_level(logging.WARNING):
-        store.save(replace(PART, layer_key="more"), KEYS, VALUES)
+        store.save(replace(PART, blocks_key="more"), KEYS, VALUES)
     assert "kv_cache_dir_bytes" in caplog.text
     assert opened(tmp_path).load(PART) is not None
     assert len(list(tmp_path.iterdir())) == 1

@@ -10,7 +10,7 @@ from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.zoo.tensors import bf16_to_f32
 
 
-class KVPages:
+class KVContents:
     """K and V pages of one pool, each [num_pages, kv_heads, 32, head_dim].
 
     Args:
