@@ -1,4 +1,4 @@
-"""Tenants of every kind in one batch: each shared block runs once a step, for the rows of all that have it."""
+"""Tenants of every kind in one batch: each shared block runs once a step, for all rows that use it."""
 
 from __future__ import annotations
 
