@@ -77,7 +77,8 @@ class Engine(Protocol):
         lora_mask       precision  [T, Q]       1 where a row uses that part of an adapter, else 0
         lora_a.<i>.<projection>    precision [Q, in]    of block i of the span; rows of zeros where an
         lora_b.<i>.<projection>    precision [Q, out]   adapter leaves the projection alone
-        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B)
+        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B. What is bound to these inputs
+        keeps its contents: engines may hold packed copies of it)
     Outputs:
         hidden_out      precision  [T or R, hidden], or
         logits          float32    [T or R, vocab]   when the span ends in a head
