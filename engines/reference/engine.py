@@ -60,6 +60,10 @@ class ReferenceEngine:
 
     def run(self) -> None:
         """Start the span on what is bound; on a GPU it returns before the outputs are written."""
+        with torch.cuda.device_of(self._bound["hidden"]):  # what kernels are launched on, per thread
+            self._run()
+
+    def _run(self) -> None:
         bound = self._bound
         x, mask = bound["hidden"], self._lora_mask()
         num_layers = len(self.spec.layers)
