@@ -26,6 +26,8 @@ class EngineConfig:
             free memory where that is less. Split between KV geometries in proportion to their models.
         adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
             first; those of running requests come on top.
+        enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
+            later can be served by `LLMEngine.refresh`. False: where the zoo has some.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait; beyond it they are refused as overloaded.
@@ -50,6 +52,7 @@ class EngineConfig:
     precision: Literal["f32", "bf16"] | None = None
     kv_cache_bytes: int | None = None
     adapter_cache_bytes: int = 256 << 20
+    enable_lora: bool = False
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024

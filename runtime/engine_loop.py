@@ -17,18 +17,20 @@ from difflib import get_close_matches
 from typing import get_args
 
 from blockzoo.engines.choose import make_engines
+from blockzoo.runtime.adapters import AdapterUnavailableError
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.detokenizer import Detokenizer
 from blockzoo.runtime.errors import (
     InvalidRequestError,
     PromptTooLongError,
-    SamplingError,
+    RequestError,
     UnknownModelError,
 )
 from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
@@ -92,6 +94,7 @@ class LLMEngine:
             zoo=zoo,
         )
         self._zoo = load_zoo(zoo, self.config, maker, progress)
+        self._refresher = Refresher(zoo, self._zoo)
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
@@ -105,6 +108,11 @@ class LLMEngine:
     def tokenizer(self, model: str) -> Tokenizer:
         """A model's tokenizer. Raises UnknownModelError."""
         return self._model(model).tokenizer
+
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return {name: model.eos_token_ids for name, model in self._zoo.models.items()}
 
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
@@ -241,7 +249,7 @@ class LLMEngine:
             return outputs + [self._fail(item.seq, f"the engine failed: {error}") for item in scheduled]
         for seq, result in sampled:
             request = self._requests[seq.request_id]
-            if isinstance(result, SamplingError):
+            if isinstance(result, RequestError):
                 outputs.append(self._fail(seq, str(result)))
             else:
                 outputs.append(self._take_token(request, result))
@@ -251,16 +259,21 @@ class LLMEngine:
                 executor.release_memory()
         return outputs
 
-    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | SamplingError]]:
+    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | RequestError]]:
         """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
-        results: list[tuple[Sequence, SampledToken | SamplingError]] = []
+        results: list[tuple[Sequence, SampledToken | RequestError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
             self._note_start(self._requests[item.seq.request_id])
             family = self._requests[item.seq.request_id].model.chain.family
             by_family.setdefault(family, []).append(item)
         for family, items in by_family.items():
-            step = self._run(self._zoo.executors[family], items)
+            try:
+                step = self._run(self._zoo.executors[family], items)
+            except AdapterUnavailableError as error:  # the others run in the next step
+                broken = [item.seq for item in items if self._chain_index(item.seq) == error.chain]
+                results += [(seq, error) for seq in broken]
+                continue
             self._recorder.on_step(step.num_calls, step.num_call_rows)
             for logits, indices in step.logits:
                 seqs = [items[i].seq for i in indices]
@@ -431,6 +444,16 @@ class LLMEngine:
         for cache in self._zoo.caches.values():
             if cache.planner is not None:
                 cache.planner.config = reuse
+
+    def refresh(self) -> Refreshed:
+        """Take over what has changed in the zoo on disk, without touching engines or requests; thread-safe.
+
+        Raises:
+            ManifestError, StoreError: the zoo cannot be read; nothing has changed.
+        """
+        self._zoo, refreshed = self._refresher.refresh(self._zoo)
+        self._recorder.add_segments(s for chain in self._zoo.topology.chains for s in chain.segments)
+        return refreshed
 
     # ---- looking in
 

@@ -13,6 +13,7 @@ from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine, Request
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import KVReuse, RequestOutput, SamplingParams
 
 OnOutput = Callable[[RequestOutput], None]
@@ -51,6 +52,11 @@ class EngineThread:
         """Names of the models served."""
         return self.engine.models
 
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return self.engine.end_ids
+
     def submit(
         self,
         request_id: str,
@@ -86,6 +92,10 @@ class EngineThread:
         with self._wake:
             self._aborts.append(request_id)
             self._wake.notify()
+
+    def refresh(self) -> Refreshed:
+        """As `LLMEngine.refresh`; in the calling thread, while the engine's goes on."""
+        return self.engine.refresh()
 
     def metrics(self) -> Metrics:
         """A snapshot; from any thread."""

@@ -113,7 +113,7 @@ class Executor:
         self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
-        self._rotation = rope_tables  # on the host
+        self._rotation = dict(rope_tables)  # on the host
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
@@ -128,6 +128,14 @@ class Executor:
         self._bound_layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
         self._most_rows = 0  # of a step since scratch was given back
+
+    def add_chain(self, chain: ChainPlan, like: int) -> None:
+        """Append a chain of the same spans as chain number `like`; from any thread, before rows of it run."""
+        index = len(self._chains)
+        self._rope_tables[index], self._rotation[index] = self._rope_tables[like], self._rotation[like]
+        self._chains = (*self._chains, chain)
+        if self._adapters is not None:
+            self._adapters.chains = self._chains
 
     def release_memory(self) -> None:
         """Give back the engines' scratch if a step was large enough for that to be worth it."""

@@ -10,6 +10,7 @@ from typing import Any
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine
 from blockzoo.runtime.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 
 Prompt = str | AnySequence[int]
@@ -47,6 +48,10 @@ class LLM:
     def models(self) -> tuple[str, ...]:
         """Names of the models served."""
         return self.engine.models
+
+    def refresh(self) -> Refreshed:
+        """As `LLMEngine.refresh`: serve the models that were added to the zoo, forget those removed."""
+        return self.engine.refresh()
 
     def generate(
         self,

@@ -63,7 +63,7 @@ def load_zoo(
     """
     if not zoo.manifest.models:
         raise InvalidRequestError(f"{zoo.path} holds no models; add one with zoo-compile")
-    topology = plan_topology(zoo.manifest, config.max_span_layers)
+    topology = plan_topology(zoo.manifest, config.max_span_layers, config.enable_lora)
     num_pages = _pages_per_family(topology, config, maker)
     load_tokenizer = cache(Tokenizer.load)  # models of a family share one folder, so one tokenizer
     models = {

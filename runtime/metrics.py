@@ -149,7 +149,8 @@ class MetricsRecorder:
     """
 
     def __init__(self, segments: Iterable[Segment] = ()) -> None:
-        self._layers = {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
+        self._layers: dict[str, str] = {}
+        self.add_segments(segments)
         self._lock = Lock()
         self._arrived = 0
         self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
@@ -163,6 +164,10 @@ class MetricsRecorder:
         self._ttft = Histogram(TTFT_BOUNDS)
         self._inter_token = Histogram(INTER_TOKEN_BOUNDS)
         self._e2e = Histogram(E2E_BOUNDS)
+
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Segments of models that came later."""
+        self._layers = self._layers | {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
 
     def on_request_arrived(self) -> None:
         """A request was queued."""

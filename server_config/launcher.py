@@ -55,9 +55,13 @@ class Endpoints:
         return f"http://{self.client_host}:{self.http_port}"
 
 
-def server_arguments(repository: Path, endpoints: Endpoints, drain_s: float) -> list[str]:
-    """The flags of tritonserver that the repository counts on."""
+def server_arguments(
+    repository: Path, endpoints: Endpoints, drain_s: float, follows: bool = False
+) -> list[str]:
+    """The flags of tritonserver that the repository counts on; `follows`: it may change."""
+    polling = ["--model-control-mode=poll", "--repository-poll-secs=1"] if follows else []
     return [
+        *polling,
         f"--model-repository={repository}",
         f"--http-address={endpoints.host}",
         f"--http-port={endpoints.http_port}",

@@ -13,6 +13,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess
     from blockzoo.server_config.watchdog import Watchdog
 
@@ -39,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
+    engine.add_argument(
+        "--enable-lora",
+        action="store_true",
+        default=None,
+        help="let all engines take LoRAs, so that any that is compiled later is served without a restart",
+    )
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
     engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
@@ -99,6 +106,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "precision": args.precision,
         "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
+        "enable_lora": args.enable_lora,
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "max_waiting": args.max_waiting,
@@ -129,8 +137,9 @@ def _write_only(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.environment import find_tritonserver, free_ports
+    from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
-    from blockzoo.server_config.repository import ServerSettings, write_repository
+    from blockzoo.server_config.repository import ServerSettings
     from blockzoo.server_config.watchdog import Watchdog
 
     engine = _engine_settings(args)
@@ -145,23 +154,25 @@ def _serve(args: argparse.Namespace) -> int:
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir))
-        tenants = write_repository(repository, settings)
+        watchdog = Watchdog(endpoints.http, "")
+        follower = Follower(settings, repository, watchdog.refresh)
         server = find_tritonserver(folder)
-        arguments = server_arguments(repository, endpoints, args.drain_seconds)
+        arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:
+            watchdog.tenant = follower.prepare()[0]
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
-        supervisor = _Supervisor(start, Watchdog(endpoints.http, tenants[0]), args.drain_seconds)
-        return supervisor.run(lambda: _print_endpoints(args.zoo, tenants, endpoints))
+        supervisor = _Supervisor(start, watchdog, follower, args.drain_seconds)
+        return supervisor.run(lambda: _print_endpoints(args.zoo, follower.tenants, endpoints))
 
 
 class _Supervisor:
     """Keeps one server up until a signal comes; runs in the main thread."""
 
-    def __init__(self, start: Any, watchdog: Watchdog, drain_s: float) -> None:
+    def __init__(self, start: Any, watchdog: Watchdog, follower: Follower, drain_s: float) -> None:
         self._start = start
-        self._watchdog = watchdog
+        self._watchdog, self._follower = watchdog, follower
         self._drain_s = drain_s
         self._stop = Event()
 
@@ -180,6 +191,7 @@ class _Supervisor:
             while not self._stop.wait(_PROBE_EVERY_S):
                 problem = self._watchdog.problem() if process.running else process.failure()
                 if problem is None:
+                    self._follow()
                     continue
                 now = time.monotonic()
                 if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
@@ -197,6 +209,14 @@ class _Supervisor:
             return 130
         finally:
             process.kill()
+
+    def _follow(self) -> None:
+        """Take over what has changed in the zoo."""
+        change = self._follower.follow()
+        if change is not None:
+            self._watchdog.tenant = change.tenants[0] if change.tenants else ""
+            for message in change.messages:
+                _say(message)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop.is_set():

@@ -14,8 +14,10 @@ import pytest
 
 from blockzoo.runtime.errors import OverloadedError
 from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import RequestOutput
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
+from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
 
@@ -112,6 +114,14 @@ class ScriptedEngine:
         self.requests: dict[str, Any] = {}
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
+        self.end_ids = {"chat": (2,)}
+        self.found: Refreshed | Exception = Refreshed(added=("code",))
+
+    def refresh(self) -> Refreshed:
+        if isinstance(self.found, Exception):
+            raise self.found
+        self.end_ids = {"chat": (2,), "code": (2,)}
+        return self.found
 
     def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact") -> None:
         if self.refusal is not None:
@@ -161,7 +171,7 @@ def triton() -> RecordingTriton:
 
 @pytest.fixture
 def front(engine: ScriptedEngine, triton: RecordingTriton, tmp_path: Path):
-    front = EngineFront(engine, triton, {"chat": (2,)}, tmp_path)
+    front = EngineFront(engine, triton, tmp_path)
     yield front
     front.close(0)
     assert triton.logged == []
@@ -285,3 +295,27 @@ def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monke
     assert texts(sound.sender) == ["a", "b"]
     assert broken.sender.sent[0].error.code == "INTERNAL"
     assert "Traceback" in triton.logged.pop()
+
+
+def test_a_refresh_brings_in_models(front, engine, triton):
+    early = Request(text_input="hi", model="code")
+    front.handle(early)
+    assert "no model 'code'" in early.sender.sent[0].error.message
+    refresh = Request(refresh=True)
+    front.handle(refresh)
+    wait_for(lambda: refresh.sender.final)
+    said = json.loads(refresh.sender.sent[0].tensors["text_output"].flat[0])
+    assert (said["added"], said["serving"]) == (["code"], ["chat", "code"])
+    front.handle(Request(text_input="hi", model="code"))
+    assert [request.model for request in engine.requests.values()] == ["code"]
+    engine.emit("x", "stop")
+
+
+def test_a_refresh_that_fails_is_told(front, engine, triton):
+    engine.found = ManifestError("manifest.json: not JSON")
+    refresh = Request(refresh=True)
+    front.handle(refresh)
+    wait_for(lambda: refresh.sender.final)
+    assert refresh.sender.sent[0].error.message == "the zoo was not refreshed: manifest.json: not JSON"
+    assert len(triton.logged) == 1
+    triton.logged.clear()
