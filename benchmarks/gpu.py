@@ -12,6 +12,7 @@ one that fails is recorded with its error, and the others go on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -60,6 +61,12 @@ class Bench:
             self.wait()
             times.append((time.perf_counter() - start) / inner)
         return float(np.median(times))
+
+    def free(self) -> None:
+        """Give device memory back that nothing holds any more."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def engines(self, cuda_graphs: bool = True) -> ReferenceEngines:
         """Torch engines on the device, in bf16 on a GPU."""
@@ -111,7 +118,7 @@ def decode(bench: Bench, shape: str) -> Facts:
                 "over_memory_floor": seconds / floor,
             }
         del zoo, engines
-        _free(bench)
+        bench.free()
     return facts
 
 
@@ -141,7 +148,7 @@ def tenants(bench: Bench, shape: str) -> Facts:
     num_bytes = zoo.weights.num_bytes
     calls = zoo.executor.run([zoo.rows(i, i, 1, past) for i in range(8)]).num_calls
     del zoo
-    _free(bench)
+    bench.free()
     zoo = RandomZoo(shape, bench.engines(), max_seqs=1, **common)
     alone = bench.step(zoo, [zoo.rows(0, 0, 1, past)])
     return {
@@ -220,14 +227,6 @@ def masked_products(bench: Bench, shape: str) -> Facts:
     return facts
 
 
-def _free(bench: Bench) -> None:
-    import gc
-
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
-
-
 PARTS: dict[str, Callable[[Bench, str], Facts]] = {
     "decode": decode,
     "prefill": prefill,
@@ -269,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.parts.split(","):
             start = time.perf_counter()
             facts = attempt(lambda part=PARTS[name], shape=shape: part(bench, shape))
-            _free(bench)
+            bench.free()
             report.setdefault(shape, {})[name] = facts
             path.write_text(json.dumps(report, indent=1))  # what there is, whatever comes next
             print(f"{shape} {name} ({time.perf_counter() - start:.0f} s): {json.dumps(facts)}", flush=True)

@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bake-weights",
         action="store_true",
-        help="tensorrt: weights as constants of the plans, one plan per block instead of one per shape",
+        help="tensorrt: weights as constants of the plans, one plan per block instead of one per shape "
+        "(blocks with adapters keep theirs as inputs)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be shared; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

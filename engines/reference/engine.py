@@ -55,16 +55,26 @@ class ReferenceEngine:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
         self._bound[name] = array
 
+    def scores(self) -> torch.Tensor:
+        """The caller's own; see `engines.base.Engine`."""
+        return self._attention.packed_scores(self._bound)
+
     def release_memory(self) -> None:
         """Nothing to give back: torch frees what a run took."""
 
     def run(self) -> None:
         """Start the span on what is bound; on a GPU it returns before the outputs are written."""
+        with torch.cuda.device_of(self._bound["hidden"]):  # what kernels are launched on, per thread
+            self._run()
+
+    def _run(self) -> None:
         bound = self._bound
         x, mask = bound["hidden"], self._lora_mask()
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
             x, mask = self._kept(x), self._kept(mask)
+        if self.spec.scores:
+            bound["scores"] = self._attention.no_scores(bound)
         layer = 0
         for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
             if isinstance(spec, AttnSpec):
@@ -146,11 +156,16 @@ class ReferenceEngines:
         return TorchEmbedding(self.weights.load(block, "weight"))
 
     def span(
-        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+        self,
+        blocks: Sequence[Block],
+        *,
+        drops_rows: bool = False,
+        lora: Mapping[int, Sequence[str]] = {},
+        scores: bool = False,
     ) -> ReferenceEngine:
         """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         found = dict(targets)
         loaded = [self._block(block, found.get(index, ())) for index, block in enumerate(blocks)]
         return ReferenceEngine(spec, loaded, self._attention)

@@ -44,6 +44,18 @@ class PagedAttention:
         self._write(qkv, inputs, page_ids, spec, None, rotate=False)
         return self._attend_and_score(qkv, inputs, page_ids, spec)
 
+    def no_scores(self, inputs: Inputs) -> torch.Tensor:
+        """float32 [E * 32]: one for each token that the page tables have room for, as in the tables."""
+        (name, *_) = (name for name in inputs if name.startswith("block_indices."))
+        return torch.zeros(len(inputs[name]) * PAGE_TOKENS, device=inputs[name].device)
+
+    def packed_scores(self, inputs: Inputs) -> torch.Tensor:
+        """Without the room behind each sequence; waits for the GPU."""
+        begins, past_lens, _, table_begins = _rows(inputs)
+        lens, firsts = (past_lens + begins.diff()).tolist(), (table_begins * PAGE_TOKENS).tolist()
+        parts = [inputs["scores"][first : first + n] for first, n in zip(firsts, lens, strict=False)]
+        return torch.cat(parts)
+
     def _attend_and_score(
         self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
     ) -> torch.Tensor:
@@ -142,14 +154,12 @@ class PagedAttention:
 
 
 def _add_scores(qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec) -> None:
-    """Add to `scores`, float32 [sum of past + new], what each token of the context receives.
+    """Add to `scores` (see `PagedAttention.no_scores`) what each token of the context receives.
 
     Of the attention of the last `score_windows` int32 [S] rows of its sequence, summed over rows and heads;
     qkv is rotated and its K written. Sequences have no `positions` here.
     """
     begins, past_lens, _, table_begins = _rows(inputs)
-    counts = past_lens + begins.diff()
-    contexts = counts.cumsum(0) - counts
     tops, totals = (qkv.new_empty(len(qkv) * spec.num_heads, dtype=torch.float32) for _ in range(2))
     rows = (qkv, inputs["key_cache"], page_ids, begins, past_lens, table_begins, inputs["score_windows"])
     shape = _shape(spec) | {
@@ -162,9 +172,7 @@ def _add_scores(qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec:
     num_seqs, scale = len(past_lens), _scale(spec)
     score_kernels.softmax_sums[(len(qkv), spec.num_kv_heads)](*rows, tops, totals, num_seqs, scale, **shape)
     num_tiles = len(page_ids) * PAGE_TOKENS // _TILE + num_seqs
-    score_kernels.add_scores[(num_tiles,)](
-        *rows, tops, totals, contexts, inputs["scores"], num_seqs, scale, **shape
-    )
+    score_kernels.add_scores[(num_tiles,)](*rows, tops, totals, inputs["scores"], num_seqs, scale, **shape)
 
 
 def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -93,8 +93,8 @@ class PlanBuilder:
         trt = self.library.module
         self._scratch.clear()
         self._log.messages.clear()
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._builder.create_network(flags)
+        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # all are from 11 on
+        network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, self._log.native)
         if not parser.parse(model.SerializeToString()):
             said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))

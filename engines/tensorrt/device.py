@@ -35,13 +35,15 @@ class DeviceRuntime:
         self.settling, self.device = settling, device
         self._read, self._library = read, library
         self._log = library.logger()
-        self._runtime = library.module.Runtime(self._log.native)
         self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        with torch.cuda.device_of(self._arena):
+            self._runtime = library.module.Runtime(self._log.native)
         self._cache: Any = None  # of kernels that TensorRT-RTX compiles on this GPU
 
     def __call__(self, key: str, record: TensorRTPlanRecord) -> DevicePlan:
         """Load a plan. Raises EngineError."""
-        engine = self._runtime.deserialize_cuda_engine(self._read(key))
+        with torch.cuda.device_of(self._arena):
+            engine = self._runtime.deserialize_cuda_engine(self._read(key))
         if engine is None:
             raise EngineError(
                 f"{self._library.title} could not load the plan {key[:12]} ({record.part} for "

@@ -134,7 +134,7 @@ class TensorRTEngines(ReferenceEngines):
         super().__init__(precision or "bf16", device, cuda_graphs=cuda_graphs)
         self._records = zoo.manifest.tensorrt_plans
         if machine is None or library is None:
-            target = native_target() or ""
+            target = native_target(self.device) or ""
             library = load_tensorrt("tensorrt_rtx" if target in RTX_TARGETS else "tensorrt")
             machine = Machine(target, library.library, library.version)
         self._machine = machine

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from blockzoo.engines.tensorrt.kernels import PAGE, POINTERS, sequence_of
 
-_POINTERS = [*POINTERS, "windows", "contexts"]
+_POINTERS = [*POINTERS, "windows"]
 
 
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=_POINTERS)
@@ -72,8 +72,7 @@ def add_scores(
     windows,
     tops,
     totals,
-    contexts,  # int64 [S]: where the tokens of each sequence begin in `out`
-    out,  # float32 [sum of past + new], added to
+    out,  # float32 [E * 32], added to: the tokens of all page tables, side by side
     num_seqs,
     scale,
     HEADS: tl.constexpr,
@@ -125,7 +124,7 @@ def add_scores(
                 total = tl.load(totals + at, mask=m < GROUP, other=1.0)
                 share = tl.exp2(scores - top[:, None]) / total[:, None]
                 received += tl.sum(tl.where((m < GROUP)[:, None], share, 0.0), 0)
-        place = out + tl.load(contexts + seq) + n
+        place = out + first_page * PAGE + n
         tl.store(place, tl.load(place, mask=inside, other=0.0) + received, mask=inside)
 
 

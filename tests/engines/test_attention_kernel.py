@@ -153,15 +153,14 @@ def test_rows_rotated_by_a_network() -> None:
 @pytest.mark.parametrize("window", [0, 24])
 def test_scores_are_what_tokens_receive(window: int) -> None:
     spec = spec_of(window=window)
-    lens, windows = [(40, 6), (0, 70), (64, 1), (5, 4), (33, 2)], [3, 3, 5, 0, 1]
+    lens, windows = [(40, 6), (0, 20), (64, 1), (5, 4)], [3, 3, 5, 0]
     qkv, inputs, ids = make_inputs(spec, lens, slack=1)
     context = [past + new for past, new in lens]
-    inputs |= {
-        "score_windows": torch.tensor(windows, dtype=torch.int32),
-        "scores": torch.full((sum(context),), 0.25),  # of a layer before
-    }
-    attention.PagedAttention(1)(qkv, inputs, ids, spec, None)
-    scores = (inputs["scores"] - 0.25).split(context)
+    inputs |= {"score_windows": torch.tensor(windows, dtype=torch.int32), "block_indices.0": ids}
+    paged = attention.PagedAttention(1)
+    inputs["scores"] = paged.no_scores(inputs) + 0.25  # of a layer before
+    paged(qkv, inputs, ids, spec, None)
+    scores = (paged.packed_scores(inputs) - 0.25).split(context)
     begins, tables = inputs["subsequence_begins"].tolist(), inputs["block_indices_begins"].tolist()
     q = qkv.float().unflatten(1, (-1, spec.head_dim))[:, : spec.num_heads]
     for i, (past, new) in enumerate(lens):
@@ -234,7 +233,7 @@ CASES = {
     ),
     "add_scores": (
         dict(qkv="*bf16", keys="*bf16", windows="*i32", tops="*fp32", totals="*fp32", page_ids="*i32",
-             contexts="*i64", out="*fp32", scale="fp32", **ROWS),
+             out="*fp32", scale="fp32", **ROWS),
         dict(BLOCK_D=128, BLOCK_M=16, BLOCK_N=64, WINDOW=4096, PRECISION="tf32", **SHAPE),
     ),
     "rms_norm": (dict(x="*bf16", weight="*bf16", out="*bf16", eps="fp32"), dict(WIDTH=4096, BLOCK=4096)),

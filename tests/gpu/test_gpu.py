@@ -105,10 +105,12 @@ def test_scores() -> None:
     qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300), (70, 1)])
     inputs |= {
         "score_windows": torch.tensor([4, 4, 0], dtype=torch.int32, device="cuda"),
-        "scores": torch.zeros(908 + 300 + 71, device="cuda"),
+        "block_indices.0": ids,
     }
-    PagedAttention(132)(qkv, inputs, ids, spec, None)
-    scores = inputs["scores"].cpu()
+    paged = PagedAttention(132)
+    inputs["scores"] = paged.no_scores(inputs)
+    paged(qkv, inputs, ids, spec, None)
+    scores = paged.packed_scores(inputs).cpu()
     sums = torch.stack([part.sum() for part in scores.split([908, 300, 71])])
     expected = torch.tensor([4.0, 4.0, 0.0]) * spec.num_heads
     torch.testing.assert_close(sums, expected, rtol=1e-2, atol=1e-3)

@@ -25,7 +25,9 @@ from blockzoo.build.pipeline import CompileOptions, compile_models  # noqa: E402
 from blockzoo.build.tensorrt_plans import TensorRTOptions  # noqa: E402
 from blockzoo.engines.base import EngineError  # noqa: E402
 from blockzoo.engines.choose import make_engines  # noqa: E402
+from blockzoo.engines.openvino import OpenVINOEngines  # noqa: E402
 from blockzoo.engines.probe import ProbeChain  # noqa: E402
+from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
 from blockzoo.engines.tensorrt.plans import Machine  # noqa: E402
 from blockzoo.runtime import LLM, SamplingParams  # noqa: E402
 from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
@@ -110,6 +112,45 @@ def test_a_plan_is_loaded_once_for_all_blocks_of_a_shape(planned_zoo: Path) -> N
         "ffn",
         "head",
     ]
+
+
+def test_scores_are_those_of_openvino(planned_zoo: Path) -> None:
+    """What tokens receive in two layers: a prompt behind cached tokens, and rows that do not count."""
+    zoo = Zoo.open(planned_zoo)
+    record = zoo.manifest.models["solver"]
+    blocks = [zoo.read_block(i) for i in record.chain[1:5]]
+    (spec,) = {b.spec for b in blocks if isinstance(b.spec, AttnSpec)}
+    rng = np.random.default_rng(4)
+    lens = [(40, 3), (0, 33), (5, 1)]
+    page_ids = np.array([3, 1, 0, 4, 5, 2], np.int32)  # the second sequence has a page more than it needs
+    positions = np.concatenate([np.arange(past, past + new) for past, new in lens])
+    cos, sin = (table[positions, None, None] for table in spec.rope.tables(spec.head_dim, 64))
+    pool = (12, spec.num_kv_heads, 32, spec.head_dim)
+    inputs = {
+        "hidden": rng.standard_normal((len(positions), spec.hidden_size), np.float32),
+        "cos": np.ascontiguousarray(cos),
+        "sin": np.ascontiguousarray(sin),
+        "past_lens": np.array([past for past, _ in lens], np.int32),
+        "subsequence_begins": np.array([0, 3, 36, 37], np.int32),
+        "block_indices_begins": np.array([0, 2, 5, 6], np.int32),
+        "block_indices.0": page_ids,
+        "block_indices.1": page_ids + np.int32(6),
+        "score_windows": np.array([2, 5, 0], np.int32),
+        "max_context_len": np.array(43, np.int32),
+        "hidden_out": np.zeros((len(positions), spec.hidden_size), np.float32),
+    }
+    cached = {name: rng.standard_normal(pool, np.float32) for name in ("key_cache", "value_cache")}
+    found = []
+    for engines in (OpenVINOEngines("f32"), ReferenceEngines("f32", "cpu"), onnx_engines(zoo)):
+        engine = engines.span(blocks, scores=True)
+        for name, array in (inputs | {name: pages.copy() for name, pages in cached.items()}).items():
+            engine.bind(name, engines.arrays.mirror(array))
+        engine.run()
+        found.append(np.array(engines.arrays.to_host(engine.scores())))
+    assert found[0].shape == (43 + 33 + 6,)
+    assert found[0][43:76].sum() == pytest.approx(5 * 2 * spec.num_heads, rel=1e-4)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-4)
 
 
 def test_without_a_gpu_or_a_zoo_the_backend_says_so(planned_zoo: Path) -> None:
