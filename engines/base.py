@@ -38,11 +38,13 @@ class SpanSpec:
             (or, in a span without attention, its first block): the K and V of the others are written,
             nothing else of them is needed.
         lora: by index of a block in the span, the projections that take adapters.
+        scores: whether it tells how much attention each token of the context received.
     """
 
     specs: tuple[BlockSpec, ...]
     drops_rows: bool
     lora: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    scores: bool = False
 
     @property
     def layers(self) -> tuple[AttnSpec, ...]:
@@ -73,6 +75,7 @@ class Engine(Protocol):
         past_lens       int32 [S], subsequence_begins int32 [S + 1], block_indices_begins int32 [S + 1]
         block_indices.<i>          int32 [E]    page ids of the span's i-th layer
         max_context_len int32      scalar, max over sequences of past + new
+        score_windows   int32 [S]  only when `spec.scores`: the last so many rows of each sequence give scores
       and when projections take adapters (`spec.lora`), with Q the ranks of all active adapters together:
         lora_mask       precision  [T, Q]       1 where a row uses that part of an adapter, else 0
         lora_a.<i>.<projection>    precision [Q, in]    of block i of the span; rows of zeros where an
@@ -90,6 +93,11 @@ class Engine(Protocol):
 
     def run(self) -> None:
         """Run on what is bound; `Arrays.to_host` and `Arrays.wait` wait for a device to have finished."""
+
+    def scores(self) -> Array:
+        """Of the last run of an engine with `spec.scores` and attention: float32 [sum of past + new], the
+        sequences one after the other: what each token of the context received of the attention of the rows
+        that `score_windows` names, summed over rows, heads and layers."""
 
     def release_memory(self) -> None:
         """Give back scratch that large steps have taken; the next run takes what it needs again."""
@@ -112,7 +120,12 @@ class EngineMaker(Protocol):
     arrays: Arrays
 
     def span(
-        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+        self,
+        blocks: Sequence[Block],
+        *,
+        drops_rows: bool = False,
+        lora: Mapping[int, Sequence[str]] = {},
+        scores: bool = False,
     ) -> Engine:
         """Compile consecutive blocks into one engine; see `SpanSpec`. Raises EngineError."""
 

@@ -31,6 +31,7 @@ from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.reuse_steps import ReuseSteps
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
 from blockzoo.runtime.sequence import Part, Sequence
@@ -95,6 +96,7 @@ class LLMEngine:
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
+        self._reuse = ReuseSteps(maker.arrays.rows_like)
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
 
     @property
@@ -279,43 +281,48 @@ class LLMEngine:
         batch: list[Rows] = []
         owners: list[tuple[int, Part]] = []
         for index, (seq, num_tokens) in enumerate(items):
-            copies = seq.cache.take_copies(seq)
-            if copies is not None:
-                executor.copy_pages(*copies)
-            borrowed = seq.cache.take_borrowed(seq)
-            if borrowed is not None:
-                executor.borrow(self._chain_index(seq), borrowed, seq.page_table)
-            for position in seq.stale[: seq.num_refreshing].tolist():
-                part = Part(position, position + 1, 0)
-                batch.append(self._rows(seq, part))
-                owners.append((index, part))
-            for part in seq.parts(seq.end_after(num_tokens)):
+            refreshing = self._reuse.before(seq, self._chain_index(seq), executor.kv)
+            for part in refreshing + seq.parts(seq.end_after(num_tokens)):
                 batch.append(self._rows(seq, part))
                 owners.append((index, part))
         step = executor.run(batch)
+        for index, scores in step.scores.items():
+            self._reuse.add_scores(items[owners[index][0]].seq, owners[index][1], scores)
         self._scheduler.advance(items)
         for index, entry, hidden in step.hidden:
             seq, part = items[owners[index][0]].seq, owners[index][1]
+            if batch[index].exit is not None:
+                self._reuse.keep_hidden(seq, part, hidden)
+                continue
             segment = seq.segments[self._chain(seq).entries.index(entry)]
             self._zoo.boundaries.record(seq, segment.boundary, part.start, hidden)
+        for seq, _ in items:
+            self._reuse.after(seq, executor.kv)
         logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
         return step._replace(logits=logits)
 
     def _rows(self, seq: Sequence, part: Part) -> Rows:
-        chain = self._chain(seq)
+        chain, survey = self._chain(seq), seq.survey
+        entry = chain.entries[part.level]
+        hidden = self._zoo.boundaries.entering(seq, part) if part.level else None
+        if survey is not None and survey.enters and part.end <= survey.matched.size:
+            assert chain.check is not None, "the first pass left there"
+            entry, hidden = chain.check, survey.rows_entering(part.start, part.end)
         return Rows(
             self._chain_index(seq),
             seq.token_ids[part.start : part.end],
             part.start,
             seq.page_table,
-            wants_logits=part.end == seq.num_tokens,
-            entry=chain.entries[part.level],
-            hidden=self._zoo.boundaries.entering(seq, part) if part.level else None,
+            wants_logits=part.end == seq.num_tokens and (survey is None or survey.done),
+            entry=entry,
+            hidden=hidden,
             # not of what stands behind approximate KV: others could not tell
             keeps_hidden=self._zoo.boundaries.max_bytes > 0
             and seq.reuse != "off"
             and seq.reused is None
             and part.start < seq.num_prompt_pages * PAGE_TOKENS,
+            exit=chain.check if survey is not None and survey.exits else None,
+            score_window=self._reuse.window(seq, part),
         )
 
     def _chain_index(self, seq: Sequence) -> int:
@@ -424,10 +431,22 @@ class LLMEngine:
         """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
 
         Raises:
-            InvalidRequestError: the engine was made without approximate reuse.
+            InvalidRequestError: the engine was made without approximate reuse, or for a selector that needs
+                less of the engines.
         """
-        if self.config.approximate is None:
+        made = self.config.approximate
+        if made is None:
             raise InvalidRequestError("this engine has no approximate reuse: set EngineConfig.approximate")
+        if reuse.uses_scores and not made.uses_scores:
+            raise InvalidRequestError(
+                f"this engine was made for selector {made.selector!r} and reads no attention scores, which "
+                f"{reuse.selector!r} with refresh_order {reuse.refresh_order!r} needs: make it for that"
+            )
+        if reuse.uses_check and (not made.uses_check or reuse.check_layers != made.check_layers):
+            raise InvalidRequestError(
+                f"this engine was made for selector {made.selector!r} with check_layers {made.check_layers}, "
+                f"not for {reuse.selector!r} with {reuse.check_layers}: make it for that"
+            )
         for cache in self._zoo.caches.values():
             if cache.planner is not None:
                 cache.planner.config = reuse

@@ -36,6 +36,11 @@ class OpenVINOEngine:
         """Run the span on what is bound."""
         self._request.infer(share_outputs=True)
 
+    def scores(self) -> np.ndarray:
+        """A view that the next run overwrites; see `engines.base.Engine`."""
+        values: np.ndarray = self._request.get_tensor("scores").data
+        return values
+
     def release_memory(self) -> None:
         """Give activation scratch back; the next run allocates it again."""
         self._request.get_compiled_model().release_memory()
@@ -89,7 +94,12 @@ class OpenVINOEngines:
         return EmbeddingTable(block, self.precision)
 
     def span(
-        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+        self,
+        blocks: Sequence[Block],
+        *,
+        drops_rows: bool = False,
+        lora: Mapping[int, Sequence[str]] = {},
+        scores: bool = False,
     ) -> OpenVINOEngine:
         """Compile consecutive blocks (no embed) into one engine.
 
@@ -100,7 +110,7 @@ class OpenVINOEngines:
             EngineError: OpenVINO refused the graph.
         """
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         try:
             model = build_span(blocks, spec, self.precision)
             compiled = self._core.compile_model(model, "CPU", self._properties)

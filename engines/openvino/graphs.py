@@ -7,6 +7,7 @@ the first inference. All layers of a span write to one KV pool through one pair 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,7 @@ class _SpanBuilder:
         self._lora = {index: set(names) for index, names in spec.lora}
         self._lora_mask: Node | None = None
         self._meta: dict[str, Node] = {}
+        self._scores: list[Node] = []  # of each layer
 
     def build(self, blocks: Sequence[Block]) -> Model:
         spec = self._spec
@@ -127,7 +129,15 @@ class _SpanBuilder:
         output = x if spec.head or self._dtype == Type.f32 else op.convert(x, self._dtype)
         result = op.result(output)
         result.input_value(0).get_tensor().set_names({name})
-        return Model([result], self._params, "span")
+        return Model([result, *self._summed_scores()], self._params, "span")
+
+    def _summed_scores(self) -> list[Node]:
+        """The output `scores`, where there are any."""
+        if not self._scores:
+            return []
+        result = op.result(reduce(op.add, self._scores))
+        result.input_value(0).get_tensor().set_names({"scores"})
+        return [result]
 
     def _param(self, name: str, dtype: Type, shape: list[int] | PartialShape) -> Parameter:
         shape = shape if isinstance(shape, PartialShape) else PartialShape(shape)
@@ -171,6 +181,8 @@ class _SpanBuilder:
         for name in ("past_lens", "subsequence_begins", "block_indices_begins"):
             self._meta[name] = self._param(name, Type.i32, [-1])
         self._meta["max_context_len"] = self._param("max_context_len", Type.i32, [])
+        if self._spec.scores:
+            self._meta["score_windows"] = self._param("score_windows", Type.i32, [-1])
 
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int, index: int) -> Node:
         t = block.tensors
@@ -210,7 +222,8 @@ class _SpanBuilder:
         inputs = [q, k, v, meta["key_cache"], meta["value_cache"]]
         inputs += [meta["past_lens"], meta["subsequence_begins"], page_ids, meta["block_indices_begins"]]
         inputs += [_const(spec.head_dim**-0.5, np.float32), _const(spec.sliding_window, np.int32)]
-        inputs += [none_f32, meta["max_context_len"], none_i32]  # alibi slopes, ., score window
+        windows = meta.get("score_windows", none_i32)
+        inputs += [none_f32, meta["max_context_len"], windows]  # alibi slopes, ., .
         inputs += [none_i32, none_i32, none_f32]  # cache rotation
         inputs += [none_f32, zero, zero]  # sparse attention
         inputs += [none_f32, zero, none_i32, none_i32, none_i32]  # sinks, eviction
@@ -220,6 +233,8 @@ class _SpanBuilder:
         info = attention.get_rt_info()
         info["num_k_heads"] = info["num_v_heads"] = spec.num_kv_heads
         info["k_head_size"] = info["v_head_size"] = spec.head_dim
+        if self._spec.scores:
+            self._scores.append(attention.output(1))
         return attention.output(0)
 
     def _ffn(self, x: Node, block: Block, spec: FfnSpec, index: int) -> Node:

@@ -80,12 +80,17 @@ class DenseAttention:
             keys[page, :, slot] = k[begin:end]
             values[page, :, slot] = v[begin:end]
         out = torch.empty_like(q)
+        context = 0  # tokens of the sequences before
         for i, (begin, end) in enumerate(itertools.pairwise(begins)):
             where = positions[begin:end]
             length = int(where.max()) + 1
             pages = page_ids[tables[i] : tables[i] - (-length // PAGE_TOKENS)].long()
             k_all, v_all = (cache[pages].transpose(1, 2).flatten(0, 1)[:length] for cache in (keys, values))
-            out[begin:end] = attend(q[begin:end], k_all, v_all, where, spec)
+            weights = attention_weights(q[begin:end], k_all, where, spec)
+            out[begin:end] = attend(weights, v_all)
+            if "score_windows" in inputs and (window := min(int(inputs["score_windows"][i]), end - begin)):
+                inputs["scores"][context : context + length] += weights[:, :, -window:].sum((0, 1, 2))
+            context += length
         return out.flatten(1)
 
 
@@ -109,12 +114,13 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return (torch.cat([low, high], -1) * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, spec: AttnSpec
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: AttnSpec
 ) -> torch.Tensor:
-    """Rows q [T, heads, head_dim] at `positions` over k, v [L, kv_heads, head_dim] of positions 0 to L - 1.
+    """Rows q [T, heads, head_dim] at `positions` over k [L, kv_heads, head_dim] of positions 0 to L - 1.
 
-    Scores and their softmax are float32, the result is of q's type.
+    Returns:
+        float32 [kv_heads, heads of each, T, L].
     """
     mask = torch.arange(len(k), device=k.device) <= positions[:, None]
     if spec.sliding_window:
@@ -122,8 +128,12 @@ def attend(
     group = spec.num_heads // spec.num_kv_heads
     grouped = q.unflatten(1, (spec.num_kv_heads, group))  # [T, kv_heads, group, D]
     scores = torch.einsum("tkgd,lkd->kgtl", grouped, k).float() * spec.head_dim**-0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
-    return torch.einsum("kgtl,lkd->tkgd", weights, v).flatten(1, 2)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+
+
+def attend(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Weights as above over v [L, kv_heads, head_dim] -> [T, heads, head_dim] of v's type."""
+    return torch.einsum("kgtl,lkd->tkgd", weights.to(v.dtype), v).flatten(1, 2)
 
 
 def _positions(inputs: Inputs, begins: list[int]) -> torch.Tensor:

@@ -61,6 +61,10 @@ class ReferenceEngine:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
         self._bound[name] = array
 
+    def scores(self) -> torch.Tensor:
+        """The caller's own; see `engines.base.Engine`."""
+        return self._bound["scores"]
+
     def release_memory(self) -> None:
         """Nothing to give back: torch frees what a run took."""
 
@@ -71,6 +75,9 @@ class ReferenceEngine:
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
             x = x.index_select(0, bound["rows"])
+        if self.spec.scores:
+            context = int(bound["past_lens"].sum()) + len(x)
+            bound["scores"] = torch.zeros(context, dtype=torch.float32, device=x.device)
         layer, dropped = 0, self.spec.drops_rows and not num_layers
         for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
             delta = self._delta(index, dropped)
@@ -152,11 +159,25 @@ class ReferenceEngines:
         return TorchEmbedding(self.weights.load(block, "weight"))
 
     def span(
-        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+        self,
+        blocks: Sequence[Block],
+        *,
+        drops_rows: bool = False,
+        lora: Mapping[int, Sequence[str]] = {},
+        scores: bool = False,
     ) -> ReferenceEngine:
-        """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
+        """Put consecutive blocks (no embed) on the device; blocks that are there already are shared.
+
+        Raises:
+            EngineError: scores are wanted of a GPU's kernels, which give none.
+        """
+        if scores and self.device.type != "cpu":
+            raise EngineError(
+                f"the attention kernels of {self.device} give no scores; choose another selector of "
+                "approximate reuse, as head-of-run"
+            )
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
-        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets)
+        spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
 
     def _block(self, block: Block) -> AttnBlock | RowBlock:

@@ -138,7 +138,12 @@ class TensorRTEngines(ReferenceEngines):
         return facts | {"precision": self.precision, "target": machine.target}
 
     def span(
-        self, blocks: Sequence[Block], *, drops_rows: bool = False, lora: Mapping[int, Sequence[str]] = {}
+        self,
+        blocks: Sequence[Block],
+        *,
+        drops_rows: bool = False,
+        lora: Mapping[int, Sequence[str]] = {},
+        scores: bool = False,
     ) -> ReferenceEngine:
         """Plans for consecutive blocks (no embed). Raises EngineError for blocks that take adapters."""
         if lora:
@@ -146,7 +151,7 @@ class TensorRTEngines(ReferenceEngines):
                 "the tensorrt backend serves no adapters yet: use backend reference, or merge them into "
                 "checkpoints before zoo-compile"
             )
-        return super().span(blocks, drops_rows=drops_rows)
+        return super().span(blocks, drops_rows=drops_rows, scores=scores)
 
     def _block(self, block: Block) -> AttnBlock | RowBlock:
         if isinstance(block.spec, AttnSpec):

@@ -112,15 +112,14 @@ def test_a_drained_queue_leaves_exact_kv(
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     left = seq.stale.size
-    assert 0 < left < 150
+    assert left == len(PROMPT) - int(np.argmax(seq.reused))
     steps = 0
     while seq.stale.size:
         engine.step()
         steps += 1
     assert steps == -(-left // refresh)
-    # of the document; what stands behind it was computed over the approximate KV
-    found = kv_of(engine, seq, 187)
-    expected = kv_of(exact, start(exact, PROMPT, "exact"), 187)
+    found = kv_of(engine, seq, len(PROMPT))
+    expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
     np.testing.assert_allclose(found, expected, atol=2e-4)
     for each in (engine, exact):
         each.abort("r")

@@ -133,7 +133,7 @@ def test_each_set_of_sharers_has_its_boundary() -> None:
 def test_late_rows_do_not_part_the_rows_below() -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
     kinds = [(chain, topology.chains[chain].entries[level]) for chain in (1, 0) for level in (0, 1)]
-    order = batch_order(kinds)
+    order = batch_order([(*kind, False) for kind in kinds])
     assert [kinds[i] for i in order] == [(0, 1), (0, 0), (1, 0), (1, 1)]
     shapes = [SeqShape(chain, 3, 8, True, entry, True) for chain, entry in (kinds[i] for i in order)]
     layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HOST)
@@ -227,7 +227,7 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
         data.draw(st.sampled_from(topology.chains[topology.chain_of_model[m]].entries)) for m in models
     ]
     order = batch_order(
-        [(topology.chain_of_model[m], entry) for m, entry in zip(models, entries, strict=True)]
+        [(topology.chain_of_model[m], entry, False) for m, entry in zip(models, entries, strict=True)]
     )
     models, entries = [models[i] for i in order], [entries[i] for i in order]
     shapes = [
