@@ -126,7 +126,7 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
-        kv_reuse: KVReuse = "exact",
+        kv_reuse: KVReuse | None = None,
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -136,7 +136,8 @@ class LLMEngine:
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
-                takes also the KV of equal words behind other ones (see `runtime.reuse`).
+                takes also the KV of equal words behind other ones (see `runtime.reuse`), which changes
+                answers a little. None: as EngineConfig.kv_reuse says.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
@@ -150,10 +151,7 @@ class LLMEngine:
                 f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
                 "that one can be generated: shorten it"
             )
-        if kv_reuse not in get_args(KVReuse):
-            raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
-        if kv_reuse == "approx":
-            self._check_approximate(loaded)
+        reuse = self._allowed_reuse(loaded, kv_reuse)
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
@@ -167,23 +165,33 @@ class LLMEngine:
             json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
             token_ids,
             arrival,
-            kv_reuse,
+            reuse,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
         return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
 
-    def _check_approximate(self, model: LoadedModel) -> None:
-        if self.config.approximate is None:
-            raise InvalidRequestError(
-                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None); "
-                "use 'exact'"
+    def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
+        """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""
+        if asked is None:
+            return (
+                "exact" if self.config.kv_reuse == "approx" and not model.plain_rope else self.config.kv_reuse
             )
-        if not model.plain_rope:
+        if asked not in get_args(KVReuse):
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; expected {' or '.join(get_args(KVReuse))}")
+        if self.config.kv_reuse == "off" and asked != "off":
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; this engine reuses no KV: use 'off'")
+        if asked == "approx" and self.config.approximate is None:
+            raise InvalidRequestError(
+                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None; "
+                "zoo-serve --kv-reuse allows it); use 'exact'"
+            )
+        if asked == "approx" and not model.plain_rope:
             raise InvalidRequestError(
                 f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
                 "supported: use 'exact'"
             )
+        return asked
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
@@ -198,7 +206,7 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
-        kv_reuse: KVReuse = "exact",
+        kv_reuse: KVReuse | None = None,
     ) -> None:
         """`prepare` and `enqueue` in one."""
         self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse))

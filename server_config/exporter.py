@@ -30,6 +30,7 @@ _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
     "copied_tokens_total": "Prompt tokens whose KV was copied from a page that begins alike",
+    "approximate_tokens_total": "Prompt tokens whose KV was taken from equal words behind other ones",
     "generated_tokens_total": "Tokens generated",
     "preemptions_total": "Requests set back because pages ran out",
     "adapter_loads_total": "Adapters of blocks read from the zoo",

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.errors import InvalidRequestError
-from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector
 from blockzoo.runtime.sequence import Sequence
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
@@ -73,18 +73,89 @@ def exact(demo_zoo: Path) -> LLMEngine:
     return serve(demo_zoo, None, prefix_caching=False)
 
 
-@pytest.mark.parametrize("budget", [512, 64])
-@pytest.mark.parametrize("aligned", [True, False])
+SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*deviation", "random"]
+
+
+@pytest.mark.parametrize(("budget", "aligned"), [(512, False), (64, True)])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_recomputing_everything_is_a_full_prefill(
-    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool
+    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool, selector: Selector
 ) -> None:
-    reuse = ReuseConfig(recompute=0.999, refresh=0, page_aligned=aligned)
+    reuse = ReuseConfig(recompute=0.999, refresh=0, page_aligned=aligned, selector=selector)
     engine = serve(demo_zoo, reuse, max_num_batched_tokens=budget)
     ask(engine, DONOR)
     tokens, logprobs, _ = ask(engine, PROMPT, "approx")
+    assert approximated(engine) >= 150 * (selector not in ("head-of-run", "random"))
     expected, expected_logprobs, _ = ask(exact, PROMPT)
     assert tokens == expected
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("selector", ["deviation", "importance*deviation"])
+def test_what_deviates_beyond_bounds_is_computed_in_full(
+    demo_zoo: Path, exact: LLMEngine, selector: Selector
+) -> None:
+    engine = serve(demo_zoo, ReuseConfig(recompute=0.1, refresh=0, selector=selector, max_deviation=1e-6))
+    ask(engine, DONOR)
+    assert ask(engine, PROMPT, "approx")[1] == pytest.approx(ask(exact, PROMPT)[1], abs=1e-4)
+    engine.configure_reuse(ReuseConfig(recompute=0.9, refresh=0, selector=selector, negligible=1e6))
+    seq = start(engine, [*PROMPT, 9], "approx")  # nothing is worth it
+    assert seq.reused is not None
+    assert int(seq.reused.sum()) == 150
+    engine.abort("r")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_question_chooses_what_it_attends_to(demo_zoo: Path, rounds: int) -> None:
+    """A question that repeats a part of the document makes induction heads look there."""
+    document = words(320, 21)
+    reuse = ReuseConfig(recompute=0.1, refresh=0, rounds=rounds)
+    engine = serve(demo_zoo, reuse)
+    ask(engine, words(20, 2) + document + words(30, 3))
+    chosen = []
+    for place in (90, 250):
+        prompt = words(32, 4) + document + words(7, 5) + document[place : place + 12]
+        seq = start(engine, prompt, "approx")
+        assert seq.reused is not None
+        fresh = np.flatnonzero(~seq.reused[32:352])
+        assert 0 < fresh.size <= 64
+        chosen.append(set((fresh // 32).tolist()))
+        engine.abort("r")
+        engine.check_integrity()
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize("refresh_order", ["position", "importance"])
+def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: RefreshOrder) -> None:
+    engine = serve(
+        demo_zoo, ReuseConfig(recompute=0.0, refresh=4, refresh_order=refresh_order, negligible=1e6)
+    )
+    ask(engine, DONOR)
+    seq = start(engine, PROMPT, "approx")
+    queue = seq.stale.copy()
+    assert queue.size >= 150
+    engine.step()
+    assert seq.stale.size == queue.size - 4
+    if refresh_order == "position":
+        assert seq.stale.tolist() == queue[4:].tolist()
+    engine.step()
+    assert seq.stale.size == 0
+    engine.abort("r")
+
+
+def test_a_deployment_says_what_requests_get(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20, kv_reuse="approx")
+    llm.generate("base", [DONOR], GREEDY)
+    llm.generate("base", [PROMPT], GREEDY, kv_reuse="exact")
+    assert approximated(llm.engine) == 0
+    other = words(11, 31) + PROMPT[37:]
+    llm.generate("base", [other, other], GREEDY, kv_reuse=["approx", "off"])
+    assert approximated(llm.engine) > 0
+    before = approximated(llm.engine)
+    llm.generate("base", [words(13, 32) + PROMPT[37:]], GREEDY)
+    assert approximated(llm.engine) > before
+    with pytest.raises(InvalidRequestError, match="kv_reuse has 1 entries for 2 prompts"):
+        llm.generate("base", [other, other], GREEDY, kv_reuse=["off"])
 
 
 @pytest.mark.parametrize("budget", [512, 48])
@@ -191,6 +262,14 @@ def test_many_at_once_under_pressure(demo_zoo: Path) -> None:
 def test_it_must_be_allowed(demo_zoo: Path, exact: LLMEngine, architecture_zoo: Path) -> None:
     with pytest.raises(InvalidRequestError, match="does not allow"):
         exact.add_request("r", "base", PROMPT, GREEDY, kv_reuse="approx")
+    with pytest.raises(InvalidRequestError, match="approximate: recompute is 2"):
+        EngineConfig(approximate={"recompute": 2})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="needs prefix_caching"):
+        EngineConfig(kv_reuse="approx", prefix_caching=False)
+    blind = serve(demo_zoo, ReuseConfig(selector="head-of-run"))
+    for selector in ("query", "deviation"):
+        with pytest.raises(InvalidRequestError, match="was made for selector 'head-of-run'"):
+            blind.configure_reuse(ReuseConfig(selector=selector))
     engine = serve(architecture_zoo, ReuseConfig())
     with pytest.raises(InvalidRequestError, match="scaled rotary"):
         engine.add_request("r", "qwen2-rope-yarn", [5, 6, 7], GREEDY, kv_reuse="approx")

@@ -113,7 +113,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
 
-    def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact") -> None:
+    def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
@@ -270,7 +270,7 @@ def test_scope_and_reuse_reach_the_engine(front, engine):
     front.handle(Request(text_input="x", kv_reuse="off"))
     front.handle(Request(text_input="x", kv_scope="team"))
     seen = [(request.scope, request.kv_reuse) for request in engine.requests.values()]
-    assert seen == [(None, "off"), ("team", "exact")]
+    assert seen == [(None, "off"), ("team", None)]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):
