@@ -254,7 +254,8 @@ def _chain_plan(
     segments = tuple(
         s if entry else replace(s, boundary="") for s, entry in zip(segments, entries, strict=True)
     )
-    check = next((i for i, use in enumerate(uses) if use.first_layer == check_layers), None)
+    behind = (i for i, use in enumerate(uses) if use.first_layer == check_layers)
+    check = next(behind, None) if check_layers != layer else None
     return ChainPlan(
         family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries, check
     )

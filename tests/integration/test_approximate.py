@@ -22,6 +22,7 @@ def words(length: int, seed: int) -> list[int]:
 
 
 DOCUMENT = words(150, 1)
+TOLD: dict[str, np.ndarray] = {}
 DONOR = words(20, 2) + DOCUMENT + words(30, 3)
 PROMPT = words(37, 4) + DOCUMENT + words(25, 5)  # the document stands 17 tokens further
 
@@ -140,6 +141,23 @@ def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: Refresh
         assert seq.stale.tolist() == queue[4:].tolist()
     engine.step()
     assert seq.stale.size == 0
+    engine.abort("r")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "reference"])
+def test_attention_is_told_as_it_is(demo_zoo: Path, exact: LLMEngine, backend: str) -> None:
+    """Over exact KV: the document is known from the same place behind the same words."""
+    engine = serve(
+        demo_zoo, ReuseConfig(refresh=0), backend=backend, device="cpu" if backend == "reference" else None
+    )
+    ask(engine, DONOR)
+    prompt = [*words(10, 40), *DOCUMENT, *words(20, 41)]
+    seq = start(engine, prompt, "approx")
+    assert seq.importance is not None
+    heads, layers = 4, seq.num_layers
+    assert seq.importance.sum() == pytest.approx(heads * layers, rel=1e-3)
+    TOLD[backend] = seq.importance
+    np.testing.assert_allclose(seq.importance, next(iter(TOLD.values())), atol=2e-3)
     engine.abort("r")
 
 
