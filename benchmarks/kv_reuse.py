@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
-    add("--notes", type=int, default=12, help="documents of a question about facts (12)")
+    add("--notes", type=int, default=8, help="documents of a question about facts (8)")
     add("--statements", type=int, default=12, help="statements of a chain of assignments (12)")
-    add("--piece", type=int, default=160, help="tokens of each of four pieces of text (160)")
+    add("--piece", type=int, default=36, help="tokens of each of four pieces of text (36)")
     add(
         "--chain-model", type=Path, help="HF folder of python -m blockzoo.zoo.demo.chains; without: no chains"
     )
