@@ -24,9 +24,13 @@ _PACKAGES = ("blockzoo", "openvino", "openvino-genai", "numpy")
 
 
 def arguments(description: str, *, shape: str, repeats: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes, with this benchmark's defaults."""
+    """The arguments that every benchmark takes, with this benchmark's defaults.
+
+    A `shape` that is none of `SHAPES` names the only models that the benchmark has.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default=shape, help=f"of the models ({shape})")
+    shapes = sorted(SHAPES) if shape in SHAPES else [shape]
+    parser.add_argument("--shape", choices=shapes, default=shape, help=f"of the models ({shape})")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds over all sides ({repeats})")
     parser.add_argument("--precision", choices=("bf16", "f32"), help="default: bf16 where the CPU has it")
     parser.add_argument("--threads", type=int, help="compute threads of every side; default: OpenVINO's")

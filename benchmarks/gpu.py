@@ -5,13 +5,14 @@
 
 Random weights, made on the device. Ceilings (copy and read bandwidth, matrix rate) are measured first, in
 the same process; every time is the median of repeated runs after warm-up, with the device waited for.
-Needs nothing but this source tree, torch, triton, numpy and tokenizers. Each part is on its own: one that
-fails is recorded with its error, and the others go on.
+Needs nothing but this source tree, torch, triton, numpy, safetensors and tokenizers. Each part is on its own:
+one that fails is recorded with its error, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -47,9 +48,9 @@ class Bench:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def seconds(self, run: Callable[[], object], inner: int = 1, warm_up: int = 4) -> float:
+    def seconds(self, run: Callable[[], object], inner: int = 1) -> float:
         """Median over `repeats` of the time of one run, `inner` runs being started at once."""
-        for _ in range(warm_up):
+        for _ in range(4 if self.on_gpu else 1):  # on a GPU the third records a CUDA graph
             run()
         times = []
         for _ in range(self.repeats):
@@ -60,6 +61,12 @@ class Bench:
             self.wait()
             times.append((time.perf_counter() - start) / inner)
         return float(np.median(times))
+
+    def free(self) -> None:
+        """Give device memory back that nothing holds any more."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def engines(self, cuda_graphs: bool = True) -> ReferenceEngines:
         """Torch engines on the device, in bf16 on a GPU."""
@@ -111,7 +118,7 @@ def decode(bench: Bench, shape: str) -> Facts:
                 "over_memory_floor": seconds / floor,
             }
         del zoo, engines
-        _free(bench)
+        bench.free()
     return facts
 
 
@@ -141,7 +148,7 @@ def tenants(bench: Bench, shape: str) -> Facts:
     num_bytes = zoo.weights.num_bytes
     calls = zoo.executor.run([zoo.rows(i, i, 1, past) for i in range(8)]).num_calls
     del zoo
-    _free(bench)
+    bench.free()
     zoo = RandomZoo(shape, bench.engines(), max_seqs=1, **common)
     alone = bench.step(zoo, [zoo.rows(0, 0, 1, past)])
     return {
@@ -160,7 +167,7 @@ def tenants(bench: Bench, shape: str) -> Facts:
 
 def scattered(bench: Bench, shape: str) -> Facts:
     """Recomputing rows at scattered positions (DHD) against a full prefill of the same prompt."""
-    length = 4096 if bench.on_gpu else 64
+    length = 4096 if bench.on_gpu else 40
     zoo = RandomZoo(
         shape, bench.engines(False), max_tokens=length, max_seqs=length, context=length, sequences=1
     )
@@ -177,17 +184,34 @@ def scattered(bench: Bench, shape: str) -> Facts:
 
 
 def adapters(bench: Bench, shape: str) -> Facts:
-    """The masked LoRA of 8 adapters of rank 16 beside its own projection, batch 8 and 64."""
-    if not bench.on_gpu:
-        return {"skipped": "the kernels need a GPU"}
-    from blockzoo.engines.tensorrt.attention import add_adapters
+    """Eight tenants with adapters of rank 16 on every projection, in one batch, against bare base rows."""
+    past = 512 if bench.on_gpu else 40
+    sizes = (8, 64) if bench.on_gpu else (8,)
+    common = {"max_tokens": max(sizes), "max_seqs": max(sizes), "context": past + 32}
+    layers = SHAPES[shape]["num_hidden_layers"]
+    zoo = RandomZoo(shape, bench.engines(), 9, layers, lora_rank=16, **common)
+    facts: Facts = {}
+    for size in sizes:
+        bare = bench.step(zoo, [zoo.rows(i, 0, 1, past) for i in range(size)])
+        mixed = bench.step(zoo, [zoo.rows(i, 1 + i % 8, 1, past) for i in range(size)])
+        facts[f"batch {size}"] = {
+            "base_step_ms": bare * 1e3,
+            "adapters_step_ms": mixed * 1e3,
+            "share_of_base_rate": bare / mixed,
+        }
+    return facts | (masked_products(bench, shape) if bench.on_gpu else {"kernels": "need a GPU"})
+
+
+def masked_products(bench: Bench, shape: str) -> Facts:
+    """The masked form of 8 adapters of rank 16 beside its own projection: our kernels and torch."""
+    from blockzoo.engines.tensorrt.operators import add_adapters
 
     width, out = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
 
     def drawn(*dims: int) -> torch.Tensor:
         return torch.randn(*dims, device=bench.device).bfloat16()
 
-    weight, a, b = drawn(out, width), drawn(128, width), drawn(out, 128)
+    weight, a, b = drawn(out, width), drawn(128, width), drawn(128, out)
     facts: Facts = {}
     for rows in (8, 64):
         x, y = drawn(rows, width), drawn(rows, out)
@@ -197,18 +221,10 @@ def adapters(bench: Bench, shape: str) -> Facts:
         sides = {
             "projection": lambda x=x: torch.mm(x, weight.T),
             "kernels": lambda x=x, y=y, mask=mask: add_adapters(y, x, a, b, mask),
-            "torch": lambda x=x, y=y, mask=mask: y.addmm_(torch.mm(x, a.T) * mask, b.T),
+            "torch": lambda x=x, y=y, mask=mask: y.addmm_(torch.mm(x, a.T) * mask, b),
         }
-        facts[f"{rows} rows"] = {name: bench.seconds(run, 50) * 1e6 for name, run in sides.items()}
-    return facts | {"unit": "us"}
-
-
-def _free(bench: Bench) -> None:
-    import gc
-
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
+        facts[f"{rows} rows, us"] = {name: bench.seconds(run, 50) * 1e6 for name, run in sides.items()}
+    return facts
 
 
 PARTS: dict[str, Callable[[Bench, str], Facts]] = {
@@ -252,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.parts.split(","):
             start = time.perf_counter()
             facts = attempt(lambda part=PARTS[name], shape=shape: part(bench, shape))
-            _free(bench)
+            bench.free()
             report.setdefault(shape, {})[name] = facts
             path.write_text(json.dumps(report, indent=1))  # what there is, whatever comes next
             print(f"{shape} {name} ({time.perf_counter() - start:.0f} s): {json.dumps(facts)}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_chains import hf_config
-from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.engines.base import PAGE_TOKENS, EngineError
 from blockzoo.zoo.blocks import AttnSpec, chain_specs
 from blockzoo.zoo.model_config import ModelConfig
 
@@ -93,30 +93,50 @@ def decode_attention(bench: Any, shape: str) -> Facts:
     return facts | {"flashinfer_us": theirs * 1e6}
 
 
+def tensorrt_plans(bench: Any, shape: str) -> Facts:
+    """Decode and prefill through TensorRT plans built for this card."""
+    if not bench.on_gpu:
+        return {"skipped": "TensorRT runs plans on an NVIDIA GPU only"}
+    if importlib.util.find_spec("onnx") is None:
+        return {"skipped": "onnx is not installed: plans are built from ONNX networks"}
+    from benchmarks.gpu_plans import plans
+
+    return plans(bench, shape)
+
+
 def tensorrt_rtx_trial(bench: Any, shape: str) -> Facts:
     """Whether TensorRT-RTX builds and loads a plan for this card: its own words when it does not."""
     if not bench.on_gpu:
         return {"skipped": "needs a GPU"}
+    missing = [name for name in ("tensorrt_rtx", "onnx") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"skipped": f"{' and '.join(missing)} not installed"}
     from blockzoo.engines.tensorrt.builder import PlanBuilder
     from blockzoo.engines.tensorrt.plans import plan_requests
     from blockzoo.engines.tensorrt.shim import load_tensorrt, native_target
     from blockzoo.zoo.blocks import FfnSpec
 
-    library = load_tensorrt()
+    library = load_tensorrt("tensorrt_rtx")
     config = hf_config(shape)
     spec = FfnSpec(config["hidden_size"], config["intermediate_size"], 1e-5, False)
-    facts: Facts = {"library": library.title, "target": native_target()}
-    target = native_target() or ""
-    (request,) = plan_requests(spec, "bf16", target, library.library, library.version)
-    content, record = PlanBuilder(library).build(request)
-    log = library.logger()
-    engine = library.module.Runtime(log.native).deserialize_cuda_engine(content)
-    facts |= {"plan_bytes": record.num_bytes, "loads": engine is not None, "said": log.messages[-3:]}
+    facts: Facts = {"library": library.title, "gpu": native_target()}
+    # sm80: in case that it loads plans of an older target, where it knows none of this card's
+    for target in (native_target() or "", "sm80"):
+        (request,) = plan_requests(spec, "bf16", target, "tensorrt_rtx", library.version)
+        try:
+            content, _ = PlanBuilder(library).build(request)
+        except EngineError as error:
+            facts[target] = str(error)
+            continue
+        log = library.logger()
+        engine = library.module.Runtime(log.native).deserialize_cuda_engine(content)
+        facts[target] = {"plan_bytes": len(content), "loads": engine is not None, "said": log.messages[-3:]}
     return facts
 
 
 PEERS: dict[str, Callable[[Any, str], Facts]] = {
     "transformers": transformers_decode,
     "attention": decode_attention,
+    "plans": tensorrt_plans,
     "tensorrt_rtx": tensorrt_rtx_trial,
 }

@@ -113,7 +113,7 @@ def _measure(children: Sequence[Sequence[str]]) -> dict[str, int]:
             processes.append(process)
             total.update(json.loads(_line(process)))
         for process in processes:
-            total.update(_memory(process.pid))
+            total.update(memory_of(process.pid))
         for process in processes:
             assert process.stdin is not None, "asked for a pipe"
             process.stdin.write("\n")
@@ -134,7 +134,7 @@ def _line(process: subprocess.Popen[str]) -> str:
     return line
 
 
-def _memory(pid: int | str) -> dict[str, int]:
+def memory_of(pid: int | str) -> dict[str, int]:
     """Bytes by field of `_FIELDS`."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     lines += Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -147,7 +147,7 @@ def _memory(pid: int | str) -> dict[str, int]:
 
 def _serve(side: str, family: Family, settings: Settings, only: int | None) -> None:
     tenants = family.tenants if only is None else [family.tenants[only]]
-    unloaded = _memory("self")["pss"]
+    unloaded = memory_of("self")["pss"]
     if side == "blockzoo":
         engine = EngineSide(family.zoo(), tenants, settings)
         engine.generate_each(_GENERATED)
@@ -173,10 +173,10 @@ def _given_back(engine: EngineSide) -> int:
     """Bytes that the engines' scratch takes: what is gone once they have released it."""
     trim = ctypes.CDLL("libc.so.6").malloc_trim
     trim(0)
-    before = _memory("self")["pss"]
+    before = memory_of("self")["pss"]
     engine.release_memory()
     trim(0)
-    return before - _memory("self")["pss"]
+    return before - memory_of("self")["pss"]
 
 
 if __name__ == "__main__":

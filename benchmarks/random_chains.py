@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,33 @@ import torch
 from blockzoo.engines.reference import ReferenceEngines
 from blockzoo.engines.reference.arrays import TORCH_DTYPES
 from blockzoo.engines.reference.blocks import Weights
+from blockzoo.runtime.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.executor import Executor, Rows
 from blockzoo.runtime.topology import plan_topology
-from blockzoo.zoo.blocks import Block, EmbedSpec, HeadSpec, chain_specs, tensor_shapes
-from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, SourceRecord
+from blockzoo.zoo.blocks import (
+    PROJECTIONS,
+    Adapter,
+    AdapterSpec,
+    Block,
+    BlockSpec,
+    BlockTensor,
+    EmbedSpec,
+    HeadSpec,
+    LoraSpec,
+    chain_specs,
+    tensor_shapes,
+)
+from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest, ModelRecord, SourceRecord
 from blockzoo.zoo.model_config import ModelConfig
 
+_TINY = {  # for dry runs
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 256,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B
         "hidden_size": 4096,
@@ -34,14 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
+    "tiny": _TINY,
+    "deep": _TINY | {"num_hidden_layers": 32},  # as many layers as the 8B
 }
 
 
@@ -53,7 +69,10 @@ def hf_config(shape: str) -> dict[str, Any]:
 
 
 class RandomWeights(Weights):
-    """Weights drawn on the device when they are first asked for, scaled to keep activations in range."""
+    """Weights drawn on the device when they are first asked for, scaled to keep activations in range.
+
+    Equal names of equal blocks give equal weights, in whatever order they are asked for.
+    """
 
     def load(self, block: Block, *names: str) -> torch.Tensor:
         """The block's random tensors of these names on top of each other."""
@@ -65,11 +84,29 @@ class RandomWeights(Weights):
             tensor = torch.empty(rows, *rest, dtype=self._dtype, device=self._device)
             if rest:
                 deviation = 1.0 if isinstance(block.spec, EmbedSpec) else rest[0] ** -0.5
-                tensor.normal_(0.0, deviation)
+                seed = zlib.crc32(" ".join(key).encode())
+                generator = torch.Generator(self._device).manual_seed(seed)
+                tensor.normal_(0.0, deviation, generator=generator)
             else:
                 tensor.fill_(1.0)
             self._loaded[key] = tensor
         return self._loaded[key]
+
+
+def _adapter_spec(spec: BlockSpec, rank: int) -> AdapterSpec:
+    shapes = tensor_shapes(spec)
+    return AdapterSpec(
+        tuple(LoraSpec(name, rank, shapes[name][1], shapes[name][0], 1.0) for name in PROJECTIONS[spec.kind])
+    )
+
+
+def _random_adapter(key: str, manifest: Manifest) -> Adapter:
+    rng, spec = np.random.default_rng(zlib.crc32(key.encode())), manifest.adapters[key].spec
+    tensors = {
+        name: BlockTensor("f32", rng.standard_normal(shape, np.float32) / np.float32(10 * shape[-1] ** 0.5))
+        for name, shape in tensor_shapes(spec).items()
+    }
+    return Adapter(key, spec, tensors)
 
 
 class RandomZoo:
@@ -83,6 +120,7 @@ class RandomZoo:
         max_tokens, max_seqs: of a step.
         context: longest sequence.
         sequences: how many have pages of their own; None: `max_seqs`.
+        lora_rank: of an adapter on every projection that each model but the first has; 0: none has.
     """
 
     def __init__(
@@ -96,18 +134,23 @@ class RandomZoo:
         max_seqs: int,
         context: int,
         sequences: int | None = None,
+        lora_rank: int = 0,
     ) -> None:
         self.config = ModelConfig.from_hf(hf_config(shape), None)
         self.engines, self.context = engines, context
         self.weights = engines.weights = RandomWeights(TORCH_DTYPES[engines.precision], engines.device)
-        manifest = self._manifest(models, shared_layers)
+        manifest = self._manifest(models, shared_layers, lora_rank)
         self.topology = plan_topology(manifest)
         chains, spans = self.topology.chains, self.topology.spans
         blocks = {i: self._block(i, record) for i, record in manifest.blocks.items()}
         compiled = {
-            i: engines.span([blocks[b] for b in span.block_ids], drops_rows=span.drops_rows)
+            i: engines.span(
+                [blocks[b] for b in span.block_ids], drops_rows=span.drops_rows, lora=dict(span.lora)
+            )
             for i, span in enumerate(spans)
         }
+        cache = AdapterCache(lambda key: _random_adapter(key, manifest), engines.arrays, 1 << 30)
+        specs = [[blocks[b].spec for b in span.block_ids] for span in spans]
         self.pages_per_seq = -(-context // 32)
         self.num_pages = (sequences or max_seqs) * self.pages_per_seq * chains[0].num_layers
         tables = self.config.rope.tables(self.config.head_dim, context)
@@ -122,9 +165,10 @@ class RandomZoo:
             self.num_pages,
             max_tokens,
             max_seqs,
+            adapters=AdapterInputs(cache, chains, spans, specs),
         )
 
-    def _manifest(self, models: int, shared: int) -> Manifest:
+    def _manifest(self, models: int, shared: int, lora_rank: int) -> Manifest:
         manifest = Manifest()
         source = SourceRecord("hf", "random", "bf16", None, None)
         for model in range(models):
@@ -135,7 +179,12 @@ class RandomZoo:
                 chain.append(block_id)
                 size = 2 * sum(math.prod(dims) for dims in tensor_shapes(spec).values())
                 manifest.blocks[block_id] = BlockRecord(spec, "bf16", size, None, "", None, None)
-            manifest.models[f"m{model}"] = ModelRecord(self.config, tuple(chain), "", source, None)
+            adapters = {}
+            for i, spec in enumerate(chain_specs(self.config)):
+                if model and lora_rank and spec.kind in PROJECTIONS:
+                    adapters[i] = f"{i:03}-{model}"
+                    manifest.adapters[adapters[i]] = AdapterRecord(_adapter_spec(spec, lora_rank), "f32", 0)
+            manifest.models[f"m{model}"] = ModelRecord(self.config, tuple(chain), "", source, None, adapters)
         return manifest
 
     @staticmethod

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.common import timed
-from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype, f32_to_bf16
+from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.config import EngineConfig
@@ -23,6 +23,7 @@ from blockzoo.runtime.loading import load_zoo
 from blockzoo.runtime.request import KVReuse
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.tensors import f32_to_bf16
 
 MAX_STEPS = 60
 """Steps that a side can take after `start`."""

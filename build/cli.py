@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockzoo.build.pipeline import Progress
+    from blockzoo.build.progress import Progress
     from blockzoo.build.report import CompileReport
 
 _EPILOG = """\
@@ -90,15 +90,15 @@ def _parser() -> argparse.ArgumentParser:
         default="adapter",
         help="what full checkpoints share: equal blocks only; or also (the default) blocks into which a LoRA "
         "was merged, taken apart into the other block and an adapter, and verified; or also blocks that can "
-        "be replaced by another model's with little effect (lossy: see --threshold)",
+        "be replaced by those of models before them with little effect (lossy: see --threshold)",
     )
     parser.add_argument(
         "--threshold",
         type=_share,
         default=0.98,
         metavar="X",
-        help="for --share equivalent: least mean cosine of the vocabulary probabilities, and least share of "
-        "equal top tokens, of the model with and without replaced blocks (default 0.98)",
+        help="for --share equivalent: least mean cosine of the vocabulary probabilities with and without "
+        "replaced blocks (default 0.98)",
     )
     parser.add_argument(
         "--probe", metavar="FILE", help="for --share equivalent: text like that the models are used for"
@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bake-weights",
         action="store_true",
-        help="tensorrt: weights as constants of the plans, one plan per block instead of one per shape",
+        help="tensorrt: weights as constants of the plans, one plan per block instead of one per shape "
+        "(blocks with adapters keep theirs as inputs)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be shared; write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

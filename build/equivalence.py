@@ -2,29 +2,34 @@
 that hardly changes what the model says.
 
 What counts is the whole model: its distributions over the vocabulary, position by position over a probe text,
-with the blocks replaced against those without. Blocks of other models in the same place are ranked by their
-distance to the model's own, the nearest first, and taken over in groups: a group that keeps the assembled
-chain above the threshold stays, one that does not is halved. So errors that add up are seen, and the number
-of chains that are run grows with the number of candidates.
+with the blocks replaced against those without. For each block the one of another model that is nearest in its
+weights is a candidate, unless the two are unrelated; candidates are ranked by how far their output strays
+from the block's own on the model's own hidden states, and taken over in groups, the nearest first: a group
+that keeps the assembled chain above the threshold stays, one that does not is halved. So errors that add up
+are seen, and the number of chains that are run grows with the number of candidates.
+
+Chains are run block by block, with one block in memory at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from blockzoo.build.recover import distance, nearest_block
+from blockzoo.build.recover import NEAR, distance, nearest_block
 from blockzoo.engines.base import EngineMaker
-from blockzoo.engines.probe import ProbeChain
-from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block, BlockTensor
+from blockzoo.engines.probe import ProbeBlock
+from blockzoo.zoo.blocks import PROJECTIONS, Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import EquivalenceRecord, ModelRecord
-from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
 
 MAX_TOKENS = 2048
+MIN_TOKENS = 64
+"""Of a probe file: fewer say little about a model."""
 _SEQUENCE = 256
+_MAX_LOGITS = 1 << 26  # values that the model's own distributions may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,41 +43,54 @@ class Likeness:
     top1: float
     """Share of positions with the same likeliest token."""
 
-    def reaches(self, threshold: float) -> bool:
-        """Whether the distributions, and the likeliest tokens, agree that far."""
-        return self.cosine >= threshold and self.top1 >= threshold
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Blocks of another model that may stand for the model's own: one, or the tied embedding and head."""
+
+    blocks: Mapping[int, str]
+    """Position in the chain -> block id."""
 
 
 class Probe:
-    """A model's own distributions over a text, to hold other chains against.
+    """A model of a zoo over a text, to hold chains with other blocks against.
 
     Args:
+        zoo: that holds the blocks.
+        record: the model with its own blocks.
         maker: of f32 engines.
-        config, adapters: of the model.
         sequences: token ids; see `probe_sequences`.
-        blocks: the model's own chain.
+        candidates: whose outputs are compared with those of the model's own blocks.
     """
 
     def __init__(
         self,
+        zoo: Zoo,
+        record: ModelRecord,
         maker: EngineMaker,
-        config: ModelConfig,
-        adapters: Mapping[int, Adapter],
         sequences: Sequence[Sequence[int]],
-        blocks: Sequence[Block],
+        candidates: Sequence[Candidate] = (),
     ) -> None:
-        self._maker, self._config, self._adapters, self._sequences = maker, config, adapters, sequences
-        self._own = self._log_probabilities(blocks)
+        self._zoo, self._record, self._maker, self._sequences = zoo, record, maker, sequences
+        self._others = {at: key for candidate in candidates for at, key in candidate.blocks.items()}
+        self._strayed: dict[int, float] = {}
+        self._own = self._log_probabilities(record.chain, measure=True)
 
     @property
     def num_tokens(self) -> int:
         """Positions compared."""
         return sum(map(len, self._sequences))
 
-    def likeness(self, blocks: Sequence[Block]) -> Likeness:
-        """Run another chain over the text."""
+    def strays(self, candidate: Candidate) -> float:
+        """Relative distance of a candidate's output to that of the blocks it would replace."""
+        return sum(self._strayed[at] for at in candidate.blocks)
+
+    def likeness(self, candidates: Sequence[Candidate]) -> Likeness:
+        """Of the model with the candidates in it to the model without."""
+        taken = {at: key for candidate in candidates for at, key in candidate.blocks.items()}
+        chain = [taken.get(at, key) for at, key in enumerate(self._record.chain)]
         cosines, divergences, agreements = [], [], []
-        for ours, theirs in zip(self._own, self._log_probabilities(blocks), strict=True):
+        for ours, theirs in zip(self._own, self._log_probabilities(chain), strict=True):
             p, q = np.exp(ours), np.exp(theirs)
             norms = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
             cosines.append(np.einsum("ij,ij->i", p, q) / norms)
@@ -81,23 +99,62 @@ class Probe:
         means = [float(np.concatenate(parts).mean()) for parts in (cosines, divergences, agreements)]
         return Likeness(*means)
 
-    def _log_probabilities(self, blocks: Sequence[Block]) -> list[np.ndarray]:
-        """Of every sequence, float32 [tokens, vocab]."""
-        longest = max(map(len, self._sequences))
-        chain = ProbeChain(self._maker, blocks, self._config, longest, self._adapters)
+    def _log_probabilities(self, chain: Sequence[str], measure: bool = False) -> list[np.ndarray]:
+        """Of every sequence, float32 [tokens, vocab]; `measure`: note how far the candidates stray too."""
+        hidden: list[np.ndarray] | None = None
+        for position, block_id in enumerate(chain):
+            found = self._outputs(position, block_id, hidden)
+            if measure and position in self._others:
+                theirs = self._outputs(position, self._others[position], hidden)
+                before = hidden if hidden is not None and position < len(chain) - 1 else None
+                self._strayed[position] = _relative_distance(theirs, found, before)
+            hidden = found
+        assert hidden is not None, "a chain has blocks"
+        for logits in hidden:
+            logits -= logits.max(axis=1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return hidden
+
+    def _outputs(self, position: int, block_id: str, hidden: list[np.ndarray] | None) -> list[np.ndarray]:
+        """What a block makes of the sequences' hidden states [tokens, hidden]; the embedding, of tokens."""
+        block = self._zoo.read_block(block_id)
+        if hidden is None:
+            found = self._embedded(block)
+        else:
+            key = self._record.adapters.get(position)
+            adapter = self._zoo.read_adapter(key) if key is not None else None
+            longest = max(map(len, self._sequences))
+            runner = ProbeBlock(self._maker, block, self._record.config, longest, adapter)
+            found = [runner.forward(rows) for rows in hidden]
+        block.drop_pages()
+        return found
+
+    def _embedded(self, block: Block) -> list[np.ndarray]:
+        table, arrays = self._maker.embedding(block), self._maker.arrays
         found = []
         for tokens in self._sequences:
-            logits = chain.forward(tokens, 0).copy()
-            logits -= logits.max(axis=1, keepdims=True)
-            found.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+            out = arrays.zeros((len(tokens), block.spec.hidden_size), "activation")
+            table.lookup(arrays.mirror(np.asarray(tokens, np.int32)), out)
+            found.append(out)
         return found
 
 
-def compose(candidates: Sequence[int], passes: Callable[[Sequence[int]], bool]) -> list[int]:
-    """The candidates to take, the best ranked first; `passes` judges a set of them as a whole."""
-    taken: list[int] = []
+def _relative_distance(
+    theirs: Sequence[np.ndarray], ours: Sequence[np.ndarray], before: Sequence[np.ndarray] | None
+) -> float:
+    """Of two outputs, relative to what the block adds to the hidden states that it is given."""
+    added = ours if before is None else [out - x for out, x in zip(ours, before, strict=True)]
+    apart = sum(float(np.square(a - b).sum()) for a, b in zip(theirs, ours, strict=True))
+    return float(np.sqrt(apart / max(sum(float(np.square(rows).sum()) for rows in added), 1e-30)))
 
-    def add(group: Sequence[int]) -> None:
+
+def compose(
+    candidates: Sequence[Candidate], passes: Callable[[Sequence[Candidate]], bool]
+) -> list[Candidate]:
+    """The candidates to take, the best ranked first; `passes` judges a set of them as a whole."""
+    taken: list[Candidate] = []
+
+    def add(group: Sequence[Candidate]) -> None:
         if passes([*taken, *group]):
             taken.extend(group)
         elif len(group) > 1:
@@ -124,9 +181,9 @@ def probe_text(path: str | Path | None, built_in: Sequence[str]) -> list[str]:
     return paragraphs
 
 
-def probe_sequences(encoded: Sequence[Sequence[int]], max_positions: int) -> list[list[int]]:
-    """Token ids of texts, cut to what a model takes, up to MAX_TOKENS in all."""
-    length, left = min(_SEQUENCE, max_positions), MAX_TOKENS
+def probe_sequences(encoded: Sequence[Sequence[int]], max_positions: int, vocab_size: int) -> list[list[int]]:
+    """Token ids of texts, cut to what a model takes, MAX_TOKENS in all (fewer of a large vocabulary)."""
+    length, left = min(_SEQUENCE, max_positions), min(MAX_TOKENS, max(MIN_TOKENS, _MAX_LOGITS // vocab_size))
     sequences = []
     for tokens in encoded:
         cut = list(tokens[: min(length, left)])
@@ -144,37 +201,42 @@ def substitute(
     threshold: float,
     probe_name: str,
     progress: Callable[[str, int, int], None],
+    besides: Collection[str] = (),
 ) -> ModelRecord:
     """The record of a model of the zoo with other models' blocks in it; without, where none is alike.
 
-    `encoded`: the probe text as token ids; `maker`: of f32 engines.
+    Args:
+        encoded: the probe text as token ids.
+        maker: of f32 engines.
+        threshold: least mean cosine of the vocabulary probabilities.
+        besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
-    nearest, ranked = _candidates(name, zoo)
-    if not ranked:
+    candidates = _candidates(name, zoo, {name, *besides})
+    if not candidates:
         return record
-    own = [zoo.read_block(block_id) for block_id in record.chain]
-    adapters = {i: zoo.read_adapter(key) for i, key in record.adapters.items()}
-    sequences = probe_sequences(encoded, record.config.max_position_embeddings)
-    probe = Probe(maker, record.config, adapters, sequences, own)
+    config = record.config
+    sequences = probe_sequences(encoded, config.max_position_embeddings, config.vocab_size)
+    progress(f"comparing {name}", 0, 2 * len(candidates))
+    probe = Probe(zoo, record, maker, sequences, candidates)
     scores: dict[tuple[int, ...], Likeness] = {}
 
-    def passes(positions: Sequence[int]) -> bool:
-        progress(f"comparing {name}", len(scores), 2 * len(ranked))
-        chain = [zoo.read_block(nearest[i]) if i in positions else block for i, block in enumerate(own)]
-        found = scores[tuple(positions)] = probe.likeness(chain)
-        return found.reaches(threshold)
+    def passes(chosen: Sequence[Candidate]) -> bool:
+        progress(f"comparing {name}", 1 + len(scores), 1 + 2 * len(candidates))
+        found = scores[_positions(chosen)] = probe.likeness(chosen)
+        return found.cosine >= threshold
 
-    taken = compose(ranked, passes)
+    taken = compose(sorted(candidates, key=probe.strays), passes)
     progress(f"comparing {name}", 1, 1)
     if not taken:
         return record
-    likeness = scores[tuple(taken)]
+    likeness = scores[_positions(taken)]
+    replaced = {at: key for candidate in taken for at, key in candidate.blocks.items()}
     return replace(
         record,
-        chain=tuple(nearest[i] if i in taken else block_id for i, block_id in enumerate(record.chain)),
+        chain=tuple(replaced.get(at, block_id) for at, block_id in enumerate(record.chain)),
         equivalence=EquivalenceRecord(
-            own_blocks={i: record.chain[i] for i in sorted(taken)},
+            own_blocks={at: record.chain[at] for at in sorted(replaced)},
             threshold=threshold,
             cosine=likeness.cosine,
             kl=likeness.kl,
@@ -185,22 +247,50 @@ def substitute(
     )
 
 
-def _candidates(name: str, zoo: Zoo) -> tuple[dict[int, str], list[int]]:
-    """Per position of a block that only this model has, the nearest other; the positions, nearest first."""
-    record = zoo.manifest.models[name]
-    others = {key for other, model in zoo.manifest.models.items() if other != name for key in model.chain}
-    nearest: dict[int, str] = {}
-    distances: dict[int, float] = {}
+def _positions(candidates: Sequence[Candidate]) -> tuple[int, ...]:
+    return tuple(sorted(at for candidate in candidates for at in candidate.blocks))
 
-    def read(block_id: str) -> dict[str, BlockTensor]:
-        return zoo.read_block(block_id).tensors
 
+def _candidates(name: str, zoo: Zoo, besides: Collection[str]) -> list[Candidate]:
+    """For each block that only this model has, the nearest of another model, unless that is unrelated."""
+    record, blocks = zoo.manifest.models[name], zoo.manifest.blocks
+    models = zoo.manifest.models.items()
+    shared = {key for other, model in models if other != name for key in model.chain}
+    found: list[Candidate] = []
     for position, block_id in enumerate(record.chain):
-        spec = zoo.manifest.blocks[block_id].spec
-        if block_id in others or spec.kind not in PROJECTIONS or position in record.adapters:
+        spec = blocks[block_id].spec
+        if spec.kind in PROJECTIONS and block_id not in shared and position not in record.adapters:
+            tensors = zoo.read_block(block_id).tensors
+            nearest = nearest_block(
+                zoo.manifest, lambda key: zoo.read_block(key).tensors, spec, tensors, position, besides
+            )
+            if nearest is not None and distance(tensors, zoo.read_block(nearest).tensors) <= NEAR:
+                found.append(Candidate({position: nearest}))
+    # token ids must mean the same
+    alike = [m for other, m in models if other not in besides and m.tokenizer == record.tokenizer]
+    return found + _ends(record, zoo, alike, shared)
+
+
+def _ends(
+    record: ModelRecord, zoo: Zoo, others: Sequence[ModelRecord], shared: Collection[str]
+) -> list[Candidate]:
+    """Candidates for the embedding and for the head: both together where they are tied."""
+    blocks, last = zoo.manifest.blocks, len(record.chain) - 1
+    tied = blocks[record.chain[last]].tied_to is not None
+    found = []
+    for places in [(0, last)] if tied else [(0,), (last,)]:
+        own = [record.chain[at] for at in places]
+        if all(key in shared for key in own):
             continue
-        tensors = read(block_id)
-        found = nearest_block(zoo.manifest, read, spec, tensors, position, name)
-        if found is not None:
-            nearest[position], distances[position] = found, distance(tensors, read(found))
-    return nearest, sorted(distances, key=lambda position: distances[position])
+        offered = {tuple(m.chain[at if at == 0 else -1] for at in places) for m in others}
+        fit = sorted(o for o in offered if [blocks[k].spec for k in o] == [blocks[k].spec for k in own])
+
+        def apart(keys: Sequence[str], own: Sequence[str] = own) -> float:
+            pairs = zip(keys, own, strict=True)
+            return max(distance(zoo.read_block(b).tensors, zoo.read_block(a).tensors) for a, b in pairs)
+
+        nearest = min(fit, key=apart, default=None)
+        if nearest is not None and apart(nearest) <= NEAR:
+            changes = zip(places, nearest, own, strict=True)
+            found.append(Candidate({at: key for at, key, old in changes if key != old}))
+    return found

@@ -182,16 +182,11 @@ def _print_zoo(zoo: "Zoo") -> None:
 
 def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
     from blockzoo.build.report import human_bytes
-    from blockzoo.engines.tensorrt.plans import shape_class
+    from blockzoo.build.tensorrt_plans import users_of_plans
 
-    manifest = zoo.manifest
+    plans, users = zoo.manifest.tensorrt_plans, users_of_plans(zoo.manifest)
     console.print("\nTensorRT   target  library             blocks  size     profiles: scratch")
-    ordered = sorted(manifest.tensorrt_plans.values(), key=lambda plan: (plan.target, plan.part))
-    for plan in ordered:
-        if plan.baked_block is not None:
-            blocks = 1
-        else:
-            blocks = sum(shape_class(block.spec) == plan.spec for block in manifest.blocks.values())
+    for key, plan in sorted(plans.items(), key=lambda item: (item[1].target, item[1].part, item[1].lora)):
         scratch = ", ".join(
             f"{p.name} {p.min} {p.opt} {p.max}: {human_bytes(plan.scratch_bytes[p.name])}"
             if p.name in plan.scratch_bytes
@@ -200,7 +195,9 @@ def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
         )
         library = f"{plan.library} {plan.library_version}"
         size = human_bytes(plan.num_bytes)
-        console.print(f"{plan.part:10} {plan.target:7} {library:22} {blocks:3}  {size:8} {scratch}")
+        console.print(f"{plan.part:10} {plan.target:7} {library:22} {users[key]:3}  {size:8} {scratch}")
+        if plan.lora:
+            console.print(f"{'':10} takes adapters of {plan.max_lora_ranks} ranks on {', '.join(plan.lora)}")
 
 
 def _print_map(console: Any, shared: "SharingMap") -> None:

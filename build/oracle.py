@@ -271,7 +271,8 @@ def _hf_config(source: Source) -> dict[str, Any]:
 def _adapted_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
     settings = json.loads((folder / "adapter_config.json").read_text())
     file = TensorFile(folder / "adapter_model.safetensors")
-    lora = {name.removeprefix("base_model.model."): file.tensor(name).to_f32() for name in file.names}
+    names = {n: n.removeprefix("base_model.model.").replace("base_layer.bias", "bias") for n in file.names}
+    lora = {name: file.tensor(saved).to_f32() for saved, name in names.items()}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     parted = bool(base.config.get("tie_word_embeddings")) and (embed in lora or head in lora)
 

@@ -1,12 +1,13 @@
 """Checkpoints -> zoo: read, cut into blocks, store what is new, verify, time, commit the manifest last."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from blockzoo.build import equivalence, profiles
 from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
+from blockzoo.build.progress import Progress, no_progress
 from blockzoo.build.recover import NotLowRankError, nearest_block, recover
 from blockzoo.build.report import (
     CompileReport,
@@ -38,7 +39,6 @@ Sharing = Literal["exact", "adapter", "equivalent"]
 """What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
 that can take each other's place with little effect."""
 
-Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
 
 
@@ -55,7 +55,7 @@ class CompileOptions:
     share: Sharing = "adapter"
     """How far full checkpoints share; PEFT folders always share their base."""
     threshold: float = 0.98
-    """equivalent: least cosine of probabilities, and share of equal top tokens, against the model's own."""
+    """equivalent: least mean cosine of the vocabulary probabilities against the model's own."""
     probe: str | None = None
     """equivalent: file with text to compare on; None takes the built-in prompts."""
     verify: bool = True
@@ -74,7 +74,7 @@ def compile_models(
     options: CompileOptions | None = None,
     *,
     remove: Sequence[str] = (),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> CompileReport:
     """Compile models into the zoo directory `zoo`, which is made or extended; drop those in `remove`.
 
@@ -119,14 +119,17 @@ class _Compilation:
         sources = open_sources(models, self.old)
         for source in sources:
             encode_prompts(source)  # a tokenizer that does not fit is told before anything is written
+        texts = {source.name: self.probe(source) for source in sources}
         for source in sources:
             self.add(source)
         if self.writer is not None and self.options.verify:
             for source in sources:
                 self.verify(source)
         if self.writer is not None and self.options.share == "equivalent":
-            for source in sources:
-                self.substitute(source)
+            later = {source.name for source in sources}
+            for source in sources:  # a model takes blocks of those that were there before it
+                later.discard(source.name)
+                self.substitute(source, texts[source.name], later)
         self.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
@@ -299,20 +302,36 @@ class _Compilation:
     def probe_name(self) -> str:
         return Path(self.options.probe).name if self.options.probe is not None else "built-in"
 
-    def substitute(self, source: Source) -> None:
+    def probe(self, source: Source) -> list[list[int]]:
+        """The text on which models are compared, as token ids; none unless they are."""
+        if self.options.share != "equivalent":
+            return []
+        given = self.options.probe
+        encoded = encode_texts(source, equivalence.probe_text(given, PROMPTS))
+        count = sum(map(len, encoded))
+        if given is not None and count < equivalence.MIN_TOKENS:
+            raise ZooError(
+                f"--probe {given}: {count} tokens of {source.name}; expected at least "
+                f"{equivalence.MIN_TOKENS}, and up to {equivalence.MAX_TOKENS} are used: give more text"
+            )
+        return encoded
+
+    def substitute(self, source: Source, encoded: list[list[int]], besides: Collection[str]) -> None:
         """Let other models' blocks take the place of those that only this model has, where that is alike."""
         record, report = self.manifest.models[source.name], self.reports[source.name]
         if record.equivalence is not None or report.status == "unchanged":
             return
-        texts = equivalence.probe_text(self.options.probe, PROMPTS)
+        if self.manifest.models.keys() <= {source.name, *besides}:  # the first of all
+            return
         changed = equivalence.substitute(
             source.name,
             self.zoo,
-            encode_texts(source, texts),
+            encoded,
             self.maker("f32"),
             self.options.threshold,
             self.probe_name,
             self.progress,
+            besides,
         )
         if changed.equivalence is None:
             self.note(source.name, f"no block is equivalent to another model's at {self.options.threshold:g}")

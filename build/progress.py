@@ -2,14 +2,25 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 _QUIET_S = 1.0  # work that is done sooner is not worth a line
 _LINE_EVERY_S = 10.0
 
 
+class Progress(Protocol):
+    """Hears of long work."""
+
+    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """What is being done, steps done, steps in all; what exactly the step that runs is at."""
+
+
+def no_progress(what: str, done: int, total: int, detail: str = "") -> None:
+    """For those who do not want to hear."""
+
+
 class ProgressPrinter:
-    """Call it with (what is being done, steps done, steps in all)."""
+    """A `Progress` that shows it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -18,7 +29,7 @@ class ProgressPrinter:
         self._bar: Any = None  # rich.progress.Progress, imported when first shown
         self._task: Any = None
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Take note of a step."""
         now = time.monotonic()
         if what != self._what:
@@ -29,12 +40,14 @@ class ProgressPrinter:
             if self._bar is None and elapsed > _QUIET_S and done < total:
                 self._open_bar(total)
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, total=total)
+                said = f"{what} ({detail})" if detail else what
+                self._bar.update(self._task, completed=done, total=total, description=said)
         elif done >= total > 0 and elapsed > _QUIET_S:
             print(f"{what}: done in {elapsed:.1f} s", file=self._stream, flush=True)
             self._last_line = now
         elif done < total and now - self._last_line > _LINE_EVERY_S:
-            print(f"{what}: {done} of {total}", file=self._stream, flush=True)
+            said = f" ({detail})" if detail else ""
+            print(f"{what}: {done} of {total}{said}", file=self._stream, flush=True)
             self._last_line = now
 
     def _open_bar(self, total: int) -> None:

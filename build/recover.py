@@ -11,7 +11,7 @@ its difference has more energy below its largest singular values than rounding e
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,8 @@ _ROUNDINGS = (1.0, 2.0)  # merged onto the base as it is, or onto what the base 
 _MANTISSA_BITS = {"bf16": 7, "f16": 10, "f32": 23}
 _MIN_EXPONENT = {"bf16": -126, "f16": -14, "f32": -126}
 _WORTH_IT = 0.75  # an adapter of more than this share of its block's bytes is not
-_NEAR = 0.5  # a fine-tune's relative distance to its base is below this (unrelated weights: 1.4)
+NEAR = 0.5
+"""A fine-tune's relative distance to its base is below this (unrelated weights: 1.4)."""
 _SAMPLE = 1 << 16  # elements that the distance of two blocks is estimated from
 
 
@@ -62,13 +63,13 @@ def nearest_block(
     spec: BlockSpec,
     tensors: Mapping[str, BlockTensor],
     position: int,
-    besides: str = "",
+    besides: Collection[str] = (),
 ) -> str | None:
-    """The block of the same shape and place in another model (not `besides`) that differs least."""
+    """The block of the same shape and place in another model (none of `besides`) that differs least."""
     candidates = {
         model.chain[position]
         for name, model in manifest.models.items()
-        if name != besides
+        if name not in besides
         and position < len(model.chain) - 1
         and manifest.blocks[model.chain[position]].spec == spec
     }
@@ -84,7 +85,7 @@ def recover(spec: BlockSpec, block: Mapping[str, BlockTensor], base: Mapping[str
     for name, tensor in block.items():
         if name not in projections and not np.array_equal(tensor.to_f32(), base[name].to_f32()):
             raise NotLowRankError(f"{name} differs, which no LoRA changes")
-    if distance(block, base) > _NEAR:
+    if distance(block, base) > NEAR:
         raise NotLowRankError("the weights are unrelated")
     pairs, rounding = {}, 0.0
     for name in projections:

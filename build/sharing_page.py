@@ -8,7 +8,7 @@ import html
 import json
 from collections import defaultdict
 
-from blockzoo.build.report import human_bytes, sharing_bytes, verification_text
+from blockzoo.build.report import equivalence_text, human_bytes, sharing_bytes, verification_text
 from blockzoo.build.sharing import SharingMap, sharing_map
 from blockzoo.zoo.manifest import BlockRecord, Manifest
 
@@ -37,6 +37,7 @@ def sharing_page(manifest: Manifest, title: str) -> str:
         head=_head_row(shared),
         rows="".join(_row(name, manifest, shared, colours) for name in shared.models),
         legend=_legend(manifest, shared, colours),
+        replaced=_replaced(manifest, shared),
         details=json.dumps(details).replace("<", "\\u003c"),
     )
 
@@ -128,6 +129,16 @@ def _legend(manifest: Manifest, shared: SharingMap, colours: dict[str, str]) -> 
     return "".join(lines)
 
 
+def _replaced(manifest: Manifest, shared: SharingMap) -> str:
+    """What models with other models' blocks in them lose by it."""
+    models = [name for name in shared.models if manifest.models[name].equivalence is not None]
+    lines = [
+        f"<li><b>{html.escape(name)}</b> {html.escape(equivalence_text(manifest.models[name]))}</li>"
+        for name in models
+    ]
+    return f"<ul class=replaced>{''.join(lines)}</ul>" if lines else ""
+
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}: who shares which block</title>
@@ -163,6 +174,7 @@ td i.own {{ background-image: repeating-linear-gradient(45deg, #fff5 0 3px, #fff
   background: hsl(205 45% 60% / .35); text-decoration: none; }}
 .size s {{ display: block; height: 100%; border-radius: 3px; background: hsl(22 75% 55%); }}
 ul {{ list-style: none; padding: 0; margin: 1.6rem 0; columns: 22rem; color: var(--soft); }}
+ul.replaced {{ columns: auto; }}
 li {{ break-inside: avoid; margin-bottom: .35rem; }}
 li b {{ color: var(--ink); font-weight: 500; }}
 li i {{ display: inline-block; width: 14px; height: 14px; margin-right: .5rem; border-radius: 3px;
@@ -178,7 +190,7 @@ footer {{ font-size: 13px; }}
 <div class="stored" title="stored, of what the models would take apart">
 <div style="width:{stored_share}%"></div></div>
 <div class="map"><table>{head}{rows}</table></div>
-<ul>{legend}</ul>
+<ul>{legend}</ul>{replaced}
 <footer>A column is a layer: attention above, feed-forward below. Blue: the common trunk, deeper where more
 models share it. Another hue: blocks with the same users. Striped: one model's own.
 Point at a block to see where else it is used.</footer>

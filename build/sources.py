@@ -1,7 +1,8 @@
 """What the user names (HF folders, PEFT folders, models of the zoo) as models whose tensors can be read.
 
 Adapters find their base among the models given and those in the zoo. Their LoRAs stay apart from the base's
-weights; only tensors that an adapter replaces (modules_to_save) are read in the place of the base's.
+weights; only tensors that an adapter replaces (modules_to_save, trained biases) are read in the place of the
+base's, so that the blocks they belong to are the model's own.
 """
 
 import difflib

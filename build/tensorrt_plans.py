@@ -1,15 +1,21 @@
 """TensorRT plans of a zoo: one per part of each shape class and target, built when it is not there yet."""
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+from blockzoo.build.progress import Progress
 from blockzoo.engines.base import EngineError, Precision
-from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests
+from blockzoo.engines.tensorrt.parts import part_lora, parts_of
+from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests, shape_class
 from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.manifest import TensorRTPlanRecord
+from blockzoo.zoo.manifest import Manifest, TensorRTPlanRecord
 from blockzoo.zoo.store import Zoo, ZooWriter, tensorrt_plan_path, timing_cache_name
+
+if TYPE_CHECKING:
+    from blockzoo.engines.tensorrt.builder import OnPhase
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ def build_plans(
     zoo: Zoo,
     writer: ZooWriter | None,
     options: TensorRTOptions,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> PlanReport:
     """Enter plans for every block of `zoo` into its manifest; without a writer (a dry run) only count.
 
@@ -58,8 +64,7 @@ def build_plans(
         reused += len(wanted) - len(missing)
         built += len(missing)
         if missing and writer is not None:
-            cache_name = timing_cache_name(library.library, library.version, target)
-            _build(zoo, writer, library, cache_name, missing, progress)
+            _build(zoo, writer, library, target, missing, progress)
         num_bytes += sum(plan.num_bytes for key, plan in zoo.manifest.tensorrt_plans.items() if key in wanted)
     return PlanReport(built, reused, num_bytes)
 
@@ -83,6 +88,7 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
     if target == "sm75" and options.precision == "bf16":
         raise ZooError("target sm75 does not compute in bf16; choose a newer target")
     requests = {}
+    lora, ranks = adapted_projections(zoo.manifest)
     for block_id, block in zoo.manifest.blocks.items():
         for request in plan_requests(
             block.spec,
@@ -91,10 +97,25 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
             library.library,
             library.version,
             workspace_bytes=options.workspace_bytes,
-            baked_block=block_id if options.bake_weights else None,
+            # both plans of a block with adapters take the same weights: baked in, they would lie there twice
+            baked_block=block_id if options.bake_weights and block_id not in lora else None,
+            lora=lora.get(block_id, ()),
+            lora_ranks=ranks,
         ):
             requests[request.key()] = request
     return requests
+
+
+def adapted_projections(manifest: Manifest) -> tuple[dict[str, tuple[str, ...]], int]:
+    """By id of a block, the projections that adapters change; and the ranks of all models' together."""
+    found: dict[str, set[str]] = {}
+    ranks: dict[tuple[str, ...], int] = {}  # by the adapters of a model: equal ones share theirs
+    for model in manifest.models.values():
+        specs = [manifest.adapters[key].spec for key in model.adapters.values()]
+        ranks[tuple(model.adapters.values())] = max((spec.rank for spec in specs), default=0)
+        for position, spec in zip(model.adapters, specs, strict=True):
+            found.setdefault(model.chain[position], set()).update(lora.projection for lora in spec.loras)
+    return {block_id: tuple(sorted(names)) for block_id, names in found.items()}, sum(ranks.values())
 
 
 def _is_there(zoo: Zoo, key: str) -> bool:
@@ -107,37 +128,51 @@ def _build(
     zoo: Zoo,
     writer: ZooWriter,
     library: TensorRT,
-    cache_name: str,
+    target: str,
     missing: dict[str, PlanRequest],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     from blockzoo.engines.tensorrt.builder import PlanBuilder
 
+    cache_name = timing_cache_name(library.library, library.version, target)
     cache = tensorrt_plan_path(zoo.path, cache_name)
     builder = PlanBuilder(library, cache.read_bytes() if cache.exists() else b"")
+    what, total = f"building plans for {target}", len(missing)
     for done, (key, request) in enumerate(missing.items()):
-        what = f"building {request.part} for {request.target}"
-        progress(what, done, len(missing))
+        progress(what, done, total, request.part)
         block = zoo.read_block(request.baked_block) if request.baked_block is not None else None
-        content, record = builder.build(request, block)
+        content, record = builder.build(request, block, _telling(progress, what, done, total, request.part))
         if block is not None:
             block.drop_pages()
         writer.add_tensorrt_plan(key, content)
         zoo.manifest.tensorrt_plans[key] = record
     if builder.timing_cache():
         writer.add_tensorrt_plan(cache_name, builder.timing_cache())
-    progress("building plans", len(missing), len(missing))
+    progress(what, total, total)
+
+
+def _telling(progress: Progress, what: str, done: int, total: int, part: str) -> "OnPhase":
+    return lambda phase: progress(what, done, total, f"{part}: {phase}")
 
 
 def unused_plans(zoo: Zoo) -> set[str]:
     """Keys of the plans that no block of the manifest can use."""
-    from blockzoo.engines.tensorrt.plans import shape_class
+    return {key for key, count in users_of_plans(zoo.manifest).items() if not count}
 
-    specs = [shape_class(block.spec) for block in zoo.manifest.blocks.values()]
 
-    def used(plan: TensorRTPlanRecord) -> bool:
+def users_of_plans(manifest: Manifest) -> dict[str, int]:
+    """By plan key, how many blocks can use it."""
+    lora, _ = adapted_projections(manifest)
+    users = Counter(
+        (shape_class(block.spec), part, names)
+        for block_id, block in manifest.blocks.items()
+        for part in parts_of(block.spec)
+        for names in {(), part_lora(part, lora.get(block_id, ()))}
+    )
+
+    def count(plan: TensorRTPlanRecord) -> int:
         if plan.baked_block is not None:
-            return plan.baked_block in zoo.manifest.blocks
-        return plan.spec in specs
+            return int(plan.baked_block in manifest.blocks)
+        return users[plan.spec, plan.part, plan.lora]
 
-    return {key for key, plan in zoo.manifest.tensorrt_plans.items() if not used(plan)}
+    return {key: count(plan) for key, plan in manifest.tensorrt_plans.items()}

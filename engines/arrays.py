@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from blockzoo.engines.base import Precision, activation_dtype, f32_to_bf16
+from blockzoo.engines.base import Precision, activation_dtype
+from blockzoo.zoo.tensors import f32_to_bf16
 
 Array = Any
 """A numpy array or a torch tensor: both are sliced, reshaped and assigned to (`a[...] = b`) alike."""

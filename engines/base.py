@@ -80,7 +80,8 @@ class Engine(Protocol):
         lora_mask       precision  [T, Q]       1 where a row uses that part of an adapter, else 0
         lora_a.<i>.<projection>    precision [Q, in]    of block i of the span; rows of zeros where an
         lora_b.<i>.<projection>    precision [Q, out]   adapter leaves the projection alone
-        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B)
+        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B. What is bound to these inputs
+        keeps its contents: engines may hold packed copies of it)
     Outputs:
         hidden_out      precision  [T or R, hidden], or
         logits          float32    [T or R, vocab]   when the span ends in a head
@@ -139,15 +140,3 @@ class EngineMaker(Protocol):
 def activation_dtype(precision: Precision) -> np.dtype[Any]:
     """The numpy dtype that carries activations and KV: bf16 is held as uint16."""
     return np.dtype(np.uint16 if precision == "bf16" else np.float32)
-
-
-def f32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to bf16 (nearest, ties to even), as uint16 of the same shape. NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def bf16_to_f32(values: np.ndarray) -> np.ndarray:
-    """Widen bf16 held as uint16 to float32 of the same shape, exactly."""
-    return (values.astype(np.uint32) << 16).view(np.float32)

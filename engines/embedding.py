@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from blockzoo.engines.base import Precision, activation_dtype, bf16_to_f32, f32_to_bf16
+from blockzoo.engines.base import Precision, activation_dtype
 from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
 
 class EmbeddingTable:

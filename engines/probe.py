@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from blockzoo.engines.adapters import lora_matrices, lora_targets, padded
+from blockzoo.engines.arrays import Array
 from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker
 from blockzoo.zoo.blocks import Adapter, AttnSpec, Block, tensor_shapes
 from blockzoo.zoo.model_config import ModelConfig, RopeConfig
@@ -37,23 +38,13 @@ class ProbeChain:
         targets = lora_targets({index - 1: [adapter.spec] for index, adapter in adapters.items()})
         self._engine = engines.span(blocks[1:], lora=targets)
         self._rank = max((adapter.spec.rank for adapter in adapters.values()), default=0)
-        self._bind_adapters(blocks, adapters, engines)
+        for position, adapter in adapters.items():
+            _bind_adapter(self._engine, position - 1, blocks[position], adapter, self._rank, engines)
         self._vocab = config.vocab_size
         self._hidden = config.hidden_size
         self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
         for block in blocks:
             block.drop_pages()
-
-    def _bind_adapters(
-        self, blocks: Sequence[Block], adapters: Mapping[int, Adapter], engines: EngineMaker
-    ) -> None:
-        for position, adapter in adapters.items():
-            shapes = tensor_shapes(blocks[position].spec)
-            for name, (a, b) in lora_matrices(adapter).items():
-                out_features, in_features = shapes[name]
-                for which, matrix, features in (("a", a, in_features), ("b", b, out_features)):
-                    values = engines.arrays.activations(padded(matrix, self._rank, features))
-                    self._engine.bind(f"lora_{which}.{position - 1}.{name}", values)
 
     def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
         """Append n tokens at position `past`: their logits, float32 [n, vocab]."""
@@ -69,6 +60,66 @@ class ProbeChain:
         self._attention.bind(past, count)
         self._engine.run()
         return self._arrays.to_host(logits)
+
+
+class ProbeBlock:
+    """Runs whole sequences through one block, in the precision of the maker.
+
+    Args:
+        engines: the maker that compiles the block.
+        block: attn, ffn or head.
+        config: of its model.
+        max_tokens: longest sequence that will be run.
+        adapter: on the block.
+    """
+
+    def __init__(
+        self,
+        engines: EngineMaker,
+        block: Block,
+        config: ModelConfig,
+        max_tokens: int,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self._arrays = engines.arrays
+        self._engine = engines.span([block], lora=lora_targets({0: [adapter.spec]} if adapter else {}))
+        self._rank = adapter.spec.rank if adapter is not None else 0
+        if adapter is not None:
+            _bind_adapter(self._engine, 0, block, adapter, self._rank, engines)
+        self._attention = None
+        if isinstance(block.spec, AttnSpec):
+            self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
+        self._vocab = config.vocab_size
+
+    def forward(self, hidden: Array) -> Array:
+        """The block's output for activations [n, hidden] of tokens 0 to n: as many, or float32 [n, vocab]."""
+        count = len(hidden)
+        self._engine.bind("hidden", hidden)
+        if self._engine.spec.head:
+            out = self._arrays.zeros((count, self._vocab), "f32")
+            self._engine.bind("logits", out)
+        else:
+            out = self._arrays.rows_like(hidden, count)
+            self._engine.bind("hidden_out", out)
+        if self._rank:
+            self._engine.bind("lora_mask", self._arrays.activations(np.ones((count, self._rank), np.float32)))
+        if self._attention is not None:
+            self._attention.bind(0, count)
+        self._engine.run()
+        self._arrays.wait()
+        return out
+
+
+def _bind_adapter(
+    engine: Engine, index: int, block: Block, adapter: Adapter, rank: int, engines: EngineMaker
+) -> None:
+    """Bind an adapter's matrices, filled up to `rank`, to the engine's block number `index`."""
+    shapes = tensor_shapes(block.spec)
+    for name, (a, b) in lora_matrices(adapter).items():
+        out_features, in_features = shapes[name]
+        for which, matrix, features in (("a", a, in_features), ("b", b, out_features)):
+            values = engines.arrays.activations(padded(matrix, rank, features))
+            engine.bind(f"lora_{which}.{index}.{name}", values)
 
 
 class _ProbeAttention:

@@ -16,12 +16,22 @@ import numpy as np
 from blockzoo.engines.adapters import lora_matrices
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.runtime.batch import Call
+from blockzoo.runtime.errors import RequestError
 from blockzoo.runtime.topology import ChainPlan, Span
 from blockzoo.zoo.blocks import Adapter, BlockSpec, tensor_shapes
+from blockzoo.zoo.errors import StoreError
 
 Pairs = dict[str, tuple[Array, Array]]  # by projection: A [rank, in], B [rank, out], as activations
 
 _MAX_IDLE = 2  # a bank of more than this many times the rank in use is put together again
+
+
+class AdapterUnavailableError(RequestError):
+    """An adapter's file is missing or damaged: nothing was run; the rows of `chain` cannot be."""
+
+    def __init__(self, chain: int, message: str) -> None:
+        super().__init__(message)
+        self.chain = chain
 
 
 class AdapterCache:
@@ -37,7 +47,7 @@ class AdapterCache:
 
     def __init__(self, read: Callable[[str], Adapter], arrays: Arrays, budget: int) -> None:
         self.arrays = arrays
-        self._read, self._budget = read, budget
+        self.read, self._budget = read, budget
         self._loaded: OrderedDict[str, Pairs] = OrderedDict()
         self.num_bytes = self.num_loads = self.num_evictions = 0
 
@@ -47,7 +57,7 @@ class AdapterCache:
         if pairs is not None:
             self._loaded.move_to_end(adapter_id)
             return pairs
-        adapter = self._read(adapter_id)
+        adapter = self.read(adapter_id)
         made = self.arrays.activations
         pairs = {name: (made(a), made(b)) for name, (a, b) in lora_matrices(adapter).items()}
         adapter.drop_pages()
@@ -77,18 +87,18 @@ class AdapterInputs:
         spans: Sequence[Span],
         specs: Sequence[Sequence[BlockSpec]],
     ) -> None:
-        self._cache, self._chains, self._spans, self._specs = cache, chains, spans, specs
+        self._cache, self.chains, self._spans, self._specs = cache, chains, spans, specs
         self._banks: dict[tuple[int, int], _Bank] = {}
 
     def of(self, call: Call) -> dict[str, Array]:
-        """Inputs by name; none for a span that takes no adapters. Raises StoreError."""
+        """Inputs by name; none for a span that takes no adapters. Raises AdapterUnavailableError."""
         span = self._spans[call.span]
         if not span.lora:
             return {}
         key = call.span, call.position
         if key not in self._banks:
             self._banks[key] = _Bank(span, self._specs[call.span], call.position, self._cache)
-        adapters = {chain: self._chains[chain].adapters for chain, _ in call.parts}
+        adapters = {chain: self.chains[chain].adapters for chain, _ in call.parts}
         return self._banks[key].inputs(call.parts, adapters)
 
 
@@ -132,15 +142,19 @@ class _Bank:
         in_use = sum(slot.stop - slot.start for chain, slot in self._slots.items() if chain in needed)
         if needed.keys() <= self._slots.keys() and self._rank <= _MAX_IDLE * in_use:
             return
-        loaded = {
-            chain: {index: self._cache.get(key) for index, key in found.items()}
-            for chain, found in needed.items()
-        }
+        loaded: dict[int, dict[int, Pairs]] = {}
+        for chain, found in needed.items():
+            try:
+                loaded[chain] = {index: self._cache.get(key) for index, key in found.items()}
+            except StoreError as error:
+                raise AdapterUnavailableError(chain, str(error)) from error
         self._slots, self._rank = {}, 0
-        for chain, found in loaded.items():
-            rank = max(len(a) for pairs in found.values() for a, _ in pairs.values())
+        for chain, matrices in loaded.items():
+            rank = max(len(a) for pairs in matrices.values() for a, _ in pairs.values())
             self._slots[chain] = slice(self._rank, self._rank + rank)
             self._rank += rank
+        if self._arrays.records:  # few shapes, so that steps repeat them
+            self._rank = 1 << (self._rank - 1).bit_length()
         self._inputs = self._packed(loaded, self._rank)
 
     def _packed(self, loaded: dict[int, dict[int, Pairs]], rank: int) -> dict[str, Array]:

@@ -28,6 +28,8 @@ class EngineConfig:
             free memory where that is less. Split between KV geometries in proportion to their models.
         adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
             first; those of running requests come on top.
+        enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
+            later can be served by `LLMEngine.refresh`. False: where the zoo has some.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait; beyond it they are refused as overloaded.
@@ -37,6 +39,11 @@ class EngineConfig:
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
             has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
         kv_reuse: what requests get that do not say (`LLMEngine.prepare`). With "off" none may ask for more.
+        published_kv_share: of the KV pool, 0 to 1, that published documents may hold: their pages are never
+            evicted, so the rest is what requests have.
+        kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
+            can write there decides what the models read: guard it like the zoo.
+        kv_cache_dir_bytes: of its files; those used longest ago go first.
         approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
             refuses such requests, unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig`
             in a mapping are taken too. Needs prefix_caching.
@@ -54,6 +61,7 @@ class EngineConfig:
     precision: Literal["f32", "bf16"] | None = None
     kv_cache_bytes: int | None = None
     adapter_cache_bytes: int = 256 << 20
+    enable_lora: bool = False
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
@@ -62,6 +70,9 @@ class EngineConfig:
     prefix_caching: bool = True
     boundary_cache_bytes: int = 256 << 20
     kv_reuse: KVReuse = "exact"
+    published_kv_share: float = 0.5
+    kv_cache_dir: str | None = None
+    kv_cache_dir_bytes: int = 4 << 30
     approximate: ReuseConfig | None = None
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Literal["hit-first", "fair"] = "hit-first"
@@ -82,7 +93,9 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"boundary_cache_bytes is {self.boundary_cache_bytes}; expected at least 0"
             )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+        if not 0 <= self.published_kv_share <= 1:
+            raise InvalidRequestError(f"published_kv_share is {self.published_kv_share}; expected 0 to 1")
+        for name in ("kv_cache_dir_bytes", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -17,18 +17,22 @@ from difflib import get_close_matches
 from typing import get_args
 
 from blockzoo.engines.choose import make_engines
+from blockzoo.runtime.adapters import AdapterUnavailableError
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.detokenizer import Detokenizer
 from blockzoo.runtime.errors import (
     InvalidRequestError,
     PromptTooLongError,
-    SamplingError,
+    RequestError,
     UnknownModelError,
 )
 from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
+from blockzoo.runtime.prompt import assemble
+from blockzoo.runtime.publisher import PublishedDocument, Publisher
+from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.runtime.reuse_steps import ReuseSteps
@@ -93,11 +97,13 @@ class LLMEngine:
             zoo=zoo,
         )
         self._zoo = load_zoo(zoo, self.config, maker, progress)
+        self._refresher = Refresher(zoo, self._zoo)
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
         self._reuse = ReuseSteps(maker.arrays.rows_like)
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._publisher = Publisher(lambda: self._zoo, self.config, self._model, self._run)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -107,6 +113,11 @@ class LLMEngine:
     def tokenizer(self, model: str) -> Tokenizer:
         """A model's tokenizer. Raises UnknownModelError."""
         return self._model(model).tokenizer
+
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return {name: model.eos_token_ids for name, model in self._zoo.models.items()}
 
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
@@ -127,6 +138,7 @@ class LLMEngine:
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
+        documents: AnySequence[str] = (),
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -138,12 +150,14 @@ class LLMEngine:
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
                 takes also the KV of equal words behind other ones (see `runtime.reuse`), which changes
                 answers a little. None: as EngineConfig.kv_reuse says.
+            documents: texts put before the prompt as they are, each tokenized on its own: a published one of
+                the same text then is found whole.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
         loaded = self._model(model)
-        token_ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:
@@ -166,6 +180,7 @@ class LLMEngine:
             token_ids,
             arrival,
             reuse,
+            spans,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
@@ -207,9 +222,10 @@ class LLMEngine:
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
+        documents: AnySequence[str] = (),
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse))
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -221,6 +237,21 @@ class LLMEngine:
     def refusal(self, request: Request, error: BaseException) -> RequestOutput:
         """The only output of a prepared request that could not be queued."""
         return self._output(request, "", (), None, "error", str(error))
+
+    # ---- published documents
+
+    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+        """Compute a document's KV, or load it, for some models (all), for every scope; see `Publisher`."""
+        return self._publisher.publish(name, text, models)
+
+    def withdraw(self, name: str) -> None:
+        """End the publication of a document. Raises InvalidRequestError."""
+        self._publisher.withdraw(name)
+
+    @property
+    def documents(self) -> tuple[PublishedDocument, ...]:
+        """What is published."""
+        return self._publisher.documents
 
     # ---- step
 
@@ -251,7 +282,7 @@ class LLMEngine:
             return outputs + [self._fail(item.seq, f"the engine failed: {error}") for item in scheduled]
         for seq, result in sampled:
             request = self._requests[seq.request_id]
-            if isinstance(result, SamplingError):
+            if isinstance(result, RequestError):
                 outputs.append(self._fail(seq, str(result)))
             else:
                 outputs.append(self._take_token(request, result))
@@ -261,16 +292,21 @@ class LLMEngine:
                 executor.release_memory()
         return outputs
 
-    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | SamplingError]]:
+    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | RequestError]]:
         """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
-        results: list[tuple[Sequence, SampledToken | SamplingError]] = []
+        results: list[tuple[Sequence, SampledToken | RequestError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
             self._note_start(self._requests[item.seq.request_id])
             family = self._requests[item.seq.request_id].model.chain.family
             by_family.setdefault(family, []).append(item)
         for family, items in by_family.items():
-            step = self._run(self._zoo.executors[family], items)
+            try:
+                step = self._run(self._zoo.executors[family], items)
+            except AdapterUnavailableError as error:  # the others run in the next step
+                broken = [item.seq for item in items if self._chain_index(item.seq) == error.chain]
+                results += [(seq, error) for seq in broken]
+                continue
             self._recorder.on_step(step.num_calls, step.num_call_rows)
             for logits, indices in step.logits:
                 seqs = [items[i].seq for i in indices]
@@ -334,10 +370,14 @@ class LLMEngine:
         )
 
     def _chain_index(self, seq: Sequence) -> int:
-        return self._requests[seq.request_id].model.chain_index
+        return self._loaded(seq).chain_index
 
     def _chain(self, seq: Sequence) -> ChainPlan:
-        return self._requests[seq.request_id].model.chain
+        return self._loaded(seq).chain
+
+    def _loaded(self, seq: Sequence) -> LoadedModel:
+        request = self._requests.get(seq.request_id)
+        return request.model if request is not None and request.seq is seq else self._publisher.model
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1
@@ -459,6 +499,16 @@ class LLMEngine:
             if cache.planner is not None:
                 cache.planner.config = reuse
 
+    def refresh(self) -> Refreshed:
+        """Take over what has changed in the zoo on disk, without touching engines or requests; thread-safe.
+
+        Raises:
+            ManifestError, StoreError: the zoo cannot be read; nothing has changed.
+        """
+        self._zoo, refreshed = self._refresher.refresh(self._zoo)
+        self._recorder.add_segments(s for chain in self._zoo.topology.chains for s in chain.segments)
+        return refreshed
+
     # ---- looking in
 
     def check_integrity(self) -> None:
@@ -468,4 +518,5 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""
-        return self._recorder.snapshot(self._scheduler, list(self._zoo.caches.values()), self._zoo.adapters)
+        caches = list(self._zoo.caches.values())
+        return self._recorder.snapshot(self._scheduler, caches, self._zoo.adapters, self._publisher.stats())

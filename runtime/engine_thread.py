@@ -8,14 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
+from concurrent.futures import Future
 
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine, Request
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.publisher import PublishedDocument
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import KVReuse, RequestOutput, SamplingParams
 
 OnOutput = Callable[[RequestOutput], None]
+Publication = tuple[str, str, AnySequence[str] | None]  # arguments of LLMEngine.publish
 
 
 class EngineThread:
@@ -34,6 +38,7 @@ class EngineThread:
         self._callbacks: dict[str, OnOutput] = {}
         self._inbox: deque[Request] = deque()
         self._aborts: deque[str] = deque()
+        self._publications: deque[tuple[Future[PublishedDocument], Publication]] = deque()
         self._wake = threading.Condition()
         self._accepting = True
         self._stop = False
@@ -51,6 +56,11 @@ class EngineThread:
         """Names of the models served."""
         return self.engine.models
 
+    @property
+    def end_ids(self) -> dict[str, tuple[int, ...]]:
+        """End-of-sequence token ids by model name."""
+        return self.engine.end_ids
+
     def submit(
         self,
         request_id: str,
@@ -60,13 +70,14 @@ class EngineThread:
         on_output: OnOutput,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
+        documents: AnySequence[str] = (),
     ) -> None:
         """Check a request in the calling thread and hand it to the engine.
 
         Raises:
             RequestError: of the kind that fits; `on_output` is then never called.
         """
-        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse)
+        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse, documents)
         with self._wake:
             if self.error is not None:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")
@@ -86,6 +97,24 @@ class EngineThread:
         with self._wake:
             self._aborts.append(request_id)
             self._wake.notify()
+
+    def refresh(self) -> Refreshed:
+        """As `LLMEngine.refresh`; in the calling thread, while the engine's goes on."""
+        return self.engine.refresh()
+
+    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+        """Publish a document between two steps and wait for it; running requests pause meanwhile.
+
+        Raises:
+            RequestError: as `Publisher.publish`, or the engine has stopped.
+        """
+        done: Future[PublishedDocument] = Future()
+        with self._wake:
+            if self.error is not None or self._stop:
+                raise RequestError(f"the engine has stopped: {self.error}; restart it")
+            self._publications.append((done, (name, text, models)))
+            self._wake.notify()
+        return done.result()
 
     def metrics(self) -> Metrics:
         """A snapshot; from any thread."""
@@ -126,11 +155,23 @@ class EngineThread:
         """Move what came in to the engine; waits while there is nothing to do. False: stop."""
         with self._wake:
             self._wake.wait_for(
-                lambda: self._stop or self._inbox or self._aborts or self.engine.has_unfinished()
+                lambda: (
+                    self._stop
+                    or self._inbox
+                    or self._aborts
+                    or self._publications
+                    or self.engine.has_unfinished()
+                )
             )
+            publications, self._publications = self._publications, deque()
             arrived, self._inbox = self._inbox, deque()
             aborts, self._aborts = self._aborts, deque()
             stop = self._stop
+        for done, publication in publications:
+            try:
+                done.set_result(self.engine.publish(*publication))
+            except BaseException as error:
+                done.set_exception(error)
         for request in arrived:
             try:
                 self.engine.enqueue(request)
@@ -166,6 +207,9 @@ class EngineThread:
         """Tell every request that the engine is gone."""
         with self._wake:
             self.error = error
+            publications, self._publications = self._publications, deque()
+        for done, _ in publications:
+            done.set_exception(RequestError(f"the engine has stopped: {error}"))
         for request in list(self._inbox):
             self._deliver([self.engine.refusal(request, error)])
         for request_id in list(self._callbacks):

@@ -18,6 +18,7 @@ from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.kv_contents import KVContents
 from blockzoo.runtime.kv_pages import KVPages
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
@@ -121,12 +122,13 @@ class Executor:
         self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        self._rotation = dict(rope_tables)  # on the host; the pages look here too
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
-        self.kv = KVPages(self._pool, num_pages, rope_tables, arrays)
+        self.kv = KVPages(self._pool, num_pages, self._rotation, arrays)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
@@ -137,6 +139,15 @@ class Executor:
         self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
         self._most_rows = 0  # of a step since scratch was given back
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
+        self.contents = KVContents(self._pool, arrays, num_pages)
+
+    def add_chain(self, chain: ChainPlan, like: int) -> None:
+        """Append a chain of the same spans as chain number `like`; from any thread, before rows of it run."""
+        index = len(self._chains)
+        self._rope_tables[index], self._rotation[index] = self._rope_tables[like], self._rotation[like]
+        self._chains = (*self._chains, chain)
+        if self._adapters is not None:
+            self._adapters.chains = self._chains
 
     def release_memory(self) -> None:
         """Give back the engines' scratch if a step was large enough for that to be worth it."""
@@ -163,7 +174,8 @@ class Executor:
         self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
         self._scores = {}
-        kept = program() or []
+        looks = any(rows.score_window for rows in ordered)
+        kept = (self._launch(layout) if looks else program()) or []  # a recording would not read scores
         logits = []
         for rows, places in layout.logits:
             matrix, indices = self._device.to_host(rows), [order[place] for place in places]

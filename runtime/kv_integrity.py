@@ -26,9 +26,15 @@ def check_partition(
         raise IntegrityError(f"{num_cached} cached pages counted, not what the nodes hold")
 
 
-def check_references(sequences: AnySequence[Sequence], nodes: AnySequence[Node]) -> None:
-    """Check that sequences are on paths of the tree, write nowhere else, and are counted."""
+def check_references(
+    sequences: AnySequence[Sequence], nodes: AnySequence[Node], pins: AnySequence[Node]
+) -> None:
+    """Check that sequences are on paths of the tree, write nowhere else, and are counted, as are `pins`."""
     refs = dict.fromkeys(nodes, 0)
+    for node in pins:
+        if node not in refs:
+            raise IntegrityError("a published page has left the tree")
+        refs[node] += 1
     for seq in sequences:
         _check_levels(seq)
         for path, segment in zip(seq.nodes, seq.segments, strict=True):
@@ -42,7 +48,7 @@ def check_references(sequences: AnySequence[Sequence], nodes: AnySequence[Node])
         for node in seq.copied_from:
             refs[node] += 1
     if any(node.refs != count for node, count in refs.items()):
-        raise IntegrityError("the nodes' reference counts are not those of the running sequences")
+        raise IntegrityError("the nodes' reference counts are not those of sequences and publications")
 
 
 def _check_levels(seq: Sequence) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, bf16_to_f32
+from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.reuse import Borrowed, rotate
+from blockzoo.zoo.tensors import bf16_to_f32
 
 
 class KVPages:

@@ -10,6 +10,8 @@ from typing import Any
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine
 from blockzoo.runtime.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.publisher import PublishedDocument
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 
 Prompt = str | AnySequence[int]
@@ -48,6 +50,10 @@ class LLM:
         """Names of the models served."""
         return self.engine.models
 
+    def refresh(self) -> Refreshed:
+        """As `LLMEngine.refresh`: serve the models that were added to the zoo, forget those removed."""
+        return self.engine.refresh()
+
     def generate(
         self,
         model: str | AnySequence[str],
@@ -56,6 +62,7 @@ class LLM:
         *,
         scope: str | None = None,
         kv_reuse: KVReuse | AnySequence[KVReuse] | None = None,
+        documents: AnySequence[str] = (),
         progress: bool = True,
     ) -> list[Completion]:
         """Complete prompts, all in one batch.
@@ -64,7 +71,7 @@ class LLM:
             model: one model for all prompts, or one per prompt.
             prompts: texts or lists of token ids; a single text is a list of one.
             params: one for all prompts, or one per prompt; None: the defaults.
-            scope: see `LLMEngine.prepare`.
+            scope, documents: of all prompts; see `LLMEngine.prepare`.
             kv_reuse: "off", "exact" or "approx" for all prompts, or one per prompt; see `LLMEngine.prepare`.
             progress: show a bar on a terminal.
 
@@ -79,7 +86,7 @@ class LLM:
         all_params = _spread("params", params or SamplingParams(), all_prompts)
         reuse = _spread("kv_reuse", kv_reuse, all_prompts)
         requests = [
-            self.engine.prepare(str(i), *job)
+            self.engine.prepare(str(i), *job, documents=documents)
             for i, job in enumerate(
                 zip(models, all_prompts, all_params, [scope] * len(all_prompts), reuse, strict=True)
             )
@@ -100,6 +107,20 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
+
+    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+        """Compute the KV of a document once, for every prompt of some models (all) that begins with it.
+
+        Requests in every scope take it; with `kv_reuse="approx"` also where the document stands elsewhere.
+        With `kv_cache_dir` it is loaded from there, or kept there for the next time.
+
+        Raises: as `runtime.publisher.Publisher.publish`.
+        """
+        return self.engine.publish(name, text, models)
+
+    def withdraw(self, name: str) -> None:
+        """End the publication of a document. Raises InvalidRequestError where there is none."""
+        self.engine.withdraw(name)
 
 
 def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:

@@ -67,6 +67,7 @@ def load_zoo(
     topology = plan_topology(
         zoo.manifest,
         config.max_span_layers,
+        config.enable_lora,
         check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
         scores=reuse is not None and reuse.uses_scores,
     )

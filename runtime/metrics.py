@@ -15,6 +15,7 @@ from typing import get_args
 
 from blockzoo.runtime.adapters import AdapterCache
 from blockzoo.runtime.prefix_tree import CacheStats, KVCache
+from blockzoo.runtime.published import PublishStats
 from blockzoo.runtime.request import FinishReason
 from blockzoo.runtime.scheduler import Scheduler
 from blockzoo.runtime.sequence import Segment
@@ -28,6 +29,7 @@ _HIT_SHARES = (
     (0.9, "50-89"),
     (float("inf"), "90-100"),
 )  # below which share, label
+_NOTHING_PUBLISHED = PublishStats()
 E2E_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
 
 
@@ -96,6 +98,12 @@ class Metrics:
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
             the first, cached pages being those in the prefix tree whether in use or not.
+        documents: published ones.
+        document_pages: the cached pages that are theirs, and never evicted.
+        document_hit_tokens_total: tokens whose KV was found among them, at the start of prompts.
+        document_loads_total: chains of published documents whose KV came from disk.
+        document_computes_total: those whose KV was computed.
+        document_rejects_total: files of KV that were damaged or not what they said.
         adapter_bytes: adapters kept ready within their budget, copies in use not counted.
         adapter_loads_total: times that the adapter of a block was read from the zoo.
         adapter_evictions_total: times that one was dropped to stay within the budget.
@@ -126,6 +134,12 @@ class Metrics:
     pages_free: int
     pages_cached: int
     pages_used: int
+    documents: int
+    document_pages: int
+    document_hit_tokens_total: int
+    document_loads_total: int
+    document_computes_total: int
+    document_rejects_total: int
     adapter_bytes: int
     adapter_loads_total: int
     adapter_evictions_total: int
@@ -149,7 +163,8 @@ class MetricsRecorder:
     """
 
     def __init__(self, segments: Iterable[Segment] = ()) -> None:
-        self._layers = {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
+        self._layers: dict[str, str] = {}
+        self.add_segments(segments)
         self._lock = Lock()
         self._arrived = 0
         self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
@@ -163,6 +178,10 @@ class MetricsRecorder:
         self._ttft = Histogram(TTFT_BOUNDS)
         self._inter_token = Histogram(INTER_TOKEN_BOUNDS)
         self._e2e = Histogram(E2E_BOUNDS)
+
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Segments of models that came later."""
+        self._layers = self._layers | {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
 
     def on_request_arrived(self) -> None:
         """A request was queued."""
@@ -207,7 +226,13 @@ class MetricsRecorder:
             self._engine_calls += engine_calls
             self._call_rows += call_rows
 
-    def snapshot(self, scheduler: Scheduler, caches: Iterable[KVCache], adapters: AdapterCache) -> Metrics:
+    def snapshot(
+        self,
+        scheduler: Scheduler,
+        caches: Iterable[KVCache],
+        adapters: AdapterCache,
+        published: PublishStats = _NOTHING_PUBLISHED,
+    ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
         with self._lock:
@@ -226,6 +251,12 @@ class MetricsRecorder:
                 pages_free=sum(s.pages_free for s in stats),
                 pages_cached=sum(s.pages_cached for s in stats),
                 pages_used=sum(s.pages_owned for s in stats),
+                documents=published.documents,
+                document_pages=sum(s.published_pages for s in stats),
+                document_hit_tokens_total=sum(s.published_hit_tokens for s in stats),
+                document_loads_total=published.loaded,
+                document_computes_total=published.computed,
+                document_rejects_total=published.rejected_files,
                 adapter_bytes=adapters.num_bytes,
                 adapter_loads_total=adapters.num_loads,
                 adapter_evictions_total=adapters.num_evictions,

@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.kv_integrity import check_lru, check_partition, check_references
 from blockzoo.runtime.kv_nodes import Node, SegmentTree
 from blockzoo.runtime.pool import PAGE_TOKENS, PagePool, pages_for
+from blockzoo.runtime.published import Publication, PublishedPages
 from blockzoo.runtime.reuse import Borrowed, ReuseConfig
 from blockzoo.runtime.reuse_plan import ReusePlanner
 from blockzoo.runtime.sequence import Segment, Sequence
@@ -50,6 +51,8 @@ class CacheStats:
     resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
     copied_tokens: int  # whose KV was copied from a page that begins alike
     approximate_tokens: int  # whose KV was taken from equal words behind other ones
+    published_pages: int  # those of the tree that are published, so never evicted
+    published_hit_tokens: int  # whose KV was found among them
     evictions: int  # nodes evicted
     hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
     deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
@@ -83,6 +86,7 @@ class KVCache:
         self.prefix_caching = prefix_caching
         self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
         self.planner = None if reuse is None else ReusePlanner(reuse)
+        self.published = PublishedPages()
         self.version = 0  # changes whenever a probe's result may have changed
         self.num_cached_pages = 0
         self.num_evictable_pages = 0
@@ -115,6 +119,8 @@ class KVCache:
         ends = [len(path) for path in seq.nodes]
         if not self._reuses(seq):
             return ends
+        if seq.num_pages == 0:
+            self.published.mark(seq)
         cached = []  # per segment: leading pages in the tree there and in all segments below
         limit = seq.num_tokens // PAGE_TOKENS
         # No node outlives its parent, so presence is monotonic in the page index and bisection is exact.
@@ -187,6 +193,9 @@ class KVCache:
         skipped = (ends[-1] - first) * PAGE_TOKENS
         if seq.num_preemptions:
             self.resumed_tokens += skipped
+        else:
+            public = min(ends[-1], seq.num_public_pages) - min(first, seq.num_public_pages)
+            self.published.hit_tokens += public * PAGE_TOKENS
         seq.num_pages = ends[-1]
         seq.num_computed += skipped
         seq.num_cached += skipped
@@ -215,7 +224,7 @@ class KVCache:
         wanted = seq.token_ids[start : min(start + PAGE_TOKENS, seq.num_tokens - 1)]
         if wanted.size < MIN_COPIED_TOKENS:
             return 0
-        count, donors = self._begin_alike(seq, seq.parent_key(first), wanted)
+        count, donors = self._begin_alike(seq, first, wanted)
         pinned = sum(node.pages.size for node in donors if node.refs == 0)
         need = spare_pages + (pages_for(seq.num_tokens) - first) * seq.num_layers
         if not donors or need > self.pool.num_free + self.num_evictable_pages - pinned:
@@ -227,13 +236,22 @@ class KVCache:
         seq.num_computed += count
         seq.num_cached += count
         self.copied_tokens += count
+        if self.published.has(seq.segments, donors[-1].key):
+            self.published.hit_tokens += count
         return count
 
-    def _begin_alike(self, seq: Sequence, parent: bytes, wanted: np.ndarray) -> tuple[int, list[Node]]:
-        """The page after `parent` whose tokens agree with `wanted` the longest: how many, its nodes."""
+    def _begin_alike(self, seq: Sequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
+        """The page in place of `page` whose tokens agree with `wanted` the longest: how many, its nodes."""
         *lower, top = self._trees_of(seq)
         best, donors = MIN_COPIED_TOKENS - 1, []
-        for key, child in islice(reversed(top.children.get(parent, {}).items()), _MAX_CANDIDATES):
+        public = seq.public_parent_key(page)
+        for key, child in chain.from_iterable(
+            islice(reversed(top.children.get(parent, {}).items()), _MAX_CANDIDATES)
+            for parent in dict.fromkeys((seq.parent_key(page), public))
+            if parent is not None
+        ):
+            if child.parent_key == public and not self.published.has(seq.segments, key):
+                continue  # not yet, or no more
             differs = child.token_ids[: wanted.size] != wanted
             count = int(differs.argmax()) if differs.any() else wanted.size
             if count > best and all(key in tree.nodes for tree in lower):
@@ -319,8 +337,11 @@ class KVCache:
         full = seq.num_computed // PAGE_TOKENS
         if full <= seq.num_tree_pages or not self._reuses(seq) or seq.reused is not None:
             return  # what is computed from approximate KV is approximate
-        first, keys = seq.num_tree_pages, seq.page_keys(full)
-        for nodes, tree in zip(seq.nodes, self._trees_of(seq), strict=True):
+        first, keys, trees = seq.num_tree_pages, seq.page_keys(full), self._trees_of(seq)
+        public = keys[first : min(full, seq.num_public_pages)]
+        if any(key not in tree.nodes for tree in trees for key in public):
+            return  # withdrawn and evicted meanwhile: only a sequence that publishes makes public pages
+        for nodes, tree in zip(seq.nodes, trees, strict=True):
             for page in range(len(nodes), full):
                 own = seq.page_table[tree.rows, page]
                 node = tree.nodes.get(keys[page])
@@ -340,6 +361,37 @@ class KVCache:
             del seq.entering[page]
         if self.planner is not None and first < seq.num_prompt_pages <= full:
             self.planner.remember(seq)
+        self.version += 1
+
+    def pages_to_publish(self, seq: Sequence) -> int:
+        """Pages that publishing `seq`, a sequence of full pages, would add to those published."""
+        return self.published.missing_pages(seq, self._trees_of(seq))
+
+    def publish(self, seq: Sequence, num_tokens: int, lead: int) -> Publication:
+        """Keep the pages of `seq`, which publishes and is computed, for every scope until `withdraw`.
+
+        Of its tokens num_tokens are the document's, and the first `lead` of these begin any prompt.
+        """
+        assert seq.publishes, f"{seq} belongs to a scope"
+        assert all(len(path) == seq.num_pages for path in seq.nodes), f"{seq} is not all in the tree"
+        nodes = tuple(path[page] for page in range(seq.num_pages) for path in seq.nodes)
+        for node in nodes:
+            self._reference(node)
+        tokens = seq.token_ids[:num_tokens].copy()
+        publication = Publication(seq.segments, tokens, lead, tuple(seq.page_keys(seq.num_pages)), nodes)
+        self.published.add(publication)
+        if self.planner is not None:
+            self.planner.published.add(publication)
+        self.version += 1
+        return publication
+
+    def withdraw(self, publication: Publication) -> None:
+        """Let pages that were published be evicted; no sequence that begins from now on finds them."""
+        if self.planner is not None:
+            self.planner.published.remove(publication)
+        self.published.remove(publication)
+        for node in reversed(publication.nodes):
+            self._dereference(node)
         self.version += 1
 
     def release(self, seq: Sequence) -> None:
@@ -419,6 +471,8 @@ class KVCache:
             resumed_tokens=self.resumed_tokens,
             copied_tokens=self.copied_tokens,
             approximate_tokens=self.approximate_tokens,
+            published_pages=self.published.num_pages,
+            published_hit_tokens=self.published.hit_tokens,
             evictions=self.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,
@@ -432,5 +486,5 @@ class KVCache:
         sequences = list(sequences)
         nodes = [node for tree in self._trees.values() for node in tree.nodes.values()]
         check_partition(self.pool, sequences, nodes, self.num_cached_pages)
-        check_references(sequences, nodes)
+        check_references(sequences, nodes, self.published.pins())
         check_lru(nodes, list(self._lru), self.num_evictable_pages)

@@ -10,6 +10,7 @@ import numpy as np
 
 from blockzoo.runtime.kv_nodes import Node, SegmentTree
 from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
+from blockzoo.runtime.published_donors import PublishedDonors, without_overlap
 from blockzoo.runtime.reuse import Borrowed, Donor, Donors, ReuseConfig, Run
 from blockzoo.runtime.selection import matched_positions, reused_positions
 from blockzoo.runtime.sequence import Sequence
@@ -31,6 +32,7 @@ class ReusePlanner:
     def __init__(self, config: ReuseConfig) -> None:
         self.config = config  # may be replaced, but for what the donors are indexed by
         self._donors = Donors(config)
+        self.published = PublishedDonors(config.window)
 
     def remember(self, seq: Sequence) -> None:
         """Make a donor of a sequence whose prompt has just entered the tree."""
@@ -45,7 +47,7 @@ class ReusePlanner:
         start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
         found = [
             (cut, donor)
-            for run, donor in self._donors.match(_where(seq), seq.token_ids, start, end)
+            for run, donor in self._match(seq, start, end)
             if (cut := self._present(run, donor, trees)).length >= config.window
         ]
         matched = sum(run.length for run, _ in found)
@@ -69,6 +71,12 @@ class ReusePlanner:
             for tree in trees
         )
         return Plan(taken if survey is None else survey.first_reused(), borrowed, tuple(nodes), survey)
+
+    def _match(self, seq: Sequence, start: int, end: int) -> list[tuple[Run, Donor]]:
+        """Runs of tokens [start, end) that donors of the scope hold, or published documents."""
+        found = self._donors.match(_where(seq), seq.token_ids, start, end)
+        published = self.published.match(seq, start, end)
+        return without_overlap(found + published, self.config.window) if published else found
 
     @staticmethod
     def _present(run: Run, donor: Donor, trees: AnySequence[SegmentTree]) -> Run:

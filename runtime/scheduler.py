@@ -275,6 +275,10 @@ class Scheduler:
             return
         spare_pages = self._spare_pages(cache)
         if not cache.can_begin(seq, spare_pages):
+            if not any(other.seq.cache is cache for other in self._running):
+                self._forget(entry)  # what is not free now is published and will not be
+                self._fail(entry)
+                return
             step.full.add(cache)  # who comes later must not overtake it
             return
         if entry in self._waiting:
@@ -334,11 +338,12 @@ class Scheduler:
 
     def _fail(self, entry: _Entry) -> None:
         seq = entry.seq
-        total = seq.cache.pool.num_pages
-        most = total // seq.num_layers * PAGE_TOKENS
+        total, published = seq.cache.pool.num_pages, seq.cache.published.num_pages
+        most = (total - published) // seq.num_layers * PAGE_TOKENS
+        pages = f"{total} pages" + (f", less {published} of published documents," if published else "")
         message = (
             f"{seq.num_tokens} tokens (prompt {seq.prompt_len}) of model {seq.model!r} do not fit in the KV "
-            f"cache: its {total} pages hold {most} tokens of one sequence of {seq.num_layers} layers; "
+            f"cache: its {pages} hold {most} tokens of one sequence of {seq.num_layers} layers; "
             "shorten the prompt, lower max_tokens or raise kv_cache_bytes"
         )
         self.failed.append(Failed(seq, message))

@@ -5,8 +5,6 @@ It knows nothing of sampling, text or engines.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from blockzoo.runtime.page_keys import PUBLIC_ROOT, branch_key, page_key, root_key
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.request import KVReuse
 from blockzoo.runtime.reuse import Borrowed
@@ -24,21 +23,6 @@ if TYPE_CHECKING:
     from blockzoo.runtime.prefix_tree import KVCache, Node
 
 _PAGE_TABLE_CHUNK = 16  # columns; 512 tokens
-# Page keys decide who reads whose KV. Keyed per process, so that no tenant can look for collisions offline.
-_HASH_KEY = os.urandom(16)
-_DIGEST_BYTES = 16
-
-
-def root_key(scope: str) -> bytes:
-    """The key before the first page: what keeps scopes apart."""
-    data = scope.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=_HASH_KEY, person=b"scope").digest()
-
-
-def page_key(parent: bytes, token_ids: np.ndarray) -> bytes:
-    """The key of a full page, so of all tokens up to its end. `token_ids` int32 [32]."""
-    data = parent + token_ids.tobytes()
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=_HASH_KEY, person=b"page").digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +62,8 @@ class Sequence:
         "borrowed",
         "cache",
         "copied_from",
+        "documents",
+        "documents_version",
         "entering",
         "importance",
         "model",
@@ -88,10 +74,12 @@ class Sequence:
         "num_layers",
         "num_pages",
         "num_preemptions",
+        "num_public_pages",
         "num_refreshing",
         "num_tokens",
         "page_table",
         "prompt_len",
+        "publishes",
         "refreshed",
         "request_id",
         "reuse",
@@ -113,10 +101,13 @@ class Sequence:
         prompt_token_ids: AnySequence[int] | np.ndarray,
         arrival: float,
         reuse: KVReuse = "exact",
+        documents: Iterable[tuple[int, int]] = (),
+        publishes: bool = False,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
-        Only sequences of one `scope` share KV.
+        Only sequences of one `scope` share KV, but for what an operator's sequence `publishes`: it leaves its
+        pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces.
         """
         self.request_id = request_id
         self.model = model
@@ -155,7 +146,11 @@ class Sequence:
         self.num_refreshing = 0  # of `stale`, in this step
         self.refreshed = self.stale  # in the last step
         self.num_calm = 0  # refreshed in a row with negligible deviations
-        self._root_key = root_key(scope)
+        self.documents = tuple(documents)
+        self.publishes = publishes
+        self.num_public_pages = 0  # leading pages that are published, under keys of no scope
+        self.documents_version = 0  # of the published documents, when these were counted
+        self._root_key = PUBLIC_ROOT if publishes else root_key(scope)
         self._page_keys: list[bytes] = []
 
     @property
@@ -261,17 +256,32 @@ class Sequence:
         self._tokens[self.num_tokens] = token_id
         self.num_tokens += 1
 
+    def set_public(self, keys: list[bytes]) -> None:
+        """Say which leading pages are published, by their keys; while the sequence holds no page."""
+        if keys or self.num_public_pages:
+            self._page_keys = list(keys)
+            self.num_public_pages = len(keys)
+
     def parent_key(self, page: int) -> bytes:
         """The key of all tokens before `page`."""
-        return self.page_keys(page)[page - 1] if page else self._root_key
+        if page == 0:
+            return PUBLIC_ROOT if self.num_public_pages else self._root_key
+        parent = self.page_keys(page)[page - 1]
+        return branch_key(self._root_key, parent) if page == self.num_public_pages else parent
+
+    def public_parent_key(self, page: int) -> bytes | None:
+        """The same for what is published behind these tokens; None where they are not published."""
+        if page > self.num_public_pages:
+            return None
+        return self.page_keys(page)[page - 1] if page else PUBLIC_ROOT
 
     def page_keys(self, count: int) -> list[bytes]:
         """Keys of the first `count` pages or more, which must be full of tokens; each is computed once."""
         keys = self._page_keys
         assert count * PAGE_TOKENS <= self.num_tokens, f"page {count - 1} of {self} is not full"
         for page in range(len(keys), count):
-            parent = keys[page - 1] if page else self._root_key
-            keys.append(page_key(parent, self._tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]))
+            tokens = self._tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
+            keys.append(page_key(self.parent_key(page), tokens))
         return keys
 
     def grow_page_table(self, num_pages: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as TokenizersTokenizer
@@ -75,6 +76,13 @@ class Tokenizer:
             raise InvalidRequestError(
                 "The text has lone surrogates, which are no characters; expected valid Unicode."
             ) from error
+
+    @cached_property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What `encode` puts before and behind a text, such as <s>."""
+        whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+        return tuple(whole[:start]), tuple(whole[start + len(bare) :])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; bytes that are no valid UTF-8 come out as U+FFFD, unknown ids as nothing."""

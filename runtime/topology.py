@@ -13,7 +13,7 @@ from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from blockzoo.runtime.sequence import Segment
-from blockzoo.zoo.blocks import AttnSpec, HeadSpec
+from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, HeadSpec
 from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest
 
 _EDGE = ""  # stands for "before the first block" and "after the last"
@@ -91,7 +91,7 @@ class _Limits(NamedTuple):
     check: int | None  # from the bottom of the chain
 
 
-class _Variant(NamedTuple):
+class Variant(NamedTuple):
     """What tells two models apart."""
 
     chain: tuple[str, ...]
@@ -107,10 +107,15 @@ class Topology:
     chains: tuple[ChainPlan, ...]
     chain_of_model: Mapping[str, int]
 
+    def chain_ids(self, chain: ChainPlan) -> tuple[str, ...]:
+        """The block ids of a chain, from embed to head."""
+        return chain.embed_id, *(i for use in chain.uses for i in self.spans[use.span].block_ids)
+
 
 def plan_topology(
     manifest: Manifest,
     max_span_layers: int | None = None,
+    enable_lora: bool = False,
     check_layers: int | None = None,
     scores: bool = False,
 ) -> Topology:
@@ -119,12 +124,13 @@ def plan_topology(
     Args:
         manifest: of the zoo to serve.
         max_span_layers: cut spans after this many layers (benchmarks); None: as long as possible.
+        enable_lora: let every projection take adapters, for those that come later.
         check_layers: cut also after so many layers of each chain that has more; None: nowhere.
         scores: engines with attention tell how much of it each token received.
     """
-    models_of: dict[_Variant, list[str]] = defaultdict(list)
+    models_of: dict[Variant, list[str]] = defaultdict(list)
     for name, model in manifest.models.items():
-        models_of[_Variant(model.chain, tuple(sorted(model.adapters.items())))].append(name)
+        models_of[Variant(model.chain, tuple(sorted(model.adapters.items())))].append(name)
     variants = sorted(models_of)
     chains = sorted({variant.chain for variant in variants})
     limits = _Limits(max_span_layers, check_layers)
@@ -134,7 +140,10 @@ def plan_topology(
     index = {run: i for i, run in enumerate(spans)}
     variants.sort(key=lambda variant: ([index[run] for run in runs[variant.chain]], variant.adapters))
     segments = _segments(variants, manifest.blocks)
-    lora = _lora_targets(variants, runs, manifest.adapters)
+    if enable_lora:
+        lora = {span: _all_projections(span, manifest.blocks) for span in spans}
+    else:
+        lora = _lora_targets(variants, runs, manifest.adapters)
     return Topology(
         spans=tuple(
             Span(
@@ -157,7 +166,7 @@ def plan_topology(
 
 
 def _lora_targets(
-    variants: Sequence[_Variant],
+    variants: Sequence[Variant],
     runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]],
     adapters: Mapping[str, AdapterRecord],
 ) -> dict[tuple[str, ...], tuple[tuple[int, tuple[str, ...]], ...]]:
@@ -173,6 +182,13 @@ def _lora_targets(
                     found[run][i].update(lora.projection for lora in loras)
             position += len(run)
     return {run: tuple((i, tuple(sorted(names))) for i, names in sorted(found[run].items())) for run in found}
+
+
+def _all_projections(
+    run: Sequence[str], blocks: Mapping[str, BlockRecord]
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    kinds = [blocks[block_id].spec.kind for block_id in run]
+    return tuple((i, tuple(sorted(PROJECTIONS[kind]))) for i, kind in enumerate(kinds) if kind in PROJECTIONS)
 
 
 def _is_attn(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
@@ -230,7 +246,7 @@ def _dropping_runs(
 
 
 def _chain_plan(
-    variant: _Variant,
+    variant: Variant,
     chain_runs: tuple[tuple[str, ...], ...],
     index: Mapping[tuple[str, ...], int],
     segments: tuple[Segment, ...],
@@ -262,15 +278,15 @@ def _chain_plan(
 
 
 def _segments(
-    variants: Sequence[_Variant], blocks: Mapping[str, BlockRecord]
-) -> dict[_Variant, tuple[tuple[Segment, ...], tuple[int, ...]]]:
+    variants: Sequence[Variant], blocks: Mapping[str, BlockRecord]
+) -> dict[Variant, tuple[tuple[Segment, ...], tuple[int, ...]]]:
     """Per model the maximal layer ranges whose KV is shared by one and the same set of models.
 
     The KV of a layer depends on every block up to its attention, and on their adapters, so its identity is
     the hash of that prefix. With each range comes the position in the chain at which its sharers below part.
     """
-    prefixes = {variant: _layer_keys(variant, blocks) for variant in variants}
-    sharers: dict[str, set[_Variant]] = defaultdict(set)
+    prefixes = {variant: layer_keys(variant, blocks) for variant in variants}
+    sharers: dict[str, set[Variant]] = defaultdict(set)
     for variant, keys in prefixes.items():
         for key in keys:
             sharers[key].add(variant)
@@ -290,23 +306,24 @@ def _segments(
     return result
 
 
-def _steps(variant: _Variant) -> list[str]:
+def steps(variant: Variant) -> list[str]:
     """What computes, block by block: the block, and its adapter."""
     adapters = dict(variant.adapters)
     return [f"{block_id} {adapters.get(i, '')}" for i, block_id in enumerate(variant.chain)]
 
 
-def _common_length(variants: set[_Variant]) -> int:
+def _common_length(variants: set[Variant]) -> int:
     """The number of steps that all models begin with."""
-    columns = zip(*map(_steps, variants), strict=False)
+    columns = zip(*map(steps, variants), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _prefix_key(variant: _Variant, length: int) -> str:
-    return hashlib.sha256("\n".join(["hidden states after", *_steps(variant)[:length]]).encode()).hexdigest()
+def _prefix_key(variant: Variant, length: int) -> str:
+    return hashlib.sha256("\n".join(["hidden states after", *steps(variant)[:length]]).encode()).hexdigest()
 
 
-def _layer_keys(variant: _Variant, blocks: Mapping[str, BlockRecord]) -> list[str]:
+def layer_keys(variant: Variant, blocks: Mapping[str, BlockRecord]) -> list[str]:
+    """Per layer the identity of its K and V: a hash of all that computes them."""
     digest = hashlib.sha256()
     adapters = dict(variant.adapters)
     keys = []

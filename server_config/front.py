@@ -18,9 +18,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +61,6 @@ class EngineFront:
     Args:
         engine: started; closed by `close`.
         pb: the `triton_python_backend_utils` module.
-        end_ids: models served, with their end-of-sequence token ids.
         control_dir: where the launcher's drain file appears; None without a launcher.
     """
 
@@ -70,12 +68,11 @@ class EngineFront:
         self,
         engine: EngineThread,
         pb: Any,
-        end_ids: Mapping[str, tuple[int, ...]],
         control_dir: Path | None = None,
     ) -> None:
         self._engine = engine
         self._pb = pb
-        self._end_ids = end_ids
+        self._end_ids = engine.end_ids
         self._drain_file = None if control_dir is None else control_dir / DRAIN_FILE
         self._exporter = MetricsExporter(pb)
         self._streams: dict[str, _Stream] = {}
@@ -94,6 +91,8 @@ class EngineFront:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             if "health" in inputs and inputs["health"].any():
                 self._answer_health(sender, inputs)
+            elif "refresh" in inputs and inputs["refresh"].any():
+                threading.Thread(target=self._refresh, args=(sender,), daemon=True).start()
             else:
                 self._start(request, inputs, sender)
         except RequestError as error:
@@ -131,6 +130,7 @@ class EngineFront:
                 on_output,
                 parsed.kv_scope,
                 parsed.kv_reuse,
+                parsed.documents,
             )
         except BaseException:
             del self._streams[stream.request_id]
@@ -154,6 +154,18 @@ class EngineFront:
         status = {"unfinished": len(self._streams), "echo": echo}
         tensors = {"text_output": strings(json.dumps(status)), "token_ids": integers([])}
         self._send(sender, Response(tensors, final=True))
+
+    def _refresh(self, sender: Any) -> None:
+        """A thread of its own: reading the zoo takes a while, and other requests come in."""
+        try:
+            found = self._engine.refresh()
+            self._end_ids = self._engine.end_ids
+            said = json.dumps({**asdict(found), "serving": sorted(self._end_ids)})
+            tensors = {"text_output": strings(said), "token_ids": integers([])}
+            self._send(sender, Response(tensors, final=True))
+        except Exception as error:  # the zoo cannot be read; or a bug of ours
+            self._log(traceback.format_exc())
+            self._send(sender, Response(error=f"the zoo was not refreshed: {error}", final=True))
 
     def _problem(self) -> str | None:
         """Why this process should be replaced; None while it is well."""

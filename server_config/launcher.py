@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockzoo.server_config.documents import WARNING_MARK
 from blockzoo.server_config.environment import Tritonserver
 from blockzoo.server_config.front import DRAIN_FILE
 
@@ -33,6 +34,7 @@ _TAIL_LINES = 400
 # on a machine without a GPU each ensemble logs one of these as an error
 _NOISE = ("unable to create stream", "CudaDriverHelper has not been initialized")
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: \w+: (.*?)(?:\\n|\"$)")
+_WARNING = re.compile(rf'W\d{{4}} .*?{WARNING_MARK}(.*?)"?$')
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,13 @@ class Endpoints:
         return f"http://{self.client_host}:{self.http_port}"
 
 
-def server_arguments(repository: Path, endpoints: Endpoints, drain_s: float) -> list[str]:
-    """The flags of tritonserver that the repository counts on."""
+def server_arguments(
+    repository: Path, endpoints: Endpoints, drain_s: float, follows: bool = False
+) -> list[str]:
+    """The flags of tritonserver that the repository counts on; `follows`: it may change."""
+    polling = ["--model-control-mode=poll", "--repository-poll-secs=1"] if follows else []
     return [
+        *polling,
         f"--model-repository={repository}",
         f"--http-address={endpoints.host}",
         f"--http-port={endpoints.http_port}",
@@ -170,6 +176,9 @@ class TritonProcess:
             for line in lines:
                 line = line.rstrip("\n")
                 self._tail.append(line)
+                warning = _WARNING.match(line)
+                if warning and not self._verbose:
+                    print(f"zoo-serve: {warning[1]}", file=sys.stderr, flush=True)
                 if self._verbose or (self.forward_errors and _is_error(line)):
                     print(line if self._verbose else line.replace("\\n", "\n"), file=sys.stderr, flush=True)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -50,18 +51,21 @@ class ServerSettings:
         engine: fields of `EngineConfig` that differ from its defaults.
         drain_s: seconds that running requests have when the model is unloaded.
         control_dir: folder shared with the launcher; None without one.
+        publish: absolute paths of files with documents to publish.
     """
 
     zoo: str
     engine: Mapping[str, Any] = field(default_factory=dict)
     drain_s: float = 30.0
     control_dir: str | None = None
+    publish: tuple[str, ...] = ()
 
     @classmethod
     def of_model(cls, args: Mapping[str, str]) -> ServerSettings:
         """Read them from what Triton gives to `TritonPythonModel.initialize`."""
         config = json.loads(args["model_config"])
-        return cls(**json.loads(config["parameters"]["settings"]["string_value"]))
+        settings = json.loads(config["parameters"]["settings"]["string_value"])
+        return cls(**settings | {"publish": tuple(settings["publish"])})
 
 
 def write_repository(folder: Path, settings: ServerSettings) -> tuple[str, ...]:
@@ -73,22 +77,65 @@ def write_repository(folder: Path, settings: ServerSettings) -> tuple[str, ...]:
     Raises:
         ZooError: the zoo cannot be read, a name does not suit Triton, or the folder holds something.
     """
-    zoo = Zoo.open(settings.zoo)
-    tenants = tuple(sorted(zoo.manifest.models))
-    if not tenants:
-        raise ZooError(f"{zoo.path} holds no models; add one with zoo-compile")
-    for name in tenants:
-        check_name(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ZooError(f"{folder} is not empty; name a new folder for the model repository")
-    for name, text in configurations(tenants, settings).items():
-        version = folder / name / "1"
-        version.mkdir(parents=True)
-        (folder / name / "config.pbtxt").write_text(text)
-        if name in RESERVED_NAMES:
-            source = resources.files("blockzoo.server_config") / "models" / name / "1" / "model.py"
-            (version / "model.py").write_bytes(source.read_bytes())
+    return update_repository(folder, settings)
+
+
+def update_repository(
+    folder: Path,
+    settings: ServerSettings,
+    tenants: Sequence[str] | None = None,
+    inputs: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Bring a model repository, perhaps one that a server looks through, in line with its zoo.
+
+    Files appear complete and only where they change, so that Triton loads again what has to be. Scratch files
+    lie beside the folder.
+
+    Args:
+        tenants: models to serve; None: all of the zoo.
+        inputs: tenants that `preprocessing` has inputs for, besides those.
+
+    Returns:
+        The names of the models served, sorted.
+
+    Raises:
+        ZooError: the zoo cannot be read, or a name does not suit Triton.
+    """
+    if tenants is None:
+        zoo = Zoo.open(settings.zoo)
+        tenants = tuple(zoo.manifest.models)
+        if not tenants:
+            raise ZooError(f"{zoo.path} holds no models; add one with zoo-compile")
+    tenants = tuple(sorted(tenants))
+    for name in tenants:
+        check_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in configurations(tenants, settings, sorted({*tenants, *inputs})).items():
+        _write_model(folder / name, text)
+    for stale in {path.name for path in folder.iterdir()} - {*tenants, *RESERVED_NAMES}:
+        shutil.rmtree(folder / stale)
     return tenants
+
+
+def _write_model(folder: Path, text: str) -> None:
+    config = folder / "config.pbtxt"
+    if config.exists():
+        if config.read_text() != text:
+            unfinished = folder.parent.with_name(f"{folder.name}.unfinished")
+            unfinished.write_text(text)
+            unfinished.rename(config)
+        return
+    unfinished = folder.parent.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    version = unfinished / "1"
+    version.mkdir(parents=True)
+    (unfinished / "config.pbtxt").write_text(text)
+    if folder.name in RESERVED_NAMES:
+        source = resources.files("blockzoo.server_config") / "models" / folder.name / "1" / "model.py"
+        (version / "model.py").write_bytes(source.read_bytes())
+    unfinished.rename(folder)
 
 
 def check_name(name: str) -> None:
@@ -102,9 +149,12 @@ def check_name(name: str) -> None:
         )
 
 
-def configurations(tenants: Sequence[str], settings: ServerSettings) -> dict[str, str]:
-    """The text of each model's config.pbtxt."""
-    tenant_inputs = [TensorField(tenant_input(tenant), "STRING") for tenant in tenants]
+def configurations(
+    tenants: Sequence[str], settings: ServerSettings, inputs: Sequence[str] | None = None
+) -> dict[str, str]:
+    """The text of each model's config.pbtxt; `inputs`: tenants that preprocessing knows, None: the same."""
+    known = tenants if inputs is None else inputs
+    tenant_inputs = [TensorField(tenant_input(tenant), "STRING") for tenant in known]
     return {
         ENGINE: _python_model(ENGINE, INPUTS, OUTPUTS, _ONE_BY_ONE + _DECOUPLED, settings),
         UNARY: _python_model(UNARY, INPUTS, OUTPUTS, _ONE_BY_ONE, settings),
@@ -177,8 +227,3 @@ def _tensors(kind: str, tensors: Iterable[TensorField], optional: bool = False) 
 def _parameter(key: str, value: str) -> str:
     # a JSON string is a valid pbtxt string, once the value is ASCII
     return f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}\n'
-
-
-def served_end_ids(zoo: Zoo) -> dict[str, tuple[int, ...]]:
-    """End-of-sequence token ids by model name."""
-    return {name: record.config.eos_token_ids for name, record in zoo.manifest.models.items()}

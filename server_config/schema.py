@@ -64,6 +64,7 @@ class ParsedRequest:
         echo: text to put before the answer ("" where none is wanted).
         kv_scope: see `EngineThread.submit`.
         kv_reuse: see `EngineThread.submit`.
+        documents: texts put before the prompt, see `LLMEngine.prepare`.
         timeout_s: the client's own limit, from Triton's `timeout` parameter; None without one.
     """
 
@@ -74,6 +75,7 @@ class ParsedRequest:
     echo: str
     kv_scope: str | None
     kv_reuse: KVReuse | None
+    documents: tuple[str, ...]
     timeout_s: float | None
 
 
@@ -109,7 +111,9 @@ def parse_request(
     if kv_scope is not None and len(kv_scope) > MAX_SCOPE_CHARS:
         raise InvalidRequestError(f"kv_scope has {len(kv_scope)} characters; at most {MAX_SCOPE_CHARS}")
     params = _sampling_params(inputs)
-    return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, _timeout(parameters))
+    documents = _words(inputs, "documents") if "documents" in inputs else ()
+    timeout = _timeout(parameters)
+    return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, documents, timeout)
 
 
 def checked_text(value: bytes, name: str) -> str:

@@ -13,6 +13,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess
     from blockzoo.server_config.watchdog import Watchdog
 
@@ -39,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
+    engine.add_argument(
+        "--enable-lora",
+        action="store_true",
+        default=None,
+        help="let all engines take LoRAs, so that any that is compiled later is served without a restart",
+    )
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
     engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
@@ -55,6 +62,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="what KV requests reuse: none, that of equal prefixes (default), or also that of equal words "
         "behind other ones (approximate: it changes answers a little), for requests with kv_reuse approx or "
         "for all that do not say otherwise",
+    )
+    engine.add_argument(
+        "--publish",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="publish documents, whose KV is computed once for the prompts of every scope: a text file, or a "
+        ".jsonl file with name, text and perhaps models in each line; may be repeated",
+    )
+    engine.add_argument(
+        "--published-kv-share",
+        type=float,
+        metavar="S",
+        help="of the KV pool that they may hold (default 0.5)",
+    )
+    engine.add_argument(
+        "--kv-cache-dir", metavar="DIR", help="keep the KV of published documents there for the next start"
+    )
+    engine.add_argument(
+        "--kv-cache-dir-gb", type=_amount, metavar="GB", help="the most it may hold (default 4)"
     )
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
     engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
@@ -106,6 +133,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "precision": args.precision,
         "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
+        "enable_lora": args.enable_lora,
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "max_waiting": args.max_waiting,
@@ -115,6 +143,9 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "kv_sharing": args.kv_sharing,
         "kv_reuse": None if args.kv_reuse == "on-request" else args.kv_reuse,
         "approximate": {} if args.kv_reuse == "on-request" else None,
+        "published_kv_share": args.published_kv_share,
+        "kv_cache_dir": None if args.kv_cache_dir is None else str(Path(args.kv_cache_dir).resolve()),
+        "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),
         "schedule": args.schedule,
         "num_threads": args.threads,
     }
@@ -123,12 +154,22 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def _publish(args: argparse.Namespace) -> tuple[str, ...]:
+    """Absolute paths of the files of documents, read once. Raises InvalidRequestError."""
+    from blockzoo.server_config.documents import read_documents
+
+    paths = [Path(path).resolve() for path in args.publish]
+    read_documents(paths)
+    return tuple(map(str, paths))
+
+
 def _write_only(args: argparse.Namespace) -> int:
     from blockzoo.server_config.launcher import Endpoints, server_arguments
     from blockzoo.server_config.repository import ServerSettings, write_repository
 
     folder = Path(args.write_only).resolve()
-    settings = ServerSettings(str(Path(args.zoo).resolve()), _engine_settings(args), args.drain_seconds)
+    zoo = str(Path(args.zoo).resolve())
+    settings = ServerSettings(zoo, _engine_settings(args), args.drain_seconds, publish=_publish(args))
     tenants = write_repository(folder, settings)
     endpoints = Endpoints(args.host, args.http_port, args.grpc_port, args.metrics_port)
     command = ["tritonserver", *server_arguments(folder, endpoints, args.drain_seconds)]
@@ -138,11 +179,12 @@ def _write_only(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.environment import find_tritonserver, free_ports
+    from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
-    from blockzoo.server_config.repository import ServerSettings, write_repository
+    from blockzoo.server_config.repository import ServerSettings
     from blockzoo.server_config.watchdog import Watchdog
 
-    engine = _engine_settings(args)
+    engine, publish = _engine_settings(args), _publish(args)
     ports = free_ports(
         args.host,
         {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
@@ -153,24 +195,26 @@ def _serve(args: argparse.Namespace) -> int:
         repository, control_dir = folder / "models", folder / "control"
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
-        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir))
-        tenants = write_repository(repository, settings)
+        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
+        watchdog = Watchdog(endpoints.http, "")
+        follower = Follower(settings, repository, watchdog.refresh)
         server = find_tritonserver(folder)
-        arguments = server_arguments(repository, endpoints, args.drain_seconds)
+        arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:
+            watchdog.tenant = follower.prepare()[0]
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
-        supervisor = _Supervisor(start, Watchdog(endpoints.http, tenants[0]), args.drain_seconds)
-        return supervisor.run(lambda: _print_endpoints(args.zoo, tenants, endpoints))
+        supervisor = _Supervisor(start, watchdog, follower, args.drain_seconds)
+        return supervisor.run(lambda: _print_endpoints(args.zoo, follower.tenants, endpoints))
 
 
 class _Supervisor:
     """Keeps one server up until a signal comes; runs in the main thread."""
 
-    def __init__(self, start: Any, watchdog: Watchdog, drain_s: float) -> None:
+    def __init__(self, start: Any, watchdog: Watchdog, follower: Follower, drain_s: float) -> None:
         self._start = start
-        self._watchdog = watchdog
+        self._watchdog, self._follower = watchdog, follower
         self._drain_s = drain_s
         self._stop = Event()
 
@@ -189,6 +233,7 @@ class _Supervisor:
             while not self._stop.wait(_PROBE_EVERY_S):
                 problem = self._watchdog.problem() if process.running else process.failure()
                 if problem is None:
+                    self._follow()
                     continue
                 now = time.monotonic()
                 if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
@@ -206,6 +251,14 @@ class _Supervisor:
             return 130
         finally:
             process.kill()
+
+    def _follow(self) -> None:
+        """Take over what has changed in the zoo."""
+        change = self._follower.follow()
+        if change is not None:
+            self._watchdog.tenant = change.tenants[0] if change.tenants else ""
+            for message in change.messages:
+                _say(message)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop.is_set():

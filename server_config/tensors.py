@@ -44,10 +44,12 @@ SAMPLING_INPUTS = (
     TensorField("exclude_input_in_output", "BOOL"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
     TensorField("kv_reuse", "STRING"),  # ours: "off", "exact" or "approx"
+    TensorField("documents", "STRING", (-1,)),  # ours: texts put before text_input, each tokenized on its own
     TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
-INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT)
+REFRESH_INPUT = TensorField("refresh", "BOOL")  # ours: take over what has changed in the zoo
+INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT, REFRESH_INPUT)
 
 TEXT_OUTPUT = TensorField("text_output", "STRING", (-1,))
 OUTPUTS = (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from blockzoo.runtime.tokenizer import Tokenizer
 from blockzoo.server_config.answer import integers, strings
 from blockzoo.server_config.repository import tenant_input
 from blockzoo.server_config.schema import checked_text, did_you_mean
-from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.store import Zoo, manifest_stamp
 
 Tensors = Mapping[str, np.ndarray]
 Step = Callable[[Tensors], Tensors]
@@ -24,14 +27,33 @@ _PREFIX = tenant_input("")
 
 
 class Tokenizers:
-    """The tokenizer of each model of a zoo; equal ones are loaded once."""
+    """The tokenizer of each model of a zoo, as it is on disk now; equal ones are loaded once.
 
-    def __init__(self, zoo: Zoo) -> None:
+    Args:
+        path: of the zoo.
+
+    Raises:
+        ZooError: it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._loaded: dict[Path, Tokenizer] = {}
+        self._of_model: dict[str, Tokenizer] = {}
+        self._read()
+
+    def _read(self) -> None:
+        self._seen = manifest_stamp(self._path)
+        zoo = Zoo.open(self._path)
         folders = {name: zoo.tokenizer_dir(name) for name in zoo.manifest.models}
-        loaded = {folder: Tokenizer.load(folder) for folder in set(folders.values())}
+        loaded = {folder: self._loaded.get(folder) or Tokenizer.load(folder) for folder in folders.values()}
+        self._loaded = loaded
         self._of_model = {name: loaded[folder] for name, folder in folders.items()}
 
     def __getitem__(self, model: str) -> Tokenizer:
+        if manifest_stamp(self._path) != self._seen:
+            with suppress(ZooError):  # a zoo that cannot be read changes nothing
+                self._read()
         if model not in self._of_model:
             names = tuple(sorted(self._of_model))
             raise InvalidRequestError(f"there is no model {model!r}; {did_you_mean(model, names)}")

@@ -17,6 +17,7 @@ from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESS
 _PROBE_TIMEOUT_S = 3.0
 _TIMEOUTS_ALLOWED = 3  # in a row: one may only mean that the machine is slow
 _FIRST_INFERENCE_S = 600.0
+_REFRESH_S = 60.0
 _SAMPLE = {
     "text_input": "żółw 🐢",
     "max_tokens": 123456789,
@@ -35,12 +36,12 @@ class Watchdog:
 
     Args:
         http: base URL.
-        tenant: any model served.
+        tenant: any model served; set again when that one is no longer.
     """
 
     def __init__(self, http: str, tenant: str) -> None:
         self._http = http
-        self._tenant = tenant
+        self.tenant = tenant
         self._timeouts = 0
 
     def ready(self) -> bool:
@@ -59,7 +60,7 @@ class Watchdog:
         """
         try:
             status = self._engine_status(_FIRST_INFERENCE_S, _SAMPLE)
-            self._post(self._tenant, {"text_input": "a", "max_tokens": 1}, _FIRST_INFERENCE_S)
+            self._post(self.tenant, {"text_input": "a", "max_tokens": 1}, _FIRST_INFERENCE_S)
             self._post(UNARY, {"health": True}, _FIRST_INFERENCE_S)
         except (OSError, UnhealthyError) as error:
             raise ServerError(f"the server started, but its first inference failed: {error}") from None
@@ -76,7 +77,7 @@ class Watchdog:
         probes: tuple[tuple[str, dict[str, Any]], ...] = (
             (ENGINE, {"health": True}),
             (UNARY, {"health": True}),
-            (PREPROCESSING, {tenant_input(self._tenant): "a"}),
+            (PREPROCESSING, {tenant_input(self.tenant): "a"}),
             (POSTPROCESSING, {"text": "a"}),
         )
         for model, request in probes:
@@ -96,6 +97,15 @@ class Watchdog:
             return self._engine_status(_PROBE_TIMEOUT_S)["unfinished"]
         except (OSError, UnhealthyError):
             return None
+
+    def refresh(self) -> dict[str, Any]:
+        """Let the engine take over what has changed in the zoo: the fields of `Refreshed`, and `serving`.
+
+        Raises:
+            OSError: no answer.
+            UnhealthyError: it could not.
+        """
+        return json.loads(self._post(ENGINE, {"refresh": True}, _REFRESH_S)["text_output"])
 
     def _engine_status(self, timeout_s: float, sample: dict[str, Any] | None = None) -> dict[str, Any]:
         return json.loads(self._post(ENGINE, {"health": True, **(sample or {})}, timeout_s)["text_output"])

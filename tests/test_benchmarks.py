@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,64 @@ def test_memory(workdir: Path) -> None:
         assert results["genai, a process each"]["pss"] > results["genai, one process"]["pss"]
 
 
+@pytest.mark.slow
+def test_stitch(tmp_path: Path) -> None:
+    sizes = [
+        "--minutes",
+        "0.02",
+        "--stitch-steps",
+        "2",
+        "--rows",
+        "4",
+        "--cuts",
+        "2",
+        "--text-bytes",
+        "200000",
+    ]
+    command = [sys.executable, "-m", "benchmarks.stitch", *sizes]
+    command += ["--workdir", str(tmp_path), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "stitch.json").read_text())["shapes"]["demo"]["results"]
+    assert results["whole"]["wide"]["bits_per_byte"] < results["whole"]["narrow"]["bits_per_byte"]
+    kinds = {"least squares", "trained", "random", "mean only", "shared"}
+    for direction in ("wide -> narrow", "narrow -> wide"):
+        assert results[direction].keys() == {f"cut 2, {kind}" for kind in kinds}
+        assert all(0 < chain["bits_per_byte"] < 20 for chain in results[direction].values())
+
+
 def test_sampling() -> None:
     command = [sys.executable, "benchmarks/sampling.py", "--rows", "2", "--vocab", "5000", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"]["peaked"]
+
+
+def test_the_twenty_models_are_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.finetunes import BASE, MODELS
+
+    counts = Counter(tuned.kind for tuned in MODELS.values())
+    assert counts == {"lora": 5, "merged": 5, "layers": 4, "light": 3, "alias": 2, "unrelated": 1}
+    assert next(iter(MODELS)) == BASE
+
+
+@pytest.mark.slow
+def test_zoo20(workdir: Path) -> None:
+    options = ["--repeats", "1", "--context", "64", "--threads", "1", "--steps-scale", "0.02"]
+    folders = ["--workdir", str(workdir), "--out", str(workdir)]
+    command = [sys.executable, "-m", "benchmarks.zoo20", *options, *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workdir / "zoo20.json").read_text())["shapes"]["demo"]["results"]
+    assert results["disk"]["zoo"] < results["disk"]["as_given"] < results["disk"]["full_checkpoints"]
+    assert results["memory"]["zoo"] < 20 * results["memory"]["single"]
+    for name, found in results["agreement"].items():
+        assert found["agreement"] >= {"merged": 0.99, "light": 0.98}.get(found["kind"], 1), name
+    assert all(case["tokens_per_s"] > 0 for case in results["decode"].values())
+    assert ("genai" in results) == PEER
+    if PEER:
+        assert results["genai"]["pipelines"] == 15
 
 
 @needs_peer

@@ -27,9 +27,28 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     parts = report["tiny"]
     assert not [name for name, facts in parts.items() if "error" in facts], parts
-    assert parts["tenants"]["weight_bytes"] < parts["tenants"]["weight_bytes_apart"]
+    assert parts["scattered"]["15% of rows"]["ms"] > 0
+    assert parts["adapters"]["batch 8"]["share_of_base_rate"] > 0
+    assert all("skipped" in parts[name] for name in ("plans", "attention", "tensorrt_rtx"))
     assert parts["decode"]["batch 1 without graphs"]["tokens_per_s"] > 0
     assert report["ceilings"].keys() == {"copy_bytes_per_s", "read_bytes_per_s", "matrix_flops_per_s"}
+
+
+def test_eight_tenants_share_28_of_32_layers(tmp_path: Path) -> None:
+    what = ("--shapes", "deep", "--parts", "tenants", "--device", "cpu", "--repeats", "1")
+    done = run("benchmarks.gpu", *what, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    tenants = json.loads((tmp_path / "gpu-cpu.json").read_text())["deep"]["tenants"]
+    assert (tenants["shared_layers"], tenants["layers"]) == (28, 32)
+    assert tenants["weight_bytes"] < tenants["weight_bytes_apart"] / 4
+    assert tenants["engine_calls"] == 10  # what is shared, eight times the rest, the head
+
+
+def test_it_starts_on_a_machine_with_little_installed() -> None:
+    missing = ("onnx", "onnxruntime", "transformers", "openvino", "tritonclient", "tensorrt_rtx", "rich")
+    block = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import benchmarks.gpu"
+    done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tensorrt_llm_peer_says_how_to_install() -> None:

@@ -23,6 +23,7 @@ _NEUTRAL = {"task_type", "peft_version", "revision", "inference_mode", "lora_dro
 _NEUTRAL |= {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
 _NEUTRAL |= {"megatron_config", "megatron_core", "qalora_group_size", "eva_config", "lora_ga_config"}
 _NEUTRAL |= {"runtime_config", "ensure_weight_tying", "corda_config"}
+_BIASES = ("none", "all", "lora_only")  # which biases of the base were trained; the file holds their values
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 
 
@@ -47,7 +48,7 @@ class LoraAdapter:
     pairs: dict[str, LoraPair]
     """HF name of the changed weight -> its LoRA."""
     replacements: dict[str, BlockTensor]
-    """HF name -> the tensor that replaces it (modules_to_save, resized embeddings)."""
+    """HF name -> the tensor that replaces it (modules_to_save, resized embeddings, trained biases)."""
     tokenizer_files: dict[str, bytes] | None
     """The folder's own tokenizer, if it has one."""
 
@@ -79,8 +80,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(f"PEFT type {config.get('peft_type')!r} is not supported (only 'LORA')")
     if config.get("use_dora"):
         raise UnsupportedModelError("DoRA (use_dora) is not supported: merge the adapter with PEFT first")
-    if config.get("bias", "none") != "none":
-        raise UnsupportedModelError(f"trained biases (bias={config['bias']!r}) are not supported")
+    if config.get("bias", "none") not in _BIASES:
+        raise UnsupportedModelError(f"bias={config['bias']!r} is not supported (only {', '.join(_BIASES)})")
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise UnsupportedModelError(
@@ -116,7 +117,7 @@ def _split(
         elif ".lora_" in plain:
             raise UnsupportedModelError(f"{path}: tensor {name} is no part of a plain LoRA")
         else:
-            replacements[plain] = tensor
+            replacements[plain.replace(".base_layer.bias", ".bias")] = tensor  # as the base calls it
     if not tensors:
         raise CheckpointError(f"{file.path}: the adapter holds no tensors")
     return pairs, replacements

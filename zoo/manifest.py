@@ -55,7 +55,8 @@ class PlanRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlanTensorRecord:
-    """An input or output of a serialized plan; -1 in the shape is the number of rows."""
+    """An input or output of a serialized plan; in the shape, -1 is the number of rows and -2 that of the
+    adapters' ranks."""
 
     name: str
     dtype: Dtype
@@ -87,6 +88,10 @@ class TensorRTPlanRecord:
     """The bound on scratch that it was built under; None: none."""
     baked_block: str | None
     """The block whose weights are constants of the plan; None: weights are inputs."""
+    lora: tuple[str, ...]
+    """Projections with adapters as inputs."""
+    max_lora_ranks: int
+    """Ranks of all adapters of a call together that the plan has room for; 0 without `lora`."""
     num_bytes: int
     sha256: str
     """Of the plan's bytes."""
@@ -148,7 +153,7 @@ class EquivalenceRecord:
     own_blocks: dict[int, str]
     """Position in the chain -> id of the model's own block there, which is not stored."""
     threshold: float
-    """Asked for: of `cosine` and `top1`."""
+    """Asked for: the least `cosine`."""
     cosine: float
     """Mean cosine of the vocabulary probabilities."""
     kl: float

@@ -119,6 +119,15 @@ class Zoo:
         return tensors, file
 
 
+def manifest_stamp(zoo: Path) -> tuple[int, int] | None:
+    """Changes whenever the zoo's manifest is written; None while there is no zoo."""
+    try:
+        found = (zoo / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
 def block_path(zoo: Path, block_id: str) -> Path:
     """Where a zoo keeps a block."""
     return zoo / "blocks" / f"{block_id}.safetensors"

@@ -17,6 +17,18 @@ _SAFETENSORS: dict[str, Dtype] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _CHUNK = 1 << 22  # elements looked at in one go: temporaries stay in the cache, not in gigabytes
 
 
+def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
+    """The exact float32 values of bf16 bits (uint16), same shape."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """The nearest bf16 bits (uint16) of float32 values, ties to even, same shape. NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockTensor:
     """One weight tensor; `data` is C-contiguous, bf16 as its uint16 bit pattern (numpy has no bf16)."""
@@ -32,7 +44,7 @@ class BlockTensor:
     def to_f32(self) -> np.ndarray:
         """The values in float32, exactly; a copy except where the tensor is f32 already."""
         if self.dtype == "bf16":
-            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return bf16_to_f32(self.data)
         return self.data.astype(np.float32, copy=False)
 
     def is_finite(self) -> bool:
@@ -59,9 +71,7 @@ def from_f32(values: np.ndarray, dtype: Dtype) -> BlockTensor:
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return BlockTensor("f16", values.astype(np.float16))
-    bits = values.view(np.uint32)
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return BlockTensor("bf16", ((bits + half) >> np.uint32(16)).astype(np.uint16))
+    return BlockTensor("bf16", f32_to_bf16(values))
 
 
 def narrowed(tensor: BlockTensor) -> BlockTensor:

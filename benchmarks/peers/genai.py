@@ -13,20 +13,31 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
+from openvino_genai import (
+    Adapter,
+    AdapterConfig,
+    ContinuousBatchingPipeline,
+    GenerationConfig,
+    SchedulerConfig,
+)
 
 from benchmarks.families import Family, made_once
 from benchmarks.sides import MAX_STEPS, Settings
 
 
 def ir_folder(family: Family, tenant: str) -> Path:
-    """A tenant's model as GenAI reads it, written on first use (by another process: it imports torch)."""
+    """A tenant's model as GenAI reads it, written on first use."""
+    return write_once(family.checkpoint(tenant), family.path / "genai" / tenant)
+
+
+def write_once(checkpoint: Path, path: Path) -> Path:
+    """A checkpoint as GenAI reads it, in `path`, written on first use (by a process that imports torch)."""
 
     def write(folder: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.peers.ir", str(family.checkpoint(tenant)), str(folder)]
+        command = [sys.executable, "-m", "benchmarks.peers.ir", str(checkpoint), str(folder)]
         subprocess.run(command, check=True, env={**os.environ, "CI": "true"})  # "CI": no telemetry
 
-    return made_once(family.path / "genai" / tenant, write)
+    return made_once(path, write)
 
 
 class GenAISide:
@@ -35,9 +46,10 @@ class GenAISide:
     Args:
         folder: of the model.
         settings: of the run; the precision holds for KV too, whose default would be u8.
+        adapters: LoRA files (safetensors); `decode` picks one of them, the other methods use none.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, adapters: Sequence[Path] = ()) -> None:
         scheduler = SchedulerConfig()
         scheduler.max_num_batched_tokens = settings.max_tokens
         scheduler.max_num_seqs = settings.max_seqs
@@ -52,6 +64,9 @@ class GenAISide:
         }
         if settings.num_threads is not None:
             properties["INFERENCE_NUM_THREADS"] = settings.num_threads
+        self._adapters = [Adapter(str(file)) for file in adapters]
+        if self._adapters:
+            properties["adapters"] = AdapterConfig(self._adapters)
         self._pipeline = ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
         self._vocab: int = json.loads((folder / "config.json").read_text())["vocab_size"]
         self._rng = np.random.default_rng(0)
@@ -78,10 +93,26 @@ class GenAISide:
         """See Side."""
         self._pipeline.step()
 
-    def decode(self, num_tokens: int) -> None:
-        """`num_tokens` tokens for the first sequence in one call, without Python's lock."""
+    def decode(self, num_tokens: int, prompt: int = 0, adapter: int | None = None) -> None:
+        """`num_tokens` tokens for a sequence in one call, without Python's lock."""
         self._stop()
-        self._pipeline.generate([_tensor(self._prompts[0])], [_greedy(num_tokens)])
+        self._pipeline.generate(
+            [_tensor(self._prompts[prompt])], [self._with_adapter(_greedy(num_tokens), adapter)]
+        )
+
+    def mixing_error(self) -> str:
+        """What the pipeline says to one batch of two adapters; empty if it takes them."""
+        configs = [self._with_adapter(_greedy(2), adapter) for adapter in (0, 1)]
+        try:
+            self._pipeline.generate([_tensor(prompt) for prompt in self._prompts[:2]], configs)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def _with_adapter(self, config: GenerationConfig, adapter: int | None) -> GenerationConfig:
+        if self._adapters:
+            config.adapters = AdapterConfig([] if adapter is None else [self._adapters[adapter]])
+        return config
 
     def generate(self, prompt: np.ndarray, max_tokens: int) -> tuple[list[int], list[float]]:
         """Greedy tokens after a prompt (int [n]) and their log-probabilities."""

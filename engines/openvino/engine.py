@@ -11,6 +11,7 @@ import openvino as ov
 from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
 from blockzoo.zoo.blocks import Block
 
@@ -25,15 +26,23 @@ class OpenVINOEngine:
         self._blocks = tuple(blocks)  # keeps the files mapped over which the graph's constants lie
         self._request = compiled.create_infer_request()
         self._bound: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
+        self._adapters = AdapterPacker(spec.lora, self._set)
 
     def bind(self, name: str, array: np.ndarray) -> None:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
+        if self._adapters.takes(name):
+            self._adapters.give(name, array)
+        else:
+            self._set(name, array)
+
+    def _set(self, name: str, array: np.ndarray) -> None:
         tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
         self._request.set_tensor(name, tensor)
         self._bound[name] = tensor
 
     def run(self) -> None:
         """Run the span on what is bound."""
+        self._adapters.pack()
         self._request.infer(share_outputs=True)
 
     def scores(self) -> np.ndarray:

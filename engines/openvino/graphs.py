@@ -101,7 +101,9 @@ class _SpanBuilder:
         self._params: list[Parameter] = []
         self._rows: Node | None = None
         self._lora = {index: set(names) for index, names in spec.lora}
-        self._lora_mask: Node | None = None
+        self._lora_rows: Node | None = None
+        self._lora_back: Node | None = None
+        self._dropped = False
         self._meta: dict[str, Node] = {}
         self._scores: list[Node] = []  # of each layer
 
@@ -111,7 +113,8 @@ class _SpanBuilder:
         if spec.drops_rows:
             self._rows = self._param("rows", Type.i32, [-1])
         if spec.lora:
-            self._lora_mask = self._to_f32(self._param("lora_mask", self._dtype, [-1, -1]))
+            self._lora_rows = self._param("lora_rows", Type.i32, [-1])
+            self._lora_back = self._param("lora_back", Type.i32, [-1])
         if spec.layers:
             self._attention_params(spec.layers[0].head_dim)
         elif spec.drops_rows:
@@ -151,26 +154,35 @@ class _SpanBuilder:
         return x if self._dtype == Type.f32 else op.convert(x, "f32")
 
     def _keep_rows(self, x: Node) -> Node:
-        """Let the other rows leave; from here on the mask of the adapters has the kept rows too."""
-        if self._lora_mask is not None:
-            self._lora_mask = op.gather(self._lora_mask, self._rows, _const(0))
+        """Let the other rows leave."""
+        self._dropped = True
         return op.gather(x, self._rows, _const(0))
 
+    def _adapted_rows(self, x: Node, index: int) -> Node:
+        """The rows of x that adapters work on, for `_lora_delta`: all of them once rows have left."""
+        if index not in self._lora or self._dropped:
+            return x
+        return op.gather(x, self._lora_rows, _const(0))
+
     def _lora_delta(self, x: Node, block: Block, index: int, name: str) -> Node | None:
-        """What the adapters add to a projection of x, [T, out]; None where none may."""
+        """What the adapters add to a projection, [rows of the call, out], given the adapted rows of its
+        input; None where none may."""
         if name not in self._lora.get(index, ()):
             return None
         out_features, in_features = block.tensors[name].shape
-        a, b = (
+        mask, a, b = (
             self._to_f32(self._param(f"lora_{which}.{index}.{name}", self._dtype, [-1, features]))
-            for which, features in (("a", in_features), ("b", out_features))
+            for which, features in (("mask", -1), ("a", in_features), ("b", out_features))
         )
-        return op.matmul(op.multiply(op.matmul(x, a, False, True), self._lora_mask), b, False, False)
+        if self._dropped:
+            mask = op.gather(mask, op.gather(self._lora_back, self._rows, _const(0)), _const(0))
+        delta = op.matmul(op.multiply(op.matmul(x, a, False, True), mask), b, False, False)
+        return delta if self._dropped else op.gather(delta, self._lora_back, _const(0))
 
-    def _project(self, x: Node, block: Block, index: int, name: str) -> Node:
-        """x W^T, with the bias and the adapters' part where there are any."""
+    def _project(self, x: Node, adapted: Node, block: Block, index: int, name: str) -> Node:
+        """x W^T, with the bias and the adapters' part where there are any; `adapted`: see `_adapted_rows`."""
         y = _linear(x, _weight(block.tensors[name]), block.tensors.get(f"{name}_bias"))
-        delta = self._lora_delta(x, block, index, name)
+        delta = self._lora_delta(adapted, block, index, name)
         return y if delta is None else op.add(y, delta)
 
     def _attention_params(self, head_dim: int) -> None:
@@ -194,7 +206,8 @@ class _SpanBuilder:
         kv_width = spec.num_kv_heads * spec.head_dim
         sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
         q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()
-        deltas = [self._lora_delta(normed, block, index, name) for name in "qkv"]
+        adapted = self._adapted_rows(normed, index)
+        deltas = [self._lora_delta(adapted, block, index, name) for name in "qkv"]
         q, k, v = (y if d is None else op.add(y, d) for y, d in zip((q, k, v), deltas, strict=True))
         q = self._heads(q, spec, spec.num_heads, t.get("q_norm"))
         k = self._heads(k, spec, spec.num_kv_heads, t.get("k_norm"))
@@ -202,7 +215,7 @@ class _SpanBuilder:
         if self._spec.drops_rows and layer == len(self._spec.layers) - 1:
             attended = op.gather(attended, self._rows, _const(0))
             x = self._keep_rows(x)
-        return op.add(x, self._project(attended, block, index, "o"))
+        return op.add(x, self._project(attended, self._adapted_rows(attended, index), block, index, "o"))
 
     def _heads(self, x: Node, spec: AttnSpec, heads: int, norm: BlockTensor | None) -> Node:
         """[T, heads * D] -> per-head norm where the model has one -> rotated -> [T, heads * D]."""
@@ -239,9 +252,11 @@ class _SpanBuilder:
 
     def _ffn(self, x: Node, block: Block, spec: FfnSpec, index: int) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)
-        gate = self._project(normed, block, index, "gate")
-        up = self._project(normed, block, index, "up")
-        return op.add(x, self._project(op.multiply(op.swish(gate), up), block, index, "down"))
+        adapted = self._adapted_rows(normed, index)
+        gate = self._project(normed, adapted, block, index, "gate")
+        up = self._project(normed, adapted, block, index, "up")
+        inner = op.multiply(op.swish(gate), up)
+        return op.add(x, self._project(inner, self._adapted_rows(inner, index), block, index, "down"))
 
     def _head(self, x: Node, block: Block, spec: HeadSpec) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,12 +23,16 @@ class TorchArrays:
         device: where the arrays are.
         precision: of activations and KV.
         record: on a GPU, let `recorded` make CUDA graphs.
+
+    Attributes:
+        settling: whether the step that runs now is about to be recorded, or is being recorded.
     """
 
     def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
         self.device = device
         self.records = record and device.type == "cuda"
-        self._graph_memory: Any = None
+        self.settling = False
+        self._graphs: _Graphs | None = None
         self._dtypes = {"activation": TORCH_DTYPES[precision], "f32": torch.float32, "i32": torch.int32}
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> torch.Tensor:
@@ -77,29 +82,67 @@ class TorchArrays:
         """On a GPU a CUDA graph of `run`, made at the third call: the first two compile and warm up."""
         if not self.records:
             return run
-        if self._graph_memory is None:  # graphs run one after the other: they may share their scratch
-            self._graph_memory = torch.cuda.graph_pool_handle()
-        return _Recorded(run, self._graph_memory)
+        if self._graphs is None:
+            self._graphs = _Graphs(self.device)
+        return _Recorded(run, self, self._graphs)
+
+
+class _Graphs:
+    """What the recordings of one device have in common.
+
+    They run one after the other, so they may share their scratch memory. All is started on one stream beside
+    the default one, which can neither be recorded nor be left unsynchronized by TensorRT.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.failed = False
 
 
 class _Recorded:
-    def __init__(self, run: Callable[[], Any], memory: Any) -> None:
-        self._run, self._memory = run, memory
+    """Runs twice directly, which compiles and warms up, then records itself and is replayed."""
+
+    def __init__(self, run: Callable[[], Any], arrays: TorchArrays, graphs: _Graphs) -> None:
+        self._run, self._arrays, self._graphs = run, arrays, graphs
         self._graph: Any = None
         self._calls = 0
 
     def __call__(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._calls < 2:
-            self._calls += 1
+        self._calls += 1
+        self._arrays.settling = self._calls > 1
+        try:
+            if self._graph is None and self._calls > 2 and not self._graphs.failed:
+                self._record()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._run_directly()
+        finally:
+            self._arrays.settling = False
+
+    def _run_directly(self) -> None:
+        stream, current = self._graphs.stream, torch.cuda.current_stream(self._arrays.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             self._run()
-        else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory):
+        current.wait_stream(stream)
+
+    def _record(self) -> None:
+        """Make the graph. Where that fails nothing was run, and no step is recorded from then on."""
+        graph, graphs = torch.cuda.CUDAGraph(), self._graphs
+        try:
+            # thread_local: TensorRT-RTX compiles on a thread of its own, which is no part of the step
+            with torch.cuda.graph(
+                graph, pool=graphs.memory, stream=graphs.stream, capture_error_mode="thread_local"
+            ):
                 self._run()
+        except RuntimeError:
+            graphs.failed = True
+            logging.getLogger(__name__).warning("a step cannot be recorded as a CUDA graph", exc_info=True)
+            torch.cuda.synchronize(self._arrays.device)
+        else:
             self._graph = graph
-            graph.replay()
 
 
 def weight_tensor(tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -38,6 +38,12 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """The same for q and k that are normed and rotated already."""
 
+    def no_scores(self, inputs: Inputs) -> torch.Tensor:
+        """Zeros, to be bound as `scores`: what every layer of a call adds its scores to."""
+
+    def packed_scores(self, inputs: Inputs) -> torch.Tensor:
+        """The `scores` of a call in the form of `engines.base.Engine.scores`."""
+
 
 class DenseAttention:
     """Gathers each sequence's pages into one matrix; waits for the device once per sequence."""
@@ -92,6 +98,15 @@ class DenseAttention:
                 inputs["scores"][context : context + length] += weights[:, :, -window:].sum((0, 1, 2))
             context += length
         return out.flatten(1)
+
+    def no_scores(self, inputs: Inputs) -> torch.Tensor:
+        """float32 [sum of past + new]."""
+        context = int(inputs["past_lens"].sum()) + int(inputs["subsequence_begins"][-1])
+        return torch.zeros(context, device=inputs["past_lens"].device)
+
+    def packed_scores(self, inputs: Inputs) -> torch.Tensor:
+        """As they are."""
+        return inputs["scores"]
 
 
 def rotate(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
@@ -12,12 +12,39 @@ from blockzoo.engines.reference.arrays import weight_tensor
 from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
-Delta = Callable[[torch.Tensor, str], torch.Tensor | None]
-"""(input x of a projection, its name) -> what the adapters add to its output, None where none may."""
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def no_delta(x: torch.Tensor, name: str) -> None:
-    """Of a block that takes no adapters."""
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What the adapters of a call add to the projections of one block (see `engines.base.Engine`).
+
+    Attributes:
+        mask: [T, Q]; None in a call without adapters.
+        pairs: by projection, A [Q, in] and B [Q, out].
+    """
+
+    mask: torch.Tensor | None = None
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor | None:
+        """What is added to the projection `name` of x; None where nothing is."""
+        if self.mask is None or name not in self.pairs:
+            return None
+        a, b = self.pairs[name]
+        return ((x @ a.T) * self.mask) @ b
+
+
+NO_LORA = Lora()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One layer's attention in one call: the engine's inputs, the layer's `block_indices`, who attends."""
+
+    inputs: Inputs
+    page_ids: torch.Tensor
+    attention: Attention
 
 
 class Weights:
@@ -93,28 +120,22 @@ class TorchAttn:
             ops=ops,
         )
 
-    def pre(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def pre(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
         qkv = linear(normed, self.qkv, self.qkv_bias)
         q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
-        _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, delta)
+        _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, lora)
         return qkv
 
-    def attend(
-        self,
-        x: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        attention: Attention,
-        delta: Delta = no_delta,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, call: LayerCall, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
-        return attention(self.pre(x, delta), inputs, page_ids, self.spec, self.qk_norms)
+        qkv = self.pre(x, lora)
+        return call.attention(qkv, call.inputs, call.page_ids, self.spec, self.qk_norms)
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
-        return _add_product(x, attended, self.o, self.o_bias, delta(attended, "o"))
+        return _add_product(x, attended, self.o, self.o_bias, lora(attended, "o"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +164,14 @@ class TorchFfn:
             ops=ops,
         )
 
-    def __call__(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
         gate_up = linear(normed, self.gate_up, self.gate_up_bias)
         size = self.spec.intermediate_size
-        _add_deltas(gate_up, normed, {"gate": size, "up": size}, delta)
+        _add_deltas(gate_up, normed, {"gate": size, "up": size}, lora)
         inner = self.ops.gated(gate_up)
-        return _add_product(x, inner, self.down, self.down_bias, delta(inner, "down"))
+        return _add_product(x, inner, self.down, self.down_bias, lora(inner, "down"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +189,15 @@ class TorchHead:
         assert isinstance(block.spec, HeadSpec)
         return cls(block.spec, weights.load(block, "norm"), weights.load(block, "weight"), ops)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> logits [T, vocab] in the precision of the weights."""
         return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
 
 
-def _add_deltas(y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], delta: Delta) -> None:
+def _add_deltas(y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], lora: Lora) -> None:
     """Add what the adapters add to the projections of x that lie side by side in y."""
     for part, name in zip(y.split(list(widths.values()), 1), widths, strict=True):
-        added = delta(x, name)
+        added = lora(x, name)
         if added is not None:
             part.add_(added)
 

@@ -11,15 +11,16 @@ import torch
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
-from blockzoo.engines.reference.attention import Attention, DenseAttention, Inputs
+from blockzoo.engines.reference.attention import Attention, DenseAttention
 from blockzoo.engines.reference.blocks import (
-    Delta,
+    NO_LORA,
+    LayerCall,
+    Lora,
     Operators,
     TorchAttn,
     TorchFfn,
     TorchHead,
     Weights,
-    no_delta,
 )
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 
@@ -27,24 +28,17 @@ from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
 class AttnBlock(Protocol):
     """An attention block on the device, in two parts."""
 
-    def attend(
-        self,
-        x: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        attention: Attention,
-        delta: Delta = no_delta,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, call: LayerCall, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output and the hidden states before it -> those after it."""
 
 
 class RowBlock(Protocol):
-    """A feed-forward or output block on the device: row by row (a feed-forward one takes a delta too)."""
+    """A feed-forward or output block on the device: row by row (no adapter changes an output block)."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states or logits."""
 
 
@@ -63,51 +57,52 @@ class ReferenceEngine:
 
     def scores(self) -> torch.Tensor:
         """The caller's own; see `engines.base.Engine`."""
-        return self._bound["scores"]
+        return self._attention.packed_scores(self._bound)
 
     def release_memory(self) -> None:
         """Nothing to give back: torch frees what a run took."""
 
     def run(self) -> None:
         """Start the span on what is bound; on a GPU it returns before the outputs are written."""
+        with torch.cuda.device_of(self._bound["hidden"]):  # what kernels are launched on, per thread
+            self._run()
+
+    def _run(self) -> None:
         bound = self._bound
-        x = bound["hidden"]
+        x, mask = bound["hidden"], self._lora_mask()
         num_layers = len(self.spec.layers)
         if self.spec.drops_rows and not num_layers:
-            x = x.index_select(0, bound["rows"])
+            x, mask = self._kept(x), self._kept(mask)
         if self.spec.scores:
-            context = int(bound["past_lens"].sum()) + len(x)
-            bound["scores"] = torch.zeros(context, dtype=torch.float32, device=x.device)
-        layer, dropped = 0, self.spec.drops_rows and not num_layers
+            bound["scores"] = self._attention.no_scores(bound)
+        layer = 0
         for index, (spec, block) in enumerate(zip(self.spec.specs, self._blocks, strict=True)):
-            delta = self._delta(index, dropped)
             if isinstance(spec, AttnSpec):
-                attended = block.attend(x, bound, bound[f"block_indices.{layer}"], self._attention, delta)
+                call = LayerCall(bound, bound[f"block_indices.{layer}"], self._attention)
+                attended = block.attend(x, call, self._adapters(index, mask))
                 layer += 1
                 if self.spec.drops_rows and layer == num_layers:
-                    attended, x = (rows.index_select(0, bound["rows"]) for rows in (attended, x))
-                    dropped = True
-                x = block.post(attended, x, self._delta(index, dropped))
-            elif isinstance(spec, FfnSpec):
-                x = block(x, delta)
+                    attended, x, mask = self._kept(attended), self._kept(x), self._kept(mask)
+                x = block.post(attended, x, self._adapters(index, mask))
             else:
-                x = block(x)
+                x = block(x, self._adapters(index, mask))
         bound["logits" if self.spec.head else "hidden_out"].copy_(x)
 
-    def _delta(self, index: int, dropped: bool) -> Delta:
-        """What the adapters add to the products of a block, before or after rows have left."""
+    def _lora_mask(self) -> torch.Tensor | None:
+        """The mask of the call's adapters; None where it has none."""
+        mask = self._bound["lora_mask"] if self._lora else None
+        return mask if mask is not None and mask.shape[1] else None
+
+    def _kept(self, rows: torch.Tensor | None) -> Any:
+        return None if rows is None else rows.index_select(0, self._bound["rows"])
+
+    def _adapters(self, index: int, mask: torch.Tensor | None) -> Lora:
+        """What the adapters add to the products of a block, on the rows of `mask`."""
         names, bound = self._lora.get(index, ()), self._bound
-        if not names:
-            return no_delta
-
-        def delta(x: torch.Tensor, name: str) -> torch.Tensor | None:
-            if name not in names:
-                return None
-            mask = bound["lora_mask"]
-            a, b = bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]
-            return ((x @ a.T) * (mask.index_select(0, bound["rows"]) if dropped else mask)) @ b
-
-        return delta
+        if mask is None or not names:
+            return NO_LORA
+        pairs = {name: (bound[f"lora_a.{index}.{name}"], bound[f"lora_b.{index}.{name}"]) for name in names}
+        return Lora(mask, pairs)
 
 
 class ReferenceEngines:
@@ -135,7 +130,9 @@ class ReferenceEngines:
     ) -> None:
         self.device = _find_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "f32")
-        self.arrays: Arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
+        torch_arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
+        self.arrays: Arrays = torch_arrays
+        self._is_settling = lambda: torch_arrays.settling
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.weights = Weights(TORCH_DTYPES[self.precision], self.device)
@@ -166,21 +163,14 @@ class ReferenceEngines:
         lora: Mapping[int, Sequence[str]] = {},
         scores: bool = False,
     ) -> ReferenceEngine:
-        """Put consecutive blocks (no embed) on the device; blocks that are there already are shared.
-
-        Raises:
-            EngineError: scores are wanted of a GPU's kernels, which give none.
-        """
-        if scores and self.device.type != "cpu":
-            raise EngineError(
-                f"the attention kernels of {self.device} give no scores; choose another selector of "
-                "approximate reuse, as head-of-run"
-            )
+        """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
-        return ReferenceEngine(spec, [self._block(block) for block in blocks], self._attention)
+        found = dict(targets)
+        loaded = [self._block(block, found.get(index, ())) for index, block in enumerate(blocks)]
+        return ReferenceEngine(spec, loaded, self._attention)
 
-    def _block(self, block: Block) -> AttnBlock | RowBlock:
+    def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         makers: dict[type, Any] = {AttnSpec: TorchAttn, FfnSpec: TorchFfn, HeadSpec: TorchHead}
         loaded: AttnBlock | RowBlock = makers[type(block.spec)].load(block, self.weights, self._ops)
         return loaded
@@ -202,7 +192,8 @@ def _operators(device: torch.device) -> tuple[Operators, Attention]:
     """Kernels on a GPU, plain torch on the CPU."""
     if device.type != "cuda":
         return Operators(), DenseAttention()
-    from blockzoo.engines.tensorrt.attention import FusedOperators, PagedAttention
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+    from blockzoo.engines.tensorrt.operators import FusedOperators
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return FusedOperators(), PagedAttention(processors)

@@ -12,8 +12,8 @@ import torch
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.engines.reference.attention import Inputs, Norms
-from blockzoo.engines.reference.blocks import Operators
-from blockzoo.engines.tensorrt import kernels
+from blockzoo.engines.tensorrt import kernels, score_kernels
+from blockzoo.engines.tensorrt.operators import dot_precision, power_of_two
 from blockzoo.zoo.blocks import AttnSpec
 
 _MAX_SPLITS = 32
@@ -35,61 +35,33 @@ class PagedAttention:
     ) -> torch.Tensor:
         """Norm and rotate q and k (q in place, in `qkv`), write K and V, attend: [T, heads * head_dim]."""
         self._write(qkv, inputs, page_ids, spec, norms, rotate=True)
-        return self._attend(qkv, inputs, page_ids, spec)
+        return self._attend_and_score(qkv, inputs, page_ids, spec)
 
     def rotated(
         self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
     ) -> torch.Tensor:
         """The same for q and k that are rotated already."""
         self._write(qkv, inputs, page_ids, spec, None, rotate=False)
-        return self._attend(qkv, inputs, page_ids, spec)
+        return self._attend_and_score(qkv, inputs, page_ids, spec)
 
-    def scores(
-        self,
-        qkv: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        spec: AttnSpec,
-        window_rows: int,
-        width: int,
+    def no_scores(self, inputs: Inputs) -> torch.Tensor:
+        """float32 [E * 32]: one for each token that the page tables have room for, as in the tables."""
+        (name, *_) = (name for name in inputs if name.startswith("block_indices."))
+        return torch.zeros(len(inputs[name]) * PAGE_TOKENS, device=inputs[name].device)
+
+    def packed_scores(self, inputs: Inputs) -> torch.Tensor:
+        """Without the room behind each sequence; waits for the GPU."""
+        begins, past_lens, _, table_begins = _rows(inputs)
+        lens, firsts = (past_lens + begins.diff()).tolist(), (table_begins * PAGE_TOKENS).tolist()
+        parts = [inputs["scores"][first : first + n] for first, n in zip(firsts, lens, strict=False)]
+        return torch.cat(parts)
+
+    def _attend_and_score(
+        self, qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec
     ) -> torch.Tensor:
-        """Attention that each key receives from the last rows of its sequence, summed over heads.
-
-        Args:
-            qkv: as it is after a call: rotated, its K written.
-            window_rows: rows per sequence that count, from its end; those it has where it has fewer.
-            width: keys per sequence in the result; those beyond a sequence's length get 0.
-
-        Returns:
-            float32 [S, width].
-        """
-        num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
-        tops, totals = (qkv.new_empty(num_rows * spec.num_heads, dtype=torch.float32) for _ in range(2))
-        out = qkv.new_zeros(num_seqs, width, dtype=torch.float32)
-        for summing in (True, False):
-            programs = window_rows if summing else -(-width // _TILE)
-            kernels.attention_scores[(programs, num_seqs)](
-                qkv,
-                inputs["key_cache"],
-                page_ids,
-                *_rows(inputs),
-                tops,
-                totals,
-                out,
-                num_seqs,
-                window_rows,
-                width,
-                _scale(spec),
-                **_shape(spec),
-                BLOCK_D=_power(spec.head_dim),
-                BLOCK_M=max(16, _power(spec.num_heads // spec.num_kv_heads)),
-                BLOCK_N=_TILE,
-                WINDOW=spec.sliding_window,
-                HAS_POSITIONS="positions" in inputs,
-                PRECISION=dot_precision(qkv),
-                SUMMING=summing,
-            )
-        return out
+        if "scores" in inputs:
+            _add_scores(qkv, inputs, page_ids, spec)
+        return self._attend(qkv, inputs, page_ids, spec)
 
     def _write(
         self,
@@ -117,7 +89,7 @@ class PagedAttention:
             len(inputs["past_lens"]),
             spec.rms_norm_eps,
             **_shape(spec),
-            HALF=_power(spec.head_dim // 2),
+            HALF=power_of_two(spec.head_dim // 2),
             ROTATE=rotate,
             NORM=norms is not None,
             HAS_POSITIONS="positions" in inputs,
@@ -129,7 +101,7 @@ class PagedAttention:
     ) -> torch.Tensor:
         num_rows, num_seqs = len(qkv), len(inputs["past_lens"])
         group = spec.num_heads // spec.num_kv_heads
-        block_m = max(16 if num_rows <= 4 * num_seqs else 64, _power(group))
+        block_m = max(16 if num_rows <= 4 * num_seqs else 64, power_of_two(group))
         block_q = block_m // group
         num_blocks = num_rows // block_q + num_seqs
         table_tokens = -(-len(page_ids) // num_seqs) * PAGE_TOKENS
@@ -151,7 +123,7 @@ class PagedAttention:
             num_seqs,
             _scale(spec),
             **_shape(spec),
-            BLOCK_D=_power(spec.head_dim),
+            BLOCK_D=power_of_two(spec.head_dim),
             BLOCK_Q=block_q,
             BLOCK_M=block_m,
             BLOCK_N=_TILE,
@@ -168,9 +140,9 @@ class PagedAttention:
                 sums,
                 out,
                 D=spec.head_dim,
-                BLOCK_D=_power(spec.head_dim),
+                BLOCK_D=power_of_two(spec.head_dim),
                 SPLITS=splits,
-                BLOCK_S=_power(splits),
+                BLOCK_S=power_of_two(splits),
                 num_warps=1,
             )
         return out
@@ -181,70 +153,26 @@ class PagedAttention:
         return 1 << max(0, wanted.bit_length() - 1) if wanted > 0 else 1
 
 
-class FusedOperators(Operators):
-    """The operators between matrix products, one kernel each."""
+def _add_scores(qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec: AttnSpec) -> None:
+    """Add to `scores` (see `PagedAttention.no_scores`) what each token of the context receives.
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension."""
-        x = x.contiguous()
-        out, width = torch.empty_like(x), x.shape[-1]
-        rows = x.numel() // width
-        kernels.rms_norm[(rows,)](x, weight, out, eps, WIDTH=width, BLOCK=_power(width), num_warps=8)
-        return out
-
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up of [T, 2 * inner]: gate first."""
-        rows, width = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, width)
-        kernels.silu_times[(rows, -(-width // 1024))](gate_up, out, WIDTH=width, BLOCK=1024, num_warps=4)
-        return out
-
-
-def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
-) -> None:
-    """y += ((x A^T) * mask) B^T in place, at the cost of the adapters that each tile of rows uses.
-
-    Args:
-        y: [T, out]. x: [T, in]. a: [ranks, in]. b: [out, ranks]: all adapters' ranks side by side.
-        mask: [T, ranks]: the scale in the ranks of the row's own adapter, else 0.
+    Of the attention of the last `score_windows` int32 [S] rows of its sequence, summed over rows and heads;
+    qkv is rotated and its K written. Sequences have no `positions` here.
     """
-    rows, ranks = mask.shape
-    if len({tensor.dtype for tensor in (y, x, a, b, mask)}) > 1:
-        raise ValueError("y, x, a, b and mask must have one type")
-    narrow = x.new_empty(rows, ranks)
-    tiles = -(-rows // 16)
-    kernels.lora_shrink[(tiles, -(-ranks // 16))](
-        x,
-        a,
-        mask,
-        narrow,
-        rows,
-        WIDTH=x.shape[1],
-        RANKS=ranks,
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_K=128,
-        PRECISION=dot_precision(x),
-    )
-    kernels.lora_expand[(tiles, -(-y.shape[1] // 128))](
-        narrow,
-        b,
-        mask,
-        y,
-        rows,
-        WIDTH=y.shape[1],
-        RANKS=ranks,
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_O=128,
-        PRECISION=dot_precision(x),
-    )
-
-
-def dot_precision(x: torch.Tensor) -> str:
-    """How Triton multiplies x: float32 exactly (its default, tf32, keeps 10 bits)."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    begins, past_lens, _, table_begins = _rows(inputs)
+    tops, totals = (qkv.new_empty(len(qkv) * spec.num_heads, dtype=torch.float32) for _ in range(2))
+    rows = (qkv, inputs["key_cache"], page_ids, begins, past_lens, table_begins, inputs["score_windows"])
+    shape = _shape(spec) | {
+        "BLOCK_D": power_of_two(spec.head_dim),
+        "BLOCK_M": max(16, power_of_two(spec.num_heads // spec.num_kv_heads)),
+        "BLOCK_N": _TILE,
+        "WINDOW": spec.sliding_window,
+        "PRECISION": dot_precision(qkv),
+    }
+    num_seqs, scale = len(past_lens), _scale(spec)
+    score_kernels.softmax_sums[(len(qkv), spec.num_kv_heads)](*rows, tops, totals, num_seqs, scale, **shape)
+    num_tiles = len(page_ids) * PAGE_TOKENS // _TILE + num_seqs
+    score_kernels.add_scores[(num_tiles,)](*rows, tops, totals, inputs["scores"], num_seqs, scale, **shape)
 
 
 def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -259,8 +187,3 @@ def _shape(spec: AttnSpec) -> dict[str, int]:
 
 def _scale(spec: AttnSpec) -> float:
     return float(spec.head_dim**-0.5 * math.log2(math.e))
-
-
-def _power(size: int) -> int:
-    """The next power of two, which a Triton tile must have."""
-    return 1 << (size - 1).bit_length()

@@ -22,6 +22,8 @@ from blockzoo.engines.tensorrt.shim import TensorRT
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.manifest import PlanTensorRecord, TensorRTPlanRecord
 
+_USUAL_RANKS = 64  # of all adapters of a call together: what plans are tuned for
+
 OnPhase = Callable[[str], None]
 """Hears the name of every build phase as it begins."""
 
@@ -61,7 +63,9 @@ class PlanBuilder:
         """
         start = time.perf_counter()
         weights = part_weights(block, request.part, request.precision) if block is not None else None
-        model = build_network(request.spec, request.part, request.precision, weights=weights)
+        model = build_network(
+            request.spec, request.part, request.precision, weights=weights, lora=request.lora
+        )
         content = self._compile(model, request, on_phase)
         scratch = dict(zip((p.name for p in request.profiles), self._scratch, strict=False))
         record = TensorRTPlanRecord(
@@ -77,6 +81,8 @@ class PlanBuilder:
             scratch_bytes=scratch,
             workspace_bytes=request.workspace_bytes,
             baked_block=request.baked_block,
+            lora=request.lora,
+            max_lora_ranks=request.max_lora_ranks,
             num_bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             build_seconds=round(time.perf_counter() - start, 3),
@@ -87,8 +93,8 @@ class PlanBuilder:
         trt = self.library.module
         self._scratch.clear()
         self._log.messages.clear()
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._builder.create_network(flags)
+        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # all are from 11 on
+        network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, self._log.native)
         if not parser.parse(model.SerializeToString()):
             said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -118,21 +124,28 @@ class PlanBuilder:
             config.set_compute_capability(capability, 0)
         if request.workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+        # TensorRT-RTX takes memory of its own in a run unless told so, which a CUDA graph cannot record
+        if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+            config.set_flag(flag)
         config.set_timing_cache(config.create_timing_cache(self._timing_cache), False)
         if on_phase is not None:
             config.progress_monitor = _make_monitor(trt, on_phase)
+        most = request.max_lora_ranks
+        ranks = (1, min(_USUAL_RANKS, most), most)
         for profile in request.profiles:
             shapes = self._builder.create_optimization_profile()
             for value in inputs:
                 if value.is_dynamic:
                     sizes = (profile.min, profile.opt, profile.max)
-                    shapes.set_shape(value.name, *(_with_rows(value.shape, size) for size in sizes))
+                    given = zip(sizes, ranks, strict=True)
+                    shapes.set_shape(value.name, *(with_sizes(value.shape, *pair) for pair in given))
             config.add_optimization_profile(shapes)
         return config
 
 
-def _with_rows(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    return tuple(rows if size == -1 else size for size in shape)
+def with_sizes(shape: tuple[int, ...], rows: int, ranks: int) -> tuple[int, ...]:
+    """The shape of a network's tensor at so many rows (-1 in it) and ranks of adapters (-2)."""
+    return tuple({-1: rows, -2: ranks}.get(size, size) for size in shape)
 
 
 def _tensor_record(value: NetworkInput) -> PlanTensorRecord:

@@ -1,28 +1,27 @@
 """TensorRT engines: plans of a zoo, run on one stream with the paged attention kernel between their parts.
 
 A plan is loaded once however many blocks use it; a block is that plan and its weights on the device, which
-are handed over by address before each run. All contexts work in one scratch arena.
+are handed over by address before each run (`device`). A block that takes adapters has a second plan with
+them as inputs over the same weights: calls without adapters run the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from blockzoo.engines.base import EngineError, Precision
-from blockzoo.engines.reference.attention import Attention, Inputs
-from blockzoo.engines.reference.blocks import Delta, Weights, no_delta
-from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngine, ReferenceEngines, RowBlock
-from blockzoo.engines.tensorrt.parts import WEIGHT_PARTS, Part
+from blockzoo.engines.reference.blocks import NO_LORA, LayerCall, Lora, Weights
+from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngines, RowBlock
+from blockzoo.engines.tensorrt.device import DeviceRuntime
+from blockzoo.engines.tensorrt.parts import WEIGHT_PARTS, Part, part_lora
 from blockzoo.engines.tensorrt.plans import Machine, choose_plan
 from blockzoo.engines.tensorrt.shim import RTX_TARGETS, TensorRT, load_tensorrt, native_target
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec
 from blockzoo.zoo.manifest import TensorRTPlanRecord
 from blockzoo.zoo.store import Zoo
-
-_ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
 
 class Plan(Protocol):
@@ -32,31 +31,21 @@ class Plan(Protocol):
         """Run it on its inputs by name, the weights among them; its only output."""
 
 
-PlanLoader = Callable[[str, TensorRTPlanRecord], Plan]
-"""(key, record) -> the loaded plan."""
-
-
 class PlanAttn:
     """An attention block as two plans."""
 
     def __init__(self, pre: _PlanPart, post: _PlanPart, spec: AttnSpec) -> None:
         self._pre, self._post, self._spec = pre, post, spec
 
-    def attend(
-        self,
-        x: torch.Tensor,
-        inputs: Inputs,
-        page_ids: torch.Tensor,
-        attention: Attention,
-        delta: Delta = no_delta,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, call: LayerCall, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> attention output; K and V are written."""
-        rotary = {name: inputs[name].flatten(1) for name in ("cos", "sin")}
-        return attention.rotated(self._pre({"x": x, **rotary}), inputs, page_ids, self._spec)
+        rotary = {name: call.inputs[name].flatten(1) for name in ("cos", "sin")}
+        qkv = self._pre({"x": x, **rotary}, lora)
+        return call.attention.rotated(qkv, call.inputs, call.page_ids, self._spec)
 
-    def post(self, attended: torch.Tensor, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output and the hidden states before it -> those after it."""
-        return self._post({"x": x, "attended": attended})
+        return self._post({"x": x, "attended": attended}, lora)
 
 
 class PlanRows:
@@ -65,25 +54,46 @@ class PlanRows:
     def __init__(self, part: _PlanPart) -> None:
         self._part = part
 
-    def __call__(self, x: torch.Tensor, delta: Delta = no_delta) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states or logits."""
-        return self._part({"x": x})
+        return self._part({"x": x}, lora)
+
+
+class _Loaded(NamedTuple):
+    """A plan and the weights of one block that it takes; none where they are baked in."""
+
+    plan: Plan
+    record: TensorRTPlanRecord
+    weights: Mapping[str, torch.Tensor]
 
 
 class _PlanPart:
-    """A plan with one block's weights; more rows than its largest profile are run piece by piece."""
+    """One part of a block: its plan, and that with adapters where it takes some.
 
-    def __init__(self, plan: Plan, record: TensorRTPlanRecord, weights: Mapping[str, torch.Tensor]) -> None:
-        self._plan, self._weights = plan, weights
-        self._max_rows = max(profile.max for profile in record.profiles)
+    More rows than the largest profile are run piece by piece.
+    """
 
-    def __call__(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        count = len(rows["x"])
+    def __init__(self, plain: _Loaded, adapted: _Loaded | None) -> None:
+        self._plain, self._adapted = plain, adapted
+
+    def __call__(self, rows: Mapping[str, torch.Tensor], lora: Lora) -> torch.Tensor:
+        chosen, fixed = self._plain, {}
+        if lora.mask is not None and self._adapted is not None:
+            chosen, record = self._adapted, self._adapted.record
+            if lora.mask.shape[1] > record.max_lora_ranks:
+                raise EngineError(
+                    f"the adapters of a step have {lora.mask.shape[1]} ranks together, the plans have room "
+                    f"for {record.max_lora_ranks}: run zoo-compile --backend tensorrt on the zoo again, or "
+                    "lower max_num_seqs"
+                )
+            rows = {**rows, "lora_mask": lora.mask}
+            for name in record.lora:
+                fixed[f"lora_a.{name}"], fixed[f"lora_b.{name}"] = lora.pairs[name]
+        fixed |= chosen.weights
+        most = max(profile.max for profile in chosen.record.profiles)
         pieces = [
-            self._plan(
-                {name: t[begin : begin + self._max_rows] for name, t in rows.items()} | dict(self._weights)
-            )
-            for begin in range(0, count, self._max_rows)
+            chosen.plan({name: t[begin : begin + most] for name, t in rows.items()} | fixed)
+            for begin in range(0, len(rows["x"]), most)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -96,7 +106,7 @@ class TensorRTEngines(ReferenceEngines):
         precision: of the plans; None: bf16.
         device: "cuda" or "cuda:<n>"; None: the first GPU.
         cuda_graphs: record steps that repeat their shapes and replay them.
-        machine, load: which plans are taken, and what runs them; None: this machine's GPU and TensorRT.
+        machine, library: which plans are taken, and what runs them; None: this machine's GPU and TensorRT.
 
     Raises:
         EngineError: no GPU or no TensorRT here; later, from `span`, that no plan fits.
@@ -112,9 +122,9 @@ class TensorRTEngines(ReferenceEngines):
         *,
         cuda_graphs: bool = True,
         machine: Machine | None = None,
-        load: PlanLoader | None = None,
+        library: TensorRT | None = None,
     ) -> None:
-        if machine is None or load is None:
+        if machine is None or library is None:
             if not torch.cuda.is_available():
                 raise EngineError(
                     f"the tensorrt backend needs an NVIDIA GPU, and torch {torch.__version__} sees none; "
@@ -122,13 +132,13 @@ class TensorRTEngines(ReferenceEngines):
                 )
             device = device or "cuda"
         super().__init__(precision or "bf16", device, cuda_graphs=cuda_graphs)
-        self._zoo = zoo
-        if machine is None or load is None:
-            target = native_target() or ""
+        self._records = zoo.manifest.tensorrt_plans
+        if machine is None or library is None:
+            target = native_target(self.device) or ""
             library = load_tensorrt("tensorrt_rtx" if target in RTX_TARGETS else "tensorrt")
             machine = Machine(target, library.library, library.version)
-            load = _DeviceRuntime(zoo, library, self.device)
-        self._machine, self._load = machine, load
+        self._machine = machine
+        self._load = DeviceRuntime(zoo.read_tensorrt_plan, library, self.device, self._is_settling)
         self._plans: dict[str, Plan] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -137,36 +147,24 @@ class TensorRTEngines(ReferenceEngines):
         facts = {"backend": self.name, "version": machine.library_version, "library": machine.library}
         return facts | {"precision": self.precision, "target": machine.target}
 
-    def span(
-        self,
-        blocks: Sequence[Block],
-        *,
-        drops_rows: bool = False,
-        lora: Mapping[int, Sequence[str]] = {},
-        scores: bool = False,
-    ) -> ReferenceEngine:
-        """Plans for consecutive blocks (no embed). Raises EngineError for blocks that take adapters."""
-        if lora:
-            raise EngineError(
-                "the tensorrt backend serves no adapters yet: use backend reference, or merge them into "
-                "checkpoints before zoo-compile"
-            )
-        return super().span(blocks, drops_rows=drops_rows, scores=scores)
-
-    def _block(self, block: Block) -> AttnBlock | RowBlock:
+    def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         if isinstance(block.spec, AttnSpec):
-            pre, post = self._part(block, "attn_pre"), self._part(block, "attn_post")
+            pre, post = (self._part(block, part, lora) for part in ("attn_pre", "attn_post"))
             return PlanAttn(pre, post, block.spec)
-        return PlanRows(self._part(block, "ffn" if isinstance(block.spec, FfnSpec) else "head"))
+        return PlanRows(self._part(block, "ffn" if isinstance(block.spec, FfnSpec) else "head", lora))
 
-    def _part(self, block: Block, part: Part) -> _PlanPart:
-        records = self._zoo.manifest.tensorrt_plans
-        key = choose_plan(records, block.id, block.spec, part, self.precision, self._machine)
+    def _part(self, block: Block, part: Part, lora: Sequence[str]) -> _PlanPart:
+        adapted = self._loaded(block, part, lora) if part_lora(part, lora) else None
+        return _PlanPart(self._loaded(block, part, ()), adapted)
+
+    def _loaded(self, block: Block, part: Part, lora: Sequence[str]) -> _Loaded:
+        records = self._records
+        key = choose_plan(records, block.id, block.spec, part, self.precision, self._machine, lora)
         if key not in self._plans:
             self._plans[key] = self._load(key, records[key])
         baked = records[key].baked_block is not None
         weights = {} if baked else part_tensors(block, part, self.weights)
-        return _PlanPart(self._plans[key], records[key], weights)
+        return _Loaded(self._plans[key], records[key], weights)
 
 
 def part_tensors(block: Block, part: Part, weights: Weights) -> dict[str, torch.Tensor]:
@@ -176,80 +174,3 @@ def part_tensors(block: Block, part: Part, weights: Weights) -> dict[str, torch.
         for name, sources in WEIGHT_PARTS[part].items()
         if sources[0] in block.tensors
     }
-
-
-class _DeviceRuntime:
-    """Loads plans on a GPU; all that it loads work in one scratch arena, on the current stream."""
-
-    def __init__(self, zoo: Zoo, library: TensorRT, device: torch.device) -> None:
-        self._zoo, self._library, self._device = zoo, library, device
-        self._log = library.logger()
-        self._runtime = library.module.Runtime(self._log.native)
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def __call__(self, key: str, record: TensorRTPlanRecord) -> _DevicePlan:
-        engine = self._runtime.deserialize_cuda_engine(self._zoo.read_tensorrt_plan(key))
-        if engine is None:
-            raise EngineError(
-                f"{self._library.title} could not load the plan {key[:12]} ({record.part} for "
-                f"{record.target}, built by {record.library_version}): {self._log.text()}"
-            )
-        return _DevicePlan(engine, record, self)
-
-    def scratch(self, num_bytes: int) -> torch.Tensor:
-        """The arena, at least this large. It only grows, and while plans are loaded: never in a step."""
-        if self._scratch.numel() < num_bytes:
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        return self._scratch
-
-    def context(self, engine: Any) -> Any:
-        """An execution context without memory of its own."""
-        trt = self._library.module
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise EngineError(f"{self._library.title} could not make a context: {self._log.text()}")
-        return context
-
-    def text(self) -> str:
-        """What the library said last."""
-        return self._log.text()
-
-
-class _DevicePlan:
-    """One deserialized plan with a context per profile; blocks take turns on one stream."""
-
-    def __init__(self, engine: Any, record: TensorRTPlanRecord, runtime: _DeviceRuntime) -> None:
-        self._engine, self._record, self._runtime = engine, record, runtime
-        (self._output,) = record.outputs
-        self._contexts = []
-        for index in range(len(record.profiles)):
-            context = runtime.context(engine)
-            context.set_optimization_profile_async(index, torch.cuda.current_stream().cuda_stream)
-            size = engine.get_device_memory_size_for_profile_v2(index)
-            runtime.scratch(size)
-            self._contexts.append((context, size))
-
-    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        rows = len(tensors["x"])
-        profiles = self._record.profiles
-        fitting = [i for i, p in enumerate(profiles) if p.min <= rows <= p.max]
-        if not fitting:
-            raise EngineError(f"{rows} rows fit no profile of {self._record.part}")
-        context, size = self._contexts[fitting[0]]
-        context.set_device_memory(self._runtime.scratch(size).data_ptr(), size)
-        held = []  # copies live until the launch
-        for value in self._record.inputs:
-            tensor = tensors[value.name]
-            if not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-                held.append(tensor)
-            if -1 in value.shape:
-                context.set_input_shape(value.name, tuple(tensor.shape))
-            context.set_tensor_address(value.name, tensor.data_ptr())
-        dtype = torch.float32 if self._output.dtype == "f32" else torch.bfloat16
-        shape = [rows if size == -1 else size for size in self._output.shape]
-        out = torch.empty(shape, dtype=dtype, device=tensors["x"].device)
-        context.set_tensor_address(self._output.name, out.data_ptr())
-        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise EngineError(f"TensorRT could not run {self._record.part}: {self._runtime.text()}")
-        return out

@@ -1,4 +1,4 @@
-"""Triton-language kernels around the paged KV pool, and the small operators between matrix products.
+"""Triton-language kernels around the paged KV pool: writing K and V to it, and attention over it.
 
 The pool is two tensors [num_pages, kv_heads, 32, head_dim]. A step's rows are those of its sequences one
 after the other: `begins` [S + 1] says where each begins, `page_ids` from `table_begins[s]` on are the pages
@@ -17,10 +17,13 @@ import triton
 import triton.language as tl
 
 PAGE = tl.constexpr(32)
+POINTERS = ["page_ids", "begins", "past_lens", "positions", "table_begins"]
+"""Arguments that are slices of a step's integers: a kernel compiled anew for each alignment that they happen
+to have would stop a step for seconds."""
 
 
 @triton.jit
-def _sequence_of(begins, index, num_seqs, BLOCK_Q: tl.constexpr):
+def sequence_of(begins, index, num_seqs, BLOCK_Q: tl.constexpr):
     """The sequence whose query block `index` is; sequence s has blocks from begins[s] // BLOCK_Q + s on.
 
     That leaves each sequence room for one partial block, so that the grid needs no exact count. With
@@ -40,7 +43,7 @@ def _sequence_of(begins, index, num_seqs, BLOCK_Q: tl.constexpr):
     return low - 1
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=POINTERS)
 def rotate_and_write(
     qkv,
     cos,
@@ -72,7 +75,7 @@ def rotate_and_write(
     head = tl.program_id(1)
     if not ROTATE:
         head += HEADS
-    seq = _sequence_of(begins, row, num_seqs, 0)
+    seq = sequence_of(begins, row, num_seqs, 0)
     if HAS_POSITIONS:
         position = tl.load(positions + row)
     else:
@@ -111,7 +114,7 @@ def rotate_and_write(
         tl.store(pool + offset + D // 2, high, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=POINTERS)
 def attend(
     qkv,
     keys,
@@ -143,7 +146,7 @@ def attend(
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    seq = _sequence_of(begins, block, num_seqs, BLOCK_Q)
+    seq = sequence_of(begins, block, num_seqs, BLOCK_Q)
     begin = tl.load(begins + seq)
     count = tl.load(begins + seq + 1) - begin
     first = (block - begin // BLOCK_Q - seq) * BLOCK_Q
@@ -224,201 +227,3 @@ def join_splits(
     part = tl.load(parts + offset, mask=there[:, None] & (d < D)[None, :], other=0.0)
     mixed = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + row * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "window_rows", "width"])
-def attention_scores(
-    qkv,
-    keys,
-    page_ids,
-    begins,
-    past_lens,
-    positions,
-    table_begins,
-    tops,  # float32 [T * HEADS]: scratch, the exponent of each row's softmax; then its sum
-    totals,
-    out,  # float32 [S, width]
-    num_seqs,
-    window_rows,
-    width,
-    scale,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # a power of two that holds the heads of a group
-    BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUMMING: tl.constexpr,
-):
-    """Attention that each key receives from the last `window_rows` rows of its sequence, over all heads.
-
-    Two passes: with SUMMING one program per row of the window and sequence finds the softmax sums; then one
-    per key tile and sequence adds the shares up, always in the same order.
-    """
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    seq = tl.program_id(1)
-    begin = tl.load(begins + seq)
-    end = tl.load(begins + seq + 1)
-    first = tl.maximum(begin, end - window_rows)
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    grouped = m < GROUP
-    table = page_ids + tl.load(table_begins + seq)
-    past = tl.load(past_lens + seq)
-    if SUMMING:
-        begin_row = first + tl.program_id(0)
-        end_row = tl.minimum(begin_row + 1, end)
-    else:
-        begin_row = first
-        end_row = end
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    received = tl.zeros((BLOCK_N,), tl.float32)
-    for row in range(begin_row, end_row):
-        if HAS_POSITIONS:  # noqa: SIM108
-            position = tl.load(positions + row)
-        else:
-            position = past + row - begin
-        for kv_head in range(KV_HEADS):
-            head = kv_head * GROUP + m
-            q_offset = (row * (HEADS + 2 * KV_HEADS) + head)[:, None] * D + d[None, :]
-            q = tl.load(qkv + q_offset, mask=grouped[:, None] & (d < D)[None, :], other=0.0)
-            if SUMMING:
-                top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-                total = tl.zeros((BLOCK_M,), tl.float32)
-                for tile in range(0, position // BLOCK_N + 1):
-                    at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                    scores = _tile_scores(
-                        q, keys, table, at, position, kv_head, d, scale, KV_HEADS, D, WINDOW, PRECISION
-                    )
-                    new_top = tl.maximum(top, tl.max(scores, 1))
-                    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                    total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
-                    top = new_top
-                tl.store(tops + row * HEADS + head, top, mask=grouped)
-                tl.store(totals + row * HEADS + head, total, mask=grouped)
-            else:
-                scores = _tile_scores(
-                    q, keys, table, n, position, kv_head, d, scale, KV_HEADS, D, WINDOW, PRECISION
-                )
-                top = tl.load(tops + row * HEADS + head, mask=grouped, other=0.0)
-                total = tl.load(totals + row * HEADS + head, mask=grouped, other=1.0)
-                share = tl.exp2(scores - top[:, None]) / total[:, None]
-                received += tl.sum(tl.where(grouped[:, None], share, 0.0), 0)
-    if not SUMMING:
-        tl.store(out + seq * width + n, received, mask=n < width)
-
-
-@triton.jit
-def _tile_scores(
-    q,
-    keys,
-    table,
-    n,
-    position,
-    kv_head,
-    d,
-    scale,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    visible = n <= position
-    if WINDOW > 0:
-        visible &= n > position - WINDOW
-    page = tl.load(table + n // PAGE, mask=visible, other=0).to(tl.int64)
-    offset = ((page * KV_HEADS + kv_head) * PAGE + n % PAGE) * D
-    k = tl.load(keys + offset[None, :] + d[:, None], mask=(d < D)[:, None] & visible[None, :], other=0.0)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
-    return tl.where(visible[None, :], scores, -float("inf"))
-
-
-@triton.jit
-def rms_norm(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row: x / rms(x) * weight, in float32 inside."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK)
-    inside = d < WIDTH
-    value = tl.load(x + row * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / WIDTH + eps)
-    scaled = value * scale * tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + d, scaled.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def silu_times(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row and block of columns: silu(gate) * up of [T, 2 * WIDTH]."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = d < WIDTH
-    gate = tl.load(gate_up + row * 2 * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + d, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out + row * WIDTH + d, product.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def lora_shrink(
-    x,  # [T, WIDTH]
-    a,  # [RANKS, WIDTH]
-    mask,  # [T, RANKS]
-    out,  # [T, RANKS]
-    num_rows,
-    WIDTH: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(x A^T) * mask. A tile whose rows have no adapter among its ranks is not computed."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = (t < num_rows)[:, None] & (r < RANKS)[None, :]
-    share = tl.load(mask + t[:, None] * RANKS + r[None, :], mask=inside, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    if tl.max(tl.abs(share)) > 0.0:
-        for begin in range(0, WIDTH, BLOCK_K):
-            k = begin + tl.arange(0, BLOCK_K)
-            x_mask = (t < num_rows)[:, None] & (k < WIDTH)[None, :]
-            rows = tl.load(x + t[:, None].to(tl.int64) * WIDTH + k[None, :], mask=x_mask, other=0.0)
-            a_mask = (r < RANKS)[None, :] & (k < WIDTH)[:, None]
-            columns = tl.load(a + r[None, :] * WIDTH + k[:, None], mask=a_mask, other=0.0)
-            acc += tl.dot(rows, columns, input_precision=PRECISION)
-    tl.store(out + t[:, None] * RANKS + r[None, :], (acc * share).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def lora_expand(
-    h,  # [T, RANKS]
-    b,  # [WIDTH, RANKS]
-    mask,  # [T, RANKS]
-    y,  # [T, WIDTH], added to
-    num_rows,
-    WIDTH: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y += h B^T, passing over the ranks that no row of the tile uses."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    for begin in range(0, RANKS, BLOCK_R):
-        r = begin + tl.arange(0, BLOCK_R)
-        inside = (t < num_rows)[:, None] & (r < RANKS)[None, :]
-        share = tl.load(mask + t[:, None] * RANKS + r[None, :], mask=inside, other=0.0).to(tl.float32)
-        if tl.max(tl.abs(share)) > 0.0:
-            rows = tl.load(h + t[:, None] * RANKS + r[None, :], mask=inside, other=0.0)
-            b_mask = (o < WIDTH)[None, :] & (r < RANKS)[:, None]
-            columns = tl.load(b + o[None, :] * RANKS + r[:, None], mask=b_mask, other=0.0)
-            acc += tl.dot(rows, columns, input_precision=PRECISION)
-    place = y + t[:, None].to(tl.int64) * WIDTH + o[None, :]
-    stored = (t < num_rows)[:, None] & (o < WIDTH)[None, :]
-    before = tl.load(place, mask=stored, other=0.0).to(tl.float32)
-    tl.store(place, (before + acc).to(y.dtype.element_ty), mask=stored)

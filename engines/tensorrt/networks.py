@@ -4,9 +4,8 @@ An attention block is two networks, `attn_pre` and `attn_post`, with the paged a
 them; `ffn` and `head` are one each. Weights are inputs, so that one plan serves every block of its shape
 class; baked, they are constants of the network and the plan is one block's alone.
 
-Adapters are computed in the masked form (OpenVINO's design, and S-LoRA's arXiv 2311.03285 in dense terms):
-y = x W^T + ((x A^T) * mask) B^T, where A and B hold all active adapters' ranks side by side and
-`lora_mask` [T, ranks] carries the scale in the columns of a row's own adapter and 0 elsewhere.
+Adapters are computed in the masked form (see `engines.base.Engine`; S-LoRA's arXiv 2311.03285 in dense
+terms): y = x W^T + ((x A^T) * mask) B, with the ranks Q of all adapters of a call side by side.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from blockzoo.engines.tensorrt.parts import Part, parts_of
+from blockzoo.engines.tensorrt.parts import PART_LORA, Part, part_lora, parts_of
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, BlockTensor, Dtype, FfnSpec, HeadSpec
 
 OPSET = 23  # RMSNormalization and RotaryEmbedding as operators
@@ -28,7 +27,7 @@ _TYPES = {"bf16": TensorProto.BFLOAT16, "f16": TensorProto.FLOAT16, "f32": Tenso
 
 @dataclass(frozen=True, slots=True)
 class NetworkInput:
-    """An input or output of a network; -1 in `shape` is the number of rows."""
+    """An input or output of a network; in `shape`, -1 is the number of rows T and -2 that of ranks Q."""
 
     name: str
     dtype: Dtype
@@ -36,8 +35,8 @@ class NetworkInput:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether the shape depends on the number of rows."""
-        return -1 in self.shape
+        """Whether the shape depends on the number of rows or ranks."""
+        return min(self.shape) < 0
 
 
 def build_network(
@@ -46,7 +45,7 @@ def build_network(
     dtype: Dtype,
     *,
     weights: Mapping[str, BlockTensor] | None = None,
-    lora_ranks: int = 0,
+    lora: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of one part of a shape class.
 
@@ -55,15 +54,15 @@ def build_network(
         part: one of `parts_of(spec)`.
         dtype: of activations and weights; norms and rotations are computed in float32 inside.
         weights: to bake in, by the names of `WEIGHT_PARTS`; None leaves them inputs.
-        lora_ranks: ranks of all adapters together that the network has room for; 0: no adapters.
+        lora: projections of the part that take adapters, see `part_lora`.
 
     Inputs by name (T rows): x [T, hidden]; attn_pre: cos, sin float32 [T, head_dim]; attn_post: attended
-    [T, heads * head_dim]; the weights as in the zoo ([out, in]); with adapters lora_mask [T, ranks] and per
-    projection <name>.lora_a [n * ranks, in], <name>.lora_b [out, n * ranks], n matrices being stacked.
+    [T, heads * head_dim]; the weights as in the zoo ([out, in]); with adapters lora_mask [T, Q] and per
+    projection lora_a.<projection> [Q, in], lora_b.<projection> [Q, out].
     Outputs: attn_pre: rotated [T, (heads + 2 kv_heads) * head_dim], q, k, v side by side as the attention
     kernel takes them; attn_post, ffn: y [T, hidden]; head: logits float32 [T, vocab].
     """
-    network = _Network(spec, part, dtype, weights, lora_ranks)
+    network = _Network(spec, part, dtype, weights, lora)
     return network.build()
 
 
@@ -74,12 +73,14 @@ class _Network:
         part: Part,
         dtype: Dtype,
         weights: Mapping[str, BlockTensor] | None,
-        lora_ranks: int,
+        lora: Sequence[str],
     ) -> None:
         if part not in parts_of(spec):
             raise ValueError(f"a block of kind {spec.kind} has no part {part}; expected {parts_of(spec)}")
+        if part_lora(part, lora) != tuple(lora):
+            raise ValueError(f"adapters on {', '.join(lora)} of {part}; expected some of {PART_LORA[part]}")
         self._spec, self._part, self._dtype = spec, part, dtype
-        self._baked, self._ranks = weights, lora_ranks
+        self._baked, self._lora = weights, lora
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._constants: list[onnx.TensorProto] = []
@@ -104,11 +105,8 @@ class _Network:
         width = (heads + 2 * kv_heads) * dim
         cos, sin = (self._half_table(name, dim) for name in ("cos", "sin"))
         normed = self._norm(x, self._weight("norm", (spec.hidden_size,)), spec.rms_norm_eps)
-        qkv = self._linear(normed, "qkv", spec.hidden_size, (heads * dim, kv_heads * dim, kv_heads * dim))
-        if spec.qkv_bias:
-            qkv = self._op("Add", qkv, self._weight("qkv_bias", (width,)))
-        sizes = self._ints([heads * dim, kv_heads * dim, kv_heads * dim])
-        q, k, v = self._ops("Split", [qkv, sizes], 3, axis=1)
+        sizes = {"q": heads * dim, "k": kv_heads * dim, "v": kv_heads * dim}
+        q, k, v = self._products(normed, "qkv", spec.hidden_size, sizes, spec.qkv_bias)
         q = self._rotated_heads(q, "q_norm", heads, cos, sin)
         k = self._rotated_heads(k, "k_norm", kv_heads, cos, sin)
         return "rotated", self._op("Concat", q, k, v, axis=1), self._dtype, width
@@ -118,9 +116,7 @@ class _Network:
         assert isinstance(spec, AttnSpec)
         width = spec.num_heads * spec.head_dim
         attended = self._input("attended", self._dtype, ("T", width))
-        out = self._linear(attended, "o", width, (spec.hidden_size,))
-        if spec.o_bias:
-            out = self._op("Add", out, self._weight("o_bias", (spec.hidden_size,)))
+        (out,) = self._products(attended, "o", width, {"o": spec.hidden_size}, spec.o_bias)
         return "y", self._op("Add", x, out), self._dtype, spec.hidden_size
 
     def _ffn(self, x: str) -> tuple[str, str, Dtype, int]:
@@ -128,14 +124,9 @@ class _Network:
         assert isinstance(spec, FfnSpec)
         hidden, inner = spec.hidden_size, spec.intermediate_size
         normed = self._norm(x, self._weight("norm", (hidden,)), spec.rms_norm_eps)
-        gate_up = self._linear(normed, "gate_up", hidden, (inner, inner))
-        if spec.bias:
-            gate_up = self._op("Add", gate_up, self._weight("gate_up_bias", (2 * inner,)))
-        gate, up = self._ops("Split", [gate_up], 2, axis=1, num_outputs=2)
+        gate, up = self._products(normed, "gate_up", hidden, {"gate": inner, "up": inner}, spec.bias)
         gated = self._op("Mul", self._op("Mul", gate, self._op("Sigmoid", gate)), up)
-        out = self._linear(gated, "down", inner, (hidden,))
-        if spec.bias:
-            out = self._op("Add", out, self._weight("down_bias", (hidden,)))
+        (out,) = self._products(gated, "down", inner, {"down": hidden}, spec.bias)
         return "y", self._op("Add", x, out), self._dtype, hidden
 
     def _head(self, x: str) -> tuple[str, str, Dtype, int]:
@@ -172,19 +163,26 @@ class _Network:
         half = self._op("Slice", table, self._ints([0]), self._ints([head_dim // 2]), self._ints([1]))
         return self._op("Unsqueeze", half, self._ints([0]))
 
-    def _linear(self, x: str, name: str, width: int, outs: Sequence[int]) -> str:
-        """x times the stacked matrices `name` [sum(outs), width], and what adapters add."""
-        product = self._op("Gemm", x, self._weight(name, (sum(outs), width)), transB=1)
-        if not self._ranks:
-            return product
-        ranks = len(outs) * self._ranks
-        a = self._input(f"{name}.lora_a", self._dtype, (ranks, width))
-        b = self._input(f"{name}.lora_b", self._dtype, (sum(outs), ranks))
+    def _products(self, x: str, name: str, width: int, outs: Mapping[str, int], bias: bool) -> list[str]:
+        """x times the stacked matrices `name` of projections of `outs` rows, with what adapters add."""
+        total = sum(outs.values())
+        y = self._op("Gemm", x, self._weight(name, (total, width)), transB=1)
+        if bias:
+            y = self._op("Add", y, self._weight(f"{name}_bias", (total,)))
+        sizes = self._ints(list(outs.values())) if len(outs) > 1 else ""
+        parts = self._ops("Split", [y, sizes], len(outs), axis=1) if len(outs) > 1 else [y]
+        return [
+            self._adapted(part, x, projection, width, outs[projection]) if projection in self._lora else part
+            for part, projection in zip(parts, outs, strict=True)
+        ]
+
+    def _adapted(self, y: str, x: str, projection: str, width: int, out: int) -> str:
         if not any(value.name == "lora_mask" for value in self._inputs):
-            self._input("lora_mask", self._dtype, ("T", self._ranks))
-        mask = self._op("Concat", *["lora_mask"] * len(outs), axis=1) if len(outs) > 1 else "lora_mask"
-        narrow = self._op("Mul", self._op("Gemm", x, a, transB=1), mask)
-        return self._op("Add", product, self._op("Gemm", narrow, b, transB=1))
+            self._input("lora_mask", self._dtype, ("T", "Q"))
+        a = self._input(f"lora_a.{projection}", self._dtype, ("Q", width))
+        b = self._input(f"lora_b.{projection}", self._dtype, ("Q", out))
+        narrow = self._op("Mul", self._op("Gemm", x, a, transB=1), "lora_mask")
+        return self._op("Add", y, self._op("Gemm", narrow, b))
 
     def _cast(self, x: str, dtype: Dtype) -> str:
         return x if dtype == self._dtype == "f32" else self._op("Cast", x, to=_TYPES[dtype])
@@ -235,5 +233,6 @@ def network_outputs(model: onnx.ModelProto) -> tuple[NetworkInput, ...]:
 def _described(value: onnx.ValueInfoProto) -> NetworkInput:
     names: dict[int, Dtype] = {number: name for name, number in _TYPES.items()}  # type: ignore[misc]
     kind = value.type.tensor_type
-    shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
+    sizes = {"": None, "T": -1, "Q": -2}
+    shape = tuple(sizes[dim.dim_param] or dim.dim_value for dim in kind.shape.dim)
     return NetworkInput(value.name, names[kind.elem_type], shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,20 @@ WEIGHT_PARTS: dict[Part, dict[str, tuple[str, ...]]] = {
     "head": {"norm": ("norm",), "weight": ("weight",)},
 }
 """Weight inputs of each part, and the canonical tensors that each has on top of each other."""
+
+PART_LORA: dict[Part, tuple[str, ...]] = {
+    "attn_pre": ("q", "k", "v"),
+    "attn_post": ("o",),
+    "ffn": ("gate", "up", "down"),
+    "head": (),
+}
+"""Projections of each part that may take adapters."""
+
+
+def part_lora(part: Part, projections: Iterable[str]) -> tuple[str, ...]:
+    """Those of a block's `projections` that belong to a part, in the order of `PART_LORA`."""
+    chosen = set(projections)
+    return tuple(name for name in PART_LORA[part] if name in chosen)
 
 
 def parts_of(spec: BlockSpec) -> tuple[Part, ...]:

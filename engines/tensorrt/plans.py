@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blockzoo.engines.base import EngineError, Precision
-from blockzoo.engines.tensorrt.parts import Part, parts_of
+from blockzoo.engines.tensorrt.parts import Part, part_lora, parts_of
 from blockzoo.engines.tensorrt.shim import TITLES
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, HeadSpec
 from blockzoo.zoo.fingerprint import canonical_json
@@ -18,8 +18,10 @@ from blockzoo.zoo.strict_json import encode
 DECODE = OptimizationProfileRecord("decode", 1, 8, 64)
 PREFILL = OptimizationProfileRecord("prefill", 64, 512, 4096)
 
-REVISION = 1
-"""Of the networks: raise it when `networks.py` gives other graphs, so that no old plan is taken for one."""
+REVISION = 2
+"""Of networks and builder settings: raise it when they change, so that no old plan is taken for a new one."""
+
+_LORA_RANKS = (64, 4096)  # the least and the most that plans get room for
 
 
 def shape_class(spec: BlockSpec) -> BlockSpec:
@@ -45,6 +47,8 @@ class PlanRequest:
         profiles: token count ranges.
         workspace_bytes: bound on scratch memory; None: the library's own.
         baked_block: id of the block whose weights become constants; None: weights are inputs.
+        lora: projections of the part that take adapters.
+        max_lora_ranks: of all adapters of a call together; 0 without `lora`.
         revision: of the networks.
     """
 
@@ -57,6 +61,8 @@ class PlanRequest:
     profiles: tuple[OptimizationProfileRecord, ...]
     workspace_bytes: int | None = None
     baked_block: str | None = None
+    lora: tuple[str, ...] = ()
+    max_lora_ranks: int = 0
     revision: int = REVISION
 
     def key(self) -> str:
@@ -73,13 +79,17 @@ def plan_requests(
     *,
     workspace_bytes: int | None = None,
     baked_block: str | None = None,
+    lora: Sequence[str] = (),
+    lora_ranks: int = 0,
 ) -> tuple[PlanRequest, ...]:
     """The plans of one block on one target, in the order in which they run; none for an embedding.
 
-    The head runs on the last row of each sequence only: it has no prefill profile.
+    The head runs on the last row of each sequence only: it has no prefill profile. A part with projections
+    in `lora` gets a second plan that takes adapters, with room for `lora_ranks` ranks or more: calls without
+    adapters run the first, and pay nothing for them.
     """
     profiles = (DECODE,) if spec.kind == "head" else (DECODE, PREFILL)
-    return tuple(
+    plain = [
         PlanRequest(
             part=part,
             spec=shape_class(spec),
@@ -92,7 +102,15 @@ def plan_requests(
             baked_block=baked_block,
         )
         for part in parts_of(spec)
-    )
+    ]
+    least, most = _LORA_RANKS
+    room = min(max(least, 1 << (lora_ranks - 1).bit_length()), most)
+    adapted = [
+        replace(request, lora=names, max_lora_ranks=room)
+        for request in plain
+        if (names := part_lora(request.part, lora))
+    ]
+    return (*plain, *adapted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +140,20 @@ def choose_plan(
     part: Part,
     precision: Precision,
     machine: Machine,
+    lora: Sequence[str] = (),
 ) -> str:
     """The key of the plan that serves one part of a block here; a plan with its weights baked in wins.
+
+    Args:
+        plans: of the zoo, by key.
+        block_id, spec, part: what is to run.
+        precision, machine: where.
+        lora: projections of the block whose adapters the plan takes as inputs.
 
     Raises:
         EngineError: the zoo has no such plan, or only for other machines.
     """
-    wanted = shape_class(spec)
+    wanted, names = shape_class(spec), part_lora(part, lora)
     of_part = {
         key: plan
         for key, plan in plans.items()
@@ -136,15 +161,18 @@ def choose_plan(
         and plan.spec == wanted
         and plan.precision == precision
         and plan.baked_block in (None, block_id)
+        and plan.lora == names
     }
     fitting = [key for key, plan in of_part.items() if machine.runs(plan)]
     if fitting:
-        return max(fitting, key=lambda key: (plans[key].baked_block is not None, key))
+        return max(
+            fitting, key=lambda key: (plans[key].baked_block is not None, plans[key].max_lora_ranks, key)
+        )
     advice = f"run zoo-compile --backend tensorrt --target {machine.target} on the zoo"
     if not of_part:
-        raise EngineError(
-            f"the zoo has no TensorRT plan for {part} of block {block_id[:12]} in {precision}; {advice}"
-        )
+        what = f"{part} of block {block_id[:12]} in {precision}"
+        what += f" with adapters on {', '.join(names)}" if names else ""
+        raise EngineError(f"the zoo has no TensorRT plan for {what}; {advice}")
     seen = sorted({f"{p.target} / {TITLES[p.library]} {_minor(p.library_version)}" for p in of_part.values()})
     raise EngineError(
         f"plan is for {', '.join(seen)}, this machine has {machine} ({part} of block {block_id[:12]}); "

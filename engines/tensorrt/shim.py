@@ -113,13 +113,17 @@ def library_for(target: str, native: str | None) -> TensorRT:
     return load_tensorrt("tensorrt_rtx")
 
 
-def native_target() -> str | None:
-    """The compute capability of this machine's first GPU ("sm90"), or None without torch or a GPU."""
+def native_target(device: Any = None) -> str | None:
+    """The compute capability of a GPU of this machine ("sm90"), or None without torch or a GPU.
+
+    Args:
+        device: a torch device; None: the first GPU.
+    """
     try:
         import torch
     except ModuleNotFoundError:
         return None
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"

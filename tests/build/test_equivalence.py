@@ -4,42 +4,52 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blockzoo.build.cli import main
-from blockzoo.build.equivalence import compose, probe_sequences
+from blockzoo.build.equivalence import Candidate, Probe, compose, probe_sequences, substitute
+from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
 
 Tree = Callable[[Path], dict[str, str]]
+TEXT = "".join(
+    f"def add_{name}(a, b):\n    return a + b + {name}\n\n" for name in ("one", "two", "three", "four")
+)
+
+
+CANDIDATES = [Candidate({i: f"block {i}"}) for i in range(8)]
 
 
 @pytest.mark.parametrize("bad", [set(), {3}, {0}, {1, 2, 7}, set(range(8))])
 def test_compose_takes_all_that_passes_together(bad: set[int]) -> None:
-    judged = []
+    judged: list[list[int]] = []
 
-    def passes(chosen: object) -> bool:
-        judged.append(tuple(chosen))  # type: ignore[call-overload]
+    def passes(chosen: Sequence[Candidate]) -> bool:
+        judged.append([i for candidate in chosen for i in candidate.blocks])
         return not bad & set(judged[-1])
 
-    assert compose(list(range(8)), passes) == [i for i in range(8) if i not in bad]
+    assert compose(CANDIDATES, passes) == [c for i, c in enumerate(CANDIDATES) if i not in bad]
     assert len(judged) <= 2 * 8
     assert compose([], passes) == []
 
 
 def test_compose_sees_errors_that_add_up() -> None:
-    assert compose([5, 6, 7, 8], lambda chosen: len(chosen) <= 3) == [5, 6, 7]
+    assert compose(CANDIDATES[4:], lambda chosen: len(chosen) <= 3) == CANDIDATES[4:7]
 
 
 def test_probe_sequences_are_bounded() -> None:
-    found = probe_sequences([[1] * 300, [2] * 10, []] * 20, 128)
+    found = probe_sequences([[1] * 300, [2] * 10, []] * 20, 128, 32_000)
     assert max(map(len, found)) == 128
     assert sum(map(len, found)) == 2048
+    assert sum(map(len, probe_sequences([[1] * 300] * 20, 4096, 1 << 18))) == 256
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +77,8 @@ def test_lightly_tuned_blocks_are_replaced_and_scored(
     tuned: dict[str, Path], tmp_path: Path, tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zoo = str(tmp_path / "z")
-    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n\nimport os\nfor name in names:\n")
-    given = ["-o", zoo, "--no-profile"]
+    (tmp_path / "text").write_text(TEXT)
+    given = ["-o", zoo, "--no-profile", "--threads", "1"]
     assert main([f"base={tuned['base']}", *given]) == 0
     asked = [f"{name}={tuned[name]}" for name in ("light", "far")]
     asked += ["--share", "equivalent", "--threshold", "0.9", "--probe", str(tmp_path / "text")]
@@ -80,7 +90,8 @@ def test_lightly_tuned_blocks_are_replaced_and_scored(
     for model in (light, far):
         found = model.equivalence
         assert found is not None
-        assert min(found.cosine, found.top1) >= found.threshold == 0.9
+        assert found.cosine >= found.threshold == 0.9
+        assert 0 < found.kl < 1
         assert found.probe == "text"
         assert model.verification is not None  # of its own blocks, against the checkpoint
         assert model.verification.figures["f32"].max_relative_error < 1e-4
@@ -97,7 +108,7 @@ def test_lightly_tuned_blocks_are_replaced_and_scored(
 
 def test_nothing_is_replaced_unless_asked_for(tuned: dict[str, Path], tmp_path: Path) -> None:
     given: dict[str, str | Path] = {name: tuned[name] for name in ("base", "light")}
-    compile_models(given, tmp_path / "z", CompileOptions(verify=False, profile=False))
+    compile_models(given, tmp_path / "z", CompileOptions(verify=False, profile=False, threads=1))
     light = Zoo.open(tmp_path / "z").manifest.models["light"]
     assert light.equivalence is None
     assert len(Zoo.open(tmp_path / "z").manifest.blocks) == 14 + 12
@@ -133,7 +144,105 @@ def test_an_unfit_probe_is_refused(
 ) -> None:
     given = [f"base={tuned['base']}", f"light={tuned['light']}", "-o", str(tmp_path / "z"), "--no-verify"]
     (tmp_path / "empty").write_text("\n\n\n")
-    for probe in ("missing", "empty"):
+    (tmp_path / "binary").write_bytes(b"caf\xe9 " * 200)
+    (tmp_path / "short").write_text("def f(x):\n")
+    for probe, said in (
+        ("missing", "not readable as UTF-8 text"),
+        ("binary", "not readable as UTF-8 text"),
+        (".", "not readable as UTF-8 text"),
+        ("empty", "the file holds no text"),
+        ("short", "tokens of base; expected at least 64"),
+    ):
         assert main([*given, "--share", "equivalent", "--probe", str(tmp_path / probe)]) == 2
-        assert f"--probe {tmp_path / probe}: " in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert f"--probe {tmp_path / probe}: " in err
+        assert said in err
     assert not (tmp_path / "z").exists()
+
+
+def test_the_scores_are_shown(
+    tuned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = tmp_path / "z"
+    given: dict[str, str | Path] = {name: tuned[name] for name in ("base", "light")}
+    options = CompileOptions(verify=False, profile=False, threads=1, share="equivalent", threshold=0.9)
+    report = compile_models(given, zoo, options)
+    assert report.models[0].notes == ()  # the base stays what it is: there was none before it
+    models = Zoo.open(zoo).manifest.models
+    found = models["light"].equivalence
+    assert found is not None
+    assert models["base"].equivalence is None
+    said = (
+        f"cosine {found.cosine:.4f}, KL {found.kl:.1e}, same top token {found.top1:.1%} (asked for 0.9, over"
+    )
+    page = tmp_path / "page.html"
+    assert inspect([str(zoo), "--html", str(page)]) == 0
+    assert said in capsys.readouterr().out
+    assert (
+        f"<b>light</b> {len(found.own_blocks)} blocks replaced by equivalent ones: {said}" in page.read_text()
+    )
+    assert inspect([str(zoo), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["models"]["light"]["equivalence"]
+    assert (shown["cosine"], shown["kl"], shown["top1"]) == (found.cosine, found.kl, found.top1)
+    assert shown["num_tokens"] == 339
+
+
+@pytest.fixture(scope="module")
+def with_ends(tuned: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base, and a copy of which embedding (and with it the head) and last norm are tuned lightly."""
+    folder = tmp_path_factory.mktemp("ends") / "ends"
+    shutil.copytree(tuned["base"], folder)
+    file = TensorFile(tuned["base"] / "model.safetensors")
+    tensors = {key: file.tensor(key) for key in file.names}
+    rng = np.random.default_rng(0)
+    for key in ("model.embed_tokens.weight", "model.norm.weight"):
+        values = tensors[key].to_f32()
+        noise = rng.standard_normal(values.shape, dtype=np.float32) * values.std()
+        tensors[key] = from_f32(values + np.float32(0.02) * noise, "bf16")
+    write_tensor_file(folder / "new", tensors, {})
+    (folder / "new").rename(folder / "model.safetensors")
+    return {"base": tuned["base"], "ends": folder}
+
+
+def test_a_tied_embedding_goes_with_its_head(with_ends: dict[str, Path], tmp_path: Path) -> None:
+    models: dict[str, str | Path] = {**with_ends}
+    options = CompileOptions(verify=False, profile=False, threads=1, share="equivalent", threshold=0.9)
+    compile_models(models, tmp_path, options)
+    manifest = Zoo.open(tmp_path).manifest
+    found = manifest.models["ends"].equivalence
+    assert found is not None
+    assert sorted(found.own_blocks) == [0, 13]
+    assert manifest.models["ends"].chain == manifest.models["base"].chain
+    assert len(manifest.blocks) == 14
+
+
+def test_candidates_are_ranked_by_what_they_do_to_activations(tuned: dict[str, Path], tmp_path: Path) -> None:
+    given: dict[str, str | Path] = {name: tuned[name] for name in ("base", "light")}
+    compile_models(given, tmp_path, CompileOptions(verify=False, profile=False, threads=1))
+    zoo, maker = Zoo.open(tmp_path), OpenVINOEngines("f32", 1)
+    models = zoo.manifest.models
+    tokens = [np.random.default_rng(0).integers(2, 2048, 100).tolist()]
+    candidates = [Candidate({i: models["base"].chain[i]}) for i in range(1, 13)]
+    probe = Probe(zoo, models["light"], maker, tokens, candidates)
+    strays = [probe.strays(candidate) for candidate in candidates]
+    assert all(0.005 < found < 0.2 for found in strays)  # weights differ by 2 %
+    assert len(set(strays)) == 12
+    itself = probe.likeness([])
+    assert (itself.cosine, itself.top1) == (pytest.approx(1, abs=1e-5), 1)
+    both, one = probe.likeness(candidates), probe.likeness(candidates[:1])
+    assert both.cosine < one.cosine < itself.cosine
+    whole = ProbeChain(maker, [zoo.read_block(i) for i in models["light"].chain], models["light"].config, 100)
+    logits = whole.forward(tokens[0], 0)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(probe._own[0], expected, atol=1e-3)
+
+
+def test_blocks_of_models_that_come_later_are_not_taken(tuned: dict[str, Path], tmp_path: Path) -> None:
+    given: dict[str, str | Path] = {name: tuned[name] for name in ("base", "light")}
+    compile_models(given, tmp_path, CompileOptions(verify=False, profile=False, threads=1))
+    zoo = Zoo.open(tmp_path)
+    ids = [[5, 6, 7, 8] * 30]
+    record = substitute(
+        "base", zoo, ids, OpenVINOEngines("f32", 1), 0.5, "x", lambda *_: None, besides=["light"]
+    )
+    assert record == zoo.manifest.models["base"]

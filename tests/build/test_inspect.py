@@ -184,6 +184,6 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     printer = progress.ProgressPrinter(terminal)
     for done in range(4):
-        printer("long work", done, 3)
+        printer("long work", done, 3, "a phase of it")
     printer.close()
-    assert "long work" in terminal.getvalue()
+    assert "long work (a phase of it)" in terminal.getvalue()

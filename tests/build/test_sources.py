@@ -148,7 +148,8 @@ def test_an_adapter_may_bring_more_tokens(
     [
         ({"use_dora": True}, "DoRA"),
         ({"peft_type": "IA3"}, "'IA3'"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),

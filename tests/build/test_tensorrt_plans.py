@@ -13,6 +13,8 @@ pytest.importorskip("tensorrt_rtx")
 
 from blockzoo.build.cli import main
 from blockzoo.build.inspect import main as inspect
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.base import EngineError
 from blockzoo.engines.tensorrt.plans import Machine, choose_plan, plan_requests
 from blockzoo.zoo.errors import StoreError
@@ -65,6 +67,24 @@ def test_plans_are_reused_across_models_and_runs_and_targets_are_added(
     table = capsys.readouterr().out
     assert "decode 1 8 64" in table
     assert "sm120" in table
+
+
+def test_the_build_phases_are_told(zoo: Path) -> None:
+    told: list[tuple[str, int, int, str]] = []
+
+    def progress(what: str, done: int, total: int, detail: str = "") -> None:
+        told.append((what, done, total, detail))
+
+    plans = TensorRTOptions(targets=("sm86",), workspace_bytes=64 << 20)
+    compile_models({}, zoo, CompileOptions(verify=False, profile=False, tensorrt=plans), progress=progress)
+    built = [step for step in told if step[0] == "building plans for sm86"]
+    assert [done for _, done, _, _ in built] == sorted(done for _, done, _, _ in built)
+    assert built[-1] == ("building plans for sm86", 4, 4, "")
+    assert {detail.split(":")[0] for *_, detail in built[:-1]} == PARTS
+    assert "ffn: Building engine" in {detail for *_, detail in built}
+    records = [p for p in Zoo.open(zoo).manifest.tensorrt_plans.values() if p.target == "sm86"]
+    assert {record.workspace_bytes for record in records} == {64 << 20}
+    assert [f.name for f in (zoo / "plans" / "tensorrt").iterdir() if "sm86" in f.name]  # timings
 
 
 def test_plans_go_with_the_last_block_of_their_shape(checkpoints: dict[str, Path], tmp_path: Path) -> None:

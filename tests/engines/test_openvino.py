@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from blockzoo.engines.base import EngineError, Precision, activation_dtype, bf16_to_f32, f32_to_bf16
+from blockzoo.engines.base import EngineError, Precision, activation_dtype
 from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain, time_block
 from blockzoo.zoo.blocks import Block, BlockTensor, EmbedSpec
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
 
 def test_bf16_rounding_is_torchs() -> None:

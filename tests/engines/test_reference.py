@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from blockzoo.engines.base import EngineError, EngineMaker  # noqa: E402
 from blockzoo.engines.choose import make_engines  # noqa: E402
 from blockzoo.engines.probe import ProbeChain, time_block  # noqa: E402
 from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
+from blockzoo.engines.reference.arrays import TorchArrays, _Recorded  # noqa: E402
 from blockzoo.engines.reference.attention import DenseAttention  # noqa: E402
 from blockzoo.runtime import LLM  # noqa: E402
 from blockzoo.runtime.errors import InvalidRequestError  # noqa: E402
@@ -96,3 +98,39 @@ def test_a_choice_that_cannot_be_met_is_explained() -> None:
 def test_config_names_the_backends(demo_zoo: Path) -> None:
     with pytest.raises(InvalidRequestError, match="backend is 'tpu'"):
         LLM(demo_zoo, backend="tpu")
+
+
+class Recorder(_Recorded):
+    """The order of things without a GPU: what runs, and whether it is told that a recording comes."""
+
+    def __init__(self, arrays: TorchArrays, graphs: SimpleNamespace, fails: bool) -> None:
+        self.seen: list[tuple[str, bool]] = []
+        self._fails = fails
+        super().__init__(lambda: None, arrays, graphs)  # type: ignore[arg-type]
+
+    def _run_directly(self) -> None:
+        self.seen.append(("direct", self._arrays.settling))
+
+    def _record(self) -> None:
+        self.seen.append(("record", self._arrays.settling))
+        if self._fails:
+            self._graphs.failed = True
+        else:
+            self._graph = SimpleNamespace(replay=lambda: self.seen.append(("replay", self._arrays.settling)))
+
+
+def test_the_third_run_of_a_step_is_recorded_and_a_failure_ends_recording() -> None:
+    arrays, graphs = TorchArrays(torch.device("cpu"), "f32"), SimpleNamespace(failed=False)
+    step = Recorder(arrays, graphs, fails=False)
+    for _ in range(4):
+        step()
+    ran = [("direct", False), ("direct", True), ("record", True), ("replay", True), ("replay", True)]
+    assert step.seen == ran
+    failing, other = (Recorder(arrays, graphs, fails=True) for _ in range(2))
+    for _ in range(4):
+        failing()
+    for _ in range(3):
+        other()
+    assert [what for what, _ in failing.seen] == ["direct", "direct", "record", "direct", "direct"]
+    assert [what for what, _ in other.seen] == ["direct"] * 3
+    assert not arrays.settling

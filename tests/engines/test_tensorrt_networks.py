@@ -13,9 +13,9 @@ from blockzoo.engines.base import EngineError  # noqa: E402
 from blockzoo.engines.reference.attention import rotate  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators, TorchAttn, TorchFfn, TorchHead, Weights  # noqa: E402
 from blockzoo.engines.tensorrt.networks import build_network, network_inputs  # noqa: E402
-from blockzoo.engines.tensorrt.parts import Part, part_weights, parts_of  # noqa: E402
+from blockzoo.engines.tensorrt.parts import PART_LORA, Part, part_weights, parts_of  # noqa: E402
 from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests  # noqa: E402
-from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec, FfnSpec, HeadSpec, tensor_shapes  # noqa: E402
+from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, Block, BlockSpec, FfnSpec, HeadSpec, tensor_shapes  # noqa: E402
 from blockzoo.zoo.rope import RopeConfig  # noqa: E402
 from blockzoo.zoo.tensors import BlockTensor, from_f32  # noqa: E402
 
@@ -98,43 +98,32 @@ def test_networks_compute_what_torch_computes(name: str, part: Part, rows: int) 
         np.testing.assert_allclose(output, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize(("name", "part"), [(n, p) for n, p in PARTS if p != "head"])
-def test_adapters_in_one_batch_equal_merged_weights_row_by_row(name: str, part: Part) -> None:
+def test_adapters_in_one_batch_equal_merged_weights_row_by_row(name: str, part: Part, some: bool) -> None:
     """Two adapters and rows with none: each row must see its own merged weights."""
     block = make_block(name)
-    rows, rank, scales = 6, 4, (0.5, 2.0)
+    lora = PART_LORA[part][-1:] if some else PART_LORA[part]
+    rows, rank = 6, 4
     owners = [0, 1, -1, 1, 0, -1]
-    rng = np.random.default_rng(9)
+    slots = [slice(0, rank), slice(rank, 2 * rank)]
     mask = np.zeros((rows, 2 * rank), np.float32)
     for row, owner in enumerate(owners):
         if owner >= 0:
-            mask[row, owner * rank : (owner + 1) * rank] = scales[owner]
-    model = build_network(block.spec, part, "f32", lora_ranks=2 * rank)
-    stacks = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "o": ("o",), "down": ("down",)}
+            mask[row, slots[owner]] = 1
+    rng = np.random.default_rng(9)
     given = feeds(block, part, rows)
-    adapters: dict[str, np.ndarray] = {}
-    deltas: list[dict[str, np.ndarray]] = [{}, {}]
-    for stack, names in stacks.items():
-        if not any(value.name == f"{stack}.lora_a" for value in network_inputs(model)):
-            continue
-        halves = []
-        for source in names:
-            out, width = block.tensors[source].shape
-            a = rng.standard_normal((2 * rank, width)).astype(np.float32) * 0.1
-            b = rng.standard_normal((out, 2 * rank)).astype(np.float32) * 0.1
-            halves.append((a, b))
-            for owner in (0, 1):
-                own = slice(owner * rank, (owner + 1) * rank)
-                deltas[owner][source] = scales[owner] * (b[:, own] @ a[own])
-        adapters[f"{stack}.lora_a"] = np.concatenate([a for a, _ in halves])
-        stacked_b = np.zeros((sum(len(b) for _, b in halves), len(halves) * 2 * rank), np.float32)
-        row = 0
-        for i, (_, b) in enumerate(halves):
-            stacked_b[row : row + len(b), i * 2 * rank : (i + 1) * 2 * rank] = b
-            row += len(b)
-        adapters[f"{stack}.lora_b"] = stacked_b
+    adapters, deltas = {"lora_mask": mask}, [dict[str, np.ndarray](), dict[str, np.ndarray]()]
+    for projection in lora:
+        out, width = block.tensors[projection].shape
+        a = rng.standard_normal((2 * rank, width)).astype(np.float32) * 0.1
+        b = rng.standard_normal((2 * rank, out)).astype(np.float32) * 0.1
+        adapters |= {f"lora_a.{projection}": a, f"lora_b.{projection}": b}
+        for owner, slot in enumerate(slots):
+            deltas[owner][projection] = b[slot].T @ a[slot]
     weights = {key: weight.data for key, weight in part_weights(block, part, "f32").items()}
-    together = in_onnxruntime(model, given | weights | adapters | {"lora_mask": mask})
+    model = build_network(block.spec, part, "f32", lora=lora)
+    together = in_onnxruntime(model, given | weights | adapters)
     for row, owner in enumerate(owners):
         delta = deltas[owner] if owner >= 0 else {}
         merged = {
@@ -149,6 +138,8 @@ def test_adapters_in_one_batch_equal_merged_weights_row_by_row(name: str, part: 
 def test_a_part_of_another_kind_and_a_wrong_weight_are_refused() -> None:
     with pytest.raises(ValueError, match="kind ffn has no part head"):
         build_network(SPECS["ffn"], "head", "f32")
+    with pytest.raises(ValueError, match="adapters on q of ffn"):
+        build_network(SPECS["ffn"], "ffn", "f32", lora=("q",))
     weights = part_weights(make_block("ffn"), "ffn", "bf16")
     with pytest.raises(ValueError, match="weight norm is bf16"):
         build_network(SPECS["ffn"], "ffn", "f32", weights=weights)
@@ -169,7 +160,11 @@ def test_every_block_compiles(library: object, name: str, target: str) -> None:
 
     builder = PlanBuilder(library)
     phases: list[str] = []
-    for request in plan_requests(SPECS[name], "bf16", target, "tensorrt_rtx", library.version):
+    lora = PROJECTIONS.get(SPECS[name].kind, ())
+    requests = plan_requests(
+        SPECS[name], "bf16", target, "tensorrt_rtx", library.version, lora=lora, lora_ranks=130
+    )
+    for request in requests:
         content, record = builder.build(request, on_phase=phases.append)
         assert len(content) == record.num_bytes > 10_000
         assert [(p.min, p.opt, p.max) for p in record.profiles] == (
@@ -177,6 +172,7 @@ def test_every_block_compiles(library: object, name: str, target: str) -> None:
         )
         assert record.scratch_bytes.keys() == {profile.name for profile in record.profiles}
         assert record.inputs[0].shape == (-1, 64)
+        assert record.max_lora_ranks == (256 if record.lora else 0)
         assert {value.dtype for value in record.inputs} <= {"bf16", "f32"}
     assert phases
     assert builder.timing_cache()

@@ -102,18 +102,22 @@ def test_scores() -> None:
     from blockzoo.engines.tensorrt.attention import PagedAttention
 
     spec = SPECS["8b"]
-    qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300)])
+    qkv, inputs, ids = attention_inputs(spec, [(900, 8), (0, 300), (70, 1)])
+    inputs |= {
+        "score_windows": torch.tensor([4, 4, 0], dtype=torch.int32, device="cuda"),
+        "block_indices.0": ids,
+    }
     paged = PagedAttention(132)
+    inputs["scores"] = paged.no_scores(inputs)
     paged(qkv, inputs, ids, spec, None)
-    scores = paged.scores(qkv, inputs, ids, spec, window_rows=4, width=1024)
-    sums = scores.sum(1).cpu()
-    torch.testing.assert_close(sums, torch.full((2,), 4.0 * spec.num_heads), rtol=1e-2, atol=0.0)
-    assert not scores[0, 908:].any()
-    assert not scores[1, 300:].any()
+    scores = paged.packed_scores(inputs).cpu()
+    sums = torch.stack([part.sum() for part in scores.split([908, 300, 71])])
+    expected = torch.tensor([4.0, 4.0, 0.0]) * spec.num_heads
+    torch.testing.assert_close(sums, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_operators_and_adapters() -> None:
-    from blockzoo.engines.tensorrt.attention import FusedOperators, add_adapters
+    from blockzoo.engines.tensorrt.operators import FusedOperators, add_adapters
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
@@ -122,21 +126,23 @@ def test_operators_and_adapters() -> None:
     x, weight, gate_up = drawn(70, 4096), drawn(4096), drawn(70, 2 * 14336)
     assert relative_error(fused.norm(x, weight, 1e-5), plain.norm(x.float(), weight.float(), 1e-5)) < 5e-3
     assert relative_error(fused.gated(gate_up), plain.gated(gate_up.float())) < 5e-3
-    a, b, y = drawn(128, 4096) / 64, drawn(6144, 128), drawn(70, 6144)
+    a, b, y = drawn(128, 4096) / 64, drawn(128, 6144), drawn(70, 6144)
     mask = torch.zeros(70, 128, device="cuda", dtype=torch.bfloat16)
     for row in range(70):
         mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 0.5
-    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float().T
+    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float()
     add_adapters(y, x, a, b, mask)
     assert relative_error(y, expected) < 1e-2
 
 
+SIZES = {"max_tokens": 256, "max_seqs": 16, "context": 256}
+
+
 def zoo_on_gpu(cuda_graphs: bool, make: Callable[[ReferenceEngines], None] | None = None) -> RandomZoo:
-    torch.manual_seed(0)  # equal weights, drawn in equal order
     engines = ReferenceEngines("bf16", "cuda", cuda_graphs=cuda_graphs)
     if make is not None:
         make(engines)
-    return RandomZoo("tiny", engines, 3, 2, max_tokens=256, max_seqs=16, context=256)
+    return RandomZoo("tiny", engines, 3, 2, **SIZES)
 
 
 def run_steps(zoo: RandomZoo) -> list[np.ndarray]:
@@ -164,4 +170,30 @@ def test_kernels_in_a_chain_give_what_plain_torch_gives() -> None:
         engines._ops, engines._attention = Operators(), DenseAttention()
 
     for ours, theirs in zip(run_steps(zoo_on_gpu(True)), run_steps(zoo_on_gpu(False, plain)), strict=True):
+        assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
+
+
+def adapted_zoo(engines: ReferenceEngines) -> RandomZoo:
+    return RandomZoo("tiny", engines, 3, 4, lora_rank=4, **SIZES)
+
+
+def test_recorded_steps_with_adapters_give_what_direct_ones_give() -> None:
+    sides = [run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=g))) for g in (True, False)]
+    for recorded, direct in zip(*sides, strict=True):
+        assert relative_error(torch.from_numpy(recorded), torch.from_numpy(direct)) < 1e-2
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_plans_give_what_torch_gives(cuda_graphs: bool) -> None:
+    """With and without adapters, prefill and decode, in plans built for this GPU."""
+    pytest.importorskip("onnx")
+    from benchmarks.gpu_plans import native_engines
+    from blockzoo.engines.base import EngineError
+
+    try:
+        engines = native_engines("tiny", cuda_graphs=cuda_graphs, lora_ranks=8)
+    except EngineError as error:
+        pytest.skip(str(error))
+    torch_steps = run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=False)))
+    for ours, theirs in zip(run_steps(adapted_zoo(engines)), torch_steps, strict=True):
         assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2

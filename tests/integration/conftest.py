@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for onnx_device
 
 SMALL: dict[str, Any] = {
     "vocab_size": 2048,
@@ -86,3 +91,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `architecture` once for each."""
     if "architecture" in metafunc.fixturenames:
         metafunc.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture(scope="session")
+def make_lora() -> Callable[[Path, Path, int, dict[str, Any]], None]:
+    """(base folder, folder, seed, LoraConfig settings): write a random PEFT folder whose base is "base"."""
+
+    def make(base: Path, folder: Path, seed: int, settings: dict[str, Any]) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1 * torch.randn_like(weight))
+        model.save_pretrained(folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+
+    return make

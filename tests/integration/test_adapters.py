@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime import LLM, SamplingParams
@@ -20,6 +22,7 @@ from blockzoo.zoo.store import Zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
 
+MakeLora = Callable[[Path, Path, int, dict[str, Any]], None]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -36,27 +39,23 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "upper": {"r": 2, "lora_alpha": 4, "target_modules": ALL, "layers_to_transform": [2]},
     "head": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
 }
-
-
-def make_adapter(base: Path, folder: Path, seed: int, settings: dict[str, Any]) -> None:
-    torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                weight.add_(0.1 * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+OTHER_ENDS: dict[str, dict[str, Any]] = {  # over a base with biases, its head tied to its embedding
+    "all-biases": {"r": 3, "target_modules": ["q_proj", "up_proj"], "bias": "all"},
+    "its-biases": {"r": 256, "lora_alpha": 200, "target_modules": ["k_proj"], "bias": "lora_only"},
+    "embeddings": {"r": 1, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+    "both-ends": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
 
 
 @pytest.fixture(scope="module")
-def tenants(architectures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tenants(
+    architectures: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, make_lora: MakeLora
+) -> dict[str, Path]:
     """The base and LoRA folders of every kind."""
     root = tmp_path_factory.mktemp("tenants")
     base = architectures["llama-gqa-untied"]
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        make_adapter(base, root / name, seed, settings)
+        make_lora(base, root / name, seed, settings)
     return {"base": base, **{name: root / name for name in ADAPTERS}}
 
 
@@ -69,10 +68,14 @@ def zoo(tenants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def peft_models(tenants: dict[str, Path]) -> dict[str, torch.nn.Module]:
+    return load_all(tenants)
+
+
+def load_all(tenants: dict[str, Path]) -> dict[str, torch.nn.Module]:
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(tenants["base"], dtype=torch.float32).eval()
 
-    models = {name: PeftModel.from_pretrained(load(), tenants[name]).eval() for name in ADAPTERS}
+    models = {n: PeftModel.from_pretrained(load(), path).eval() for n, path in tenants.items() if n != "base"}
     return {"base": load(), **models}
 
 
@@ -84,6 +87,10 @@ def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 def test_every_adapter_computes_what_peft_computes(
     zoo: Path, peft_models: dict[str, torch.nn.Module]
 ) -> None:
+    compare(zoo, peft_models)
+
+
+def compare(zoo: Path, peft_models: dict[str, torch.nn.Module]) -> None:
     opened, engines = Zoo.open(zoo), OpenVINOEngines("f32")
     ids = np.random.default_rng(0).integers(2, 2048, 40).tolist()
     plain = logits_of(peft_models["base"], ids)
@@ -94,6 +101,35 @@ def test_every_adapter_computes_what_peft_computes(
         expected = logits_of(peft_models[name], ids)
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4, err_msg=name)
         assert name == "base" or np.abs(expected - plain).max() > 0.1
+
+
+def test_trained_biases_and_embeddings(
+    architectures: dict[str, Path], tmp_path: Path, make_lora: MakeLora
+) -> None:
+    tenants = {"base": architectures["qwen2-bias-tied"]}
+    for seed, (name, settings) in enumerate(OTHER_ENDS.items()):
+        tenants[name] = tmp_path / name
+        make_lora(tenants["base"], tenants[name], seed, settings)
+    zoo = tmp_path / "zoo"
+    done = compile_models(tenants, zoo, CompileOptions(profile=False))  # each is verified as well
+    assert all(report.verification is not None for report in done.models)
+    peft_models = load_all(tenants)
+    compare(zoo, peft_models)
+    models = Zoo.open(zoo).manifest.models
+    own = {  # how many blocks are not the base's: those with trained biases, and embedding and head
+        name: sum(ours != base for ours, base in zip(record.chain, models["base"].chain, strict=True))
+        for name, record in models.items()
+    }
+    assert own == {"base": 0, "all-biases": 3, "its-biases": 3, "embeddings": 2, "both-ends": 2}
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, 2048, 20).tolist() for _ in tenants]
+    llm = LLM(zoo, precision="f32", kv_cache_bytes=32 << 20)
+    for name, answer in zip(
+        tenants, llm.generate(list(tenants), prompts, GREEDY, progress=False), strict=True
+    ):
+        ids = [*answer.prompt, *answer.token_ids]
+        expected = logits_of(peft_models[name], ids[:-1])[len(answer.prompt) - 1 :].argmax(-1)
+        assert tuple(expected.tolist()) == answer.token_ids, name
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_span_layers": 1}, {"adapter_cache_bytes": 1}])
@@ -142,3 +178,31 @@ def test_other_precisions_and_backends(zoo: Path) -> None:
     torch_llm = LLM(zoo, backend="reference", device="cpu", precision="f32", kv_cache_bytes=32 << 20)
     found = torch_llm.generate(names, prompts, GREEDY, progress=False)
     assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+
+
+@pytest.fixture(scope="module")
+def planned_zoo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with TensorRT plans."""
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path_factory.mktemp("planned") / "zoo"
+    shutil.copytree(zoo, path)
+    plans = TensorRTOptions(targets=("sm89",), precision="f32")
+    compile_models({}, path, CompileOptions(verify=False, profile=False, tensorrt=plans))
+    return path
+
+
+def test_tensorrt_plans_compute_what_peft_computes(
+    planned_zoo: Path, peft_models: dict[str, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of all adapters in one batch, with onnxruntime in the place of the GPU."""
+    from onnx_device import onnx_engines
+
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr("blockzoo.runtime.engine_loop.make_engines", lambda *_, zoo, **__: onnx_engines(zoo))
+    names = [name for _ in range(2) for name in peft_models]
+    prompts = [rng.integers(2, 2048, int(rng.integers(1, 70))).tolist() for _ in names]
+    llm = LLM(planned_zoo, backend="tensorrt", kv_cache_bytes=32 << 20, max_num_batched_tokens=96)
+    for name, done in zip(names, llm.generate(names, prompts, GREEDY, progress=False), strict=True):
+        whole = [*done.prompt, *done.token_ids]
+        expected = logits_of(peft_models[name], whole[:-1])[len(done.prompt) - 1 :].argmax(-1)
+        assert tuple(expected.tolist()) == done.token_ids, name

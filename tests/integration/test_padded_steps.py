@@ -13,17 +13,20 @@ pytest.importorskip("torch")
 
 from blockzoo.engines.reference import ReferenceEngines
 from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.runtime.batch import StepLayout
 
 
 def test_padding_changes_no_token(demo_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[int] = []
+    layouts: list[StepLayout] = []  # of what is recorded
 
     def recording(*_: Any, **__: Any) -> ReferenceEngines:
         engines = ReferenceEngines("f32", "cpu")
         engines.arrays.records = True
 
-        def recorded(run: Callable[[], None]) -> Callable[[], None]:
+        def recorded(run: Any) -> Callable[[], None]:
             launches.append(0)
+            layouts.extend(run.args)  # of the partial that launches a layout
             place = len(launches) - 1
 
             def counted() -> None:
@@ -47,3 +50,9 @@ def test_padding_changes_no_token(demo_zoo: Path, monkeypatch: pytest.MonkeyPatc
         sides.append([c.token_ids for c in llm.generate(models, prompts, params, progress=False)])
     assert sides[0] == sides[1]
     assert max(launches) > 3  # shapes repeat, so that a recorded step is replayed
+    (executor,) = llm.engine._zoo.executors.values()
+    keeping = [
+        layout for layout, _ in executor._layouts.values() if any(call.passed for call in layout.calls)
+    ]
+    assert keeping
+    assert not [layout for layout in keeping if layout in layouts]  # a replay would hand nothing out

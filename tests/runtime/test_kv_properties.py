@@ -1,9 +1,10 @@
 """Cache and scheduler under random load, with a stand-in for the K and V that an engine would hold.
 
-For each slot of each page the memory holds a number that stands for all its K and V depend on: scope, layers
-below, all tokens up to it. Each step first checks that every page table leads to exactly the right numbers
-for all tokens before it (what attention would read), then writes those of the step's own tokens. Tokens that
-enter at a boundary must come with the right hidden states, and nothing is written in the layers below.
+For each slot of each page the memory holds a number that stands for all its K and V depend on, the layers
+below and all tokens up to it, and for whose request wrote it. Each step first checks that every page table
+leads to exactly the right numbers for all tokens before it (what attention would read), written in the own
+scope or published; then it writes those of the step's own tokens. Tokens that enter at a boundary must come
+with the right hidden states, and nothing is written in the layers below.
 """
 
 import random
@@ -20,6 +21,7 @@ from blockzoo.runtime.boundary import BoundaryCache
 from blockzoo.runtime.errors import OverloadedError
 from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
 from blockzoo.runtime.prefix_tree import KVCache
+from blockzoo.runtime.published import Publication
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
 from blockzoo.runtime.sequence import Part, Segment, Sequence
 
@@ -32,6 +34,8 @@ MODELS = {  # d leaves a and b after one layer, a and b part after two; c has an
 }
 ROW_BYTES = 8
 PRIME = 2_147_483_629
+AUTHOR = 40  # bits behind which a number says who wrote it
+PUBLISHED = 0
 
 
 class World:
@@ -56,6 +60,8 @@ class World:
         self.num_added = 0
         self.values: dict[str, np.ndarray] = {}
         self.late_tokens = 0
+        self.num_published = 0
+        self.published: list[tuple[KVCache, Publication]] = []
 
     def add(self, model: str, scope: str, prompt: list[int], max_tokens: int) -> None:
         name = f"{self.num_added}"
@@ -77,6 +83,31 @@ class World:
                 assert (seq.num_pages, seq.request_id) == (0, name)
                 self.end(name)
 
+    def publish(self, model: str, document: list[int]) -> None:
+        """Publish a document between two steps, where half of the pool and the free pages allow it."""
+        cache = self.caches[model]
+        filled = document + [1] * (-len(document) % PAGE_TOKENS)
+        self.num_published += 1
+        name = f"document {self.num_published}"
+        seq = Sequence(name, model, cache, MODELS[model], "", filled, 0.0, publishes=True)
+        total = cache.published.num_pages + cache.pages_to_publish(seq)
+        if not cache.prefix_caching or total > cache.pool.num_pages // 2:
+            return
+        cache.begin(seq)
+        if cache.reserve(seq, seq.num_tokens):
+            passed = self.compute(seq, seq.num_tokens - seq.num_computed)
+            seq.num_computed = seq.num_tokens
+            cache.commit(seq)
+            for boundary, start, rows in passed:
+                self.boundaries.record(seq, boundary, start, rows)
+            self.published.append((cache, cache.publish(seq, len(document), lead=0)))
+        cache.release(seq)
+
+    def withdraw(self, choice: int) -> None:
+        if self.published:
+            cache, publication = self.published.pop(choice % len(self.published))
+            cache.withdraw(publication)
+
     def end(self, name: str) -> None:
         del self.left[name]
         self.ended[name] += 1
@@ -88,7 +119,8 @@ class World:
         all_failed = self.scheduler.take_failed()
         for failed in all_failed:
             cache = failed.seq.cache
-            assert pages_for(failed.seq.num_tokens) * failed.seq.num_layers > cache.pool.num_pages
+            left = cache.pool.num_pages - cache.published.num_pages
+            assert pages_for(failed.seq.num_tokens) * failed.seq.num_layers > left
             self.end(failed.seq.request_id)
         assert len({seq.request_id for seq, _ in scheduled}) == len(scheduled) <= config.max_num_seqs
         assert sum(num_tokens for _, num_tokens in scheduled) <= config.max_num_batched_tokens
@@ -142,24 +174,30 @@ class World:
                 hidden = prefix[start:stop, None] ^ crc32(segment.boundary.encode())  # [n, 1]
                 if number == level and level:
                     part = Part(start, stop, level)
-                    assert np.array_equal(self.boundaries.entering(seq, part), hidden)
+                    self.check_read(seq, self.boundaries.entering(seq, part), hidden)
                     self.late_tokens += stop - start
                 elif number > level:
-                    passed.append((segment.boundary, start, hidden))
+                    passed.append((segment.boundary, start, hidden | author_of(seq) << AUTHOR))
                 written = stop if number < level else start  # of these layers, before the step
                 for layer in range(segment.first_layer, segment.end_layer):
                     expected = prefix[:stop] ^ crc32(segment.key.encode()) ^ layer
                     pages = seq.page_table[layer, position[:stop] // PAGE_TOKENS]
                     assert (pages >= 0).all()
                     seen = memory[pages[:written], position[:written] % PAGE_TOKENS]
-                    assert np.array_equal(seen, expected[:written])
-                    memory[pages[written:], position[written:stop] % PAGE_TOKENS] = expected[written:]
+                    self.check_read(seq, seen, expected[:written])
+                    signed = expected[written:] | author_of(seq) << AUTHOR
+                    memory[pages[written:], position[written:stop] % PAGE_TOKENS] = signed
         return passed
 
+    @staticmethod
+    def check_read(seq: Sequence, seen: np.ndarray, expected: np.ndarray) -> None:
+        assert np.array_equal(seen & ((1 << AUTHOR) - 1), expected)
+        assert np.isin(seen >> AUTHOR, (PUBLISHED, author_of(seq))).all()
+
     def prefix_values(self, seq: Sequence) -> np.ndarray:
-        """int64 [num_tokens]: a number per position for scope and all tokens up to it."""
+        """int64 [num_tokens]: a number per position for all tokens up to it."""
         known = self.values.get(seq.request_id, np.empty(0, np.int64))
-        value = int(known[-1]) if known.size else crc32(seq.scope.encode()) % PRIME
+        value = int(known[-1]) if known.size else 1
         new = []
         for token in seq.token_ids[known.size :].tolist():
             value = (value * 31337 + token + 1) % PRIME
@@ -182,13 +220,20 @@ class World:
             self.step()
             steps += 1
             assert steps < 20_000, "no end"
+        while self.published:
+            self.withdraw(0)
         assert not self.left
         assert len(self.ended) + self.refused == self.num_added
         for cache in self.memory:
             cache.check_integrity([])
             stats = cache.stats()
-            assert stats.pages_owned == 0
+            assert stats.pages_owned == stats.published_pages == 0
             assert stats.pages_evictable == stats.pages_cached
+
+
+def author_of(seq: Sequence) -> int:
+    """PUBLISHED, or a number for the scope."""
+    return PUBLISHED if seq.publishes else 1 + "xy".index(seq.scope)
 
 
 @st.composite
@@ -221,6 +266,14 @@ class KVMachine(RuleBasedStateMachine):
     )
     def add(self, model, scope, prompt, n):
         self.world.add(model, scope, prompt, n)
+
+    @rule(model=st.sampled_from("aabd"), document=prompts())
+    def publish(self, model, document):
+        self.world.publish(model, document)
+
+    @rule(choice=st.integers(0, 100))
+    def withdraw(self, choice):
+        self.world.withdraw(choice)
 
     @rule(count=st.sampled_from([1, 1, 5, 40]))
     def steps(self, count):
@@ -271,6 +324,10 @@ def test_soak_sees_every_kind_of_event(seed):
             world.add(rng.choice("aabbcd"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
         if rng.random() < 0.05:
             world.abort(rng.randrange(100))
+        if rng.random() < 0.02:
+            world.publish(rng.choice("abd"), [0] * rng.choice([20, 64, 75]) + [2])
+        if rng.random() < 0.01:
+            world.withdraw(rng.randrange(100))
         world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None, fault=rng.random() < 0.02)
     world.drain()
     stats = world.caches["a"].stats()
@@ -279,6 +336,7 @@ def test_soak_sees_every_kind_of_event(seed):
     assert stats.hit_tokens["low"] > stats.hit_tokens["low+a"]
     assert stats.deduped_tokens["low"] > 0
     assert stats.copied_tokens > 0
+    assert stats.published_hit_tokens > 0
     assert world.late_tokens > 0
     assert world.boundaries.evictions > 0
     assert stats.resumed_tokens > 0

@@ -318,6 +318,29 @@ def test_sequence_that_can_never_fit_fails_at_once():
     assert bench.scheduler.take_failed() == []
 
 
+def test_sequence_that_fits_only_without_published_pages_does_not_wait_for_ever():
+    bench = Bench(num_pages=8)
+    document = Sequence("p", "m", bench.cache, LAYERS, "", [5] * 64, 0.0, publishes=True)
+    bench.cache.begin(document)
+    bench.cache.reserve(document, 64)
+    document.num_computed = 64
+    bench.cache.commit(document)
+    publication = bench.cache.publish(document, 64, lead=0)
+    bench.cache.release(document)
+    old = bench.add("old", 10)
+    bench.step()
+    bench.add("big", 65)
+    behind = bench.add("behind the document", [5] * 64 + [6])
+    assert bench.step() == {"old": 1}  # as long as others run they may leave room
+    bench.scheduler.finish(old)
+    assert bench.step() == {"behind the document": 1}
+    bench.scheduler.finish(behind)
+    assert bench.step() == {}
+    [failed] = bench.scheduler.take_failed()
+    assert "its 8 pages, less 4 of published documents, hold 64 tokens" in failed.message
+    bench.cache.withdraw(publication)
+
+
 def test_sequence_that_outgrows_the_pool_fails_alone():
     bench = Bench(num_pages=8)
     old = bench.add("old", 120)

@@ -43,7 +43,7 @@ def topology_of(
         for i in ids
     }
     models = {name: _model(tuple(chain.split())) for name, chain in chains.items()}
-    return plan_topology(Manifest(models=models, blocks=blocks), max_span_layers, check_layers)
+    return plan_topology(Manifest(models=models, blocks=blocks), max_span_layers, check_layers=check_layers)
 
 
 def _model(chain: tuple[str, ...]) -> ModelRecord:

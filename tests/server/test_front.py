@@ -14,8 +14,10 @@ import pytest
 
 from blockzoo.runtime.errors import OverloadedError
 from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import RequestOutput
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
+from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
 
@@ -112,12 +114,28 @@ class ScriptedEngine:
         self.requests: dict[str, Any] = {}
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
+        self.end_ids = {"chat": (2,)}
+        self.found: Refreshed | Exception = Refreshed(added=("code",))
 
-    def submit(self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None) -> None:
+    def refresh(self) -> Refreshed:
+        if isinstance(self.found, Exception):
+            raise self.found
+        self.end_ids = {"chat": (2,), "code": (2,)}
+        return self.found
+
+    def submit(
+        self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None, documents=()
+    ) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
-            model=model, prompt=prompt, params=params, on_output=on_output, scope=scope, kv_reuse=kv_reuse
+            model=model,
+            prompt=prompt,
+            params=params,
+            on_output=on_output,
+            scope=scope,
+            kv_reuse=kv_reuse,
+            documents=documents,
         )
 
     def emit(self, text: str, reason=None, error=None) -> None:
@@ -161,7 +179,7 @@ def triton() -> RecordingTriton:
 
 @pytest.fixture
 def front(engine: ScriptedEngine, triton: RecordingTriton, tmp_path: Path):
-    front = EngineFront(engine, triton, {"chat": (2,)}, tmp_path)
+    front = EngineFront(engine, triton, tmp_path)
     yield front
     front.close(0)
     assert triton.logged == []
@@ -268,9 +286,9 @@ def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp
 
 def test_scope_and_reuse_reach_the_engine(front, engine):
     front.handle(Request(text_input="x", kv_reuse="off"))
-    front.handle(Request(text_input="x", kv_scope="team"))
-    seen = [(request.scope, request.kv_reuse) for request in engine.requests.values()]
-    assert seen == [(None, "off"), ("team", None)]
+    front.handle(Request(text_input="x", kv_scope="team", documents="a text"))
+    seen = [(each.scope, each.kv_reuse, each.documents) for each in engine.requests.values()]
+    assert seen == [(None, "off", ()), ("team", None, ("a text",))]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):
@@ -285,3 +303,27 @@ def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monke
     assert texts(sound.sender) == ["a", "b"]
     assert broken.sender.sent[0].error.code == "INTERNAL"
     assert "Traceback" in triton.logged.pop()
+
+
+def test_a_refresh_brings_in_models(front, engine, triton):
+    early = Request(text_input="hi", model="code")
+    front.handle(early)
+    assert "no model 'code'" in early.sender.sent[0].error.message
+    refresh = Request(refresh=True)
+    front.handle(refresh)
+    wait_for(lambda: refresh.sender.final)
+    said = json.loads(refresh.sender.sent[0].tensors["text_output"].flat[0])
+    assert (said["added"], said["serving"]) == (["code"], ["chat", "code"])
+    front.handle(Request(text_input="hi", model="code"))
+    assert [request.model for request in engine.requests.values()] == ["code"]
+    engine.emit("x", "stop")
+
+
+def test_a_refresh_that_fails_is_told(front, engine, triton):
+    engine.found = ManifestError("manifest.json: not JSON")
+    refresh = Request(refresh=True)
+    front.handle(refresh)
+    wait_for(lambda: refresh.sender.final)
+    assert refresh.sender.sent[0].error.message == "the zoo was not refreshed: manifest.json: not JSON"
+    assert len(triton.logged) == 1
+    triton.logged.clear()

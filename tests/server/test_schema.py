@@ -44,8 +44,16 @@ def test_a_minimal_request_is_greedy_and_echoes_its_prompt():
         echo="Hello",
         kv_scope=None,
         kv_reuse=None,
+        documents=(),
         timeout_s=None,
     )
+
+
+def test_documents_are_texts_and_an_empty_one_is_none():
+    documents = np.array([[b"one", "zw\u00f6lf".encode(), b""]], dtype=object)
+    assert parse(text_input="x", model="chat", documents=documents).documents == ("one", "zw\u00f6lf")
+    with pytest.raises(InvalidRequestError, match="documents is not UTF-8"):
+        parse(text_input="x", model="chat", documents=np.array([[b"one", b"\xff"]], dtype=object))
 
 
 def test_every_sampling_input_is_read():

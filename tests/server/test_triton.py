@@ -379,6 +379,7 @@ def test_metrics_count_what_was_served(server):
     assert grown('blockzoo_e2e_seconds_bucket{le="+Inf"}') == 1
     assert grown("blockzoo_steps_total") >= tokens
     assert after["blockzoo_mean_batch_per_block"] >= 1
+    assert after["blockzoo_engine_calls_per_step"] >= 1
     total = after["blockzoo_pages_total"]
     assert total == sum(after[f"blockzoo_pages_{kind}"] for kind in ("free", "cached", "used"))
     text = server.metrics_text()

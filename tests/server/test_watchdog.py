@@ -113,6 +113,14 @@ def test_nobody_there(dog):
     assert gone.unfinished() is None
 
 
+def test_a_refresh_gives_what_the_engine_found(dog, models):
+    models.broken["blockzoo"] = (200, {"text_output": '{"added": ["a"], "serving": ["a", "chat"]}'})
+    assert dog.refresh() == {"added": ["a"], "serving": ["a", "chat"]}
+    models.broken["blockzoo"] = (400, {"error": "the zoo was not refreshed"})
+    with pytest.raises(watchdog.UnhealthyError, match="not refreshed"):
+        dog.refresh()
+
+
 class DyingProcess:
     """A server that serves once and then is gone."""
 
@@ -144,6 +152,6 @@ def test_a_server_that_keeps_dying_is_given_up(monkeypatch, capsys):
         return DyingProcess()
 
     with pytest.raises(ServerError, match="restarted 3 times already; giving up"):
-        serve._Supervisor(start, BlindDog(), 1.0).run(lambda: None)
+        serve._Supervisor(start, BlindDog(), None, 1.0).run(lambda: None)
     assert len(starts) == 4
     assert capsys.readouterr().err.count("serving again") == 3

@@ -8,7 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from blockzoo.zoo.demo.assemble import WEIGHTS, assemble
-from blockzoo.zoo.demo.tensors import bf16_to_f32, f32_to_bf16, read_tensors, write_tensors
+from blockzoo.zoo.demo.tensors import read_tensors, write_tensors
+from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
 MEGABYTE = 10**6
 FAMILY = ("base", "notes", "notes-merged", "solver", "base-sharded")

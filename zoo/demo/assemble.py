@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .tensors import bf16_to_f32, f32_to_bf16, read_tensors, write_tensors
+from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
+
+from .tensors import read_tensors, write_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
 NUM_SHARDS = 3

@@ -47,14 +47,3 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor).tobytes())
-
-
-def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
-    """The exact float32 values of bf16 bits (uint16), same shape."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def f32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """The nearest bf16 bits (uint16) of finite float32 values, ties to even as everywhere."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

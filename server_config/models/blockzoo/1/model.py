@@ -8,9 +8,9 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.documents import publish_documents
 from blockzoo.server_config.front import EngineFront
-from blockzoo.server_config.repository import ServerSettings, served_end_ids
-from blockzoo.zoo.store import Zoo
+from blockzoo.server_config.repository import ServerSettings
 
 
 class TritonPythonModel:
@@ -20,9 +20,13 @@ class TritonPythonModel:
         """Load the zoo."""
         settings = ServerSettings.of_model(args)
         control_dir = None if settings.control_dir is None else Path(settings.control_dir)
-        end_ids = served_end_ids(Zoo.open(settings.zoo))
         engine = EngineThread(settings.zoo, EngineConfig(**settings.engine))
-        self._front = EngineFront(engine, pb_utils, end_ids, control_dir)
+        try:
+            publish_documents(engine, settings.publish, pb_utils)
+        except BaseException:
+            engine.close()  # else its thread keeps the process
+            raise
+        self._front = EngineFront(engine, pb_utils, control_dir)
         self._drain_s = settings.drain_s
 
     def execute(self, requests: list[Any]) -> None:

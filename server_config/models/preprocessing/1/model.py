@@ -8,7 +8,6 @@ import triton_python_backend_utils as pb_utils
 
 from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.text_steps import Preprocessor, Tokenizers, run_step
-from blockzoo.zoo.store import Zoo
 
 
 class TritonPythonModel:
@@ -16,7 +15,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the zoo's tokenizers."""
-        self._step = Preprocessor(Tokenizers(Zoo.open(ServerSettings.of_model(args).zoo)))
+        self._step = Preprocessor(Tokenizers(ServerSettings.of_model(args).zoo))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests."""

@@ -1,0 +1,100 @@
+"""A running server kept in line with its zoo: what zoo-compile adds or removes appears or goes.
+
+The engine takes the change over first (a `refresh` request), then the ensembles of the models that it serves
+are written to the model repository, which Triton looks through every second. Only `preprocessing`, whose
+inputs name the tenants, is loaded again; requests under way finish.
+"""
+
+from __future__ import annotations
+
+import compileall
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockzoo.server_config.repository import ServerSettings, check_name, update_repository
+from blockzoo.server_config.watchdog import UnhealthyError
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.store import manifest_stamp
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a change of the zoo came to: the tenants served now, and what to tell whoever runs the server."""
+
+    tenants: tuple[str, ...]
+    messages: tuple[str, ...]
+
+
+class Follower:
+    """Watches the manifest of the zoo that a server serves.
+
+    Args:
+        settings: of the models in the repository.
+        repository: folder of the running server; `prepare` fills it.
+        refresh: asks the engine model to refresh; raises OSError where it cannot be asked, UnhealthyError
+            where it refuses.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, repository: Path, refresh: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self._settings, self._repository, self._refresh = settings, repository, refresh
+        self._zoo = Path(settings.zoo)
+        self._seen = manifest_stamp(self._zoo)
+        self.tenants: tuple[str, ...] = ()
+        """Models served."""
+        self._inputs: tuple[str, ...] = ()  # a tenant's input stays: its ensemble may outlive it by a moment
+        self._waiting: Mapping[str, str] = {}
+
+    def prepare(self) -> tuple[str, ...]:
+        """Bring the repository in line for a server that is about to start; the tenants.
+
+        Raises:
+            ZooError: the zoo cannot be read, or a name does not suit Triton.
+        """
+        self._seen, self._waiting = manifest_stamp(self._zoo), {}
+        self.tenants = self._inputs = update_repository(self._repository, self._settings)
+        # else Python writes its bytecode there as it starts, and Triton takes that for a change of the models
+        compileall.compile_dir(self._repository, quiet=1)
+        return self.tenants
+
+    def follow(self) -> Change | None:
+        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked."""
+        seen = manifest_stamp(self._zoo)
+        if seen in (None, self._seen):
+            return None
+        try:
+            answer = self._refresh()
+        except UnhealthyError as error:
+            self._seen = seen
+            return Change(self.tenants, (str(error),))
+        except OSError:  # it is asked again; if it is dead, the watchdog sees to it
+            return None
+        self._seen = seen
+        self.tenants, problems = _fit_names(answer["serving"])
+        self._inputs = tuple(sorted({*self._inputs, *self.tenants}))
+        update_repository(self._repository, self._settings, self.tenants, self._inputs)
+        changes = [
+            f"{key} {', '.join(answer[key])}" for key in ("added", "replaced", "removed") if answer[key]
+        ]
+        waiting = [
+            f"{name} is served after a restart: {why}"
+            for name, why in answer["waiting"].items()
+            if self._waiting.get(name) != why
+        ]
+        self._waiting = answer["waiting"]
+        return Change(self.tenants, (*changes, *problems, *waiting))
+
+
+def _fit_names(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Those that Triton can serve, and why it cannot the others."""
+    fit, problems = [], []
+    for name in names:
+        try:
+            check_name(name)
+            fit.append(name)
+        except ZooError as error:
+            problems.append(str(error))
+    return tuple(fit), problems

@@ -1,0 +1,208 @@
+"""Models added to and removed from a zoo while engines serve it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime.errors import UnknownModelError
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.store import Zoo, block_path
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+SETTINGS: dict[str, Any] = {"precision": "f32", "kv_cache_bytes": 32 << 20, "kv_sharing": "scope"}
+FAST = CompileOptions(verify=False, profile=False)
+LORAS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 8, "target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    "upper": {"r": 2, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [2]},
+    "middle": {"r": 5, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+    "head": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+}
+PROMPT = np.random.default_rng(0).integers(2, 2048, 70).tolist()
+
+
+@pytest.fixture(scope="module")
+def folders(
+    architectures: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    make_lora: Callable[[Path, Path, int, dict[str, Any]], None],
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("loras")
+    base = architectures["llama-gqa-untied"]
+    for seed, (name, settings) in enumerate(LORAS.items()):
+        make_lora(base, root / name, seed, settings)
+    return {"base": base, **{name: root / name for name in LORAS}}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[int, ...]]:
+    """What each model answers, from a zoo that held all of them from the start."""
+    zoo = tmp_path_factory.mktemp("all") / "zoo"
+    compile_models(folders, zoo, FAST)
+    names = list(folders)
+    done = LLM(zoo, **SETTINGS).generate(names, [PROMPT] * len(names), GREEDY, progress=False)
+    answers = {name: answer.token_ids for name, answer in zip(names, done, strict=True)}
+    assert len(set(answers.values())) == len(answers)
+    return answers
+
+
+def add(zoo: Path, folders: dict[str, Path], *names: str, remove: tuple[str, ...] = ()) -> None:
+    compile_models({name: folders[name] for name in names}, zoo, FAST, remove=remove)
+
+
+def run(engine: LLMEngine, steps: int | None = None) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = {}
+    while engine.has_unfinished() and steps != 0:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        steps = None if steps is None else steps - 1
+    return outputs
+
+
+def tokens(*parts: list[RequestOutput]) -> tuple[int, ...]:
+    return tuple(token for part in parts for output in part for token in output.token_ids)
+
+
+def test_loras_come_and_go_under_running_requests(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    add(tmp_path, folders, "base", "upper")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS, enable_lora=True, adapter_cache_bytes=1))
+    loaded = [id(e) for executor in engine._zoo.executors.values() for e in executor._engines.values()]
+    for name in ("base", "upper"):
+        engine.add_request(f"early {name}", name, PROMPT, GREEDY)
+    before = run(engine, 5)
+    add(tmp_path, folders, "qv", "all", "middle", remove=("upper",))
+    found = engine.refresh()
+    assert (found.added, found.removed, found.replaced) == (("all", "middle", "qv"), ("upper",), ())
+    assert not found.waiting
+    assert engine.models == ("all", "base", "middle", "qv")
+    with pytest.raises(UnknownModelError, match="upper"):
+        engine.add_request("late", "upper", PROMPT, GREEDY)
+    for name in ("qv", "all", "base", "middle"):  # together with those under way
+        engine.add_request(name, name, PROMPT, GREEDY)
+    after = run(engine)
+    for name in ("qv", "all", "base", "middle"):
+        assert tokens(after[name]) == expected[name], name
+    assert tokens(before["early base"], after["early base"]) == expected["base"]
+    # its file is gone: it is told so, alone, or was through
+    assert after["early upper"][-1].finish_reason in ("error", "length")
+    for name in ("qv", "all", "base", "middle"):  # and from what they have cached
+        engine.add_request(name, name, PROMPT, GREEDY)
+    again = run(engine)
+    for name in ("qv", "all", "base", "middle"):
+        assert tokens(again[name]) == expected[name], name
+        assert again[name][-1].num_cached_tokens == 64
+    after_engines = [id(e) for executor in engine._zoo.executors.values() for e in executor._engines.values()]
+    assert after_engines == loaded
+    assert engine.refresh().added == ()
+
+
+def test_a_removed_model_finishes_what_it_has_begun(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    add(tmp_path, folders, "base", "qv")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS))
+    engine.add_request("qv", "qv", PROMPT, GREEDY)
+    before = run(engine, 4)
+    add(tmp_path, folders, remove=("qv",))
+    assert engine.refresh().removed == ("qv",)
+    assert tokens(before["qv"], run(engine)["qv"]) == expected["qv"]
+    add(tmp_path, folders, "qv")
+    assert engine.refresh().added == ("qv",)
+    engine.add_request("again", "qv", PROMPT, GREEDY)
+    assert tokens(run(engine)["again"]) == expected["qv"]
+
+
+def test_replaced_adapters_serve_new_requests_only(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    add(tmp_path, {**folders, "tenant": folders["qv"]}, "base", "tenant")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS, enable_lora=True))
+    engine.add_request("old", "tenant", PROMPT, GREEDY)
+    before = run(engine, 4)
+    replacing = CompileOptions(verify=False, profile=False, replace=True)
+    compile_models({"tenant": folders["all"]}, tmp_path, replacing)
+    assert engine.refresh().replaced == ("tenant",)
+    engine.add_request("new", "tenant", PROMPT, GREEDY)
+    after = run(engine)
+    assert tokens(before["old"], after["old"]) == expected["qv"]
+    assert tokens(after["new"]) == expected["all"]
+
+
+def test_what_needs_engines_waits_for_a_restart(folders: dict[str, Path], tmp_path: Path) -> None:
+    add(tmp_path, folders, "base", "qv")
+    llm = LLM(tmp_path, **SETTINGS)
+    add(tmp_path, folders, "head", "all")
+    found = llm.refresh()
+    assert found.added == ()
+    assert found.waiting.keys() == {"head", "all"}
+    assert "1 of its 8 blocks are not loaded" in found.waiting["head"]
+    assert "LoRAs on down, gate, k, o, up" in found.waiting["all"]
+    assert llm.models == ("base", "qv")
+    assert LLM(tmp_path, **SETTINGS).models == ("all", "base", "head", "qv")
+
+
+def test_a_broken_zoo_changes_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    add(tmp_path, folders, "base")
+    llm = LLM(tmp_path, **SETTINGS)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ZooError):
+        llm.refresh()
+    assert llm.models == ("base",)
+    assert len(llm.generate("base", [PROMPT], GREEDY, progress=False)[0].token_ids) == 24
+
+
+def test_a_damaged_adapter_ends_its_own_requests_alone(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    add(tmp_path, folders, "base", "qv", "all")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS, adapter_cache_bytes=1))
+    for adapter_id in Zoo.open(tmp_path).manifest.models["all"].adapters.values():
+        block_path(tmp_path, adapter_id).unlink()
+    for name in ("base", "all", "qv"):
+        engine.add_request(name, name, PROMPT, GREEDY)
+    outputs = run(engine)
+    assert tokens(outputs["base"]) == expected["base"]
+    assert tokens(outputs["qv"]) == expected["qv"]
+    assert outputs["all"][-1].finish_reason == "error"
+    assert "missing" in str(outputs["all"][-1].error)
+    engine.check_integrity()
+
+
+def test_refresh_beside_the_engine_thread(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    add(tmp_path, folders, "base")
+    thread = EngineThread(tmp_path, EngineConfig(**SETTINGS, enable_lora=True))
+    outputs: dict[str, list[RequestOutput]] = {"base": [], "qv": []}
+    try:
+        thread.submit("base", "base", PROMPT, GREEDY, outputs["base"].append)
+        add(tmp_path, folders, "qv")
+        assert thread.refresh().added == ("qv",)
+        thread.submit("qv", "qv", PROMPT, GREEDY, outputs["qv"].append)
+        assert thread.drain(60)
+    finally:
+        thread.close()
+    assert {name: tokens(parts) for name, parts in outputs.items()} == {n: expected[n] for n in outputs}
+
+
+def test_a_zoo_that_has_lost_its_folder_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    add(zoo, folders, "base")
+    llm = LLM(zoo, **SETTINGS)
+    shutil.rmtree(zoo)
+    with pytest.raises(ZooError, match="is not a directory"):
+        llm.refresh()

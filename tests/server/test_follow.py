@@ -1,0 +1,166 @@
+"""A server that follows its zoo: what changes in the repository, and a real one under requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from typing import Any
+
+import pytest
+
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.server_config.follow import Follower
+from blockzoo.server_config.repository import RESERVED_NAMES, ServerSettings
+from blockzoo.server_config.watchdog import UnhealthyError
+from blockzoo.zoo.errors import ZooError
+
+FAST = CompileOptions(verify=False, profile=False)
+NOTHING: dict[str, Any] = {"added": [], "replaced": [], "removed": [], "waiting": {}}
+
+
+class Engine:
+    """Answers of the engine model, as a test scripts them."""
+
+    def __init__(self) -> None:
+        self.answer: dict[str, Any] | Exception = NOTHING
+        self.asked = 0
+
+    def __call__(self) -> dict[str, Any]:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+@pytest.fixture
+def zoo(demo_zoo, tmp_path):
+    """A manifest of its own over the demo zoo's."""
+    shutil.copy(demo_zoo / "manifest.json", tmp_path / "manifest.json")
+    return tmp_path
+
+
+def touch(zoo) -> None:
+    text = (zoo / "manifest.json").read_text()
+    (zoo / "new").write_text(text)
+    (zoo / "new").rename(zoo / "manifest.json")
+
+
+def stamps(repository) -> dict[str, int]:
+    files = (path for path in repository.rglob("*") if path.is_file())
+    return {str(path.relative_to(repository)): path.stat().st_mtime_ns for path in files}
+
+
+def test_a_change_of_the_zoo_changes_what_it_must(zoo, engine, tmp_path):
+    repository = tmp_path / "models"
+    follower = Follower(ServerSettings(str(zoo)), repository, engine)
+    assert "base" in follower.prepare()
+    assert follower.follow() is None
+    assert engine.asked == 0
+    before = stamps(repository)
+
+    touch(zoo)
+    engine.answer = NOTHING | {
+        "added": ["new"],
+        "removed": ["notes"],
+        "serving": ["base", "new", "solver"],
+        "waiting": {"big": "3 of its 8 blocks are not loaded"},
+    }
+    change = follower.follow()
+    assert change.tenants == ("base", "new", "solver")
+    assert change.messages == (
+        "added new",
+        "removed notes",
+        "big is served after a restart: 3 of its 8 blocks are not loaded",
+    )
+    after = stamps(repository)
+    assert {path.name for path in repository.iterdir()} == {*RESERVED_NAMES, "base", "new", "solver"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"new/config.pbtxt", "preprocessing/config.pbtxt"}
+    config = (repository / "preprocessing" / "config.pbtxt").read_text()
+    assert "text_input@new" in config
+    assert "text_input@notes" in config  # its ensemble may live a moment longer
+    assert (repository / "new" / "1").is_dir()
+    assert follower.follow() is None
+
+    touch(zoo)
+    assert follower.follow().messages == ("added new", "removed notes")  # what waits was told
+
+
+def test_an_engine_that_cannot_be_asked_is_asked_again(zoo, engine, tmp_path):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    tenants = follower.prepare()
+    touch(zoo)
+    engine.answer = TimeoutError("no answer")
+    assert follower.follow() is None
+    assert follower.follow() is None
+    assert engine.asked == 2
+    engine.answer = UnhealthyError("the zoo was not refreshed: not JSON")
+    change = follower.follow()
+    assert (change.tenants, change.messages) == (tenants, ("the zoo was not refreshed: not JSON",))
+    assert follower.follow() is None
+    assert engine.asked == 3
+
+
+def test_a_name_that_triton_cannot_serve_is_told(zoo, engine, tmp_path):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    follower.prepare()
+    touch(zoo)
+    engine.answer = NOTHING | {"added": ["preprocessing"], "serving": ["base", "preprocessing"]}
+    change = follower.follow()
+    assert change.tenants == ("base",)
+    assert "has the name of a server model" in change.messages[1]
+
+
+def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_path):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    follower.prepare()
+    manifest = json.loads((zoo / "manifest.json").read_text())
+    del manifest["models"]["notes"]
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    assert "notes" not in follower.prepare()
+    assert not (tmp_path / "models" / "notes").exists()
+    assert follower.follow() is None
+    (zoo / "manifest.json").unlink()
+    assert follower.follow() is None
+    with pytest.raises(ZooError):
+        follower.prepare()
+
+
+def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_path):
+    zoo = tmp_path / "zoo"
+    compile_models({"base": demo_family["base"]}, zoo, FAST)
+    server = serve_zoo(zoo, "--enable-lora")
+    prompt = "Note. The baker Tessa owns the jade lamp.\nQ: Who keeps the jade lamp?\nA:"
+    alone = server.generate("base", prompt)["text_output"]
+    forever = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}', "stream": True}
+    stream = server.open("base", {"text_input": "x", **forever})
+    response = stream.getresponse()
+    response.read1(10)
+
+    compile_models({"notes": demo_family["notes"], "solver": demo_family["solver"]}, zoo, FAST)
+    asked_at = time.monotonic()
+    server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
+    took = time.monotonic() - asked_at
+    answer = server.generate("notes", prompt)["text_output"]
+    assert answer != alone
+    assert answer == server.generate("blockzoo", prompt, model="notes")["text_output"]
+    server.wait_for(lambda: any("added notes" in line for line in server.err))
+    server.wait_for(lambda: any("solver is served after a restart" in line for line in server.err))
+    events = response.read().decode().split("\n\n")
+    assert sum("data: " in event for event in events) >= 398  # the stream went on through it
+    stream.close()
+
+    compile_models({}, zoo, FAST, remove=["notes"])
+    server.wait_for(lambda: any("removed notes" in line for line in server.err))
+    server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 404, 20)
+    status, said = server.post("blockzoo", {"text_input": "x", "model": "notes", "max_tokens": 1})
+    assert (status, "no model 'notes'" in said["error"]) == (400, True)
+    assert server.generate("base", prompt)["text_output"] == alone
+    assert not any("restarting the server" in line for line in server.err), server.err
+    assert took < 15
