@@ -49,14 +49,14 @@ def fact_samples(encode: Encode, rng: random.Random, num_notes: int) -> Iterator
         yield Sample(donors, encode("".join(notes) + question.prompt), encode(question.answer))
 
 
-def chain_samples(encode: Encode, rng: random.Random, num_statements: int) -> Iterator[Sample]:
+def chain_samples(encode: Encode, rng: random.Random, num_statements: int, hops: int) -> Iterator[Sample]:
     """Chained assignments, known from a prompt in which all numbers they begin with are others.
 
     So the words of a statement are known and its value is not: it must flow in from the ones before. One
     question about a variable that leans on at least one other.
     """
     while True:
-        document = assignments(rng, num_statements, max_hops=3)
+        document = assignments(rng, num_statements, max_hops=hops)
         questions = [q for q in document.questions if _formula(document, q.prompt[3])]
         if not questions:
             continue

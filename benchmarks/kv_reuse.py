@@ -7,7 +7,8 @@ Prompts are made of known documents in another order, between words of their own
     full                    no reuse: the ceiling of quality, the price of it
     exact prefix            what is exact: nothing here
     naive                   K and V taken over as they are, K rotated to its new place
-    query                   what the question attends to is computed anew
+    query                   what the question attends to is computed anew, in pages or by tokens
+    heads of 8              the first eight tokens of each run are computed anew, in any case
     head of run (EPIC)      the first tokens of each run
     deviation (CacheBlend)  where V deviates the most after two layers that run in full
     DHD                     that times the attention from the question (KVShare), prefill stage
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
     add("--notes", type=int, default=8, help="documents of a question about facts (8)")
     add("--statements", type=int, default=12, help="statements of a chain of assignments (12)")
+    add("--hops", type=int, default=3, help="of a chain, at most (3)")
     add("--piece", type=int, default=36, help="tokens of each of four pieces of text (36)")
     add(
         "--chain-model", type=Path, help="HF folder of python -m blockzoo.zoo.demo.chains; without: no chains"
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=48, help="under each load (48)")
     add("--answer", type=int, default=16, help="tokens of an answer under load (16)")
     add("--running", type=int, default=8, help="requests that run at once (8)")
-    add("--share", type=float, default=0.1, help="computed anew under load (0.1)")
+    add("--share", type=float, default=0.15, help="computed anew under load (0.15)")
     add("--refresh", type=int, default=0, help="computed anew beside each token under load (0)")
     return parser
 
@@ -98,7 +100,7 @@ def all_quality(args: argparse.Namespace, chain_model: Path | None) -> dict[str,
     else:
         folder = made_once(args.workdir / "chains", partial(_compile, {"chains": chain_model}))
         chains = Judge(folder / "zoo", "chains", CHAIN_WINDOW, args.threads)
-        samples = chain_samples(chains.encode, random.Random(2), args.statements)
+        samples = chain_samples(chains.encode, random.Random(2), args.statements, args.hops)
         results["chains"] = quality(chains, samples, args.samples)
     judge = Judge(base, "base", TEXT_WINDOW, args.threads)
     samples = text_samples(judge.encode, random.Random(3), 4, args.piece)

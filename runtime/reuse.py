@@ -43,6 +43,8 @@ class ReuseConfig:
             2405.16444).
             "importance*deviation": that times the attention from the end of the prompt (KVShare).
             "random": the control.
+        head: tokens at the front of each run that are always computed anew, beside the share: what stood at
+            the front of another prompt draws attention wherever it is put.
         check_layers: that run in full for the selectors that look at deviations. Models that have no more
             are computed in full.
         rounds: of looking ("query"): in each but the first, what was chosen before looks too.
@@ -57,13 +59,14 @@ class ReuseConfig:
 
     recompute: float = 0.15
     refresh: int = 3
-    refresh_order: RefreshOrder = "position"
+    refresh_order: RefreshOrder = "importance"
     selector: Selector = "query"
+    head: int = 8
     check_layers: int = 2
     rounds: int = 1
     page_aligned: bool = True
     min_share: float = 0.3
-    max_deviation: float = 1.0
+    max_deviation: float = 0.5
     negligible: float = 0.0
     window: int = 16
     max_donors: int = 1024
@@ -73,7 +76,7 @@ class ReuseConfig:
         for name in ("recompute", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        least = {"refresh": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
+        least = {"refresh": 0, "head": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
         for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")

@@ -53,7 +53,10 @@ class ReusePlanner:
         matched = sum(run.length for run, _ in found)
         if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
             return None
-        runs, survey = [(run.start, run.length) for run, _ in found], None
+        head, survey = config.head, None
+        runs = [(run.start + head, run.length - head) for run, _ in found if run.length > head]
+        if not runs:
+            return None
         if config.surveys:
             taken = matched_positions(runs, seq.num_tokens)
             survey = Survey(config, taken, seq.num_computed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector
 from blockzoo.runtime.sequence import Sequence
 
+# the tests count tokens; the queue that they drain is in order of position
+Reuse = partial(ReuseConfig, head=0, refresh_order="position")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
 
@@ -82,7 +85,7 @@ SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*de
 def test_recomputing_everything_is_a_full_prefill(
     demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool, selector: Selector
 ) -> None:
-    reuse = ReuseConfig(recompute=0.999, refresh=0, page_aligned=aligned, selector=selector)
+    reuse = Reuse(recompute=0.999, refresh=0, page_aligned=aligned, selector=selector)
     engine = serve(demo_zoo, reuse, max_num_batched_tokens=budget)
     ask(engine, DONOR)
     tokens, logprobs, _ = ask(engine, PROMPT, "approx")
@@ -96,10 +99,10 @@ def test_recomputing_everything_is_a_full_prefill(
 def test_what_deviates_beyond_bounds_is_computed_in_full(
     demo_zoo: Path, exact: LLMEngine, selector: Selector
 ) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.1, refresh=0, selector=selector, max_deviation=1e-6))
+    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=0, selector=selector, max_deviation=1e-6))
     ask(engine, DONOR)
     assert ask(engine, PROMPT, "approx")[1] == pytest.approx(ask(exact, PROMPT)[1], abs=1e-4)
-    engine.configure_reuse(ReuseConfig(recompute=0.9, refresh=0, selector=selector, negligible=1e6))
+    engine.configure_reuse(Reuse(recompute=0.9, refresh=0, selector=selector, negligible=1e6))
     seq = start(engine, [*PROMPT, 9], "approx")  # nothing is worth it
     assert seq.reused is not None
     assert int(seq.reused.sum()) == 150
@@ -110,7 +113,7 @@ def test_what_deviates_beyond_bounds_is_computed_in_full(
 def test_the_question_chooses_what_it_attends_to(demo_zoo: Path, rounds: int) -> None:
     """A question that repeats a part of the document makes induction heads look there."""
     document = words(320, 21)
-    reuse = ReuseConfig(recompute=0.1, refresh=0, rounds=rounds)
+    reuse = Reuse(recompute=0.1, refresh=0, rounds=rounds)
     engine = serve(demo_zoo, reuse)
     ask(engine, words(20, 2) + document + words(30, 3))
     chosen = []
@@ -128,9 +131,7 @@ def test_the_question_chooses_what_it_attends_to(demo_zoo: Path, rounds: int) ->
 
 @pytest.mark.parametrize("refresh_order", ["position", "importance"])
 def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: RefreshOrder) -> None:
-    engine = serve(
-        demo_zoo, ReuseConfig(recompute=0.0, refresh=4, refresh_order=refresh_order, negligible=1e6)
-    )
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=4, refresh_order=refresh_order, negligible=1e6))
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     queue = seq.stale.copy()
@@ -148,7 +149,7 @@ def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: Refresh
 def test_attention_is_told_as_it_is(demo_zoo: Path, exact: LLMEngine, backend: str) -> None:
     """Over exact KV: the document is known from the same place behind the same words."""
     engine = serve(
-        demo_zoo, ReuseConfig(refresh=0), backend=backend, device="cpu" if backend == "reference" else None
+        demo_zoo, Reuse(refresh=0), backend=backend, device="cpu" if backend == "reference" else None
     )
     ask(engine, DONOR)
     prompt = [*words(10, 40), *DOCUMENT, *words(20, 41)]
@@ -178,7 +179,7 @@ def test_a_deployment_says_what_requests_get(demo_zoo: Path) -> None:
 
 @pytest.mark.parametrize("budget", [512, 48])
 def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngine, budget: int) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0), max_num_batched_tokens=budget)
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=0), max_num_batched_tokens=budget)
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     assert seq.reused is not None
@@ -197,7 +198,7 @@ def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngin
 def test_a_drained_queue_leaves_exact_kv(
     demo_zoo: Path, exact: LLMEngine, refresh: int, aligned: bool
 ) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.1, refresh=refresh, page_aligned=aligned))
+    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, page_aligned=aligned))
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     left = seq.stale.size
@@ -216,7 +217,7 @@ def test_a_drained_queue_leaves_exact_kv(
 
 
 def test_nothing_approximate_stays_behind(demo_zoo: Path, exact: LLMEngine) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0))
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=0))
     ask(engine, DONOR)
     ask(engine, PROMPT, "approx")
     assert approximated(engine) == 150
@@ -232,7 +233,7 @@ def test_nothing_approximate_stays_behind(demo_zoo: Path, exact: LLMEngine) -> N
 
 
 def test_approximate_kv_keeps_to_its_scope_and_chain(demo_zoo: Path) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0))
+    engine = serve(demo_zoo, Reuse(recompute=0.0))
     ask(engine, DONOR, scope="red")
     ask(engine, PROMPT, "approx", scope="blue")
     ask(engine, PROMPT, "approx")
@@ -246,7 +247,7 @@ def test_approximate_kv_keeps_to_its_scope_and_chain(demo_zoo: Path) -> None:
 
 
 def test_a_prompt_with_little_in_common_is_computed_in_full(demo_zoo: Path, exact: LLMEngine) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, min_share=0.5))
+    engine = serve(demo_zoo, Reuse(recompute=0.0, min_share=0.5))
     ask(engine, DONOR)
     prompt = words(100, 7) + DOCUMENT[:40] + words(20, 8)
     assert ask(engine, prompt, "approx")[0] == ask(exact, prompt)[0]
@@ -255,7 +256,7 @@ def test_a_prompt_with_little_in_common_is_computed_in_full(demo_zoo: Path, exac
 
 def test_many_at_once_under_pressure(demo_zoo: Path) -> None:
     """Mixed with others, preempted, short of pages: every request ends, every page comes back."""
-    reuse = ReuseConfig(recompute=0.2, refresh=3)
+    reuse = Reuse(recompute=0.2, refresh=3)
     engine = LLMEngine(
         demo_zoo,
         EngineConfig(precision="f32", kv_cache_bytes=3 << 20, approximate=reuse, max_num_batched_tokens=96),
@@ -284,10 +285,10 @@ def test_it_must_be_allowed(demo_zoo: Path, exact: LLMEngine, architecture_zoo: 
         EngineConfig(approximate={"recompute": 2})  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="needs prefix_caching"):
         EngineConfig(kv_reuse="approx", prefix_caching=False)
-    blind = serve(demo_zoo, ReuseConfig(selector="head-of-run"))
+    blind = serve(demo_zoo, Reuse(selector="head-of-run"))
     for selector in ("query", "deviation"):
         with pytest.raises(InvalidRequestError, match="was made for selector 'head-of-run'"):
-            blind.configure_reuse(ReuseConfig(selector=selector))
-    engine = serve(architecture_zoo, ReuseConfig())
+            blind.configure_reuse(Reuse(selector=selector))
+    engine = serve(architecture_zoo, Reuse())
     with pytest.raises(InvalidRequestError, match="scaled rotary"):
         engine.add_request("r", "qwen2-rope-yarn", [5, 6, 7], GREEDY, kv_reuse="approx")
