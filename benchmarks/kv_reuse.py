@@ -1,171 +1,141 @@
-"""Approximate KV reuse: what it saves until the first token, and what it costs in answers.
+"""Approximate KV reuse: what it saves until the first token and under load, and what it costs in answers.
 
-    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--repeats N] [--length N] [--samples N]
+    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--parts quality,time,load] [--chain-model FOLDER]
 
-Prompts made of known documents in another order, behind words of their own, so that no prefix is known:
+Prompts are made of known documents in another order, between words of their own, so that no prefix is known:
 
-    full         no reuse: the ceiling of quality, the price of it
-    naive        K and V taken over as they are, K rotated to its new place
-    head r, N    the first r of each run computed anew (EPIC), then N tokens beside each generated one
-    random r, N  as many, anywhere: the control
+    full                    no reuse: the ceiling of quality, the price of it
+    exact prefix            what is exact: nothing here
+    naive                   K and V taken over as they are, K rotated to its new place
+    query                   what the question attends to is computed anew, in pages or by tokens
+    heads of 8              the first eight tokens of each run are computed anew, in any case
+    head of run (EPIC)      the first tokens of each run
+    deviation (CacheBlend)  where V deviates the most after two layers that run in full
+    DHD                     that times the attention from the question (KVShare), prefill stage
+    random                  the control
+    ..., N n                n tokens are computed anew beside each generated one (DHD's decode stage)
 
-Time is measured on random weights of a shape, quality on the trained demo base: exact answers about facts
-spread over shuffled notes, and agreement of the first token with that of the full prefill. Matching,
-copying and rotating count in the time.
+Quality is taken on trained weights, each side following the same answer: are all its tokens the likeliest,
+are the likeliest those of the full prefill, and KL from its distributions. Time is taken on random weights of
+a shape; matching, copying, looking and computing count. Tables, JSON and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common import arguments, interleave, machine_facts, print_table, save_report
-from benchmarks.families import Family, made_once, make_family
-from benchmarks.sides import first_token
+from benchmarks.common import arguments, machine_facts, print_table, save_report
+from benchmarks.families import made_once, make_family
+from benchmarks.kv_plots import draw
+from benchmarks.kv_quality import Judge, chain_samples, fact_samples, quality, text_samples
+from benchmarks.kv_speed import time_to_first_token, under_load
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.request import KVReuse
-from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.zoo.demo.assemble import assemble
-from blockzoo.zoo.demo.tasks import facts
 
-WINDOW = 8  # short notes
-SIDES: dict[str, ReuseConfig | None] = {
-    "full": None,
-    "naive": ReuseConfig(recompute=0.0, refresh=0, window=WINDOW),
-    **{
-        f"head {share:g}, {refresh}": ReuseConfig(recompute=share, refresh=refresh, window=WINDOW)
-        for share in (0.05, 0.15, 0.3)
-        for refresh in (0, 3)
-    },
-    "random 0.15, 0": ReuseConfig(recompute=0.15, refresh=0, selector="random", window=WINDOW),
-    "random 0.15, 3": ReuseConfig(recompute=0.15, refresh=3, selector="random", window=WINDOW),
-}
-NUM_DOCUMENTS, QUESTION = 8, 48  # of a timed prompt; the question's tokens
+PARTS = ("quality", "time", "load")
+FACT_WINDOW, CHAIN_WINDOW, TEXT_WINDOW = 8, 4, 16
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], shape="110m", repeats=5)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a timed prompt (2048)")
-    parser.add_argument("--samples", type=int, default=100, help="prompts of which quality is taken (100)")
-    parser.add_argument("--notes", type=int, default=4, help="documents of a question (4)")
-    args = parser.parse_args()
+    args = _parser().parse_args()
+    chain_model: Path | None = vars(args).pop("chain_model")
     machine = machine_facts()
-    results = {
-        "time": time_to_first_token(make_family(args.workdir, args.shape, 1), args),
-        "quality": quality(made_once(args.workdir / "demo", _make_demo) / "zoo", args),
-    }
-    rows = [
-        (
-            name,
-            results["time"][name]["median_ms"],
-            results["time"][name]["to_full"]["ratio"],
-            results["quality"][name]["correct"],
-            results["quality"][name]["first_token_agrees"],
-        )
-        for name in SIDES
-    ]
-    columns = ("", "first token ms", "to full", "correct", "first token agrees")
-    print_table(f"{args.length} tokens of {NUM_DOCUMENTS} known documents; demo base", columns, rows)
+    results: dict[str, Any] = {}
+    if "quality" in args.parts:
+        results["quality"] = all_quality(args, chain_model)
+    if {"time", "load"} & set(args.parts):
+        family = make_family(args.workdir, args.shape, 1)
+        results["first token"] = time_to_first_token(family, args)
+        if "load" in args.parts:
+            full_s = results["first token"]["full"]["median_ms"] / 1e3
+            results["load"] = under_load(family, args, full_s)
+    show(results)
     print(save_report("kv_reuse", args, machine, results))
+    for path in draw(results, args.out, args.shape):
+        print(path)
 
 
-def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, Any]:
-    """All sides in turn in one engine; each prompt has the documents in an order of its own."""
-    config = EngineConfig(
-        precision=args.precision,
-        num_threads=args.threads,
-        kv_cache_bytes=4 * args.length * family.shape.kv_bytes_per_token * 2,
-        max_num_seqs=4,
-        approximate=ReuseConfig(window=WINDOW),
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments(__doc__.splitlines()[0], shape="110m", repeats=5)
+    add = parser.add_argument
+    add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
+    add("--notes", type=int, default=8, help="documents of a question about facts (8)")
+    add("--statements", type=int, default=12, help="statements of a chain of assignments (12)")
+    add("--hops", type=int, default=3, help="of a chain, at most (3)")
+    add("--piece", type=int, default=36, help="tokens of each of four pieces of text (36)")
+    add(
+        "--chain-model", type=Path, help="HF folder of python -m blockzoo.zoo.demo.chains; without: no chains"
     )
-    engine, model = LLMEngine(family.zoo().path, config), family.tenants[0]
-    rng = np.random.default_rng(0)
-
-    def words(count: int) -> list[int]:
-        return rng.integers(2, family.shape.vocab_size, count).tolist()
-
-    documents = [words((args.length - QUESTION) // NUM_DOCUMENTS) for _ in range(NUM_DOCUMENTS)]
-
-    def prompt() -> list[int]:
-        order = rng.permutation(NUM_DOCUMENTS)
-        text = words(QUESTION // 2) + [token for i in order for token in documents[i]] + words(QUESTION)
-        return text[: args.length]
-
-    def side(reuse: ReuseConfig | None) -> list[float]:
-        return [ask(engine, model, prompt(), reuse, max_tokens=1)[0]]
-
-    engine.add_request("donor", model, prompt(), SamplingParams(max_tokens=1, temperature=0.0))
-    while engine.has_unfinished():
-        engine.step()
-    turns: dict[str, Callable[[], list[float]]] = {
-        name: partial(side, reuse) for name, reuse in SIDES.items()
-    }
-    samples = interleave(turns, args.repeats)
-    return {
-        name: taken.summary() | {"to_full": taken.ratio_to(samples["full"])}
-        for name, taken in samples.items()
-    }
-
-
-def quality(zoo: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Answers on the demo base: one donor prompt per sample, then every side on the same new prompt."""
-    config = EngineConfig(
-        precision=args.precision,
-        num_threads=args.threads,
-        kv_cache_bytes=64 << 20,
-        approximate=ReuseConfig(window=WINDOW),
+    add("--length", type=int, default=2048, help="tokens of a timed prompt (2048)")
+    add(
+        "--loads", type=float, nargs="+", default=[0.5, 2.0, 4.0], help="arrivals, in full prefills at a time"
     )
-    engine = LLMEngine(zoo, config)
-    tokenizer = engine.tokenizer("base")
-    rng = random.Random(0)
-    correct = dict.fromkeys(SIDES, 0)
-    agrees = dict.fromkeys(SIDES, 0)
-    for _ in range(args.samples):
-        document = facts(rng, args.notes)
-        passages = list(document.passages)
-        before, asked = rng.sample(document.questions, 2)
-        donor = tokenizer.encode("".join(passages) + before.prompt)
-        engine.add_request("donor", "base", donor, SamplingParams(max_tokens=1, temperature=0.0))
-        while engine.has_unfinished():
-            engine.step()
-        rng.shuffle(passages)
-        prompt = tokenizer.encode("".join(passages) + asked.prompt)
-        answer_len = len(tokenizer.encode(asked.answer, add_special_tokens=False))
-        first: int | None = None
-        for name, reuse in SIDES.items():
-            _, found = ask(engine, "base", prompt, reuse, max_tokens=answer_len)
-            first = found[0] if first is None else first  # the full prefill comes first
-            correct[name] += tokenizer.decode(found) == asked.answer
-            agrees[name] += found[0] == first
-    return {
-        name: {"correct": correct[name] / args.samples, "first_token_agrees": agrees[name] / args.samples}
-        for name in SIDES
-    }
+    add("--requests", type=int, default=48, help="under each load (48)")
+    add("--answer", type=int, default=16, help="tokens of an answer under load (16)")
+    add("--running", type=int, default=8, help="requests that run at once (8)")
+    add("--share", type=float, default=0.15, help="computed anew under load (0.15)")
+    add("--refresh", type=int, default=0, help="computed anew beside each token under load (0)")
+    return parser
 
 
-def ask(
-    engine: LLMEngine, model: str, prompt: list[int], reuse: ReuseConfig | None, max_tokens: int
-) -> tuple[float, tuple[int, ...]]:
-    """Seconds to the first token, and all tokens of the answer."""
-    how: KVReuse = "off"
-    if reuse is not None:
-        engine.configure_reuse(reuse)
-        how = "approx"
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return first_token(engine, model, prompt, params, how)
+def all_quality(args: argparse.Namespace, chain_model: Path | None) -> dict[str, dict[str, dict[str, float]]]:
+    """By task and side."""
+    base = made_once(args.workdir / "demo", _make_demo) / "zoo"
+    results = {}
+    judge = Judge(base, "base", FACT_WINDOW, args.threads)
+    samples = fact_samples(judge.encode, random.Random(1), args.notes)
+    results["facts"] = quality(judge, samples, args.samples)
+    if chain_model is None or not (chain_model / "config.json").exists():
+        print(
+            f"no chains: --chain-model is {chain_model}; train one with "
+            "python -m blockzoo.zoo.demo.chains FOLDER (an hour), and name FOLDER",
+            file=sys.stderr,
+        )
+    else:
+        folder = made_once(args.workdir / "chains", partial(_compile, {"chains": chain_model}))
+        chains = Judge(folder / "zoo", "chains", CHAIN_WINDOW, args.threads)
+        samples = chain_samples(chains.encode, random.Random(2), args.statements, args.hops)
+        results["chains"] = quality(chains, samples, args.samples)
+    judge = Judge(base, "base", TEXT_WINDOW, args.threads)
+    samples = text_samples(judge.encode, random.Random(3), 4, args.piece)
+    results["text"] = quality(judge, samples, args.samples)
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """The tables."""
+    for task, sides in results.get("quality", {}).items():
+        rows = [(name, s["correct"], s["agrees"], s["kl"]) for name, s in sides.items()]
+        print_table(f"{task}: trained weights", ("", "all right", "top-1 as full", "KL, nats"), rows)
+    if "first token" in results:
+        timed = [
+            (name, s["median_ms"], 1 / s["to_full"]["ratio"], *s["parts_ms"].values())
+            for name, s in results["first token"].items()
+        ]
+        columns = ("", "first token ms", "times faster", "match ms", "copy ms", "compute ms")
+        print_table("one request, known documents in another order; medians", columns, timed)
+    for load, sides in results.get("load", {}).items():
+        served = [
+            (name, *(s[key] for key in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")))
+            for name, s in sides.items()
+        ]
+        print_table(f"arrivals at {load}", ("", "tokens/s", "first token p50 ms", "p99 ms"), served)
+        for name, side in sides.items():
+            print(f"  {name}: p99 wait in s by percent spared: {side['wait_p99_s_by_spared_percent']}")
+
+
+def _compile(checkpoints: dict[str, Path], folder: Path) -> None:
+    compile_models(checkpoints, folder / "zoo", CompileOptions(profile=False, verify=False))
 
 
 def _make_demo(folder: Path) -> None:
-    checkpoints = assemble(folder / "models")
-    options = CompileOptions(profile=False, verify=False)
-    compile_models({"base": checkpoints["base"]}, folder / "zoo", options)
+    _compile({"base": assemble(folder / "models")["base"]}, folder)
 
 
 if __name__ == "__main__":

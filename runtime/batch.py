@@ -34,6 +34,7 @@ class SeqShape(NamedTuple):
     wants_logits: bool  # of its last new token
     entry: int = 0  # the first of its chain's span uses that runs
     keeps_hidden: bool = False  # what enters the chain's later entries is kept
+    exit: int | None = None  # the first of its chain's span uses that does not run; what enters it is kept
 
 
 @dataclass(slots=True)
@@ -63,25 +64,27 @@ class StepArrays:
     token_ids: Array  # [T] int32
     positions: Array  # [T] int32
     past_lens: Array  # [S] int32
+    score_windows: Array  # [S] int32
     tables: Array  # [L, E] int32, the sequences' page tables side by side
     max_context_len: Array  # scalar int32
 
     @classmethod
     def over(cls, flat: Array, num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> StepArrays:
         """The views of an array of `size(...)` elements."""
-        ends = np.cumsum([num_rows, num_rows, num_seqs, table_shape[0] * table_shape[1]]).tolist()
+        ends = np.cumsum([num_rows, num_rows, num_seqs, num_seqs, table_shape[0] * table_shape[1]]).tolist()
         return cls(
             token_ids=flat[: ends[0]],
             positions=flat[ends[0] : ends[1]],
             past_lens=flat[ends[1] : ends[2]],
-            tables=flat[ends[2] : ends[3]].reshape(table_shape),
-            max_context_len=flat[ends[3] :].reshape(()),
+            score_windows=flat[ends[2] : ends[3]],
+            tables=flat[ends[3] : ends[4]].reshape(table_shape),
+            max_context_len=flat[ends[4] :].reshape(()),
         )
 
     @staticmethod
     def size(num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> int:
         """Elements of the array that holds them all."""
-        return 2 * num_rows + num_seqs + table_shape[0] * table_shape[1] + 1
+        return 2 * num_rows + 2 * num_seqs + table_shape[0] * table_shape[1] + 1
 
 
 class Passed(NamedTuple):
@@ -102,6 +105,7 @@ class Call:
     binds: dict[str, Array]
     position: int = 0  # of the span's first block in the chains
     parts: tuple[tuple[int, int], ...] = ()  # (chain, number of rows) of each group, in the rows' order
+    scored: tuple[int, ...] = ()  # the sequences that its engine gives scores of, in their order
     copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
     copies_out: list[tuple[Array, Array]] = field(default_factory=list)
     passed: list[Passed] = field(default_factory=list)
@@ -119,6 +123,7 @@ class _Range(NamedTuple):
 class _Group:
     chain: int
     entry: int
+    exit: int | None
     range: _Range
     dropped: bool = False  # now logit rows
     side: int = 0  # which of the two buffers holds its rows
@@ -183,7 +188,7 @@ class StepLayout:
         return self._buffers.hidden[_side_at(self.shapes[seq].entry)][begins[seq] : begins[seq + 1]]
 
     def _make_groups(self) -> list[_Group]:
-        kinds = [(shape.chain, shape.entry) for shape in self.shapes]
+        kinds = [(shape.chain, shape.entry, shape.exit) for shape in self.shapes]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         ends = [*starts[1:], len(self.shapes)]
         return [
@@ -200,7 +205,7 @@ class StepLayout:
     def _make_calls(self) -> list[Call]:
         users: dict[tuple[int, int, int], list[_Group]] = defaultdict(list)
         for group in self._groups:
-            for use in self._chains[group.chain].uses[group.entry :]:
+            for use in self._chains[group.chain].uses[group.entry : group.exit]:
                 users[use.position, use.span, use.first_layer].append(group)
         calls = []
         for (position, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
@@ -274,6 +279,7 @@ class StepLayout:
             entries = self._entries(joined)
             binds["cos"], binds["sin"] = buffers.cos[joined.rows], buffers.sin[joined.rows]
             binds["past_lens"] = arrays.past_lens[joined.seqs]
+            windows = arrays.score_windows[joined.seqs]
             for i, layer in enumerate(layers):
                 binds[f"block_indices.{i}"] = arrays.tables[layer, entries]
         else:
@@ -281,9 +287,13 @@ class StepLayout:
             for name, table in (("cos", buffers.cos), ("sin", buffers.sin)):
                 binds[name] = self._private(call, [table[part] for part in rows])
             binds["past_lens"] = self._private(call, [arrays.past_lens[g.range.seqs] for g in groups])
+            windows = self._private(call, [arrays.score_windows[g.range.seqs] for g in groups])
             for i, layer in enumerate(layers):
                 parts = [arrays.tables[layer, self._entries(g.range)] for g in groups]
                 binds[f"block_indices.{i}"] = self._private(call, parts)
+        if self._spans[call.span].scores:
+            binds["score_windows"] = windows
+            call.scored = tuple(i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop))
         shapes = [shape for group in groups for shape in self.shapes[group.range.seqs]]
         counts, entries_of = [s.num_tokens for s in shapes], [s.table_len for s in shapes]
         binds["subsequence_begins"] = self._constant(_begins(np.array(counts)))
@@ -343,11 +353,11 @@ class StepLayout:
                 for i, u in enumerate(chain.uses)
                 if (u.span, u.first_layer) == (call.span, call.first_layer)
             )
-            if use not in chain.entries[1:]:
+            if use not in (*chain.entries[1:], group.exit):
                 continue
             hidden = self._buffers.hidden[group.side]
             for seq in range(group.range.seqs.start, group.range.seqs.stop):
-                if self.shapes[seq].keeps_hidden:
+                if self.shapes[seq].keeps_hidden or use == group.exit:
                     call.passed.append(Passed(seq, use, hidden[begins[seq] : begins[seq + 1]]))
 
     def _bind_logits(self, call: Call, groups: list[_Group]) -> None:
@@ -362,17 +372,18 @@ class StepLayout:
             self.logits.append((rows, seqs))
 
 
-def batch_order(kinds: Sequence[tuple[int, int]]) -> list[int]:
-    """The order of a step's sequences, given (chain, entry) of each.
+def batch_order(kinds: Sequence[tuple[int, int, bool]]) -> list[int]:
+    """The order of a step's sequences, given (chain, entry, whether it leaves early) of each.
 
     Sequences of one chain are neighbours. Those that enter late come first in the first chain and last in
-    the others, so that they do not part the rows below of two chains that share a lower span.
+    the others, so that they do not part the rows below of two chains that share a lower span; those that
+    leave early are neighbours too.
     """
-    first = min((chain for chain, _ in kinds), default=0)
+    first = min((chain for chain, *_ in kinds), default=0)
 
-    def place(index: int) -> tuple[int, int]:
-        chain, entry = kinds[index]
-        return chain, -entry if chain == first else entry
+    def place(index: int) -> tuple[int, int, bool]:
+        chain, entry, leaves = kinds[index]
+        return chain, -entry if chain == first else entry, leaves
 
     return sorted(range(len(kinds)), key=place)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
 from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.request import KVReuse
 from blockzoo.runtime.reuse import ReuseConfig
 
 _DEFAULT_KV_BYTES = 2 << 30
@@ -36,13 +38,15 @@ class EngineConfig:
         prefix_caching: keep and reuse the KV of finished prompts.
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
             has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        kv_reuse: what requests get that do not say (`LLMEngine.prepare`). With "off" none may ask for more.
         published_kv_share: of the KV pool, 0 to 1, that published documents may hold: their pages are never
             evicted, so the rest is what requests have.
         kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
             can write there decides what the models read: guard it like the zoo.
         kv_cache_dir_bytes: of its files; those used longest ago go first.
         approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
-            refuses such requests. Needs prefix_caching.
+            refuses such requests, unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig`
+            in a mapping are taken too. Needs prefix_caching.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
             scope; with "scope" also those to other models, which saves memory and time where models share
             layers, and lets their users find out (by timing) what others of the scope asked.
@@ -65,6 +69,7 @@ class EngineConfig:
     max_request_seconds: float | None = None
     prefix_caching: bool = True
     boundary_cache_bytes: int = 256 << 20
+    kv_reuse: KVReuse = "exact"
     published_kv_share: float = 0.5
     kv_cache_dir: str | None = None
     kv_cache_dir_bytes: int = 4 << 30
@@ -98,12 +103,31 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request needs a token per step"
             )
+        if self.kv_reuse not in get_args(KVReuse):
+            expected = ", ".join(get_args(KVReuse))
+            raise InvalidRequestError(f"kv_reuse is {self.kv_reuse!r}; expected {expected}")
+        self._resolve_approximate()
         if self.kv_sharing not in ("model", "scope"):
             raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
         if self.schedule not in ("hit-first", "fair"):
             raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
+
+    def _resolve_approximate(self) -> None:
+        given = self.approximate
+        if given is None and self.kv_reuse == "approx":
+            given = ReuseConfig()
+        if isinstance(given, Mapping):  # as it comes through JSON
+            try:
+                given = ReuseConfig(**given)
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"approximate: {error}") from error
+        if given is not None and not self.prefix_caching:
+            raise InvalidRequestError(
+                "approximate reuse needs prefix_caching: allow it, or use kv_reuse exact"
+            )
+        object.__setattr__(self, "approximate", given)  # frozen for everybody else
 
     def resolved_kv_bytes(self) -> int:
         """The pool's size in bytes."""

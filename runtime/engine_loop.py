@@ -35,6 +35,7 @@ from blockzoo.runtime.publisher import PublishedDocument, Publisher
 from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.reuse_steps import ReuseSteps
 from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.scheduler import Scheduled, Scheduler, SchedulerConfig
 from blockzoo.runtime.sequence import Part, Sequence
@@ -100,6 +101,7 @@ class LLMEngine:
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
+        self._reuse = ReuseSteps(maker.arrays.rows_like)
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
         self._publisher = Publisher(lambda: self._zoo, self.config, self._model, self._run)
 
@@ -135,7 +137,7 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
-        kv_reuse: KVReuse = "exact",
+        kv_reuse: KVReuse | None = None,
         documents: AnySequence[str] = (),
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
@@ -146,7 +148,8 @@ class LLMEngine:
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
-                takes also the KV of equal words behind other ones (see `runtime.reuse`).
+                takes also the KV of equal words behind other ones (see `runtime.reuse`), which changes
+                answers a little. None: as EngineConfig.kv_reuse says.
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
 
@@ -162,10 +165,7 @@ class LLMEngine:
                 f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
                 "that one can be generated: shorten it"
             )
-        if kv_reuse not in get_args(KVReuse):
-            raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
-        if kv_reuse == "approx":
-            self._check_approximate(loaded)
+        reuse = self._allowed_reuse(loaded, kv_reuse)
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
@@ -179,24 +179,34 @@ class LLMEngine:
             json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
             token_ids,
             arrival,
-            kv_reuse,
+            reuse,
             spans,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
         return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
 
-    def _check_approximate(self, model: LoadedModel) -> None:
-        if self.config.approximate is None:
-            raise InvalidRequestError(
-                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None); "
-                "use 'exact'"
+    def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
+        """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""
+        if asked is None:
+            return (
+                "exact" if self.config.kv_reuse == "approx" and not model.plain_rope else self.config.kv_reuse
             )
-        if not model.plain_rope:
+        if asked not in get_args(KVReuse):
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; expected {' or '.join(get_args(KVReuse))}")
+        if self.config.kv_reuse == "off" and asked != "off":
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; this engine reuses no KV: use 'off'")
+        if asked == "approx" and self.config.approximate is None:
+            raise InvalidRequestError(
+                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None; "
+                "zoo-serve --kv-reuse allows it); use 'exact'"
+            )
+        if asked == "approx" and not model.plain_rope:
             raise InvalidRequestError(
                 f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
                 "supported: use 'exact'"
             )
+        return asked
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
@@ -211,7 +221,7 @@ class LLMEngine:
         prompt: str | AnySequence[int],
         params: SamplingParams,
         scope: str | None = None,
-        kv_reuse: KVReuse = "exact",
+        kv_reuse: KVReuse | None = None,
         documents: AnySequence[str] = (),
     ) -> None:
         """`prepare` and `enqueue` in one."""
@@ -315,43 +325,48 @@ class LLMEngine:
         batch: list[Rows] = []
         owners: list[tuple[int, Part]] = []
         for index, (seq, num_tokens) in enumerate(items):
-            copies = seq.cache.take_copies(seq)
-            if copies is not None:
-                executor.copy_pages(*copies)
-            borrowed = seq.cache.take_borrowed(seq)
-            if borrowed is not None:
-                executor.borrow(self._chain_index(seq), borrowed, seq.page_table)
-            for position in seq.stale[: seq.num_refreshing].tolist():
-                part = Part(position, position + 1, 0)
-                batch.append(self._rows(seq, part))
-                owners.append((index, part))
-            for part in seq.parts(seq.end_after(num_tokens)):
+            refreshing = self._reuse.before(seq, self._chain_index(seq), executor.kv)
+            for part in refreshing + seq.parts(seq.end_after(num_tokens)):
                 batch.append(self._rows(seq, part))
                 owners.append((index, part))
         step = executor.run(batch)
+        for index, scores in step.scores.items():
+            self._reuse.add_scores(items[owners[index][0]].seq, owners[index][1], scores)
         self._scheduler.advance(items)
         for index, entry, hidden in step.hidden:
             seq, part = items[owners[index][0]].seq, owners[index][1]
+            if batch[index].exit is not None:
+                self._reuse.keep_hidden(seq, part, hidden)
+                continue
             segment = seq.segments[self._chain(seq).entries.index(entry)]
             self._zoo.boundaries.record(seq, segment.boundary, part.start, hidden)
+        for seq, _ in items:
+            self._reuse.after(seq, executor.kv)
         logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
         return step._replace(logits=logits)
 
     def _rows(self, seq: Sequence, part: Part) -> Rows:
-        chain = self._chain(seq)
+        chain, survey = self._chain(seq), seq.survey
+        entry = chain.entries[part.level]
+        hidden = self._zoo.boundaries.entering(seq, part) if part.level else None
+        if survey is not None and survey.enters and part.end <= survey.matched.size:
+            assert chain.check is not None, "the first pass left there"
+            entry, hidden = chain.check, survey.rows_entering(part.start, part.end)
         return Rows(
             self._chain_index(seq),
             seq.token_ids[part.start : part.end],
             part.start,
             seq.page_table,
-            wants_logits=part.end == seq.num_tokens,
-            entry=chain.entries[part.level],
-            hidden=self._zoo.boundaries.entering(seq, part) if part.level else None,
+            wants_logits=part.end == seq.num_tokens and (survey is None or survey.done),
+            entry=entry,
+            hidden=hidden,
             # not of what stands behind approximate KV: others could not tell
             keeps_hidden=self._zoo.boundaries.max_bytes > 0
             and seq.reuse != "off"
             and seq.reused is None
             and part.start < seq.num_prompt_pages * PAGE_TOKENS,
+            exit=chain.check if survey is not None and survey.exits else None,
+            score_window=self._reuse.window(seq, part),
         )
 
     def _chain_index(self, seq: Sequence) -> int:
@@ -464,10 +479,22 @@ class LLMEngine:
         """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
 
         Raises:
-            InvalidRequestError: the engine was made without approximate reuse.
+            InvalidRequestError: the engine was made without approximate reuse, or for a selector that needs
+                less of the engines.
         """
-        if self.config.approximate is None:
+        made = self.config.approximate
+        if made is None:
             raise InvalidRequestError("this engine has no approximate reuse: set EngineConfig.approximate")
+        if reuse.uses_scores and not made.uses_scores:
+            raise InvalidRequestError(
+                f"this engine was made for selector {made.selector!r} and reads no attention scores, which "
+                f"{reuse.selector!r} with refresh_order {reuse.refresh_order!r} needs: make it for that"
+            )
+        if reuse.uses_check and (not made.uses_check or reuse.check_layers != made.check_layers):
+            raise InvalidRequestError(
+                f"this engine was made for selector {made.selector!r} with check_layers {made.check_layers}, "
+                f"not for {reuse.selector!r} with {reuse.check_layers}: make it for that"
+            )
         for cache in self._zoo.caches.values():
             if cache.planner is not None:
                 cache.planner.config = reuse

@@ -69,7 +69,7 @@ class EngineThread:
         params: SamplingParams,
         on_output: OnOutput,
         scope: str | None = None,
-        kv_reuse: KVReuse = "exact",
+        kv_reuse: KVReuse | None = None,
         documents: AnySequence[str] = (),
     ) -> None:
         """Check a request in the calling thread and hand it to the engine.

@@ -19,9 +19,8 @@ from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.kv_contents import KVContents
-from blockzoo.runtime.reuse import Borrowed, rotate
+from blockzoo.runtime.kv_pages import KVPages
 from blockzoo.runtime.topology import ChainPlan, Family, Span
-from blockzoo.zoo.tensors import bf16_to_f32
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
 _KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
@@ -41,6 +40,10 @@ class Rows(NamedTuple):
             in the pages already.
         hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
         keeps_hidden: whether to report the hidden states that enter the chain's later entries.
+        exit: the first of the chain's span uses not to run, its `check`, whose entering hidden states are
+            reported; None runs all.
+        score_window: so many of the last rows report what attention they paid, 0 none (where the spans have
+            scores).
     """
 
     chain: int
@@ -51,6 +54,8 @@ class Rows(NamedTuple):
     entry: int = 0
     hidden: Array | None = None
     keeps_hidden: bool = False
+    exit: int | None = None
+    score_window: int = 0
 
 
 class Hidden(NamedTuple):
@@ -74,12 +79,15 @@ class StepResult(NamedTuple):
         num_calls: engine calls made.
         num_call_rows: rows that went through them.
         hidden: of the batch's rows that keep theirs; the caller's own.
+        scores: by index into the batch, of members with a score window: float32 [past + new], what each token
+            of the context received of the attention of these rows, summed over rows, heads and layers run.
     """
 
     logits: list[tuple[np.ndarray, list[int]]]
     num_calls: int
     num_call_rows: int
     hidden: list[Hidden]
+    scores: dict[int, np.ndarray]
 
 
 class Executor:
@@ -114,12 +122,13 @@ class Executor:
         self._adapters = adapters
         self._chains, self._spans = chains, spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
-        self._rotation = dict(rope_tables)  # on the host
+        self._rotation = dict(rope_tables)  # on the host; the pages look here too
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages, self._hidden_size = num_pages, family.hidden_size
         self._pool = self._make_pool(family)
+        self.kv = KVPages(self._pool, num_pages, self._rotation, arrays)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
@@ -129,6 +138,7 @@ class Executor:
         self._bound_layout: StepLayout | None = None
         self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
         self._most_rows = 0  # of a step since scratch was given back
+        self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
         self.contents = KVContents(self._pool, arrays, num_pages)
 
     def add_chain(self, chain: ChainPlan, like: int) -> None:
@@ -156,14 +166,16 @@ class Executor:
         """
         for rows in batch:
             self._check(rows)
-        order = batch_order([(rows.chain, rows.entry) for rows in batch])
+        order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
         ordered = [batch[i] for i in order]
         if self._device.records:
             order, ordered = self._padded(order, ordered)
         layout, program = self._layout_for(ordered)
         self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
-        kept = program() or []
+        self._scores = {}
+        looks = any(rows.score_window for rows in ordered)
+        kept = (self._launch(layout) if looks else program()) or []  # a recording would not read scores
         logits = []
         for rows, places in layout.logits:
             matrix, indices = self._device.to_host(rows), [order[place] for place in places]
@@ -172,48 +184,15 @@ class Executor:
                 matrix, indices = matrix[real], [indices[row] for row in real]
             logits.append((matrix, indices))
         hidden = [item._replace(member=order[item.member]) for item in kept]
-        return StepResult(logits, len(layout.calls), sum(call.num_rows for call in layout.calls), hidden)
-
-    def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy pages of K and V, int32 [n] each; no page is in both.
-
-        Raises:
-            ValueError: a page id is out of range; nothing was copied.
-        """
-        ids = np.concatenate([source, destination])
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
-            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
-        source, destination = source.astype(np.int64), destination.astype(np.int64)  # as torch wants them
-        for pages in self._pool.values():
-            pages[destination] = pages[source]
-
-    def borrow(self, chain: int, borrowed: Borrowed, page_table: np.ndarray) -> None:
-        """Copy K and V of tokens into the pages of another sequence, K rotated to its new position.
-
-        Args:
-            chain: of both, index into the topology's chains; its rotary embedding must be the plain one.
-            borrowed: what lies where.
-            page_table: int32 [num_layers, pages] of the sequence that takes it.
-
-        Raises:
-            ValueError: a page id is out of range; nothing was copied.
-        """
-        pages = page_table[:, borrowed.positions // PAGE_TOKENS].astype(np.int64)
-        ids = np.concatenate([pages.ravel(), borrowed.pages.ravel()])
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
-            raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
-        slots = borrowed.positions % PAGE_TOKENS
-        for name, pool in self._pool.items():
-            rows = pool[borrowed.pages, :, borrowed.slots]  # [layers, n, heads, head_dim]
-            if name == "key_cache" and borrowed.shift.any():
-                host = self._device.to_host(rows)
-                wide = bf16_to_f32(host) if host.dtype == np.uint16 else host
-                rows = self._device.activations(rotate(wide, borrowed.shift, *self._rotation[chain]))
-            pool[pages, :, slots] = rows
+        scores = {order[place]: values for place, values in self._scores.items()}
+        num_rows = sum(call.num_rows for call in layout.calls)
+        return StepResult(logits, len(layout.calls), num_rows, hidden, scores)
 
     def _padded(self, order: list[int], batch: list[Rows]) -> tuple[list[int], list[Rows]]:
         """A decode step with each chain's sequences filled up to a power of two, by rows of index -1."""
-        if any(len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden for r in batch):
+        if any(
+            len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden or r.exit for r in batch
+        ):
             return order, batch
         indices: list[int] = []
         padded: list[Rows] = []
@@ -246,8 +225,10 @@ class Executor:
         pages = -(-(rows.past_len + count) // PAGE_TOKENS)
         if count < 1 or rows.past_len < 0:
             raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
-        if rows.entry not in (0, *chain.entries):
+        if rows.entry not in (0, *chain.entries, chain.check):
             raise ValueError(f"rows enter at span {rows.entry}; expected one of {chain.entries}")
+        if rows.exit not in (None, chain.check) or (rows.exit is not None and rows.entry >= rows.exit):
+            raise ValueError(f"rows leave at span {rows.exit}; expected {chain.check}, above {rows.entry}")
         if rows.entry and (rows.hidden is None or tuple(rows.hidden.shape) != (count, self._hidden_size)):
             shape = None if rows.hidden is None else tuple(rows.hidden.shape)
             raise ValueError(f"hidden states {shape} for {count} rows of {self._hidden_size}")
@@ -274,7 +255,13 @@ class Executor:
             lens = [1 << (max(lens) - 1).bit_length()] * len(batch)
         shapes = tuple(
             SeqShape(
-                rows.chain, len(rows.token_ids), length, rows.wants_logits, rows.entry, rows.keeps_hidden
+                rows.chain,
+                len(rows.token_ids),
+                length,
+                rows.wants_logits,
+                rows.entry,
+                rows.keeps_hidden,
+                rows.exit,
             )
             for rows, length in zip(batch, lens, strict=True)
         )
@@ -303,6 +290,7 @@ class Executor:
             begin, end = layout.seq_begins[i], layout.seq_begins[i + 1]
             arrays.token_ids[begin:end] = rows.token_ids
             arrays.past_lens[i] = rows.past_len
+            arrays.score_windows[i] = rows.score_window
             arrays.positions[begin:end] = np.arange(rows.past_len, rows.past_len + end - begin)
             entries = arrays.tables[
                 : len(rows.page_table), layout.table_begins[i] : layout.table_begins[i + 1]
@@ -345,11 +333,22 @@ class Executor:
             engine.run()
             for destination, source in call.copies_out:
                 destination[...] = source
+            if call.scored and layout.arrays.score_windows.any():
+                self._add_scores(call.scored, layout, engine)
             for seq, entry, rows in call.passed:
                 own = self._device.rows_like(rows, len(rows))
                 own[...] = rows
                 kept.append(Hidden(seq, entry, own))
         return kept
+
+    def _add_scores(self, seqs: Sequence[int], layout: StepLayout, engine: Engine) -> None:
+        """Add those that an engine has just given, of sequences by place in the layout, to the step's."""
+        lens = layout.arrays.past_lens + np.diff(layout.seq_begins)
+        values = np.split(self._device.to_host(engine.scores()), np.cumsum(lens[list(seqs)])[:-1])
+        for seq, own in zip(seqs, values, strict=True):
+            if layout.arrays.score_windows[seq]:
+                known = self._scores.get(seq)
+                self._scores[seq] = own.copy() if known is None else known + own
 
 
 def _table_len(rows: Rows) -> int:

@@ -12,7 +12,7 @@ from blockzoo.runtime.engine_loop import LLMEngine
 from blockzoo.runtime.errors import InvalidRequestError, RequestError
 from blockzoo.runtime.publisher import PublishedDocument
 from blockzoo.runtime.refresh import Refreshed
-from blockzoo.runtime.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 
 Prompt = str | AnySequence[int]
 
@@ -61,6 +61,7 @@ class LLM:
         params: SamplingParams | AnySequence[SamplingParams] | None = None,
         *,
         scope: str | None = None,
+        kv_reuse: KVReuse | AnySequence[KVReuse] | None = None,
         documents: AnySequence[str] = (),
         progress: bool = True,
     ) -> list[Completion]:
@@ -71,6 +72,7 @@ class LLM:
             prompts: texts or lists of token ids; a single text is a list of one.
             params: one for all prompts, or one per prompt; None: the defaults.
             scope, documents: of all prompts; see `LLMEngine.prepare`.
+            kv_reuse: "off", "exact" or "approx" for all prompts, or one per prompt; see `LLMEngine.prepare`.
             progress: show a bar on a terminal.
 
         Returns:
@@ -82,9 +84,12 @@ class LLM:
         all_prompts = _as_prompts(prompts)
         models = _spread("model", model, all_prompts)
         all_params = _spread("params", params or SamplingParams(), all_prompts)
+        reuse = _spread("kv_reuse", kv_reuse, all_prompts)
         requests = [
-            self.engine.prepare(str(i), *job, scope=scope, documents=documents)
-            for i, job in enumerate(zip(models, all_prompts, all_params, strict=True))
+            self.engine.prepare(str(i), *job, documents=documents)
+            for i, job in enumerate(
+                zip(models, all_prompts, all_params, [scope] * len(all_prompts), reuse, strict=True)
+            )
         ]
         outputs: list[list[RequestOutput]] = [[] for _ in requests]
         try:
@@ -127,7 +132,7 @@ def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:
 
 
 def _spread(name: str, value: Any, prompts: AnySequence[Prompt]) -> list[Any]:
-    if isinstance(value, (str, SamplingParams)):
+    if value is None or isinstance(value, (str, SamplingParams)):
         return [value] * len(prompts)
     if len(value) != len(prompts):
         raise InvalidRequestError(f"{name} has {len(value)} entries for {len(prompts)} prompts")

@@ -63,7 +63,14 @@ def load_zoo(
     """
     if not zoo.manifest.models:
         raise InvalidRequestError(f"{zoo.path} holds no models; add one with zoo-compile")
-    topology = plan_topology(zoo.manifest, config.max_span_layers, config.enable_lora)
+    reuse = config.approximate
+    topology = plan_topology(
+        zoo.manifest,
+        config.max_span_layers,
+        config.enable_lora,
+        check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
+        scores=reuse is not None and reuse.uses_scores,
+    )
     num_pages = _pages_per_family(topology, config, maker)
     load_tokenizer = cache(Tokenizer.load)  # models of a family share one folder, so one tokenizer
     models = {
@@ -153,7 +160,10 @@ def _compile_spans(
     engines: dict[int, Engine] = {}
     for index, span in enumerate(topology.spans):
         engines[index] = maker.span(
-            [blocks[i] for i in span.block_ids], drops_rows=span.drops_rows, lora=dict(span.lora)
+            [blocks[i] for i in span.block_ids],
+            drops_rows=span.drops_rows,
+            lora=dict(span.lora),
+            scores=span.scores,
         )
         if progress is not None:
             progress(index + 1, len(topology.spans))

@@ -278,11 +278,9 @@ class KVCache:
         seq.copied_from = list(plan.nodes)
         reserved = self.reserve(seq, seq.num_tokens)
         assert reserved, f"{seq} lacks pages that were counted"
-        seq.reused, seq.borrowed = plan.reused, plan.borrowed
-        seq.stale = np.flatnonzero(plan.reused)
-        seq.num_computed = seq.end_after(0)
-        self.approximate_tokens += seq.stale.size
-        return int(seq.stale.size)
+        seq.begin_reuse(plan.reused, plan.borrowed, plan.survey)
+        self.approximate_tokens += plan.borrowed.positions.size
+        return int(plan.borrowed.positions.size)
 
     def take_borrowed(self, seq: Sequence) -> Borrowed | None:
         """The KV to copy before the next tokens of `seq` run."""
@@ -410,8 +408,7 @@ class KVCache:
             nodes.clear()
         seq.entering.clear()
         seq.unfinished.clear()
-        seq.reused = seq.borrowed = None
-        seq.stale = seq.stale[:0]
+        seq.end_reuse()
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
 

@@ -1,8 +1,9 @@
 """Approximate reuse of KV: what was computed for the same words elsewhere (KVShare, arXiv 2503.16525).
 
-    match    runs of tokens that also occur in a donor's prompt, by rolling hash, verified token by token
-    plan     which positions take a donor's K and V (K rotated from its old to its new position), and which
-             of those are computed anew all the same: in the prefill, and later, a few in each decode step
+    match      runs of tokens that also occur in a donor's prompt, by rolling hash, verified token by token
+    selection  which positions take a donor's K and V (K rotated from its old to its new position), and which
+               of those are computed anew all the same: in the prefill, and later, a few in each decode step
+    survey     a first pass over what was taken, for selectors that must see it
 
 What is taken was computed behind other words, so it is approximate: it never enters the exact tree, is never
 a donor, and stays within its scope. Ints and numpy only.
@@ -11,20 +12,18 @@ a donor, and stays within its scope. Ints and numpy only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-
-from blockzoo.runtime.pool import PAGE_TOKENS
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MAX_CANDIDATES = 4  # donors looked at per window, the newest
 
-Selector = Literal["head-of-run", "random"]
+Selector = Literal["query", "head-of-run", "deviation", "importance*deviation", "random"]
+RefreshOrder = Literal["position", "importance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +32,42 @@ class ReuseConfig:
 
     Attributes:
         recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
-        refresh: reused tokens computed anew beside each generated one, in order of position.
-        selector: "head-of-run" takes the first tokens of each run, whose context differs the most (EPIC,
-            2410.15332); "random" is the control.
-        page_aligned: round what is chosen up to whole pages, which run faster than scattered tokens.
+        refresh: reused tokens computed anew beside each generated one.
+        refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
+            drained queue leaves that of a full prefill; "importance" what received the most attention first.
+        selector: what is computed anew in the prefill.
+            "query": what the unmatched end of the prompt (the question) attends to: it runs first over the
+            KV as taken, and its attention is read.
+            "head-of-run": the first tokens of each run, whose context differs the most (EPIC, 2410.15332).
+            "deviation": where V differs the most once the first `check_layers` have run in full (CacheBlend,
+            2405.16444).
+            "importance*deviation": that times the attention from the end of the prompt (KVShare).
+            "random": the control.
+        head: tokens at the front of each run that are always computed anew, beside the share: what stood at
+            the front of another prompt draws attention wherever it is put.
+        check_layers: that run in full for the selectors that look at deviations. Models that have no more
+            are computed in full.
+        rounds: of looking ("query"): in each but the first, what was chosen before looks too.
+        page_aligned: choose whole pages, which run faster than scattered tokens.
         min_share: of the tokens to compute; a prompt with fewer matched is computed in full.
+        max_deviation: mean deviation of V at the last check layer, relative to V; beyond it all is computed.
+        negligible: deviation of V, relative to V. Tokens with less are not computed anew by the selectors
+            that look at deviations, and a queue in which several in a row showed less is given up.
         window: tokens of a window. Runs of 2 * window - 1 are always found, shorter than window never.
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
     recompute: float = 0.15
     refresh: int = 3
-    selector: Selector = "head-of-run"
+    refresh_order: RefreshOrder = "importance"
+    selector: Selector = "query"
+    head: int = 8
+    check_layers: int = 2
+    rounds: int = 1
     page_aligned: bool = True
     min_share: float = 0.3
+    max_deviation: float = 0.5
+    negligible: float = 0.0
     window: int = 16
     max_donors: int = 1024
 
@@ -55,11 +76,28 @@ class ReuseConfig:
         for name in ("recompute", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        for name, low in (("refresh", 0), ("window", 2), ("max_donors", 1)):
-            if getattr(self, name) < low:
+        least = {"refresh": 0, "head": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
+        for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
+            if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
-        if self.selector not in SELECTORS:
-            raise ValueError(f"selector is {self.selector!r}; expected {' or '.join(SELECTORS)}")
+        for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
+
+    @property
+    def uses_check(self) -> bool:
+        """Whether the first layers run in full before it is decided what goes on."""
+        return self.selector in ("deviation", "importance*deviation")
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether engines must tell what attention tokens receive."""
+        return self.selector in ("query", "importance*deviation") or self.refresh_order == "importance"
+
+    @property
+    def surveys(self) -> bool:
+        """Whether what was taken over must be looked at before it is decided what is computed anew."""
+        return (self.uses_check or self.selector == "query") and self.recompute > 0
 
 
 class Run(NamedTuple):
@@ -222,64 +260,6 @@ class Donors:
         if index is None:
             return []
         return [(run, index.donor(run.donor)) for run in index.match(token_ids, start, end)]
-
-
-# ---- selection
-
-SelectorFunction = Callable[[Sequence[tuple[int, int]], float], np.ndarray]
-
-
-def head_of_run(runs: Sequence[tuple[int, int]], share: float) -> np.ndarray:
-    """The first `share` of each (start, length), rounded up: positions int64 [n]."""
-    heads = [np.arange(start, start + ceil(share * length)) for start, length in runs]
-    return np.concatenate([np.empty(0, np.int64), *heads])
-
-
-def at_random(runs: Sequence[tuple[int, int]], share: float) -> np.ndarray:
-    """A random `share` of all positions, the same for the same runs: int64 [n]."""
-    everything = head_of_run(runs, 1.0)
-    rng = np.random.default_rng(everything.size)
-    return rng.choice(everything, ceil(share * everything.size), replace=False)
-
-
-SELECTORS: dict[str, SelectorFunction] = {"head-of-run": head_of_run, "random": at_random}
-
-
-def reused_positions(runs: Sequence[tuple[int, int]], num_tokens: int, config: ReuseConfig) -> np.ndarray:
-    """bool [num_tokens]: the tokens of (start, length) `runs` whose KV is taken over as it is."""
-    reused = np.zeros(num_tokens, bool)
-    for start, length in runs:
-        reused[start : start + length] = True
-    select = SELECTORS[config.selector]
-    if config.page_aligned:
-        ends = [(start // PAGE_TOKENS, -(-(start + length) // PAGE_TOKENS)) for start, length in runs]
-        pages = select([(first, end - first) for first, end in ends], config.recompute)
-        chosen = (pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
-        chosen = chosen[chosen < num_tokens]
-    else:
-        chosen = select(runs, config.recompute)
-    reused[chosen] = False
-    return reused
-
-
-def pieces(positions: np.ndarray, num_tokens: int) -> list[tuple[int, int]]:
-    """Cut ascending positions into (start, end) to run as sequences of their own, in the middle of others.
-
-    An attention operator zeroes V from a sequence's end to the end of its page where the sequence has more
-    than one token. So a piece of several tokens ends on a page border, or where nothing is known behind:
-    at `num_tokens`. What is left over runs token by token.
-    """
-    if not positions.size:
-        return []
-    starts = np.flatnonzero(np.diff(positions, prepend=positions[0] - 2) != 1)
-    result = []
-    for first, last in zip(starts, [*starts[1:], positions.size], strict=True):
-        start, end = int(positions[first]), int(positions[last - 1]) + 1
-        border = end if end == num_tokens else end - end % PAGE_TOKENS
-        if border > start:
-            result.append((start, border))
-        result += [(position, position + 1) for position in range(max(start, border), end)]
-    return result
 
 
 # ---- K at another position

@@ -11,16 +11,19 @@ import numpy as np
 from blockzoo.runtime.kv_nodes import Node, SegmentTree
 from blockzoo.runtime.pool import PAGE_TOKENS, pages_for
 from blockzoo.runtime.published_donors import PublishedDonors, without_overlap
-from blockzoo.runtime.reuse import Borrowed, Donor, Donors, ReuseConfig, Run, reused_positions
+from blockzoo.runtime.reuse import Borrowed, Donor, Donors, ReuseConfig, Run
+from blockzoo.runtime.selection import matched_positions, reused_positions
 from blockzoo.runtime.sequence import Sequence
+from blockzoo.runtime.survey import Survey
 
 
 class Plan(NamedTuple):
     """What to take over, and the nodes it lies in, each once."""
 
-    reused: np.ndarray  # bool [num_tokens]
+    reused: np.ndarray  # bool [num_tokens], what does not run (in the first pass, where it is surveyed)
     borrowed: Borrowed
     nodes: tuple[Node, ...]
+    survey: Survey | None
 
 
 class ReusePlanner:
@@ -38,17 +41,28 @@ class ReusePlanner:
 
     def plan(self, seq: Sequence, trees: AnySequence[SegmentTree]) -> Plan | None:
         """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
+        config = self.config
+        if config.recompute == 1 or (config.uses_check and seq.num_layers <= config.check_layers):
+            return None
         start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
         found = [
             (cut, donor)
             for run, donor in self._match(seq, start, end)
-            if (cut := self._present(run, donor, trees)).length >= self.config.window
+            if (cut := self._present(run, donor, trees)).length >= config.window
         ]
         matched = sum(run.length for run, _ in found)
-        if matched == 0 or matched < self.config.min_share * (seq.num_tokens - start):
+        if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
             return None
-        reused = reused_positions([(run.start, run.length) for run, _ in found], seq.num_tokens, self.config)
-        parts = [self._borrowed(run, donor, trees, reused) for run, donor in found]
+        head, survey = config.head, None
+        runs = [(run.start + head, run.length - head) for run, _ in found if run.length > head]
+        if not runs:
+            return None
+        if config.surveys:
+            taken = matched_positions(runs, seq.num_tokens)
+            survey = Survey(config, taken, seq.num_computed)
+        else:
+            taken = reused_positions(runs, seq.num_tokens, config)
+        parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
         if not borrowed.positions.size:
             return None
@@ -59,7 +73,7 @@ class ReusePlanner:
             for key in donor.keys[: pages_for(run.donor_start + run.length)]
             for tree in trees
         )
-        return Plan(reused, borrowed, tuple(nodes))
+        return Plan(taken if survey is None else survey.first_reused(), borrowed, tuple(nodes), survey)
 
     def _match(self, seq: Sequence, start: int, end: int) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of the scope hold, or published documents."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.prefix_tree import KVCache
@@ -197,7 +199,7 @@ class Scheduler:
             if entry is None or entry.seq is not seq:
                 continue  # aborted while the step ran
             seq.num_computed = seq.end_after(num_tokens)
-            seq.stale = seq.stale[seq.num_refreshing :]
+            seq.refreshed, seq.stale = np.split(seq.stale, [seq.num_refreshing])
             seq.cache.commit(seq)
 
     def _schedule_refresh(self, step: _Step) -> None:

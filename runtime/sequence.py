@@ -15,7 +15,9 @@ import numpy as np
 from blockzoo.runtime.page_keys import PUBLIC_ROOT, branch_key, page_key, root_key
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.request import KVReuse
-from blockzoo.runtime.reuse import Borrowed, pieces
+from blockzoo.runtime.reuse import Borrowed
+from blockzoo.runtime.selection import pieces
+from blockzoo.runtime.survey import Survey
 
 if TYPE_CHECKING:
     from blockzoo.runtime.prefix_tree import KVCache, Node
@@ -63,9 +65,11 @@ class Sequence:
         "documents",
         "documents_version",
         "entering",
+        "importance",
         "model",
         "nodes",
         "num_cached",
+        "num_calm",
         "num_computed",
         "num_layers",
         "num_pages",
@@ -76,12 +80,14 @@ class Sequence:
         "page_table",
         "prompt_len",
         "publishes",
+        "refreshed",
         "request_id",
         "reuse",
         "reused",
         "scope",
         "segments",
         "stale",
+        "survey",
         "unfinished",
     )
 
@@ -134,8 +140,12 @@ class Sequence:
         # tokens when it began), how that KV comes here, which are still to be refreshed while decoding.
         self.reused: np.ndarray | None = None
         self.borrowed: Borrowed | None = None
+        self.survey: Survey | None = None  # until what it chose is computed
+        self.importance: np.ndarray | None = None  # float32, attention that these tokens received
         self.stale = np.empty(0, np.int64)
         self.num_refreshing = 0  # of `stale`, in this step
+        self.refreshed = self.stale  # in the last step
+        self.num_calm = 0  # refreshed in a row with negligible deviations
         self.documents = tuple(documents)
         self.publishes = publishes
         self.num_public_pages = 0  # leading pages that are published, under keys of no scope
@@ -213,6 +223,29 @@ class Sequence:
                 parts.append(Part(start, stop, level))
                 start = stop
         return parts
+
+    def begin_reuse(self, reused: np.ndarray, borrowed: Borrowed, survey: Survey | None) -> None:
+        """KV of tokens, bool [num_tokens], comes from elsewhere; where it is surveyed, of fewer at last."""
+        self.reused, self.borrowed, self.survey = reused, borrowed, survey
+        self.stale = np.empty(0, np.int64)
+        self.importance = np.zeros(reused.size, np.float32) if survey is None else survey.importance
+        self.num_calm = 0
+        self.num_computed = self.end_after(0)
+
+    def take_over(self, chosen: np.ndarray) -> None:
+        """After a pass over what comes from elsewhere: `chosen` of it, bool [num_tokens], is computed anew,
+        and what stands behind the first of these."""
+        survey = self.survey
+        assert survey is not None, f"{self} surveys nothing"
+        self.reused = survey.matched & ~chosen
+        first = np.flatnonzero(chosen)[:1].tolist()
+        self.num_computed = min([survey.restart, *first])
+        self.num_computed = self.end_after(0)
+
+    def end_reuse(self) -> None:
+        """Nothing comes from elsewhere any more."""
+        self.reused = self.borrowed = self.survey = self.importance = None
+        self.stale = self.stale[:0]
 
     def append_token(self, token_id: int) -> None:
         """Add a generated token."""

@@ -37,12 +37,14 @@ class Span:
         num_layers: attention blocks in it.
         drops_rows: rows whose logits nobody needs leave here (see `engines.base.SpanSpec`).
         lora: by index of a block in the span, the projections that some chain has adapters on.
+        scores: whether its engine tells how much attention each token received.
     """
 
     block_ids: tuple[str, ...]
     num_layers: int
     drops_rows: bool
     lora: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class ChainPlan:
             the one at which the models that share the segment below part. 0 for the first segment, and
             where they part within a span, by an adapter: nothing enters there.
         adapters: (position in the chain, adapter id).
+        check: the first of `uses` behind the check layers, where rows may leave and enter (approximate reuse
+            that looks at deviations); None without such.
     """
 
     family: Family
@@ -77,6 +81,14 @@ class ChainPlan:
     vocab_size: int
     adapters: tuple[tuple[int, str], ...] = ()  # (position in the chain, adapter id)
     entries: tuple[int, ...] = (0,)
+    check: int | None = None
+
+
+class _Limits(NamedTuple):
+    """Where spans are cut though no chain parts there, in layers."""
+
+    span: int | None  # at most, of a span
+    check: int | None  # from the bottom of the chain
 
 
 class Variant(NamedTuple):
@@ -101,7 +113,11 @@ class Topology:
 
 
 def plan_topology(
-    manifest: Manifest, max_span_layers: int | None = None, enable_lora: bool = False
+    manifest: Manifest,
+    max_span_layers: int | None = None,
+    enable_lora: bool = False,
+    check_layers: int | None = None,
+    scores: bool = False,
 ) -> Topology:
     """Derive spans, chains and segments from a manifest.
 
@@ -109,13 +125,16 @@ def plan_topology(
         manifest: of the zoo to serve.
         max_span_layers: cut spans after this many layers (benchmarks); None: as long as possible.
         enable_lora: let every projection take adapters, for those that come later.
+        check_layers: cut also after so many layers of each chain that has more; None: nowhere.
+        scores: engines with attention tell how much of it each token received.
     """
     models_of: dict[Variant, list[str]] = defaultdict(list)
     for name, model in manifest.models.items():
         models_of[Variant(model.chain, tuple(sorted(model.adapters.items())))].append(name)
     variants = sorted(models_of)
     chains = sorted({variant.chain for variant in variants})
-    runs = {chain: _cut(chain[1:], chains, manifest.blocks, max_span_layers) for chain in chains}
+    limits = _Limits(max_span_layers, check_layers)
+    runs = {chain: _cut(chain[1:], chains, manifest.blocks, limits) for chain in chains}
     drops = _dropping_runs(runs, manifest.blocks)
     spans = sorted({run for chain_runs in runs.values() for run in chain_runs})
     index = {run: i for i, run in enumerate(spans)}
@@ -127,10 +146,19 @@ def plan_topology(
         lora = _lora_targets(variants, runs, manifest.adapters)
     return Topology(
         spans=tuple(
-            Span(run, _num_layers(run, manifest.blocks), run in drops, lora.get(run, ())) for run in spans
+            Span(
+                run,
+                layers := _num_layers(run, manifest.blocks),
+                run in drops,
+                lora.get(run, ()),
+                scores and layers > 0,
+            )
+            for run in spans
         ),
         chains=tuple(
-            _chain_plan(variant, runs[variant.chain], index, *segments[variant], manifest.blocks)
+            _chain_plan(
+                variant, runs[variant.chain], index, *segments[variant], manifest.blocks, check_layers
+            )
             for variant in variants
         ),
         chain_of_model={name: i for i, variant in enumerate(variants) for name in models_of[variant]},
@@ -175,7 +203,7 @@ def _cut(
     body: tuple[str, ...],
     chains: Sequence[tuple[str, ...]],
     blocks: Mapping[str, BlockRecord],
-    max_layers: int | None,
+    limits: _Limits,
 ) -> tuple[tuple[str, ...], ...]:
     """Cut a chain's body wherever some chain goes on differently (the unitigs of block succession)."""
     after: dict[str, set[str]] = defaultdict(set)
@@ -186,13 +214,14 @@ def _cut(
             after[left].add(right)
             before[right].add(left)
     runs: list[tuple[str, ...]] = []
-    start, layers = 0, 0
+    start, layers, depth = 0, 0, 0
     for i, block_id in enumerate(body):
         layers += _is_attn(block_id, blocks)
+        depth += _is_attn(block_id, blocks)
         following = body[i + 1] if i + 1 < len(body) else _EDGE
         splits = len(after[block_id]) > 1 or len(before[following]) > 1 or following == _EDGE
-        full = max_layers is not None and layers >= max_layers and _starts_layer(following, blocks)
-        if splits or full:
+        full = (limits.span is not None and layers >= limits.span) or depth == limits.check
+        if splits or (full and _starts_layer(following, blocks)):
             runs.append(body[start : i + 1])
             start, layers = i + 1, 0
     return tuple(runs)
@@ -223,6 +252,7 @@ def _chain_plan(
     segments: tuple[Segment, ...],
     boundaries: tuple[int, ...],
     blocks: Mapping[str, BlockRecord],
+    check_layers: int | None,
 ) -> ChainPlan:
     chain = variant.chain
     uses, position, layer = [], 1, 0
@@ -240,8 +270,10 @@ def _chain_plan(
     segments = tuple(
         s if entry else replace(s, boundary="") for s, entry in zip(segments, entries, strict=True)
     )
+    behind = (i for i, use in enumerate(uses) if use.first_layer == check_layers)
+    check = next(behind, None) if check_layers != layer else None
     return ChainPlan(
-        family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries
+        family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries, check
     )
 
 

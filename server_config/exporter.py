@@ -32,6 +32,7 @@ _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
     "copied_tokens_total": "Prompt tokens whose KV was copied from a page that begins alike",
+    "approximate_tokens_total": "Prompt tokens whose KV was taken from equal words behind other ones",
     "document_hit_tokens_total": "Prompt tokens whose KV was found in published documents",
     "document_loads_total": "Chains of published documents whose KV came from disk",
     "document_computes_total": "Those whose KV was computed",

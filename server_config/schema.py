@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class ParsedRequest:
     stream: bool
     echo: str
     kv_scope: str | None
-    kv_reuse: KVReuse
+    kv_reuse: KVReuse | None
     documents: tuple[str, ...]
     timeout_s: float | None
 
@@ -104,10 +104,9 @@ def parse_request(
     # the backend echoes the prompt in its only response, never in a stream
     echo = "" if stream or _flag(inputs, "exclude_input_in_output") else text or ""
     kv_reuse = _text(inputs, "kv_reuse")
-    if kv_reuse not in (None, "", "exact", "off"):
-        hint = " (approximate reuse is not part of this release)" if kv_reuse == "approx" else ""
-        raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected 'exact' or 'off'{hint}")
-    reuse: KVReuse = "off" if kv_reuse == "off" else "exact"
+    if kv_reuse not in (None, "", *get_args(KVReuse)):
+        raise InvalidRequestError(f"kv_reuse is {kv_reuse!r}; expected {' or '.join(get_args(KVReuse))}")
+    reuse = cast("KVReuse | None", kv_reuse or None)
     kv_scope = _text(inputs, "kv_scope")
     if kv_scope is not None and len(kv_scope) > MAX_SCOPE_CHARS:
         raise InvalidRequestError(f"kv_scope has {len(kv_scope)} characters; at most {MAX_SCOPE_CHARS}")

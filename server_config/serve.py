@@ -57,6 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="share cached KV of a scope within each model (default) or between models too",
     )
     engine.add_argument(
+        "--kv-reuse",
+        choices=("off", "exact", "on-request", "approx"),
+        help="what KV requests reuse: none, that of equal prefixes (default), or also that of equal words "
+        "behind other ones (approximate: it changes answers a little), for requests with kv_reuse approx or "
+        "for all that do not say otherwise",
+    )
+    engine.add_argument(
         "--publish",
         action="append",
         default=[],
@@ -134,6 +141,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         # an ensemble's cancelled requests run on unnoticed: something must bound them
         "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
         "kv_sharing": args.kv_sharing,
+        "kv_reuse": None if args.kv_reuse == "on-request" else args.kv_reuse,
+        "approximate": {} if args.kv_reuse == "on-request" else None,
         "published_kv_share": args.published_kv_share,
         "kv_cache_dir": None if args.kv_cache_dir is None else str(Path(args.kv_cache_dir).resolve()),
         "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),

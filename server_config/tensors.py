@@ -43,7 +43,7 @@ SAMPLING_INPUTS = (
     TensorField("return_generation_logits", "BOOL"),
     TensorField("exclude_input_in_output", "BOOL"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
-    TensorField("kv_reuse", "STRING"),  # ours: "exact" or "off"
+    TensorField("kv_reuse", "STRING"),  # ours: "off", "exact" or "approx"
     TensorField("documents", "STRING", (-1,)),  # ours: texts put before text_input, each tokenized on its own
     TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
 )

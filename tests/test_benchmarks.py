@@ -155,3 +155,24 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
     expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     assert tokens == expected.argmax(1).tolist()
     np.testing.assert_allclose(logprobs, expected.max(1), atol=1e-4)
+
+
+def test_kv_reuse(workdir: Path) -> None:
+    options = ["--shape", "tiny", "--repeats", "1", "--threads", "1", "--samples", "2", "--notes", "4"]
+    options += ["--piece", "40", "--length", "512", "--loads", "1", "--requests", "3", "--answer", "2"]
+    folders = ["--workdir", str(workdir), "--out", str(workdir)]
+    command = [sys.executable, "-m", "benchmarks.kv_reuse", *options, *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "no chains" in done.stderr
+    results = json.loads((workdir / "kv_reuse.json").read_text())["shapes"]["tiny"]["results"]
+    for sides in results["quality"].values():
+        assert sides["full"] == sides["full"] | {"agrees": 1.0, "kl": 0.0}
+        assert sides["all recomputed"]["kl"] < 1e-5
+        assert sides["naive"]["kl"] > 1e-4
+    times = results["first token"]
+    assert times["naive"]["parts_ms"]["copy"] > 0
+    assert times["full"]["parts_ms"]["copy"] == 0
+    assert ("GenAI, prefix cache" in times) == PEER
+    for side in results["load"]["1 of full prefill"].values():
+        assert side["tokens_per_s"] > 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockzoo.engines.base import f32_to_bf16
 from blockzoo.engines.openvino.adapters import AdapterPacker
+from blockzoo.zoo.tensors import f32_to_bf16
 
 LORA = ((0, ("q", "v")), (1, ("down",)))
 RANKS = {"0.q": [0, 1, 2, 6], "0.v": [0, 1, 2, 6], "1.down": [3, 4, 5]}  # of 8: adapters 0-2, 3-5, 6, 7

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.errors import InvalidRequestError
-from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector
 from blockzoo.runtime.sequence import Sequence
 
+# the tests count tokens; the queue that they drain is in order of position
+Reuse = partial(ReuseConfig, head=0, refresh_order="position")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
 
@@ -22,6 +25,7 @@ def words(length: int, seed: int) -> list[int]:
 
 
 DOCUMENT = words(150, 1)
+TOLD: dict[str, np.ndarray] = {}
 DONOR = words(20, 2) + DOCUMENT + words(30, 3)
 PROMPT = words(37, 4) + DOCUMENT + words(25, 5)  # the document stands 17 tokens further
 
@@ -73,23 +77,109 @@ def exact(demo_zoo: Path) -> LLMEngine:
     return serve(demo_zoo, None, prefix_caching=False)
 
 
-@pytest.mark.parametrize("budget", [512, 64])
-@pytest.mark.parametrize("aligned", [True, False])
+SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*deviation", "random"]
+
+
+@pytest.mark.parametrize(("budget", "aligned"), [(512, False), (64, True)])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_recomputing_everything_is_a_full_prefill(
-    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool
+    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool, selector: Selector
 ) -> None:
-    reuse = ReuseConfig(recompute=0.999, refresh=0, page_aligned=aligned)
+    reuse = Reuse(recompute=0.999, refresh=0, page_aligned=aligned, selector=selector)
     engine = serve(demo_zoo, reuse, max_num_batched_tokens=budget)
     ask(engine, DONOR)
     tokens, logprobs, _ = ask(engine, PROMPT, "approx")
+    assert approximated(engine) >= 150 * (selector not in ("head-of-run", "random"))
     expected, expected_logprobs, _ = ask(exact, PROMPT)
     assert tokens == expected
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("selector", ["deviation", "importance*deviation"])
+def test_what_deviates_beyond_bounds_is_computed_in_full(
+    demo_zoo: Path, exact: LLMEngine, selector: Selector
+) -> None:
+    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=0, selector=selector, max_deviation=1e-6))
+    ask(engine, DONOR)
+    assert ask(engine, PROMPT, "approx")[1] == pytest.approx(ask(exact, PROMPT)[1], abs=1e-4)
+    engine.configure_reuse(Reuse(recompute=0.9, refresh=0, selector=selector, negligible=1e6))
+    seq = start(engine, [*PROMPT, 9], "approx")  # nothing is worth it
+    assert seq.reused is not None
+    assert int(seq.reused.sum()) == 150
+    engine.abort("r")
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_question_chooses_what_it_attends_to(demo_zoo: Path, rounds: int) -> None:
+    """A question that repeats a part of the document makes induction heads look there."""
+    document = words(320, 21)
+    reuse = Reuse(recompute=0.1, refresh=0, rounds=rounds)
+    engine = serve(demo_zoo, reuse)
+    ask(engine, words(20, 2) + document + words(30, 3))
+    chosen = []
+    for place in (90, 250):
+        prompt = words(32, 4) + document + words(7, 5) + document[place : place + 12]
+        seq = start(engine, prompt, "approx")
+        assert seq.reused is not None
+        fresh = np.flatnonzero(~seq.reused[32:352])
+        assert 0 < fresh.size <= 64
+        chosen.append(set((fresh // 32).tolist()))
+        engine.abort("r")
+        engine.check_integrity()
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize("refresh_order", ["position", "importance"])
+def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: RefreshOrder) -> None:
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=4, refresh_order=refresh_order, negligible=1e6))
+    ask(engine, DONOR)
+    seq = start(engine, PROMPT, "approx")
+    queue = seq.stale.copy()
+    assert queue.size >= 150
+    engine.step()
+    assert seq.stale.size == queue.size - 4
+    if refresh_order == "position":
+        assert seq.stale.tolist() == queue[4:].tolist()
+    engine.step()
+    assert seq.stale.size == 0
+    engine.abort("r")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "reference"])
+def test_attention_is_told_as_it_is(demo_zoo: Path, exact: LLMEngine, backend: str) -> None:
+    """Over exact KV: the document is known from the same place behind the same words."""
+    engine = serve(
+        demo_zoo, Reuse(refresh=0), backend=backend, device="cpu" if backend == "reference" else None
+    )
+    ask(engine, DONOR)
+    prompt = [*words(10, 40), *DOCUMENT, *words(20, 41)]
+    seq = start(engine, prompt, "approx")
+    assert seq.importance is not None
+    heads, layers = 4, seq.num_layers
+    assert seq.importance.sum() == pytest.approx(heads * layers, rel=1e-3)
+    TOLD[backend] = seq.importance
+    np.testing.assert_allclose(seq.importance, next(iter(TOLD.values())), atol=2e-3)
+    engine.abort("r")
+
+
+def test_a_deployment_says_what_requests_get(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20, kv_reuse="approx")
+    llm.generate("base", [DONOR], GREEDY)
+    llm.generate("base", [PROMPT], GREEDY, kv_reuse="exact")
+    assert approximated(llm.engine) == 0
+    other = words(11, 31) + PROMPT[37:]
+    llm.generate("base", [other, other], GREEDY, kv_reuse=["approx", "off"])
+    assert approximated(llm.engine) > 0
+    before = approximated(llm.engine)
+    llm.generate("base", [words(13, 32) + PROMPT[37:]], GREEDY)
+    assert approximated(llm.engine) > before
+    with pytest.raises(InvalidRequestError, match="kv_reuse has 1 entries for 2 prompts"):
+        llm.generate("base", [other, other], GREEDY, kv_reuse=["off"])
+
+
 @pytest.mark.parametrize("budget", [512, 48])
 def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngine, budget: int) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0), max_num_batched_tokens=budget)
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=0), max_num_batched_tokens=budget)
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     assert seq.reused is not None
@@ -108,19 +198,18 @@ def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngin
 def test_a_drained_queue_leaves_exact_kv(
     demo_zoo: Path, exact: LLMEngine, refresh: int, aligned: bool
 ) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.1, refresh=refresh, page_aligned=aligned))
+    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, page_aligned=aligned))
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     left = seq.stale.size
-    assert 0 < left < 150
+    assert left == len(PROMPT) - int(np.argmax(seq.reused))
     steps = 0
     while seq.stale.size:
         engine.step()
         steps += 1
     assert steps == -(-left // refresh)
-    # of the document; what stands behind it was computed over the approximate KV
-    found = kv_of(engine, seq, 187)
-    expected = kv_of(exact, start(exact, PROMPT, "exact"), 187)
+    found = kv_of(engine, seq, len(PROMPT))
+    expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
     np.testing.assert_allclose(found, expected, atol=2e-4)
     for each in (engine, exact):
         each.abort("r")
@@ -128,7 +217,7 @@ def test_a_drained_queue_leaves_exact_kv(
 
 
 def test_nothing_approximate_stays_behind(demo_zoo: Path, exact: LLMEngine) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, refresh=0))
+    engine = serve(demo_zoo, Reuse(recompute=0.0, refresh=0))
     ask(engine, DONOR)
     ask(engine, PROMPT, "approx")
     assert approximated(engine) == 150
@@ -144,7 +233,7 @@ def test_nothing_approximate_stays_behind(demo_zoo: Path, exact: LLMEngine) -> N
 
 
 def test_approximate_kv_keeps_to_its_scope_and_chain(demo_zoo: Path) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0))
+    engine = serve(demo_zoo, Reuse(recompute=0.0))
     ask(engine, DONOR, scope="red")
     ask(engine, PROMPT, "approx", scope="blue")
     ask(engine, PROMPT, "approx")
@@ -158,7 +247,7 @@ def test_approximate_kv_keeps_to_its_scope_and_chain(demo_zoo: Path) -> None:
 
 
 def test_a_prompt_with_little_in_common_is_computed_in_full(demo_zoo: Path, exact: LLMEngine) -> None:
-    engine = serve(demo_zoo, ReuseConfig(recompute=0.0, min_share=0.5))
+    engine = serve(demo_zoo, Reuse(recompute=0.0, min_share=0.5))
     ask(engine, DONOR)
     prompt = words(100, 7) + DOCUMENT[:40] + words(20, 8)
     assert ask(engine, prompt, "approx")[0] == ask(exact, prompt)[0]
@@ -167,7 +256,7 @@ def test_a_prompt_with_little_in_common_is_computed_in_full(demo_zoo: Path, exac
 
 def test_many_at_once_under_pressure(demo_zoo: Path) -> None:
     """Mixed with others, preempted, short of pages: every request ends, every page comes back."""
-    reuse = ReuseConfig(recompute=0.2, refresh=3)
+    reuse = Reuse(recompute=0.2, refresh=3)
     engine = LLMEngine(
         demo_zoo,
         EngineConfig(precision="f32", kv_cache_bytes=3 << 20, approximate=reuse, max_num_batched_tokens=96),
@@ -192,6 +281,14 @@ def test_many_at_once_under_pressure(demo_zoo: Path) -> None:
 def test_it_must_be_allowed(demo_zoo: Path, exact: LLMEngine, architecture_zoo: Path) -> None:
     with pytest.raises(InvalidRequestError, match="does not allow"):
         exact.add_request("r", "base", PROMPT, GREEDY, kv_reuse="approx")
-    engine = serve(architecture_zoo, ReuseConfig())
+    with pytest.raises(InvalidRequestError, match="approximate: recompute is 2"):
+        EngineConfig(approximate={"recompute": 2})  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="needs prefix_caching"):
+        EngineConfig(kv_reuse="approx", prefix_caching=False)
+    blind = serve(demo_zoo, Reuse(selector="head-of-run"))
+    for selector in ("query", "deviation"):
+        with pytest.raises(InvalidRequestError, match="was made for selector 'head-of-run'"):
+            blind.configure_reuse(Reuse(selector=selector))
+    engine = serve(architecture_zoo, Reuse())
     with pytest.raises(InvalidRequestError, match="scaled rotary"):
         engine.add_request("r", "qwen2-rope-yarn", [5, 6, 7], GREEDY, kv_reuse="approx")

@@ -64,7 +64,7 @@ def published_kv(engine: LLMEngine) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def shared_engine(demo_zoo: Path) -> LLMEngine:
-    return serve(demo_zoo, approximate=ReuseConfig(recompute=0.0, refresh=0, window=8, min_share=0.1))
+    return serve(demo_zoo, approximate=ReuseConfig(recompute=0.0, refresh=0, head=0, window=8, min_share=0.1))
 
 
 @pytest.fixture

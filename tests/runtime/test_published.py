@@ -175,7 +175,7 @@ def words(seed: int, count: int) -> list[int]:
 
 
 def test_donors_of_another_scope_end_where_the_document_ends():
-    config = ReuseConfig(recompute=0.0, window=8, min_share=0.1)
+    config = ReuseConfig(recompute=0.0, head=0, window=8, min_share=0.1)
     cache = KVCache(200, reuse=config)
     document = words(1, 75)
     publish(cache, document + [0] * 21)

@@ -12,11 +12,10 @@ from blockzoo.runtime.reuse import (
     Donors,
     ReuseConfig,
     Run,
-    pieces,
-    reused_positions,
     rotate,
     window_hashes,
 )
+from blockzoo.runtime.selection import pieces, reused_positions
 
 RNG = np.random.default_rng(0)
 

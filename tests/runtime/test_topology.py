@@ -25,7 +25,9 @@ SPECS: dict[str, BlockSpec] = {
 }
 
 
-def topology_of(chains: dict[str, str], max_span_layers: int | None = None) -> Topology:
+def topology_of(
+    chains: dict[str, str], max_span_layers: int | None = None, check_layers: int | None = None
+) -> Topology:
     """Chains as words of block ids whose first letter is the kind: "e a1 f1 h"."""
     ids = {block for chain in chains.values() for block in chain.split()}
     blocks = {
@@ -41,7 +43,7 @@ def topology_of(chains: dict[str, str], max_span_layers: int | None = None) -> T
         for i in ids
     }
     models = {name: _model(tuple(chain.split())) for name, chain in chains.items()}
-    return plan_topology(Manifest(models=models, blocks=blocks), max_span_layers)
+    return plan_topology(Manifest(models=models, blocks=blocks), max_span_layers, check_layers=check_layers)
 
 
 def _model(chain: tuple[str, ...]) -> ModelRecord:
@@ -133,7 +135,7 @@ def test_each_set_of_sharers_has_its_boundary() -> None:
 def test_late_rows_do_not_part_the_rows_below() -> None:
     topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
     kinds = [(chain, topology.chains[chain].entries[level]) for chain in (1, 0) for level in (0, 1)]
-    order = batch_order(kinds)
+    order = batch_order([(*kind, False) for kind in kinds])
     assert [kinds[i] for i in order] == [(0, 1), (0, 0), (1, 0), (1, 1)]
     shapes = [SeqShape(chain, 3, 8, True, entry, True) for chain, entry in (kinds[i] for i in order)]
     layout = StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 8), HOST)
@@ -220,26 +222,35 @@ _CHAIN = st.builds(
 @given(st.lists(_CHAIN, min_size=1, max_size=4), st.data())
 def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataObject) -> None:
     words = {f"m{i}": chain for i, chain in enumerate(chains)}
-    topology = topology_of(words, data.draw(st.sampled_from([None, 1, 2])))
+    limit = st.sampled_from([None, 1, 2])
+    topology = topology_of(words, data.draw(limit), data.draw(limit))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     models = data.draw(st.lists(st.sampled_from(sorted(words)), min_size=1, max_size=6))
-    entries = [
-        data.draw(st.sampled_from(topology.chains[topology.chain_of_model[m]].entries)) for m in models
-    ]
+    entries, exits = [], []
+    for model in models:
+        plan = topology.chains[topology.chain_of_model[model]]
+        entries.append(data.draw(st.sampled_from(sorted({*plan.entries, plan.check or 0}))))
+        exits.append(
+            plan.check if plan.check and entries[-1] < plan.check and data.draw(st.booleans()) else None
+        )
     order = batch_order(
-        [(topology.chain_of_model[m], entry) for m, entry in zip(models, entries, strict=True)]
+        [
+            (topology.chain_of_model[m], a, b is not None)
+            for m, a, b in zip(models, entries, exits, strict=True)
+        ]
     )
-    models, entries = [models[i] for i in order], [entries[i] for i in order]
+    models, entries, exits = ([values[i] for i in order] for values in (models, entries, exits))
     shapes = [
         SeqShape(
             topology.chain_of_model[m],
             int(rng.integers(1, 4)),
             int(rng.integers(1, 3)),
-            bool(rng.integers(2)),
+            bool(rng.integers(2)) and leaves is None,
             entry,
-            bool(rng.integers(2)),
+            bool(rng.integers(2)) and leaves is None,
+            leaves,
         )
-        for m, entry in zip(models, entries, strict=True)
+        for m, entry, leaves in zip(models, entries, exits, strict=True)
     ]
     buffers = _buffers(max_tokens=32, max_seqs=8)
     layout = StepLayout(shapes, topology.chains, topology.spans, buffers, HOST)
@@ -272,11 +283,13 @@ def test_every_row_goes_through_its_own_chain(chains: list[str], data: st.DataOb
         cos, past = buffers.cos[begin:end, 0, 0, :1], int(arrays.past_lens[i])
         chain = topology.chains[shapes[i].chain]
         first = chain.uses[entries[i]].position
-        expected = _expected(words[model].split(), first, start[begin:end], past, table, cos, expected_kv)
+        blocks = words[model].split()[: None if exits[i] is None else chain.uses[exits[i]].position]
+        expected = _expected(blocks, first, start[begin:end], past, table, cos, expected_kv)
         if i in found:
-            np.testing.assert_allclose(found[i][:HIDDEN], expected[len(words[model].split())][-1], rtol=1e-5)
-        for entry in chain.entries:
-            assert ((i, entry) in passed) == (shapes[i].keeps_hidden and entry > entries[i])
+            np.testing.assert_allclose(found[i][:HIDDEN], expected[len(blocks)][-1], rtol=1e-5)
+        for entry in {*chain.entries} if exits[i] is None else {exits[i]}:
+            kept = shapes[i].keeps_hidden or entry == exits[i]
+            assert ((i, entry) in passed) == (kept and entry > entries[i])
             if (i, entry) in passed:
                 np.testing.assert_allclose(passed[i, entry], expected[chain.uses[entry].position], rtol=1e-5)
     assert written == pytest.approx(expected_kv)
@@ -294,6 +307,20 @@ def _buffers(max_tokens: int, max_seqs: int) -> Buffers:
         sin=np.zeros((max_tokens, 1, 1, HEAD_DIM), np.float32),
         logits=np.full(max_seqs * VOCAB, np.nan, np.float32),
     )
+
+
+def test_spans_are_cut_behind_the_check_layers() -> None:
+    chains = {"x": "e a1 f1 a2 f2 a3 f3 h", "y": "e a1 f1 a4 f4 a3 f3 h", "z": "e a1 f1 a2 f2 h2"}
+    topology = topology_of(chains, None, 2)
+    assert spans_of(topology, "x") == ["a1 f1", "a2 f2", "a3 f3 h"]
+    assert [chain.check for chain in (topology.chains[topology.chain_of_model[m]] for m in "xyz")] == [
+        2,
+        2,
+        None,
+    ]
+    alone = topology_of({"x": "e a1 f1 a2 f2 a3 f3 h"}, None, 2)
+    assert spans_of(alone, "x") == ["a1 f1 a2 f2", "a3 f3 h"]
+    assert alone.chains[0].check == 1
 
 
 def test_a_steady_decode_of_neighbours_copies_nothing() -> None:

@@ -11,9 +11,7 @@ from blockzoo.server_config.schema import ParsedRequest
 
 
 def request(stream=False, echo="", logprobs=None) -> ParsedRequest:
-    return ParsedRequest(
-        "chat", "p", SamplingParams(logprobs=logprobs), stream, echo, None, "exact", (), None
-    )
+    return ParsedRequest("chat", "p", SamplingParams(logprobs=logprobs), stream, echo, None, None, (), None)
 
 
 def output(text="", ids=(), reason=None, error=None, logprobs=None) -> RequestOutput:

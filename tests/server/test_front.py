@@ -124,7 +124,7 @@ class ScriptedEngine:
         return self.found
 
     def submit(
-        self, request_id, model, prompt, params, on_output, scope=None, kv_reuse="exact", documents=()
+        self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None, documents=()
     ) -> None:
         if self.refusal is not None:
             raise self.refusal
@@ -288,7 +288,7 @@ def test_scope_and_reuse_reach_the_engine(front, engine):
     front.handle(Request(text_input="x", kv_reuse="off"))
     front.handle(Request(text_input="x", kv_scope="team", documents="a text"))
     seen = [(each.scope, each.kv_reuse, each.documents) for each in engine.requests.values()]
-    assert seen == [(None, "off", ()), ("team", "exact", ("a text",))]
+    assert seen == [(None, "off", ()), ("team", None, ("a text",))]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):

@@ -26,7 +26,7 @@ FOREVER = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
 
 @pytest.fixture(scope="module")
 def server(serve_zoo, demo_zoo):
-    return serve_zoo(demo_zoo)
+    return serve_zoo(demo_zoo, "--kv-reuse", "on-request")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,19 @@ def test_kv_reuse_off_and_scopes_see_nothing_of_others(server):
     assert [tokens > 0 for tokens in cached] == [False, True, False, False, True, True]
 
 
+def test_approximate_reuse_is_taken_where_it_is_asked_for(server):
+    def taken():
+        return server.metrics().get("blockzoo_approximate_tokens_total", 0)
+
+    document = "".join(f"value_{i} = {i * 37 % 101}\n" for i in range(40))
+    server.generate("base", "# first\n" + document + "print(", 1)
+    server.generate("base", "# something else\n" + document + "print(", 1)
+    time.sleep(0.3)  # metrics follow within a tenth of a second
+    assert taken() == 0
+    server.generate("base", "# a third beginning\n" + document + "print(", 1, kv_reuse="approx")
+    server.wait_for(lambda: taken() > 100)
+
+
 # ---- refusals
 
 BAD_BODIES = [
@@ -243,7 +256,7 @@ BAD_BODIES = [
     ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters is not JSON"),
     ({"text_input": "x", "temprature": 0.5}, "did you mean 'temperature'?"),
     ({"text_input": "x", "beam_width": 3}, "beam_width is 3"),
-    ({"text_input": "x", "kv_reuse": "approx"}, "kv_reuse is 'approx'; expected 'exact' or 'off'"),
+    ({"text_input": "x", "kv_reuse": "maybe"}, "kv_reuse is 'maybe'; expected off or exact or approx"),
     (b'{"text_input": "\xff\xfe", "max_tokens": 2}', "text_input is not UTF-8"),
 ]
 

@@ -1,0 +1,67 @@
+"""The ways to reuse KV that the benchmarks of approximate reuse compare."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blockzoo.runtime.request import KVReuse
+from blockzoo.runtime.reuse import ReuseConfig
+
+SELECTORS = {  # name -> settings
+    "query and heads of 8": ReuseConfig(head=8, selector="query"),
+    "query": ReuseConfig(head=0, selector="query"),
+    "query, tokens": ReuseConfig(head=0, selector="query", page_aligned=False),
+    "head of run (EPIC)": ReuseConfig(head=0, selector="head-of-run", page_aligned=False),
+    "deviation (CacheBlend)": ReuseConfig(head=0, selector="deviation", page_aligned=False),
+    "DHD": ReuseConfig(head=0, selector="importance*deviation", page_aligned=False),
+    "DHD, pages": ReuseConfig(head=0, selector="importance*deviation"),
+    "random": ReuseConfig(head=0, selector="random"),
+}
+SHARES = (0.05, 0.1, 0.15, 0.3)
+REFRESHES = (1, 3, 8)
+_NEVER = 1e9  # a full prefill instead would hide what a share gives
+ENGINE = ReuseConfig(selector="importance*deviation")  # needs the most of the engines, so allows the others
+
+Sides = dict[str, tuple[KVReuse, ReuseConfig | None]]
+
+
+def quality_sides(window: int) -> Sides:
+    """Every selector at every share, and refreshing beside decoding for some; "full" first."""
+    grid = {
+        f"{name} {share:g}": replace(c, recompute=share) for name, c in SELECTORS.items() for share in SHARES
+    }
+    naive = ReuseConfig(recompute=0.0, head=0)
+    sides = {"naive": naive, "heads of 8": replace(naive, head=8)} | grid
+    configs = {
+        name: replace(
+            c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0, window=window
+        )
+        for name, c in sides.items()
+    }
+    for name in ("naive", "query and heads of 8 0.15", "DHD 0.15"):
+        for refresh in REFRESHES:
+            configs[f"{name}, N {refresh}"] = replace(configs[name], refresh=refresh)
+    for name in ("naive, N 3", "query and heads of 8 0.15, N 3"):
+        configs[f"{name} by importance"] = replace(configs[name], refresh_order="importance")
+    configs["all recomputed"] = replace(configs["naive"], recompute=1.0)  # leaves exact KV: the last
+    full: Sides = {"full": ("off", None)}
+    return full | {name: ("approx", config) for name, config in configs.items()}
+
+
+def time_sides(window: int) -> Sides:
+    """Those whose time to first token is taken; "full" first."""
+    chosen = {"naive": ReuseConfig(recompute=0.0, head=0)}
+    for name in (
+        "query and heads of 8",
+        "query",
+        "head of run (EPIC)",
+        "deviation (CacheBlend)",
+        "DHD, pages",
+    ):
+        for share in SHARES if name.startswith("query") else (0.15,):
+            chosen[f"{name} {share:g}"] = replace(SELECTORS[name], recompute=share)
+    chosen["query, tokens 0.1"] = replace(SELECTORS["query, tokens"], recompute=0.1)
+    sides: Sides = {"full": ("off", None), "exact prefix": ("exact", None)}
+    for name, config in chosen.items():
+        sides[name] = "approx", replace(config, refresh=0, max_deviation=_NEVER, window=window)
+    return sides
