@@ -100,14 +100,15 @@ class GenAISide:
             [_tensor(self._prompts[prompt])], [self._with_adapter(_greedy(num_tokens), adapter)]
         )
 
-    def mixing_error(self) -> str:
-        """What the pipeline says to one batch of two adapters; empty if it takes them."""
-        configs = [self._with_adapter(_greedy(2), adapter) for adapter in (0, 1)]
-        try:
-            self._pipeline.generate([_tensor(prompt) for prompt in self._prompts[:2]], configs)
-        except RuntimeError as error:
-            return str(error)
-        return ""
+    def decode_batch(self, num_tokens: int, adapters: Sequence[int]) -> list[list[int]]:
+        """Tokens of the first sequences in one batch, each with the adapter given for it.
+
+        Raises RuntimeError where the pipeline does not take them.
+        """
+        self._stop()
+        prompts = [_tensor(prompt) for prompt in self._prompts[: len(adapters)]]
+        configs = [self._with_adapter(_greedy(num_tokens), adapter) for adapter in adapters]
+        return [list(found.m_generation_ids[0]) for found in self._pipeline.generate(prompts, configs)]
 
     def _with_adapter(self, config: GenerationConfig, adapter: int | None) -> GenerationConfig:
         if self._adapters:

@@ -114,6 +114,7 @@ class _Decoder:
 
     def _linear(self, x: Node, name: str) -> Node:
         y = op.matmul(x, self._weight(f"{name}.weight"), False, True)
+        y.set_friendly_name(f"__module.{name}/MatMul")  # GenAI finds what a LoRA changes by this name
         bias = f"{name}.bias"
         return op.add(y, self._vector(bias)) if bias in self._checkpoint.files else y
 
