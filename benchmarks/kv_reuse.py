@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--hops", type=int, default=3, help="of a chain, at most (3)")
     add("--piece", type=int, default=36, help="tokens of each of four pieces of text (36)")
     add(
-        "--chain-model", type=Path, help="HF folder of python -m blockzoo.zoo.demo.chains; without: no chains"
+        "--chain-model",
+        type=Path,
+        help="what blockzoo.zoo.demo.train_chains wrote; without: no chains",
     )
     add("--length", type=int, default=2048, help="tokens of a timed prompt (2048)")
     add(
@@ -94,7 +96,7 @@ def all_quality(args: argparse.Namespace, chain_model: Path | None) -> dict[str,
     if chain_model is None or not (chain_model / "config.json").exists():
         print(
             f"no chains: --chain-model is {chain_model}; train one with "
-            "python -m blockzoo.zoo.demo.chains FOLDER (an hour), and name FOLDER",
+            "python -m blockzoo.zoo.demo.train_chains FOLDER (half an hour), and name FOLDER",
             file=sys.stderr,
         )
     else:

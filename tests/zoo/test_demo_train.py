@@ -151,3 +151,23 @@ def stop_after(count, loss):
         return loss(*arguments)
 
     return counted
+
+
+def test_values_of_assignments_are_weighted_whether_shown_or_asked(tokenizer):
+    from blockzoo.zoo.demo.train_chains import draw
+
+    batch = draw(tokenizer, random.Random(0), rows=6, statements=4, hops=1)
+    assert batch.tokens.shape == batch.weights.shape == batch.is_answer.shape
+    for tokens, weights, is_answer in zip(*batch, strict=True):
+        text = tokenizer.decode(tokens.tolist())
+        assert "".join(re.findall(r"A: (\d)\n", text)) == tokenizer.decode(tokens[is_answer].tolist())
+        values = "".join(shown or asked for shown, asked in re.findall(r"\.(\d)\n|A: (\d)\n", text))
+        assert values == tokenizer.decode(tokens[weights == 1.0].tolist())
+
+
+def test_chains_are_trained_from_the_base(tmp_path, capsys):
+    from blockzoo.zoo.demo.train_chains import main
+
+    main([str(tmp_path), "--minutes", "0.02", "--batch-tokens", "256", "--documents", "4"])
+    assert "right by hops: {0: " in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
