@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from blockzoo.engines.base import Precision, activation_dtype
-from blockzoo.zoo.tensors import f32_to_bf16
+from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
 Array = Any
 """A numpy array or a torch tensor: both are sliced, reshaped and assigned to (`a[...] = b`) alike."""
@@ -55,6 +55,12 @@ class Arrays(Protocol):
 
     def activations(self, values: np.ndarray) -> Array:
         """float32 values as activations."""
+
+    def rotated(self, rows: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+        """Activations [n, heads, dim] under the rotary embedding (half-split layout), a new array.
+
+        `cos` and `sin` are float32 [n, dim / 2], on the host; what is computed in float32 is rounded once.
+        """
 
     def wait(self) -> None:
         """Return when everything that was started has finished."""
@@ -101,6 +107,25 @@ class HostArrays:
     def activations(self, values: np.ndarray) -> np.ndarray:
         """The values, rounded to bf16 where that is the precision."""
         return f32_to_bf16(values) if self._dtypes["activation"] == np.uint16 else values
+
+    def rotated(self, rows: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """The rows rotated: each half as a plane of its own, in place where it can be."""
+        half = rows.shape[-1] // 2
+        low, high = (self._widened(rows[..., part]) for part in (slice(half), slice(half, None)))
+        cos, sin = cos[:, None], sin[:, None]
+        turned = np.empty(rows.shape, rows.dtype)
+        plane = low * cos
+        plane -= high * sin
+        turned[..., :half] = self.activations(plane)
+        low *= sin
+        high *= cos
+        high += low
+        turned[..., half:] = self.activations(high)
+        return turned
+
+    def _widened(self, rows: np.ndarray) -> np.ndarray:
+        """A copy in float32."""
+        return bf16_to_f32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
     def trim(self) -> None:
         """Have glibc return what it keeps of freed memory (milliseconds); nothing under other C libraries."""

@@ -260,20 +260,3 @@ class Donors:
         if index is None:
             return []
         return [(run, index.donor(run.donor)) for run in index.match(token_ids, start, end)]
-
-
-# ---- K at another position
-
-
-def rotate(keys: np.ndarray, shift: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Rotate keys float32 [..., tokens, heads, head_dim] by `shift` positions, int [tokens], of any sign.
-
-    `cos` and `sin` float32 [positions, head_dim] are the tables of the plain rotary embedding, halves
-    duplicated: the rotation by a difference of positions is that of the position itself.
-    """
-    half = keys.shape[-1] // 2
-    distance = np.abs(shift)
-    c = cos[distance, None, :half]
-    s = sin[distance, None, :half] * np.sign(shift).astype(np.float32)[:, None, None]
-    low, high = keys[..., :half], keys[..., half:]
-    return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)

@@ -53,15 +53,15 @@ class ReusePlanner:
         matched = sum(run.length for run, _ in found)
         if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
             return None
-        head, survey = config.head, None
-        runs = [(run.start + head, run.length - head) for run, _ in found if run.length > head]
-        if not runs:
-            return None
+        runs = [(run.start, run.length) for run, _ in found]
+        heads = [(start, min(length, config.head)) for start, length in runs]
+        anew = matched_positions(heads, seq.num_tokens)
+        survey = None
         if config.surveys:
             taken = matched_positions(runs, seq.num_tokens)
-            survey = Survey(config, taken, seq.num_computed)
+            survey = Survey(config, taken, anew, seq.num_computed)
         else:
-            taken = reused_positions(runs, seq.num_tokens, config)
+            taken = reused_positions(runs, seq.num_tokens, config) & ~anew
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
         if not borrowed.positions.size:

@@ -36,6 +36,8 @@ class Survey:
     Args:
         config: as it was when the sequence began.
         matched: bool [num_tokens], whose KV was taken over.
+        anew: bool [num_tokens], which of it is computed anew whatever is seen: not in the first pass, whose
+            rows it would only add to.
         start: the first token behind the exact prefix.
 
     Attributes:
@@ -45,8 +47,8 @@ class Survey:
         hidden: rows [num_tokens - start, hidden] that leave the check layers.
     """
 
-    def __init__(self, config: ReuseConfig, matched: np.ndarray, start: int) -> None:
-        self.config, self.matched, self.start = config, matched, start
+    def __init__(self, config: ReuseConfig, matched: np.ndarray, anew: np.ndarray, start: int) -> None:
+        self.config, self.matched, self.anew, self.start = config, matched, anew, start
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
@@ -111,7 +113,8 @@ class Survey:
             share = config.recompute * self._round / config.rounds
             self.done = self._round == config.rounds
             self._round += 1
-            return highest(self.importance, self.matched, share, config.page_aligned)
+            chosen = highest(np.where(self.anew, 0.0, self.importance), self.matched, share, config.page_aligned)
+            return chosen | self.anew
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)
@@ -123,7 +126,8 @@ class Survey:
         scores = np.where(deviation > config.negligible, deviation, 0.0)
         if config.selector == "importance*deviation":
             scores = scores * self.importance
-        return highest(scores, self.matched, config.recompute, config.page_aligned)
+        scores = np.where(self.anew, 0.0, scores)
+        return highest(scores, self.matched, config.recompute, config.page_aligned) | self.anew
 
 
 def relative_deviation(old: np.ndarray, new: np.ndarray) -> np.ndarray:

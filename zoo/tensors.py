@@ -19,14 +19,22 @@ _CHUNK = 1 << 22  # elements looked at in one go: temporaries stay in the cache,
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     """The exact float32 values of bf16 bits (uint16), same shape."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     """The nearest bf16 bits (uint16) of float32 values, ties to even, same shape. NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    result = rounded.view(np.uint16)[..., 1::2].copy()  # the upper halves: mapped files are little-endian too
+    if np.isnan(np.max(values, initial=-np.inf)):  # which is NaN where any of them is
+        result[np.isnan(values)] = 0x7FC0
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -68,6 +68,12 @@ class TorchArrays:
         writable = np.require(values, requirements="W")
         return torch.from_numpy(writable).to(self.device, self._dtypes["activation"])
 
+    def rotated(self, rows: torch.Tensor, cos: np.ndarray, sin: np.ndarray) -> torch.Tensor:
+        """The rows rotated, on the device."""
+        low, high = rows.float().chunk(2, dim=-1)
+        c, s = (torch.from_numpy(table).to(self.device)[:, None] for table in (cos, sin))
+        return torch.cat([low * c - high * s, high * c + low * s], dim=-1).to(rows.dtype)
+
     def trim(self) -> None:
         """Return cached device memory to the driver."""
         if self.device.type == "cuda":

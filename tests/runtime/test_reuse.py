@@ -12,7 +12,6 @@ from blockzoo.runtime.reuse import (
     Donors,
     ReuseConfig,
     Run,
-    rotate,
     window_hashes,
 )
 from blockzoo.runtime.selection import pieces, reused_positions
@@ -103,20 +102,6 @@ def test_pieces_cover_every_position_and_harm_no_page(chosen):
     assert [p for start, end in cut for p in range(start, end)] == positions.tolist()
     for start, end in cut:
         assert end - start == 1 or end % PAGE_TOKENS == 0 or end == 200
-
-
-@pytest.mark.parametrize("shift", [0, 1, -1, 37, -90])
-def test_a_rotated_key_is_that_of_its_new_position(shift):
-    angles = np.arange(200)[:, None] / 10000 ** (np.arange(8) / 8)
-    cos, sin = (np.tile(f(angles), 2).astype(np.float32) for f in (np.cos, np.sin))
-    raw = RNG.normal(size=(1, 5, 2, 16)).astype(np.float32)
-
-    def at(positions):
-        return rotate(raw, positions, cos, sin)
-
-    old = np.arange(100, 105)
-    found = rotate(at(old), np.full(5, shift), cos, sin)
-    np.testing.assert_allclose(found, at(old + shift), atol=1e-5)
 
 
 @pytest.mark.parametrize(

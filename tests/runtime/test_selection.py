@@ -44,7 +44,7 @@ def survey(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> Surve
     matched = np.zeros(320, bool)
     matched[20:300] = True
     config = ReuseConfig(selector=selector, rounds=rounds, recompute=recompute, page_aligned=False)
-    return Survey(config, matched, 10)
+    return Survey(config, matched, np.zeros_like(matched), 10)
 
 
 def test_the_question_looks_and_nothing_else() -> None:

@@ -52,12 +52,16 @@ class Document:
         return "".join(self.passages)
 
 
-def facts(rng: random.Random, num_notes: int, style: Style = "short", num_wordings: int = 3) -> Document:
+def facts(
+    rng: random.Random, num_notes: int, style: Style = "short", num_wordings: int = 3, split: bool = False
+) -> Document:
     """Notes of `num_notes` people with four questions about each, the questions shuffled.
 
     Every note names a person, their job, a thing no other note has, and where it was found, in one of the
     first `num_wordings` (at most 3) wordings. Style "short" answers " the jade lamp", "full" in a sentence
-    that begins with what was asked about: " Tessa keeps the jade lamp."
+    that begins with what was asked about: " Tessa keeps the jade lamp." With `split`, each note is two
+    passages, the second of where the thing was found, and all are shuffled: where the thing of Tessa was
+    found needs both.
     """
     if not 1 <= num_notes <= MAX_NOTES:
         raise ValueError(f"num_notes is {num_notes}; it must be from 1 to {MAX_NOTES}")
@@ -65,16 +69,16 @@ def facts(rng: random.Random, num_notes: int, style: Style = "short", num_wordin
     passages, questions = [], []
     for name, thing in zip(rng.sample(NAMES, num_notes), things, strict=True):
         place, job = rng.choice(PLACES), rng.choice(JOBS)
-        passages.append(
-            rng.choice(
-                [
-                    f"Note. {name} is a {job}. {name} keeps the {thing}. "
-                    f"The {thing} was found at the {place}.\n",
-                    f"Note. The {job} {name} owns the {thing}. It was found at the {place}.\n",
-                    f"Note. At the {place} someone found the {thing}. Now {name} the {job} keeps it.\n",
-                ][:num_wordings]
-            )
-        )
+        owned, found = f"{name} is a {job}. {name} keeps the {thing}.", f"The {thing} was found at the {place}."
+        if split:
+            passages += [f"Note. {owned}\n", f"Note. {found}\n"]
+        else:
+            wordings = [
+                f"Note. {owned} {found}\n",
+                f"Note. The {job} {name} owns the {thing}. It was found at the {place}.\n",
+                f"Note. At the {place} someone found the {thing}. Now {name} the {job} keeps it.\n",
+            ]
+            passages.append(rng.choice(wordings[:num_wordings]))
         for question, short, full in (
             (f"What does {name} keep?", f" the {thing}", f" {name} keeps the {thing}."),
             (f"Who keeps the {thing}?", f" {name}", f" The {thing} is with {name}."),
@@ -86,6 +90,8 @@ def facts(rng: random.Random, num_notes: int, style: Style = "short", num_wordin
             (f"What is the job of {name}?", f" {job}", f" {name} is a {job}."),
         ):
             questions.append(Question(f"Q: {question}\nA:", full if style == "full" else short))
+    if split:
+        rng.shuffle(passages)
     rng.shuffle(questions)
     return Document(tuple(passages), tuple(questions))
 

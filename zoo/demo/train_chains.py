@@ -1,10 +1,13 @@
-"""A fine-tune of the demo base that follows assignments: `python -m blockzoo.zoo.demo.train_chains OUT_DIR`.
+"""A fine-tune of the demo base for long prompts: `python -m blockzoo.zoo.demo.train_chains OUT_DIR`.
 
-The base looks values up but does not calculate. This one reads "Let b = a + 4." after "Let a = 3." and
-answers "Q: b?" with 7. Half of the statements it is trained on are followed by the value they give ("Let b
-= a + 4.7"), so a value is computed at the full stop, written or not, and questions read it there. So the K
-and V of a statement hold what flowed into it from those before: taken over from behind other words they are
-wrong, which is what reuse of such KV is tried on. Ten megabytes, not shipped.
+It reads "Let b = a + 4." after "Let a = 3." and answers "Q: b?" with 7, and it answers questions about notes,
+wherever these stand among up to two thousand tokens of other text. The base looks values up in short prompts
+and does not calculate.
+
+Half of the statements it is trained on are followed by the value they give ("Let b = a + 4.7"), so a value is
+computed at the full stop, written or not, and questions read it there. So the K and V of a statement hold
+what flowed into it from those before: taken over from behind other words they are wrong, which is what reuse
+of such KV is tried on. Ten megabytes, not shipped.
 """
 
 from __future__ import annotations
@@ -24,14 +27,36 @@ from transformers import LlamaForCausalLM
 
 from . import corpus, tasks
 from .assemble import assemble
+from .documents import Filler
 from .train import learning_rate, make_optimizer
 
 EVALUATION_SEED = 30_000_000
-PROMPT_WEIGHT = 0.02  # of the loss; statements and questions are drawn at random
+PROMPT_WEIGHT = 0.02  # of the loss; statements, notes and questions are drawn at random
+TEXT_WEIGHT = 0.05  # of each token of a row of nothing but text
 LEARNING_RATE = 1e-3
-# most statements and most hops of a row; a level is left when its answers cost less than LEARNT
-LEVELS = ((3, 1), (4, 1), (6, 1), (5, 2), (8, 2), (8, 3), (12, 3), (12, 4))
-LEARNT = 0.15  # nats a digit
+MAX_QUESTIONS = 12
+LEARNT = 0.15  # nats a digit, of the answers of chains
+
+
+class Level(NamedTuple):
+    """How hard rows are; it is left when it is learnt, or when `until` of the training is over."""
+
+    length: int  # tokens of documents; 0: passages without anything between
+    statements: int
+    until: float
+    batch_tokens: int = 2048
+
+
+LEVELS = (
+    Level(0, 3, 0.4),
+    Level(0, 4, 0.45),
+    Level(0, 6, 0.5),
+    Level(0, 8, 0.5),
+    Level(256, 8, 0.58),
+    Level(512, 8, 0.66),
+    Level(1024, 8, 0.8, 4096),
+    Level(2048, 8, 1.0, 4096),
+)
 
 
 class Batch(NamedTuple):
@@ -39,70 +64,114 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # [rows, length] int64, padded with </s>
     weights: np.ndarray  # [rows, length] float32, of the loss of predicting each
-    is_answer: np.ndarray  # [rows, length] bool, the digits behind "A:"
+    is_answer: np.ndarray  # [rows, length] bool, the digits that answer questions about chains
 
 
-def with_values(document: tasks.Document, rng: random.Random, share: float) -> str:
-    """The document as text, `share` of its statements followed by the value of their variable."""
-    values = {question.prompt[3]: question.answer.strip() for question in document.questions}
-    statements = [
-        f"{passage[:-1]}{values[passage[4]]}\n" if rng.random() < share else passage
-        for passage in document.passages
-    ]
-    return "".join(statements) + "".join(q.prompt + q.answer + "\n" for q in document.questions)
+class RowMaker:
+    """Draws rows. In the lists it makes, ~token is a token with full weight in the loss."""
 
+    def __init__(self, tokenizer: Tokenizer, max_text_bytes: int = 4_000_000) -> None:
+        self._tokenizer = tokenizer
+        self._filler = Filler(tokenizer, max_text_bytes)
 
-def draw(tokenizer: Tokenizer, rng: random.Random, rows: int, statements: int, hops: int) -> Batch:
-    """Documents of two to `statements` statements, with weight on every value."""
-    texts = [
-        with_values(tasks.assignments(rng, rng.randint(2, statements), hops), rng, 0.5) for _ in range(rows)
-    ]
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    tokens = np.full((rows, max(map(len, ids))), corpus.EOS_ID, np.int64)
-    for row, line in zip(tokens, ids, strict=True):
-        row[: len(line)] = line
-    vocabulary = tokenizer.get_vocab()
-    is_digit = np.isin(tokens, [vocabulary[str(digit)] for digit in range(10)])
-    is_shown, is_answer = np.zeros_like(is_digit), np.zeros_like(is_digit)
-    is_shown[:, 1:] = is_digit[:, 1:] & (tokens[:, :-1] == vocabulary["."])
-    spaced = (tokens[:, 1:-1] == vocabulary["Ġ"]) & (tokens[:, :-2] == vocabulary[":"])
-    is_answer[:, 2:] = is_digit[:, 2:] & spaced
-    weights = np.where(tokens == corpus.EOS_ID, 0.0, PROMPT_WEIGHT)
-    weights[is_shown | is_answer] = 1.0
-    return Batch(tokens, weights.astype(np.float32), is_answer)
+    def batch(self, rng: random.Random, level: Level, batch_tokens: int) -> Batch:
+        """About `batch_tokens` tokens; two short rows at least."""
+        expected = level.length + 13 * level.statements + 12
+        rows = [self._row(rng, level) for _ in range(max(2, batch_tokens // expected))]
+        tokens = np.full((len(rows), max(len(row) for row, _, _ in rows)), corpus.EOS_ID, np.int64)
+        weights = np.zeros(tokens.shape, np.float32)
+        is_answer = np.zeros(tokens.shape, bool)
+        for i, (row, weight, answers_from) in enumerate(rows):
+            ids = np.array(row)
+            full = ids < 0
+            tokens[i, : ids.size] = np.where(full, ~ids, ids)
+            weights[i, : ids.size] = np.where(full, 1.0, weight)
+            is_answer[i, answers_from : ids.size] = full[answers_from:]
+        return Batch(tokens, weights, is_answer)
+
+    def _row(self, rng: random.Random, level: Level) -> tuple[list[int], float, int]:
+        """Tokens, the weight of those with no full weight, where answers of chains begin."""
+        draw = rng.random() if level.length else 1.0
+        if draw < 0.12:
+            text = self._filler.document(rng, [], level.length)
+            return text, TEXT_WEIGHT, len(text)
+        if draw < 0.45:
+            notes = tasks.facts(rng, rng.randint(1, 8))
+            if rng.random() < 0.6:
+                notes = tasks.asked_in_full(tasks.facts(rng, rng.randint(1, 4), "full", split=True))
+            row = self._context(rng, [self._encode(passage) for passage in notes.passages], level)
+            row += self._asked(notes.questions[:MAX_QUESTIONS])
+            return row, PROMPT_WEIGHT, len(row)
+        chain = tasks.assignments(rng, rng.randint(2, level.statements), max_hops=1)
+        row = self._context(rng, self._statements(rng, chain), level)
+        return row + self._asked(chain.questions), PROMPT_WEIGHT, len(row)
+
+    def _context(self, rng: random.Random, passages: list[list[int]], level: Level) -> list[int]:
+        return self._filler.document(rng, passages, rng.randint(level.length // 2, level.length))
+
+    def _statements(self, rng: random.Random, chain: tasks.Document) -> list[list[int]]:
+        """Half of them followed by the value of their variable."""
+        values = {question.prompt[3]: question.answer.strip() for question in chain.questions}
+        rows = []
+        for passage in chain.passages:
+            ids = self._encode(passage)
+            if rng.random() < 0.5:
+                ids[-1:] = [~self._encode(values[passage[4]])[0], ids[-1]]
+            rows.append(ids)
+        return rows
+
+    def _asked(self, questions: Sequence[tasks.Question]) -> list[int]:
+        row: list[int] = []
+        for question in questions:
+            row += self._encode(question.prompt)
+            *words, last = self._encode(question.answer)
+            alone = question.answer[1:].isdigit()  # " 7": the space before it is known
+            row += [*(words if alone else [~word for word in words]), ~last]
+            row += self._encode("\n")
+        return row
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
 
 
 @torch.no_grad()
 def accuracies(
-    model: torch.nn.Module, tokenizer: Tokenizer, num_documents: int, num_statements: int = 8
-) -> dict[int, float]:
-    """Share of questions answered right by the number of hops, one question a document, no values shown."""
+    model: torch.nn.Module, tokenizer: Tokenizer, num_documents: int, length: int
+) -> dict[str, float]:
+    """Share of questions answered right, one a prompt of eight passages in documents of `length` tokens."""
+    filler = Filler(tokenizer, 2_000_000, held_out=True)
     shares = {}
-    for hops in range(4):
+    for name in ("facts", "0 hops", "1 hop"):
         right = 0
         for number in range(num_documents):
-            rng = random.Random(f"{EVALUATION_SEED}/{hops}/{number}")
+            rng = random.Random(f"{EVALUATION_SEED}/{name}/{number}")
             document = tasks.Document((), ())
             while not document.questions:
-                document = tasks.assignments(rng, num_statements, max_hops=4, hops=hops)
+                document = (
+                    tasks.facts(rng, 8)
+                    if name == "facts"
+                    else tasks.assignments(rng, 8, max_hops=1, hops=int(name[0]))
+                )
             question = document.questions[0]
-            *prompt, digit = tokenizer.encode(document.context + question.prompt + question.answer).ids
-            logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits
-            right += logits[0, -1].argmax().item() == digit
-        shares[hops] = right / num_documents
+            passages = [tokenizer.encode(passage).ids for passage in document.passages]
+            prompt = filler.document(rng, passages, length) + tokenizer.encode(question.prompt).ids
+            answer = tokenizer.encode(question.answer).ids
+            logits = model(input_ids=torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0]
+            right += logits[-len(answer) :].argmax(-1).tolist() == answer
+        shares[name] = right / num_documents
     return shares
 
 
 def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Trains for `args.minutes` of processor time, level by level, and prints what is learnt."""
     optimizer = make_optimizer(model)
+    rows = RowMaker(tokenizer)
     level, answer_loss, step = 0, 1.5, 0
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
-        statements, hops = LEVELS[level]
         rng = random.Random(f"{args.seed}/{step}")
-        rows = max(8, args.batch_tokens // (12 + 13 * statements))
-        batch = draw(tokenizer, rng, rows, statements, hops)
+        batch = rows.batch(rng, LEVELS[level], args.batch_tokens or LEVELS[level].batch_tokens)
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LEARNING_RATE, progress)
@@ -113,22 +182,24 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        answer_loss += 0.03 * (losses[torch.from_numpy(batch.is_answer[:, 1:])].mean().item() - answer_loss)
+        answers = torch.from_numpy(batch.is_answer[:, 1:])
+        if answers.any():
+            answer_loss += 0.03 * (losses[answers].mean().item() - answer_loss)
         if step % 50 == 0:
             print(f"{progress:6.1%} step {step} {LEVELS[level]} loss {answer_loss:.3f}", flush=True)
-        if answer_loss < LEARNT and level + 1 < len(LEVELS):
-            level, answer_loss = level + 1, 1.0
+        if level + 1 < len(LEVELS) and (answer_loss < LEARNT or progress > LEVELS[level].until):
+            level, answer_loss = level + 1, max(answer_loss, 2 * LEARNT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo.train_chains", description=__doc__)
     parser.add_argument("out_dir", type=Path, help="folder to write the model to")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of processor time (30)")
+    parser.add_argument("--minutes", type=float, default=70.0, help="of processor time (70)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--documents", type=int, default=200, help="questions to judge it by, a depth")
+    parser.add_argument("--batch-tokens", type=int, help="of a step (2048 or 4096, by level)")
+    parser.add_argument("--documents", type=int, default=100, help="questions to judge it by, a kind")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -141,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.to(torch.bfloat16).save_pretrained(args.out_dir)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (args.out_dir / name).write_bytes((base / name).read_bytes())
-    print("right by hops:", accuracies(model.float().eval(), tokenizer, args.documents))
+    for length in (0, 2048):
+        print(f"right, in {length} tokens:", accuracies(model.float().eval(), tokenizer, args.documents, length))
 
 
 if __name__ == "__main__":

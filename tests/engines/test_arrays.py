@@ -1,0 +1,39 @@
+"""What arrays compute by themselves, in numpy and in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from blockzoo.engines.arrays import Arrays, HostArrays
+from blockzoo.engines.base import Precision
+from blockzoo.engines.reference.arrays import TorchArrays
+from blockzoo.runtime.kv_pages import rotation_by
+from blockzoo.zoo.tensors import bf16_to_f32
+
+RNG = np.random.default_rng(0)
+ANGLES = np.arange(200)[:, None] / 10000 ** (np.arange(8) / 8)
+COS, SIN = (np.tile(f(ANGLES), 2).astype(np.float32) for f in (np.cos, np.sin))
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("kind", ["host", "torch"])
+@pytest.mark.parametrize("shift", [0, 1, -1, 37, -90])
+def test_a_rotated_key_is_that_of_its_new_position(kind: str, precision: Precision, shift: int) -> None:
+    arrays: Arrays = HostArrays(precision) if kind == "host" else TorchArrays(torch.device("cpu"), precision)
+    raw = RNG.normal(size=(5, 2, 16)).astype(np.float32)
+    turns = np.exp(1j * ANGLES)[:, None]
+
+    def at(positions: np.ndarray) -> np.ndarray:
+        turned = (raw[..., :8] + 1j * raw[..., 8:]) * turns[positions]
+        return np.concatenate([turned.real, turned.imag], -1).astype(np.float32)
+
+    old = np.arange(100, 105)
+    rows = arrays.activations(at(old))
+    found = arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(5, shift), COS, SIN)))
+    if precision == "bf16":
+        found = bf16_to_f32(found)
+    np.testing.assert_allclose(found, at(old + shift), atol=1e-5 if precision == "f32" else 0.03)
+    again = arrays.to_host(rows)
+    np.testing.assert_array_equal(again, arrays.to_host(arrays.activations(at(old))), "rows are left alone")
