@@ -1,6 +1,6 @@
 """Approximate KV reuse: what it saves until the first token and under load, and what it costs in answers.
 
-    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--parts quality,time,load] [--chain-model FOLDER]
+    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--parts quality,time,load] [--model FOLDER]
 
 Prompts are made of known documents in another order, between words of their own, so that no prefix is known:
 
@@ -29,25 +29,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.families import made_once, make_family
 from benchmarks.kv_plots import draw
-from benchmarks.kv_quality import Judge, chain_samples, fact_samples, quality, text_samples
+from benchmarks.kv_quality import Judge, quality
 from benchmarks.kv_speed import time_to_first_token, under_load
+from benchmarks.kv_tasks import Tasks
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.zoo.demo.assemble import assemble
 
 PARTS = ("quality", "time", "load")
-FACT_WINDOW, CHAIN_WINDOW, TEXT_WINDOW = 8, 4, 16
+TASKS = ("facts", "chains", "text")
 
 
 def main() -> None:
     args = _parser().parse_args()
-    chain_model: Path | None = vars(args).pop("chain_model")
+    model: Path | None = vars(args).pop("model")
     machine = machine_facts()
     results: dict[str, Any] = {}
     if "quality" in args.parts:
-        results["quality"] = all_quality(args, chain_model)
+        results["quality"] = all_quality(args, model)
     if {"time", "load"} & set(args.parts):
         family = make_family(args.workdir, args.shape, 1)
         results["first token"] = time_to_first_token(family, args)
@@ -65,14 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
-    add("--notes", type=int, default=8, help="documents of a question about facts (8)")
-    add("--statements", type=int, default=12, help="statements of a chain of assignments (12)")
-    add("--hops", type=int, default=3, help="of a chain, at most (3)")
-    add("--piece", type=int, default=36, help="tokens of each of four pieces of text (36)")
+    add("--tasks", type=lambda text: text.split(","), default=list(TASKS), help=",".join(TASKS))
+    add("--prompt", type=int, default=2048, help="tokens of a prompt of which quality is taken (2048)")
     add(
-        "--chain-model",
+        "--model",
         type=Path,
-        help="what blockzoo.zoo.demo.train_chains wrote; without: no chains",
+        help="what blockzoo.zoo.demo.train_chains wrote; without: the demo base, and no chains",
     )
     add("--length", type=int, default=2048, help="tokens of a timed prompt (2048)")
     add(
@@ -86,28 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def all_quality(args: argparse.Namespace, chain_model: Path | None) -> dict[str, dict[str, dict[str, float]]]:
+def all_quality(args: argparse.Namespace, model: Path | None) -> dict[str, dict[str, dict[str, float]]]:
     """By task and side."""
-    base = made_once(args.workdir / "demo", _make_demo) / "zoo"
-    results = {}
-    judge = Judge(base, "base", FACT_WINDOW, args.threads)
-    samples = fact_samples(judge.encode, random.Random(1), args.notes)
-    results["facts"] = quality(judge, samples, args.samples)
-    if chain_model is None or not (chain_model / "config.json").exists():
+    tasks = list(args.tasks)
+    if model is None:
         print(
-            f"no chains: --chain-model is {chain_model}; train one with "
-            "python -m blockzoo.zoo.demo.train_chains FOLDER (half an hour), and name FOLDER",
+            "no chains, and prompts longer than the demo base was trained for: no --model was given; train "
+            "one with python -m blockzoo.zoo.demo.train_chains FOLDER (an hour), and name FOLDER",
             file=sys.stderr,
         )
+        tasks = [task for task in tasks if task != "chains"]
+        zoo = made_once(args.workdir / "demo", _make_demo) / "zoo"
     else:
-        folder = made_once(args.workdir / "chains", partial(_compile, {"chains": chain_model}))
-        chains = Judge(folder / "zoo", "chains", CHAIN_WINDOW, args.threads)
-        samples = chain_samples(chains.encode, random.Random(2), args.statements, args.hops)
-        results["chains"] = quality(chains, samples, args.samples)
-    judge = Judge(base, "base", TEXT_WINDOW, args.threads)
-    samples = text_samples(judge.encode, random.Random(3), 4, args.piece)
-    results["text"] = quality(judge, samples, args.samples)
-    return results
+        zoo = made_once(args.workdir / "chains", partial(_compile, {"chains": model})) / "zoo"
+    folder = model or args.workdir / "demo" / "models" / "base"
+    made = Tasks(Tokenizer.from_file(str(folder / "tokenizer.json")), args.prompt)
+    samples = {"facts": made.facts, "chains": made.chains, "text": made.text}
+    judge = Judge(zoo, "base" if model is None else "chains", args.threads)
+    return {task: quality(judge, samples[task](random.Random(task)), args.samples) for task in tasks}
 
 
 def show(results: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ ENGINE = ReuseConfig(selector="importance*deviation")  # needs the most of the e
 Sides = dict[str, tuple[KVReuse, ReuseConfig | None]]
 
 
-def quality_sides(window: int) -> Sides:
+def quality_sides() -> Sides:
     """Every selector at every share, and refreshing beside decoding for some; "full" first."""
     grid = {
         f"{name} {share:g}": replace(c, recompute=share) for name, c in SELECTORS.items() for share in SHARES
@@ -33,9 +33,7 @@ def quality_sides(window: int) -> Sides:
     naive = ReuseConfig(recompute=0.0, head=0)
     sides = {"naive": naive, "heads of 8": replace(naive, head=8)} | grid
     configs = {
-        name: replace(
-            c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0, window=window
-        )
+        name: replace(c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0)
         for name, c in sides.items()
     }
     for name in ("naive", "query and heads of 8 0.15", "DHD 0.15"):
@@ -48,7 +46,7 @@ def quality_sides(window: int) -> Sides:
     return full | {name: ("approx", config) for name, config in configs.items()}
 
 
-def time_sides(window: int) -> Sides:
+def time_sides() -> Sides:
     """Those whose time to first token is taken; "full" first."""
     chosen = {"naive": ReuseConfig(recompute=0.0, head=0)}
     for name in (
@@ -63,5 +61,5 @@ def time_sides(window: int) -> Sides:
     chosen["query, tokens 0.1"] = replace(SELECTORS["query, tokens"], recompute=0.1)
     sides: Sides = {"full": ("off", None), "exact prefix": ("exact", None)}
     for name, config in chosen.items():
-        sides[name] = "approx", replace(config, refresh=0, max_deviation=_NEVER, window=window)
+        sides[name] = "approx", replace(config, refresh=0, max_deviation=_NEVER)
     return sides

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,13 +15,13 @@ import numpy as np
 from benchmarks.common import genai_missing, interleave
 from benchmarks.families import Family
 from benchmarks.kv_sides import ENGINE, time_sides
+from benchmarks.kv_tasks import NUM_DOCUMENTS
 from benchmarks.sides import Settings, first_token
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.request import KVReuse
 from blockzoo.runtime.reuse import ReuseConfig
 
-WINDOW = 16
-NUM_DOCUMENTS, QUESTION = 8, 32  # of a prompt; the question's tokens
+QUESTION = 32  # tokens of it
 
 
 class Prompts:
@@ -90,7 +89,7 @@ def _engine(family: Family, args: argparse.Namespace, num_known: int, reuse: Reu
 
 def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, Any]:
     """All sides in turn, on one request at a time; medians, ratios to a full prefill, and where time goes."""
-    engine = _engine(family, args, NUM_DOCUMENTS, replace(ENGINE, window=WINDOW))
+    engine = _engine(family, args, NUM_DOCUMENTS, ENGINE)
     prompts = Prompts(family.shape.vocab_size, args.length)
     model, watch = family.tenants[0], Stopwatch(engine)
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -108,7 +107,7 @@ def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, A
         return [seconds]
 
     turns: dict[str, Callable[[], list[float]]] = {
-        name: partial(ours, name, *side) for name, side in time_sides(WINDOW).items()
+        name: partial(ours, name, *side) for name, side in time_sides().items()
     }
     if genai_missing() is None:
         turns["GenAI, prefix cache"] = _genai(family, args, engine, prompts)
@@ -166,7 +165,7 @@ def under_load(family: Family, args: argparse.Namespace, full_s: float) -> dict[
         share of a prompt's work that reuse spared.
     """
     sides: dict[str, KVReuse] = {"full": "off", "exact prefix": "exact", "approximate": "approx"}
-    config = ReuseConfig(window=WINDOW, recompute=args.share, refresh=args.refresh, max_deviation=1e9)
+    config = ReuseConfig(recompute=args.share, refresh=args.refresh, max_deviation=1e9)
     return {
         f"{load:g} of full prefill": {
             name: _serve(family, args, how, config, load / full_s) for name, how in sides.items()

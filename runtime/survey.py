@@ -113,8 +113,8 @@ class Survey:
             share = config.recompute * self._round / config.rounds
             self.done = self._round == config.rounds
             self._round += 1
-            chosen = highest(np.where(self.anew, 0.0, self.importance), self.matched, share, config.page_aligned)
-            return chosen | self.anew
+            scores = np.where(self.anew, 0.0, self.importance)
+            return highest(scores, self.matched, share, config.page_aligned) | self.anew
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)

@@ -158,8 +158,8 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
 
 
 def test_kv_reuse(workdir: Path) -> None:
-    options = ["--shape", "tiny", "--repeats", "1", "--threads", "1", "--samples", "2", "--notes", "4"]
-    options += ["--piece", "40", "--length", "512", "--loads", "1", "--requests", "3", "--answer", "2"]
+    options = ["--shape", "tiny", "--repeats", "1", "--threads", "1", "--samples", "2"]
+    options += ["--prompt", "512", "--length", "512", "--loads", "1", "--requests", "3", "--answer", "2"]
     folders = ["--workdir", str(workdir), "--out", str(workdir)]
     command = [sys.executable, "-m", "benchmarks.kv_reuse", *options, *folders]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -69,7 +69,8 @@ def facts(
     passages, questions = [], []
     for name, thing in zip(rng.sample(NAMES, num_notes), things, strict=True):
         place, job = rng.choice(PLACES), rng.choice(JOBS)
-        owned, found = f"{name} is a {job}. {name} keeps the {thing}.", f"The {thing} was found at the {place}."
+        owned = f"{name} is a {job}. {name} keeps the {thing}."
+        found = f"The {thing} was found at the {place}."
         if split:
             passages += [f"Note. {owned}\n", f"Note. {found}\n"]
         else:

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 from . import corpus, tasks
 from .assemble import assemble
 from .documents import Filler
-from .train import learning_rate, make_optimizer
+from .train import learning_rate, make_optimizer, tokens_of_standard_library
 
 EVALUATION_SEED = 30_000_000
 PROMPT_WEIGHT = 0.02  # of the loss; statements, notes and questions are drawn at random
@@ -73,6 +73,7 @@ class RowMaker:
     def __init__(self, tokenizer: Tokenizer, max_text_bytes: int = 4_000_000) -> None:
         self._tokenizer = tokenizer
         self._filler = Filler(tokenizer, max_text_bytes)
+        self._text = tokens_of_standard_library(tokenizer, max_text_bytes)
 
     def batch(self, rng: random.Random, level: Level, batch_tokens: int) -> Batch:
         """About `batch_tokens` tokens; two short rows at least."""
@@ -93,8 +94,8 @@ class RowMaker:
         """Tokens, the weight of those with no full weight, where answers of chains begin."""
         draw = rng.random() if level.length else 1.0
         if draw < 0.12:
-            text = self._filler.document(rng, [], level.length)
-            return text, TEXT_WEIGHT, len(text)
+            start = rng.randrange(len(self._text) - level.length)
+            return self._text[start : start + level.length].tolist(), TEXT_WEIGHT, level.length
         if draw < 0.45:
             notes = tasks.facts(rng, rng.randint(1, 8))
             if rng.random() < 0.6:
@@ -212,8 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.to(torch.bfloat16).save_pretrained(args.out_dir)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (args.out_dir / name).write_bytes((base / name).read_bytes())
+    model.float().eval()
     for length in (0, 2048):
-        print(f"right, in {length} tokens:", accuracies(model.float().eval(), tokenizer, args.documents, length))
+        print(f"right, in {length} tokens:", accuracies(model, tokenizer, args.documents, length))
 
 
 if __name__ == "__main__":
