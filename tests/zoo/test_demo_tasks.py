@@ -140,3 +140,17 @@ def test_counts_out_of_range_are_refused(count):
         tasks.facts(random.Random(0), count)
     with pytest.raises(ValueError, match=f"num_statements is {count}; it must be from 1 to 22"):
         tasks.assignments(random.Random(0), count, 1)
+
+
+def test_a_split_note_is_found_in_two_passages():
+    document = tasks.asked_in_full(tasks.facts(random.Random(3), 4, "full", split=True))
+    assert len(document.passages) == 8
+    owned = dict(re.findall(r"Note\. (\w+) is .* keeps the (.+)\.\n", document.context))
+    found = dict(re.findall(r"Note\. The (.+) was found at the (.+)\.\n", document.context))
+    assert len(owned) == len(found) == 4
+    asked = [q for q in document.questions if "Where was" in q.prompt]
+    assert len(asked) == 4
+    for question in asked:
+        (name,) = re.findall(r"thing of (\w+) found", question.prompt)
+        thing = owned[name]
+        assert question.answer == f" {name} keeps the {thing}. The {thing} was found at the {found[thing]}."

@@ -153,21 +153,34 @@ def stop_after(count, loss):
     return counted
 
 
-def test_values_of_assignments_are_weighted_whether_shown_or_asked(tokenizer):
-    from blockzoo.zoo.demo.train_chains import draw
+@pytest.mark.parametrize("length", [0, 300])
+def test_values_of_assignments_are_weighted_whether_shown_or_asked(tokenizer, length):
+    from blockzoo.zoo.demo.train_chains import Level, RowMaker
 
-    batch = draw(tokenizer, random.Random(0), rows=6, statements=4, hops=1)
+    rows = RowMaker(tokenizer, 60000)
+    batch = rows.batch(random.Random(1), Level(length, 4, 1.0), 4000)
     assert batch.tokens.shape == batch.weights.shape == batch.is_answer.shape
+    chains = 0
     for tokens, weights, is_answer in zip(*batch, strict=True):
+        assert len(np.unique(weights)) <= 3  # full, little, none
+        if not is_answer.any():  # facts, text
+            continue
+        chains += 1
         text = tokenizer.decode(tokens.tolist())
-        assert "".join(re.findall(r"A: (\d)\n", text)) == tokenizer.decode(tokens[is_answer].tolist())
-        values = "".join(shown or asked for shown, asked in re.findall(r"\.(\d)\n|A: (\d)\n", text))
+        asked = text[text.index("Q: ") :]
+        answers = re.findall(r"Q: (.)\?\nA: (\d)\n", asked)
+        assert "".join(value for _, value in answers) == tokenizer.decode(tokens[is_answer].tolist())
+        shown = re.findall(r"Let (.) = [^\n]*\.(\d)\n", text)
+        assert set(shown) <= set(answers)
+        values = "".join(value for _, value in shown + answers)
         assert values == tokenizer.decode(tokens[weights == 1.0].tolist())
+    assert chains
 
 
 def test_chains_are_trained_from_the_base(tmp_path, capsys):
     from blockzoo.zoo.demo.train_chains import main
 
-    main([str(tmp_path), "--minutes", "0.02", "--batch-tokens", "256", "--documents", "4"])
-    assert "right by hops: {0: " in capsys.readouterr().out
+    sizes = ["--minutes", "0.02", "--batch-tokens", "256", "--text-bytes", "60000", "--documents", "2"]
+    main([str(tmp_path), *sizes])
+    assert "right, in 2048 tokens: {'facts': " in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
 class RowMaker:
     """Draws rows. In the lists it makes, ~token is a token with full weight in the loss."""
 
-    def __init__(self, tokenizer: Tokenizer, max_text_bytes: int = 4_000_000) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_text_bytes: int) -> None:
         self._tokenizer = tokenizer
         self._filler = Filler(tokenizer, max_text_bytes)
         self._text = tokens_of_standard_library(tokenizer, max_text_bytes)
@@ -167,7 +167,7 @@ def accuracies(
 def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Trains for `args.minutes` of processor time, level by level, and prints what is learnt."""
     optimizer = make_optimizer(model)
-    rows = RowMaker(tokenizer)
+    rows = RowMaker(tokenizer, args.text_bytes)
     level, answer_loss, step = 0, 1.5, 0
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, help="of a step (2048 or 4096, by level)")
+    parser.add_argument("--text-bytes", type=int, default=4_000_000, help="of sources that it reads")
     parser.add_argument("--documents", type=int, default=100, help="questions to judge it by, a kind")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
