@@ -35,6 +35,8 @@ PROMPT_WEIGHT = 0.02  # of the loss; statements, notes and questions are drawn a
 TEXT_WEIGHT = 0.05  # of each token of a row of nothing but text
 LEARNING_RATE = 1e-3
 MAX_QUESTIONS = 12
+NUM_JUMPS = 4
+BATCH_TOKENS = 2048
 LEARNT = 0.15  # nats a digit, of the answers of chains
 
 
@@ -44,18 +46,17 @@ class Level(NamedTuple):
     length: int  # tokens of documents; 0: passages without anything between
     statements: int
     until: float
-    batch_tokens: int = 2048
+    reach: int = 0  # positions that rows are spread over, where that is more than they have
 
 
 LEVELS = (
-    Level(0, 3, 0.4),
-    Level(0, 4, 0.45),
-    Level(0, 6, 0.5),
-    Level(0, 8, 0.5),
-    Level(256, 8, 0.58),
-    Level(512, 8, 0.66),
-    Level(1024, 8, 0.8, 4096),
-    Level(2048, 8, 1.0, 4096),
+    Level(0, 3, 0.35),
+    Level(0, 4, 0.4),
+    Level(0, 6, 0.45),
+    Level(256, 8, 0.65, 2048),
+    Level(512, 8, 0.8, 2048),
+    Level(1024, 8, 0.92, 2048),
+    Level(2048, 8, 1.0),
 )
 
 
@@ -63,6 +64,7 @@ class Batch(NamedTuple):
     """Rows of a step."""
 
     tokens: np.ndarray  # [rows, length] int64, padded with </s>
+    positions: np.ndarray  # [rows, length] int64
     weights: np.ndarray  # [rows, length] float32, of the loss of predicting each
     is_answer: np.ndarray  # [rows, length] bool, the digits that answer questions about chains
 
@@ -76,9 +78,9 @@ class RowMaker:
         self._text = tokens_of_standard_library(tokenizer, max_text_bytes)
 
     def batch(self, rng: random.Random, level: Level, batch_tokens: int) -> Batch:
-        """About `batch_tokens` tokens; two short rows at least."""
+        """About `batch_tokens` tokens; a row at least."""
         expected = level.length + 13 * level.statements + 12
-        rows = [self._row(rng, level) for _ in range(max(2, batch_tokens // expected))]
+        rows = [self._row(rng, level) for _ in range(max(1, batch_tokens // expected))]
         tokens = np.full((len(rows), max(len(row) for row, _, _ in rows)), corpus.EOS_ID, np.int64)
         weights = np.zeros(tokens.shape, np.float32)
         is_answer = np.zeros(tokens.shape, bool)
@@ -88,7 +90,8 @@ class RowMaker:
             tokens[i, : ids.size] = np.where(full, ~ids, ids)
             weights[i, : ids.size] = np.where(full, 1.0, weight)
             is_answer[i, answers_from : ids.size] = full[answers_from:]
-        return Batch(tokens, weights, is_answer)
+        positions = np.stack([_spread(rng, tokens.shape[1], level.reach) for _ in rows])
+        return Batch(tokens, positions, weights, is_answer)
 
     def _row(self, rng: random.Random, level: Level) -> tuple[list[int], float, int]:
         """Tokens, the weight of those with no full weight, where answers of chains begin."""
@@ -136,6 +139,15 @@ class RowMaker:
         return ids
 
 
+def _spread(rng: random.Random, length: int, reach: int) -> np.ndarray:
+    """Ascending positions with jumps at a few places: short rows then teach long distances (PoSE,
+    arXiv 2309.10400)."""
+    places = [rng.randrange(1, length) for _ in range(NUM_JUMPS)]
+    jumps = np.zeros(length, np.int64)
+    np.add.at(jumps, places, [rng.randint(0, max(0, reach - length)) // NUM_JUMPS for _ in places])
+    return np.arange(length) + np.cumsum(jumps)
+
+
 @torch.no_grad()
 def accuracies(
     model: torch.nn.Module, tokenizer: Tokenizer, num_documents: int, length: int
@@ -172,11 +184,14 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
         rng = random.Random(f"{args.seed}/{step}")
-        batch = rows.batch(rng, LEVELS[level], args.batch_tokens or LEVELS[level].batch_tokens)
+        batch = rows.batch(rng, LEVELS[level], args.batch_tokens)
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LEARNING_RATE, progress)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        positions = torch.from_numpy(batch.positions[:, :-1])
+        # a mask of its own: without one, transformers takes jumps for borders between sequences
+        mask = torch.ones_like(positions)
+        logits = model(ids[:, :-1], mask, positions, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         ((losses * scale).sum() / scale.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -199,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=70.0, help="of processor time (70)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, help="of a step (2048 or 4096, by level)")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of a step, about")
     parser.add_argument("--text-bytes", type=int, default=4_000_000, help="of sources that it reads")
     parser.add_argument("--documents", type=int, default=100, help="questions to judge it by, a kind")
     args = parser.parse_args(arguments)
