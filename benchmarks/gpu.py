@@ -204,14 +204,14 @@ def adapters(bench: Bench, shape: str) -> Facts:
 
 def masked_products(bench: Bench, shape: str) -> Facts:
     """The masked form of 8 adapters of rank 16 beside its own projection: our kernels and torch."""
-    from blockzoo.engines.tensorrt.operators import add_adapters
+    from blockzoo.engines.tensorrt.operators import FusedOperators
 
     width, out = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
 
     def drawn(*dims: int) -> torch.Tensor:
         return torch.randn(*dims, device=bench.device).bfloat16()
 
-    weight, a, b = drawn(out, width), drawn(128, width), drawn(128, out)
+    weight, a, b, kernels = drawn(out, width), drawn(128, width), drawn(128, out), FusedOperators()
     facts: Facts = {}
     for rows in (8, 64):
         x, y = drawn(rows, width), drawn(rows, out)
@@ -220,7 +220,7 @@ def masked_products(bench: Bench, shape: str) -> Facts:
             mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 1.0
         sides = {
             "projection": lambda x=x: torch.mm(x, weight.T),
-            "kernels": lambda x=x, y=y, mask=mask: add_adapters(y, x, a, b, mask),
+            "kernels": lambda x=x, y=y, mask=mask: kernels.add_adapters(y, x, a, b, mask),
             "torch": lambda x=x, y=y, mask=mask: y.addmm_(torch.mm(x, a.T) * mask, b),
         }
         facts[f"{rows} rows, us"] = {name: bench.seconds(run, 50) * 1e6 for name, run in sides.items()}

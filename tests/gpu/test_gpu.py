@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-from benchmarks.random_chains import RandomZoo  # noqa: E402
+from benchmarks.random_chains import RandomZoo, run_steps  # noqa: E402
 from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
 from blockzoo.engines.reference.attention import DenseAttention  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators  # noqa: E402
@@ -116,8 +116,8 @@ def test_scores() -> None:
     torch.testing.assert_close(sums, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_operators_and_adapters() -> None:
-    from blockzoo.engines.tensorrt.operators import FusedOperators, add_adapters
+def test_operators() -> None:
+    from blockzoo.engines.tensorrt.operators import FusedOperators
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
@@ -126,13 +126,26 @@ def test_operators_and_adapters() -> None:
     x, weight, gate_up = drawn(70, 4096), drawn(4096), drawn(70, 2 * 14336)
     assert relative_error(fused.norm(x, weight, 1e-5), plain.norm(x.float(), weight.float(), 1e-5)) < 5e-3
     assert relative_error(fused.gated(gate_up), plain.gated(gate_up.float())) < 5e-3
-    a, b, y = drawn(128, 4096) / 64, drawn(128, 6144), drawn(70, 6144)
-    mask = torch.zeros(70, 128, device="cuda", dtype=torch.bfloat16)
-    for row in range(70):
-        mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 0.5
-    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float()
-    add_adapters(y, x, a, b, mask)
-    assert relative_error(y, expected) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 8, 70, 700])
+def test_adapters_of_different_ranks(rows: int) -> None:
+    """On the columns of a wider matrix, some rows without an adapter."""
+    from blockzoo.engines.tensorrt.operators import FusedOperators
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    ends = np.cumsum([16, 8, 64, 40])
+    a, b, wide, x = drawn(128, 4096) / 64, drawn(128, 4096), drawn(rows, 6144), drawn(rows, 4096)
+    mask = torch.zeros(rows, 128, device="cuda", dtype=torch.bfloat16)
+    for row in range(rows):
+        if row % 5:
+            mask[row, int(ends[row % 5 - 1]) - (16, 8, 64, 40)[row % 5 - 1] : int(ends[row % 5 - 1])] = 1.0
+    expected = wide.float()
+    Operators().add_adapters(expected[:, 1024:5120], x.float(), a.float(), b.float(), mask.float())
+    FusedOperators().add_adapters(wide[:, 1024:5120], x, a, b, mask)
+    assert relative_error(wide, expected) < 1e-2
 
 
 SIZES = {"max_tokens": 256, "max_seqs": 16, "context": 256}
@@ -143,21 +156,6 @@ def zoo_on_gpu(cuda_graphs: bool, make: Callable[[ReferenceEngines], None] | Non
     if make is not None:
         make(engines)
     return RandomZoo("tiny", engines, 3, 2, **SIZES)
-
-
-def run_steps(zoo: RandomZoo) -> list[np.ndarray]:
-    """A prefill of three models, then six decode steps of them in equal shapes."""
-    prompt = zoo.executor.run([zoo.rows(i, i, 40, 0) for i in range(3)])
-    results = [np.concatenate([rows.copy() for rows, _ in prompt.logits])]
-    for step in range(6):
-        batch = [zoo.rows(i, i, 1, 40 + step) for i in range(3)]
-        batch += [zoo.rows(3 + i, 0, 1, step) for i in range(2)]  # three of one model: padded to four
-        found = zoo.executor.run(batch)
-        order = [index for _, indices in found.logits for index in indices]
-        assert sorted(order) == list(range(5))
-        logits = np.concatenate([rows for rows, _ in found.logits])
-        results.append(logits[np.argsort(order)].copy())
-    return results
 
 
 def test_recorded_steps_give_what_direct_ones_give() -> None:
