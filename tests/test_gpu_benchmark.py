@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -49,6 +50,14 @@ def test_it_starts_on_a_machine_with_little_installed() -> None:
     block = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import benchmarks.gpu"
     done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_for_a_gpu_need_no_plugin_of_pytest() -> None:
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "tests/gpu" in line)
+    bare = ("-p", "no:timeout", "-p", "no:hypothesispytest")
+    done = run("pytest", *re.findall(r"-m pytest (.*?) \|\|", line)[0].split(), *bare)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d+ (skipped|passed)", done.stdout)
 
 
 def test_the_tensorrt_llm_peer_says_how_to_install() -> None:
