@@ -35,7 +35,8 @@ class DeviceRuntime:
         self.settling, self.device = settling, device
         self._read, self._library = read, library
         self._log = library.logger()
-        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        # never empty: a context needs an address even where its plan needs no scratch
+        self._arena = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=device)
         with torch.cuda.device_of(self._arena):
             self._runtime = library.module.Runtime(self._log.native)
         self._cache: Any = None  # of kernels that TensorRT-RTX compiles on this GPU
