@@ -7,6 +7,7 @@ shapes and addresses; only what computes is another: the same ONNX network in on
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,16 @@ def test_a_zoo_without_fitting_plans_says_what_to_run(planned_zoo: Path) -> None
     engines._machine = Machine("sm90", "tensorrt", "10.14.1")
     with pytest.raises(EngineError, match=r"plan is for sm89 / TensorRT-RTX .*, this machine has sm90"):
         engines.span([zoo.read_block(zoo.manifest.models["base"].chain[1])])
+
+
+def test_a_plan_that_is_not_what_the_manifest_says_is_refused(planned_zoo: Path) -> None:
+    zoo = Zoo.open(planned_zoo)
+    block, plans = zoo.read_block(zoo.manifest.models["base"].chain[2]), zoo.manifest.tensorrt_plans
+    key, record = next((k, p) for k, p in plans.items() if p.part == "ffn" and not p.lora)
+    wrong = replace(record.inputs[0], shape=(-1, 257))
+    plans[key] = replace(record, inputs=(wrong, *record.inputs[1:]))
+    with pytest.raises(EngineError, match=r"x: \('f32', \(-1, 256\)\), expected \('f32', \(-1, 257\)\)"):
+        onnx_engines(zoo).span([block])
 
 
 def test_calls_without_adapters_run_plans_without(planned_zoo: Path, serve_on_onnx: list[Any]) -> None:
