@@ -85,6 +85,27 @@ def test_attention(name: str, batch: str) -> None:
     check_attention(SPECS[name], *attention_inputs(SPECS[name], BATCHES[batch]))
 
 
+def test_pools_of_more_than_two_billion_elements() -> None:
+    """The last pages of a large pool are written and read as those of a small one."""
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+
+    spec = SPECS["8b"]
+    qkv, inputs, ids = attention_inputs(spec, [(70, 3), (0, 40)])
+    small = len(inputs["key_cache"])
+    extra = 2**31 // inputs["key_cache"][0].numel()
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    large = dict(inputs)
+    for name in ("key_cache", "value_cache"):
+        large[name] = torch.zeros(small + extra, *inputs[name].shape[1:], device="cuda", dtype=torch.bfloat16)
+        large[name][extra:] = inputs[name]
+    expected = PagedAttention(132)(qkv.clone(), inputs, ids, spec, None)
+    out = PagedAttention(132)(qkv.clone(), large, ids + extra, spec, None)
+    assert torch.equal(out, expected)
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(large[name][extra:], inputs[name])
+
+
 def test_scattered_rows() -> None:
     spec = SPECS["8b"]
     qkv, inputs, ids = attention_inputs(spec, [(0, 1500)])
