@@ -153,6 +153,8 @@ class TensorRTEngines(ReferenceEngines):
         library: TensorRT | None = None,
     ) -> None:
         if machine is None or library is None:
+            if device is not None and not device.startswith("cuda"):
+                raise EngineError(f"device {device!r}: the tensorrt backend runs on cuda or cuda:<n> only")
             if not torch.cuda.is_available():
                 raise EngineError(
                     f"the tensorrt backend needs an NVIDIA GPU, and torch {torch.__version__} sees none; "

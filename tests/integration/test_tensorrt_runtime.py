@@ -157,6 +157,8 @@ def test_scores_are_those_of_openvino(planned_zoo: Path) -> None:
 def test_without_a_gpu_or_a_zoo_the_backend_says_so(planned_zoo: Path) -> None:
     with pytest.raises(EngineError, match="runs the plans of a zoo"):
         make_engines("tensorrt")
+    with pytest.raises(EngineError, match="device 'cpu': the tensorrt backend runs on cuda"):
+        LLM(planned_zoo, backend="tensorrt", device="cpu")
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
             LLM(planned_zoo, backend="tensorrt")
