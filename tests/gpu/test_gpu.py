@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,3 +217,28 @@ def test_plans_give_what_torch_gives(cuda_graphs: bool) -> None:
     torch_steps = run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=False)))
     for ours, theirs in zip(run_steps(adapted_zoo(engines)), torch_steps, strict=True):
         assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
+
+
+def test_the_whole_runtime_gives_the_tokens_of_the_cpu(tmp_path: Path) -> None:
+    """In float32: prefixes shared, prompts in chunks, adapters and full models in one batch."""
+    for package in ("openvino", "tokenizers"):  # what compiling and serving need
+        pytest.importorskip(package)
+    from blockzoo.build.pipeline import CompileOptions, compile_models
+    from blockzoo.runtime import LLM, SamplingParams
+    from blockzoo.zoo.demo.assemble import assemble
+
+    compile_models(
+        assemble(tmp_path / "models"), tmp_path / "zoo", CompileOptions(verify=False, profile=False)
+    )
+    rng = np.random.default_rng(0)
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    prefix = rng.integers(2, 2048, 40).tolist()
+    prompts = [prefix + rng.integers(2, 2048, int(rng.integers(1, 90))).tolist() for _ in range(10)]
+    sides = []
+    for device in ("cpu", "cuda"):
+        settings = {"precision": "f32", "kv_cache_bytes": 64 << 20, "max_num_batched_tokens": 96}
+        llm = LLM(tmp_path / "zoo", backend="reference", device=device, **settings)
+        models = [llm.models[i % len(llm.models)] for i in range(len(prompts))]
+        answers = [llm.generate(models, prompts, greedy, progress=False) for _ in range(2)]
+        sides.append([[c.token_ids for c in answer] for answer in answers])
+    assert sides[0] == sides[1]
