@@ -44,6 +44,7 @@ class OnnxContext:
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._memory = size
+        self._engine.arenas.add(address)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         record = self._engine.record
@@ -78,6 +79,7 @@ class OnnxContext:
 class OnnxEngine:
     def __init__(self, zoo: Zoo, record: TensorRTPlanRecord) -> None:
         self.record, self.runs, self.num_contexts = record, [], 0
+        self.arenas: set[int] = set()
         self.names = {t.name for t in (*record.inputs, *record.outputs)}
         self.device_memory_size_v2 = max(record.scratch_bytes.values())
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(record.profiles)

@@ -102,11 +102,14 @@ def planned_architectures(architecture_zoo: Path, tmp_path_factory: pytest.TempP
     return with_plans(architecture_zoo, tmp_path_factory.mktemp("plans") / "zoo")
 
 
-def test_a_plan_is_loaded_once_for_all_blocks_of_a_shape(planned_zoo: Path) -> None:
+def test_plans_are_loaded_once_a_shape_and_weights_once_a_block(planned_zoo: Path) -> None:
     zoo = Zoo.open(planned_zoo)
     engines = onnx_engines(zoo)
     for model in zoo.manifest.models.values():
         engines.span([zoo.read_block(i) for i in model.chain[1:]])
+    distinct = {i for model in zoo.manifest.models.values() for i in model.chain}
+    stored = sum(zoo.manifest.blocks[i].num_bytes for i in distinct)
+    assert stored < engines.weights.num_bytes <= 2 * stored  # bf16 in the zoo, f32 here; no embedding here
     assert sorted(e.record.part for e in engines.onnx.engines.values()) == [
         "attn_post",
         "attn_pre",
@@ -241,6 +244,7 @@ def test_steps_about_to_be_recorded_get_contexts_of_one_shape(planned_zoo: Path)
     probe = ProbeChain(engines, [zoo.read_block(i) for i in record.chain], record.config, 64)
     shared = probe.forward([5, 6, 7], 0)
     probe.forward(list(range(9)), 0)
+    assert len({arena for engine in engines.onnx.engines.values() for arena in engine.arenas}) == 1
     loaded = list(engines.onnx.engines.values())
     assert {engine.num_contexts for engine in loaded} == {1}
     engines.arrays.settling = True  # type: ignore[attr-defined]
