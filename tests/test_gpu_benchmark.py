@@ -104,10 +104,10 @@ def test_it_starts_on_a_machine_with_little_installed() -> None:
 
 def test_the_tests_for_a_gpu_need_no_plugin_of_pytest() -> None:
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "tests/gpu" in line)
-    bare = ("-p", "no:timeout", "-p", "no:hypothesispytest")
+    bare = ("-p", "no:timeout", "-p", "no:hypothesispytest", "--collect-only", "-q")
     done = run("pytest", *re.findall(r"-m pytest (.*?) \|\|", line)[0].split(), *bare)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\d+ (skipped|passed)", done.stdout)
+    assert re.search(r"\d\d tests collected", done.stdout)
 
 
 def test_the_tensorrt_llm_peer_says_how_to_install() -> None:
