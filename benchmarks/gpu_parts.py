@@ -168,12 +168,22 @@ def scattered(bench: Bench, shape: str, facts: Facts) -> None:
 
 
 def adapters(bench: Bench, shape: str, facts: Facts) -> None:
+    """Eight tenants with adapters in one batch, and what adapters add to one projection alone."""
+    adapted_steps(bench, shape, bench.engines(), facts)
+    bench.free()
+    if bench.on_gpu:
+        masked_products(bench, shape, facts)
+    else:
+        facts["kernels"] = "need a GPU"
+
+
+def adapted_steps(bench: Bench, shape: str, engines: ReferenceEngines, facts: Facts) -> None:
     """Eight tenants with adapters of rank 16 on every projection, in one batch, against bare base rows."""
     past = 512 if bench.on_gpu else 40
     sizes = (8, 64) if bench.on_gpu else (8,)
     common = {"max_tokens": max(sizes), "max_seqs": max(sizes), "context": past + 32}
     layers = SHAPES[shape]["num_hidden_layers"]
-    zoo = RandomZoo(shape, bench.engines(), 9, layers, lora_rank=16, **common)
+    zoo = RandomZoo(shape, engines, 9, layers, lora_rank=16, **common)
     for size in sizes:
         bare = bench.step(zoo, [zoo.rows(i, 0, 1, past) for i in range(size)])
         mixed = bench.step(zoo, [zoo.rows(i, 1 + i % 8, 1, past) for i in range(size)])
@@ -182,12 +192,6 @@ def adapters(bench: Bench, shape: str, facts: Facts) -> None:
             "adapters_step_ms": mixed * 1e3,
             "share_of_base_rate": bare / mixed,
         }
-    del zoo
-    bench.free()
-    if bench.on_gpu:
-        masked_products(bench, shape, facts)
-    else:
-        facts["kernels"] = "need a GPU"
 
 
 def masked_products(bench: Bench, shape: str, facts: Facts) -> None:

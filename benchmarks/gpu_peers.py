@@ -125,17 +125,33 @@ def tensorrt_llm_decode(bench: Bench, shape: str, facts: Facts) -> None:
             facts[name] = value
 
 
+def _no_plans(bench: Bench) -> str | None:
+    """Why plans cannot be built and run here, or None."""
+    if not bench.on_gpu:
+        return "TensorRT runs plans on an NVIDIA GPU only"
+    if importlib.util.find_spec("onnx") is None:
+        return "onnx is not installed: plans are built from ONNX networks"
+    return None
+
+
 def tensorrt_plans(bench: Bench, shape: str, facts: Facts) -> None:
     """Decode and prefill through TensorRT plans built for this card."""
-    if not bench.on_gpu:
-        facts["skipped"] = "TensorRT runs plans on an NVIDIA GPU only"
-        return
-    if importlib.util.find_spec("onnx") is None:
-        facts["skipped"] = "onnx is not installed: plans are built from ONNX networks"
+    if (reason := _no_plans(bench)) is not None:
+        facts["skipped"] = reason
         return
     from benchmarks.gpu_plans import plans
 
     plans(bench, shape, facts)
+
+
+def tensorrt_adapters(bench: Bench, shape: str, facts: Facts) -> None:
+    """Adapters in the masked form inside TensorRT plans."""
+    if (reason := _no_plans(bench)) is not None:
+        facts["skipped"] = reason
+        return
+    from benchmarks.gpu_plans import plans_with_adapters
+
+    plans_with_adapters(bench, shape, facts)
 
 
 def tensorrt_rtx_trial(bench: Bench, shape: str, facts: Facts) -> None:
@@ -175,4 +191,5 @@ PEERS: dict[str, Callable[[Bench, str, Facts], None]] = {
     "transformers": transformers_decode,
     "tensorrt_rtx": tensorrt_rtx_trial,
     "tensorrt_llm": tensorrt_llm_decode,
+    "plans_adapters": tensorrt_adapters,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from benchmarks.gpu_parts import Bench, Facts
+from benchmarks.gpu_parts import Bench, Facts, adapted_steps
 from benchmarks.random_chains import RandomZoo, hf_config
 from blockzoo.engines.base import EngineError, Precision
 from blockzoo.engines.tensorrt.builder import PlanBuilder
@@ -83,3 +83,13 @@ def plans(bench: Bench, shape: str, facts: Facts) -> None:
         seconds = bench.step(zoo, [zoo.rows(0, 0, length, 0)], inner=1)
         share = zoo.step_flops(length) / seconds / ceilings["matrix_flops_per_s"]
         facts[f"prefill {length}"] = {"ms": seconds * 1e3, "share_of_matrix_rate": share}
+
+
+def plans_with_adapters(bench: Bench, shape: str, facts: Facts) -> None:
+    """Eight adapters of rank 16 in a batch through plans; the part `adapters` has torch's."""
+    try:
+        engines = native_engines(shape, lora_ranks=8 * 16)
+    except EngineError as error:
+        facts["skipped"] = str(error)
+        return
+    adapted_steps(bench, shape, engines, facts)
