@@ -28,8 +28,10 @@ test-all:
 
 # on a machine with an NVIDIA GPU and a python that has torch, triton and pytest: nothing is installed
 test-gpu:
-	$(or $(PYTHON),python3) -m pytest tests/gpu
-	$(or $(PYTHON),python3) -m benchmarks.gpu
+	failed=0; \
+	$(or $(PYTHON),python3) -m pytest -c tests/gpu/pytest.ini tests/gpu || failed=1; \
+	$(or $(PYTHON),python3) -m benchmarks.gpu || failed=1; \
+	exit $$failed
 
 lint:
 	@.ci/venv test

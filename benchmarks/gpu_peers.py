@@ -1,25 +1,33 @@
-"""Side-by-side peers of benchmarks.gpu: transformers, torch.compile, FlashInfer, TensorRT-RTX."""
+"""Side-by-side peers of benchmarks.gpu: transformers, torch.compile, FlashInfer, TensorRT-LLM, TensorRT."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_parts import Bench, Facts
 from benchmarks.random_chains import hf_config
 from blockzoo.engines.base import PAGE_TOKENS, EngineError
 from blockzoo.zoo.blocks import AttnSpec, chain_specs
 from blockzoo.zoo.model_config import ModelConfig
 
-Facts = dict[str, Any]
+_TENSORRT_LLM_SECONDS = 280  # with loading, compiling and recording
 
 
-def transformers_decode(bench: Any, shape: str) -> Facts:
+def transformers_decode(bench: Bench, shape: str, facts: Facts) -> None:
     """Batch 1 decode of transformers' model of the shape, eager and under torch.compile, static cache."""
     if importlib.util.find_spec("transformers") is None:
-        return {"skipped": "transformers is not installed"}
+        facts["skipped"] = "transformers is not installed"
+        return
     import transformers
 
     past = 512 if bench.on_gpu else 40
@@ -35,26 +43,26 @@ def transformers_decode(bench: Any, shape: str) -> Facts:
     finally:
         torch.set_default_dtype(default)
     ids = torch.randint(0, config.vocab_size, (1, past), device=bench.device)
-    cache = transformers.StaticCache(config=config, max_cache_len=past + 64)
-    facts: Facts = {"transformers": transformers.__version__}
+    facts["transformers"] = transformers.__version__
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+    def step_ms(forward: Callable[..., Any]) -> float:
+        # the cache counts what it is given: every step goes one further, and none may leave it
+        cache = transformers.StaticCache(config=config, max_cache_len=past + bench.num_runs(4) + 1)
+        model(ids, **{name: cache})
+        return bench.seconds(lambda: forward(ids[:, :1], **{name: cache}), 4) * 1e3
+
     with torch.inference_mode():
-        model(ids, past_key_values=cache, cache_position=torch.arange(past, device=bench.device))
-        at = torch.tensor([past], device=bench.device)
-
-        def step(forward: Callable[..., Any]) -> Any:
-            return forward(ids[:, :1], past_key_values=cache, cache_position=at, position_ids=at[None])
-
-        facts["eager_step_ms"] = bench.seconds(lambda: step(model), 4) * 1e3
+        facts["eager_step_ms"] = step_ms(model)
         if bench.on_gpu:
-            compiled = torch.compile(model, mode="reduce-overhead")
-            facts["compiled_step_ms"] = bench.seconds(lambda: step(compiled), 4) * 1e3
-    return facts
+            facts["compiled_step_ms"] = step_ms(torch.compile(model, mode="reduce-overhead"))
 
 
-def decode_attention(bench: Any, shape: str) -> Facts:
+def decode_attention(bench: Bench, shape: str, facts: Facts) -> None:
     """Our attention alone, 8 decode rows over 4096 tokens of pages each; FlashInfer where it is installed."""
     if not bench.on_gpu:
-        return {"skipped": "the kernels need a GPU"}
+        facts["skipped"] = "the kernels need a GPU"
+        return
     from blockzoo.engines.tensorrt.attention import PagedAttention
 
     spec = next(
@@ -78,39 +86,83 @@ def decode_attention(bench: Any, shape: str) -> Facts:
     ours = PagedAttention(processors)
     seconds = bench.seconds(lambda: ours.rotated(qkv, inputs, ids, spec), 50)
     rate = (keys.nbytes + values.nbytes) / seconds
-    facts = {"us": seconds * 1e6, "share_of_copy_bandwidth": rate / bench.ceilings["copy_bytes_per_s"]}
+    facts["us"] = seconds * 1e6
+    facts["share_of_copy_bandwidth"] = rate / bench.ceilings["copy_bytes_per_s"]
     if importlib.util.find_spec("flashinfer") is None:
-        return facts | {"flashinfer": "not installed"}
+        facts["flashinfer"] = "not installed"
+        return
     import flashinfer
 
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=bench.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+    # its other decode kernels take groups of 1, 2, 4 and 8 heads only
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     full = torch.full((seqs,), PAGE_TOKENS, dtype=torch.int32, device=bench.device)
     sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, PAGE_TOKENS)
     wrapper.plan(inputs["block_indices_begins"], ids, full, *sizes, q_data_type=torch.bfloat16)
     q = qkv[:, : spec.num_heads * spec.head_dim].reshape(seqs, spec.num_heads, spec.head_dim).contiguous()
-    theirs = bench.seconds(lambda: wrapper.run(q, (keys, values)), 50)
-    return facts | {"flashinfer_us": theirs * 1e6}
+    facts["flashinfer_us"] = bench.seconds(lambda: wrapper.run(q, (keys, values)), 50) * 1e6
 
 
-def tensorrt_plans(bench: Any, shape: str) -> Facts:
-    """Decode and prefill through TensorRT plans built for this card."""
+def tensorrt_llm_decode(bench: Bench, shape: str, facts: Facts) -> None:
+    """TensorRT-LLM serving a model of the shape, random weights, in its own environment."""
+    if bench.tensorrt_llm is None and importlib.util.find_spec("tensorrt_llm") is None:
+        facts["skipped"] = "not installed here: --tensorrt-llm names the Python of its environment"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(shape) | {"torch_dtype": "bfloat16"}))
+        command = [bench.tensorrt_llm or sys.executable, "-m", "benchmarks.peers.tensorrt_llm"]
+        command += ["--model", folder, "--random-weights", "--out", folder]
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parents[1],
+            capture_output=True,
+            text=True,
+            timeout=_TENSORRT_LLM_SECONDS,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1000:])
+        for name, value in json.loads((Path(folder) / "tensorrt_llm.json").read_text()).items():
+            facts[name] = value
+
+
+def _no_plans(bench: Bench) -> str | None:
+    """Why plans cannot be built and run here, or None."""
     if not bench.on_gpu:
-        return {"skipped": "TensorRT runs plans on an NVIDIA GPU only"}
+        return "TensorRT runs plans on an NVIDIA GPU only"
     if importlib.util.find_spec("onnx") is None:
-        return {"skipped": "onnx is not installed: plans are built from ONNX networks"}
+        return "onnx is not installed: plans are built from ONNX networks"
+    return None
+
+
+def tensorrt_plans(bench: Bench, shape: str, facts: Facts) -> None:
+    """Decode and prefill through TensorRT plans built for this card."""
+    if (reason := _no_plans(bench)) is not None:
+        facts["skipped"] = reason
+        return
     from benchmarks.gpu_plans import plans
 
-    return plans(bench, shape)
+    plans(bench, shape, facts)
 
 
-def tensorrt_rtx_trial(bench: Any, shape: str) -> Facts:
+def tensorrt_adapters(bench: Bench, shape: str, facts: Facts) -> None:
+    """Adapters in the masked form inside TensorRT plans."""
+    if (reason := _no_plans(bench)) is not None:
+        facts["skipped"] = reason
+        return
+    from benchmarks.gpu_plans import plans_with_adapters
+
+    plans_with_adapters(bench, shape, facts)
+
+
+def tensorrt_rtx_trial(bench: Bench, shape: str, facts: Facts) -> None:
     """Whether TensorRT-RTX builds and loads a plan for this card: its own words when it does not."""
     if not bench.on_gpu:
-        return {"skipped": "needs a GPU"}
+        facts["skipped"] = "needs a GPU"
+        return
     missing = [name for name in ("tensorrt_rtx", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
-        return {"skipped": f"{' and '.join(missing)} not installed"}
+        facts["skipped"] = f"{' and '.join(missing)} not installed"
+        return
     from blockzoo.engines.tensorrt.builder import PlanBuilder
     from blockzoo.engines.tensorrt.plans import plan_requests
     from blockzoo.engines.tensorrt.shim import load_tensorrt, native_target
@@ -119,7 +171,7 @@ def tensorrt_rtx_trial(bench: Any, shape: str) -> Facts:
     library = load_tensorrt("tensorrt_rtx")
     config = hf_config(shape)
     spec = FfnSpec(config["hidden_size"], config["intermediate_size"], 1e-5, False)
-    facts: Facts = {"library": library.title, "gpu": native_target()}
+    facts |= {"library": library.title, "gpu": native_target()}
     # sm80: in case that it loads plans of an older target, where it knows none of this card's
     for target in (native_target() or "", "sm80"):
         (request,) = plan_requests(spec, "bf16", target, "tensorrt_rtx", library.version)
@@ -131,12 +183,13 @@ def tensorrt_rtx_trial(bench: Any, shape: str) -> Facts:
         log = library.logger()
         engine = library.module.Runtime(log.native).deserialize_cuda_engine(content)
         facts[target] = {"plan_bytes": len(content), "loads": engine is not None, "said": log.messages[-3:]}
-    return facts
 
 
-PEERS: dict[str, Callable[[Any, str], Facts]] = {
-    "transformers": transformers_decode,
+PEERS: dict[str, Callable[[Bench, str, Facts], None]] = {
     "attention": decode_attention,
     "plans": tensorrt_plans,
+    "transformers": transformers_decode,
     "tensorrt_rtx": tensorrt_rtx_trial,
+    "tensorrt_llm": tensorrt_llm_decode,
+    "plans_adapters": tensorrt_adapters,
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
+from benchmarks.gpu_parts import Bench, Facts, adapted_steps
 from benchmarks.random_chains import RandomZoo, hf_config
 from blockzoo.engines.base import EngineError, Precision
 from blockzoo.engines.tensorrt.builder import PlanBuilder
@@ -15,8 +15,6 @@ from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
 from blockzoo.zoo.blocks import PROJECTIONS, chain_specs
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.model_config import ModelConfig
-
-Facts = dict[str, Any]
 
 
 @dataclass
@@ -56,16 +54,17 @@ def native_engines(shape: str, *, cuda_graphs: bool = True, lora_ranks: int = 0)
     return TensorRTEngines(store, cuda_graphs=cuda_graphs)  # type: ignore[arg-type]
 
 
-def plans(bench: Any, shape: str) -> Facts:
+def plans(bench: Bench, shape: str, facts: Facts) -> None:
     """Decode and prefill through TensorRT plans; the parts `decode` and `prefill` have torch's figures."""
     target = native_target()
     try:
         library = library_for(target or "", target)
     except EngineError as error:
-        return {"skipped": str(error)}
+        facts["skipped"] = str(error)
+        return
     start = time.perf_counter()
     store = build_plans(shape, library, target or "")
-    facts: Facts = {"library": library.title, "target": target, "build_s": time.perf_counter() - start}
+    facts |= {"library": library.title, "target": target, "build_s": time.perf_counter() - start}
     facts["plan_bytes"] = {p.part: p.num_bytes for p in store.manifest.tensorrt_plans.values()}
     past, ceilings = 512, bench.ceilings
     for graphs in (True, False):
@@ -84,4 +83,13 @@ def plans(bench: Any, shape: str) -> Facts:
         seconds = bench.step(zoo, [zoo.rows(0, 0, length, 0)], inner=1)
         share = zoo.step_flops(length) / seconds / ceilings["matrix_flops_per_s"]
         facts[f"prefill {length}"] = {"ms": seconds * 1e3, "share_of_matrix_rate": share}
-    return facts
+
+
+def plans_with_adapters(bench: Bench, shape: str, facts: Facts) -> None:
+    """Eight adapters of rank 16 in a batch through plans; the part `adapters` has torch's."""
+    try:
+        engines = native_engines(shape, lora_ranks=8 * 16)
+    except EngineError as error:
+        facts["skipped"] = str(error)
+        return
+    adapted_steps(bench, shape, engines, facts)

@@ -221,3 +221,18 @@ class RandomZoo:
         attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
         head = 2.0 * config.vocab_size * config.hidden_size
         return 2.0 * sum(matrices) * num_tokens + attention + head
+
+
+def run_steps(zoo: RandomZoo, prompt: int = 40, steps: int = 6) -> list[np.ndarray]:
+    """For tests: logits of a prefill of three models, then of decode steps of them in equal shapes."""
+    found = zoo.executor.run([zoo.rows(i, i, prompt, 0) for i in range(3)])
+    results = [np.concatenate([rows.copy() for rows, _ in found.logits])]
+    for step in range(steps):
+        batch = [zoo.rows(i, i, 1, prompt + step) for i in range(3)]
+        batch += [zoo.rows(3 + i, 0, 1, step) for i in range(2)]  # three of one model: padded to four
+        found = zoo.executor.run(batch)
+        order = [index for _, indices in found.logits for index in indices]
+        assert sorted(order) == list(range(len(batch)))
+        logits = np.concatenate([rows for rows, _ in found.logits])
+        results.append(logits[np.argsort(order)].copy())
+    return results

@@ -185,7 +185,7 @@ def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
     from blockzoo.build.tensorrt_plans import users_of_plans
 
     plans, users = zoo.manifest.tensorrt_plans, users_of_plans(zoo.manifest)
-    console.print("\nTensorRT   target  library             blocks  size     profiles: scratch")
+    console.print("\nTensorRT   target  library                blocks  size     profiles: scratch")
     for key, plan in sorted(plans.items(), key=lambda item: (item[1].target, item[1].part, item[1].lora)):
         scratch = ", ".join(
             f"{p.name} {p.min} {p.opt} {p.max}: {human_bytes(plan.scratch_bytes[p.name])}"
@@ -195,7 +195,7 @@ def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
         )
         library = f"{plan.library} {plan.library_version}"
         size = human_bytes(plan.num_bytes)
-        console.print(f"{plan.part:10} {plan.target:7} {library:22} {users[key]:3}  {size:8} {scratch}")
+        console.print(f"{plan.part:10} {plan.target:7} {library:22} {users[key]:6}  {size:8} {scratch}")
         if plan.lora:
             console.print(f"{'':10} takes adapters of {plan.max_lora_ranks} ranks on {', '.join(plan.lora)}")
 

@@ -24,20 +24,29 @@ TensorRT-LLM is not installed in this environment. On a machine with an NVIDIA G
 (the packages of that name on PyPI alone only point there). See docs/tensorrt.md."""
 
 
-def measure(model: str, batches: list[int], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Tokens per second and time per decode step at each batch size, greedy, prompts of random ids."""
+def measure(
+    model: str, batches: list[int], prompt_tokens: int, new_tokens: int, random_weights: bool
+) -> dict[str, Any]:
+    """Tokens per second and time per decode step at each batch size, greedy, prompts of random ids.
+
+    With random weights the folder needs a config.json only.
+    """
     import numpy as np
     import tensorrt_llm
     from tensorrt_llm import LLM, SamplingParams
 
-    llm = LLM(model=model, dtype="bfloat16")
+    weights = {"load_format": "dummy"} if random_weights else {}
+    llm = LLM(model=model, dtype="bfloat16", skip_tokenizer_init=True, **weights)
     rng = np.random.default_rng(0)
     facts: dict[str, Any] = {"tensorrt_llm": tensorrt_llm.__version__, "prompt_tokens": prompt_tokens}
 
     def seconds(size: int, count: int) -> float:
         prompts = [rng.integers(10, 10_000, prompt_tokens).tolist() for _ in range(size)]
         start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.0))
+        greedy = SamplingParams(
+            max_tokens=count, ignore_eos=True, temperature=0.0, end_id=-1, detokenize=False
+        )
+        llm.generate(prompts, greedy)
         return time.perf_counter() - start
 
     for size in batches:
@@ -54,13 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--random-weights", action="store_true", help="whatever the folder holds")
     parser.add_argument("--out", type=Path, help="folder for the report")
     args = parser.parse_args(argv)
     if find_spec("tensorrt_llm") is None:
         print(_INSTALL, file=sys.stderr)
         return 2
     batches = [int(size) for size in args.batches.split(",")]
-    text = json.dumps(measure(args.model, batches, args.prompt_tokens, args.new_tokens), indent=1)
+    facts = measure(args.model, batches, args.prompt_tokens, args.new_tokens, args.random_weights)
+    text = json.dumps(facts, indent=1)
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

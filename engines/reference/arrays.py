@@ -137,6 +137,7 @@ class _Recorded:
     def _record(self) -> None:
         """Make the graph. Where that fails nothing was run, and no step is recorded from then on."""
         graph, graphs = torch.cuda.CUDAGraph(), self._graphs
+        current = torch.cuda.current_stream(self._arrays.device)
         try:
             # thread_local: TensorRT-RTX compiles on a thread of its own, which is no part of the step
             with torch.cuda.graph(
@@ -146,6 +147,7 @@ class _Recorded:
         except RuntimeError:
             graphs.failed = True
             logging.getLogger(__name__).warning("a step cannot be recorded as a CUDA graph", exc_info=True)
+            torch.cuda.set_stream(current)  # torch leaves the recording's where ending it fails
             torch.cuda.synchronize(self._arrays.device)
         else:
             self._graph = graph

@@ -27,12 +27,10 @@ class Lora:
     mask: torch.Tensor | None = None
     pairs: Mapping[str, Pair] = field(default_factory=dict)
 
-    def __call__(self, x: torch.Tensor, name: str) -> torch.Tensor | None:
-        """What is added to the projection `name` of x; None where nothing is."""
-        if self.mask is None or name not in self.pairs:
-            return None
-        a, b = self.pairs[name]
-        return ((x @ a.T) * self.mask) @ b
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, name: str, ops: Operators) -> None:
+        """Add to y [T, out], the projection `name` of x, in place; y may be some columns of a matrix."""
+        if self.mask is not None and name in self.pairs:
+            ops.add_adapters(y, x, *self.pairs[name], self.mask)
 
 
 NO_LORA = Lora()
@@ -79,7 +77,7 @@ class Weights:
 
 
 class Operators:
-    """Operators of one row at a time, in torch; a backend with fused kernels replaces them."""
+    """Operators beside the matrix products, in torch; a backend with kernels of its own replaces them."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension, in float32 inside."""
@@ -89,6 +87,18 @@ class Operators:
         """silu(gate) * up of [T, 2 * inner]: gate first."""
         gate, up = gate_up.chunk(2, 1)
         return silu(gate) * up
+
+    def add_adapters(
+        self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """y += ((x A^T) * mask) B in place.
+
+        Args:
+            y: [T, out], columns side by side; its rows may be any number of elements apart.
+            x: [T, in]. a: [ranks, in]. b: [ranks, out]: all adapters' ranks side by side.
+            mask: [T, ranks]: not 0 in the ranks of the row's own adapter.
+        """
+        y.add_(((x @ a.T) * mask) @ b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +135,7 @@ class TorchAttn:
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
         qkv = linear(normed, self.qkv, self.qkv_bias)
         q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
-        _add_deltas(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, lora)
+        _add_side_by_side(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, lora, self.ops)
         return qkv
 
     def attend(self, x: torch.Tensor, call: LayerCall, lora: Lora = NO_LORA) -> torch.Tensor:
@@ -135,7 +145,9 @@ class TorchAttn:
 
     def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
-        return _add_product(x, attended, self.o, self.o_bias, lora(attended, "o"))
+        out = _add_product(x, attended, self.o, self.o_bias)
+        lora.add_to(out, attended, "o", self.ops)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +181,11 @@ class TorchFfn:
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
         gate_up = linear(normed, self.gate_up, self.gate_up_bias)
         size = self.spec.intermediate_size
-        _add_deltas(gate_up, normed, {"gate": size, "up": size}, lora)
+        _add_side_by_side(gate_up, normed, {"gate": size, "up": size}, lora, self.ops)
         inner = self.ops.gated(gate_up)
-        return _add_product(x, inner, self.down, self.down_bias, lora(inner, "down"))
+        out = _add_product(x, inner, self.down, self.down_bias)
+        lora.add_to(out, inner, "down", self.ops)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,22 +208,17 @@ class TorchHead:
         return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
 
 
-def _add_deltas(y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], lora: Lora) -> None:
+def _add_side_by_side(
+    y: torch.Tensor, x: torch.Tensor, widths: dict[str, int], lora: Lora, ops: Operators
+) -> None:
     """Add what the adapters add to the projections of x that lie side by side in y."""
     for part, name in zip(y.split(list(widths.values()), 1), widths, strict=True):
-        added = lora(x, name)
-        if added is not None:
-            part.add_(added)
+        lora.add_to(part, x, name, ops)
 
 
 def _add_product(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    added: torch.Tensor | None,
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x + y @ weight.T, rounded once (+ bias) (+ added)."""
+    """x + y @ weight.T, rounded once (+ bias)."""
     out = torch.addmm(x, y, weight.T)
-    out = out if bias is None else out + bias
-    return out if added is None else out + added
+    return out if bias is None else out + bias

@@ -168,7 +168,10 @@ class ReferenceEngines:
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         found = dict(targets)
         loaded = [self._block(block, found.get(index, ())) for index, block in enumerate(blocks)]
-        return ReferenceEngine(spec, loaded, self._attention)
+        return self._engine(spec, loaded)
+
+    def _engine(self, spec: SpanSpec, blocks: Sequence[AttnBlock | RowBlock]) -> ReferenceEngine:
+        return ReferenceEngine(spec, blocks, self._attention)
 
     def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         makers: dict[type, Any] = {AttnSpec: TorchAttn, FfnSpec: TorchFfn, HeadSpec: TorchHead}

@@ -17,7 +17,8 @@ from blockzoo.engines.tensorrt.operators import dot_precision, power_of_two
 from blockzoo.zoo.blocks import AttnSpec
 
 _MAX_SPLITS = 32
-_TILE = 64  # keys in a tile
+_TILE = 64  # keys in a tile, at most
+_TILE_ROW_BYTES = 256  # of larger rows of K half as many, or RTX cards lack shared memory
 
 
 class PagedAttention:
@@ -126,7 +127,7 @@ class PagedAttention:
             BLOCK_D=power_of_two(spec.head_dim),
             BLOCK_Q=block_q,
             BLOCK_M=block_m,
-            BLOCK_N=_TILE,
+            BLOCK_N=_tile(qkv, spec),
             SPLITS=splits,
             WINDOW=spec.sliding_window,
             HAS_POSITIONS="positions" in inputs,
@@ -165,13 +166,13 @@ def _add_scores(qkv: torch.Tensor, inputs: Inputs, page_ids: torch.Tensor, spec:
     shape = _shape(spec) | {
         "BLOCK_D": power_of_two(spec.head_dim),
         "BLOCK_M": max(16, power_of_two(spec.num_heads // spec.num_kv_heads)),
-        "BLOCK_N": _TILE,
+        "BLOCK_N": _tile(qkv, spec),
         "WINDOW": spec.sliding_window,
         "PRECISION": dot_precision(qkv),
     }
     num_seqs, scale = len(past_lens), _scale(spec)
     score_kernels.softmax_sums[(len(qkv), spec.num_kv_heads)](*rows, tops, totals, num_seqs, scale, **shape)
-    num_tiles = len(page_ids) * PAGE_TOKENS // _TILE + num_seqs
+    num_tiles = len(page_ids) * PAGE_TOKENS // _tile(qkv, spec) + num_seqs
     score_kernels.add_scores[(num_tiles,)](*rows, tops, totals, inputs["scores"], num_seqs, scale, **shape)
 
 
@@ -179,6 +180,10 @@ def _rows(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     past_lens = inputs["past_lens"]
     positions = inputs.get("positions", past_lens)
     return inputs["subsequence_begins"], past_lens, positions, inputs["block_indices_begins"]
+
+
+def _tile(qkv: torch.Tensor, spec: AttnSpec) -> int:
+    return _TILE if spec.head_dim * qkv.element_size() <= _TILE_ROW_BYTES else _TILE // 2
 
 
 def _shape(spec: AttnSpec) -> dict[str, int]:

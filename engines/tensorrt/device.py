@@ -35,7 +35,8 @@ class DeviceRuntime:
         self.settling, self.device = settling, device
         self._read, self._library = read, library
         self._log = library.logger()
-        self._arena = torch.empty(0, dtype=torch.uint8, device=device)
+        # never empty: a context needs an address even where its plan needs no scratch
+        self._arena = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=device)
         with torch.cuda.device_of(self._arena):
             self._runtime = library.module.Runtime(self._log.native)
         self._cache: Any = None  # of kernels that TensorRT-RTX compiles on this GPU
@@ -49,6 +50,7 @@ class DeviceRuntime:
                 f"{self._library.title} could not load the plan {key[:12]} ({record.part} for "
                 f"{record.target}, built by {record.library_version}): {self.said()}"
             )
+        _check_io(key, engine, record)
         size = int(engine.device_memory_size_v2)  # over all profiles
         if self._arena.numel() < size:  # while plans are loaded: never in a step
             self._arena = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -90,6 +92,36 @@ class DeviceRuntime:
     def said(self) -> str:
         """What the library said last."""
         return self._log.text()
+
+
+_TYPES = {"BF16": "bf16", "HALF": "f16", "FLOAT": "f32"}
+
+
+def _check_io(key: str, engine: Any, record: TensorRTPlanRecord) -> None:
+    """Raise EngineError where the plan's tensors or profiles are not those that the manifest names."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {
+        name: (
+            _TYPES.get(engine.get_tensor_dtype(name).name, "?"),
+            tuple(max(-1, int(size)) for size in engine.get_tensor_shape(name)),
+        )
+        for name in names
+    }
+    expected = {
+        value.name: (value.dtype, tuple(max(-1, size) for size in value.shape))  # no matter what varies
+        for value in (*record.inputs, *record.outputs)
+    }
+    wrong = {
+        name: (found.get(name), expected.get(name))
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    }
+    if wrong or engine.num_optimization_profiles != len(record.profiles):
+        seen = "; ".join(f"{name}: {has}, expected {wants}" for name, (has, wants) in wrong.items())
+        raise EngineError(
+            f"the plan {key[:12]} ({record.part}) is not what the manifest says: {seen or 'its profiles'}; "
+            "delete it and run zoo-compile --backend tensorrt on the zoo again"
+        )
 
 
 class _Context:

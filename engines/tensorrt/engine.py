@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from blockzoo.engines.base import EngineError, Precision
+from blockzoo.engines.base import EngineError, Precision, SpanSpec
+from blockzoo.engines.reference.attention import Attention
 from blockzoo.engines.reference.blocks import NO_LORA, LayerCall, Lora, Weights
-from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngines, RowBlock
+from blockzoo.engines.reference.engine import AttnBlock, ReferenceEngine, ReferenceEngines, RowBlock
 from blockzoo.engines.tensorrt.device import DeviceRuntime
 from blockzoo.engines.tensorrt.parts import WEIGHT_PARTS, Part, part_lora
 from blockzoo.engines.tensorrt.plans import Machine, choose_plan
@@ -98,6 +99,33 @@ class _PlanPart:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+class SideStreamEngine(ReferenceEngine):
+    """A span on a stream of its own where it would run on the default one: there TensorRT waits for the GPU
+    in every run. What comes before and after on the default stream keeps its order."""
+
+    def __init__(
+        self,
+        spec: SpanSpec,
+        blocks: Sequence[AttnBlock | RowBlock],
+        attention: Attention,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        super().__init__(spec, blocks, attention)
+        self._stream = stream
+
+    def run(self) -> None:
+        """Start the span on what is bound."""
+        device = self._stream.device
+        current = torch.cuda.current_stream(device)
+        if current != torch.cuda.default_stream(device):
+            super().run()
+            return
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            super().run()
+        current.wait_stream(self._stream)
+
+
 class TensorRTEngines(ReferenceEngines):
     """Makes engines from a zoo's TensorRT plans.
 
@@ -125,6 +153,8 @@ class TensorRTEngines(ReferenceEngines):
         library: TensorRT | None = None,
     ) -> None:
         if machine is None or library is None:
+            if device is not None and not device.startswith("cuda"):
+                raise EngineError(f"device {device!r}: the tensorrt backend runs on cuda or cuda:<n> only")
             if not torch.cuda.is_available():
                 raise EngineError(
                     f"the tensorrt backend needs an NVIDIA GPU, and torch {torch.__version__} sees none; "
@@ -140,12 +170,18 @@ class TensorRTEngines(ReferenceEngines):
         self._machine = machine
         self._load = DeviceRuntime(zoo.read_tensorrt_plan, library, self.device, self._is_settling)
         self._plans: dict[str, Plan] = {}
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def facts(self) -> dict[str, Any]:
         """Backend, library version, precision and target."""
         machine = self._machine
         facts = {"backend": self.name, "version": machine.library_version, "library": machine.library}
         return facts | {"precision": self.precision, "target": machine.target}
+
+    def _engine(self, spec: SpanSpec, blocks: Sequence[AttnBlock | RowBlock]) -> ReferenceEngine:
+        if self._stream is None:
+            return super()._engine(spec, blocks)
+        return SideStreamEngine(spec, blocks, self._attention, self._stream)
 
     def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         if isinstance(block.spec, AttnSpec):

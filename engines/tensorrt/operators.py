@@ -1,4 +1,4 @@
-"""Operators between matrix products on the GPU, one Triton-language kernel each, and adapters."""
+"""Operators beside the matrix products on the GPU, as Triton-language kernels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import torch
 from blockzoo.engines.reference.blocks import Operators
 from blockzoo.engines.tensorrt import row_kernels
 
+_RANKS = 16  # of adapters, in a tile
+_MANY_ROWS = 256  # from here on tiles of rows are large
+_PROGRAMS = 128  # that keep a GPU busy
+_SPLIT_COLUMNS = 512  # the least of a split
+
 
 class FusedOperators(Operators):
-    """The operators between matrix products, one kernel each."""
+    """One kernel for each operator between matrix products, two for what adapters add to one."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension."""
@@ -28,47 +33,26 @@ class FusedOperators(Operators):
         row_kernels.silu_times[(rows, -(-width // 1024))](gate_up, out, WIDTH=width, BLOCK=1024, num_warps=4)
         return out
 
-
-def add_adapters(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
-) -> None:
-    """y += ((x A^T) * mask) B in place, at the cost of the adapters that each tile of rows uses.
-
-    Args:
-        y: [T, out]. x: [T, in]. a: [ranks, in]. b: [ranks, out]: all adapters' ranks side by side.
-        mask: [T, ranks]: not 0 in the ranks of the row's own adapter.
-    """
-    rows, ranks = mask.shape
-    if len({tensor.dtype for tensor in (y, x, a, b, mask)}) > 1:
-        raise ValueError("y, x, a, b and mask must have one type")
-    narrow = x.new_empty(rows, ranks)
-    tiles = -(-rows // 16)
-    row_kernels.lora_shrink[(tiles, -(-ranks // 16))](
-        x,
-        a,
-        mask,
-        narrow,
-        rows,
-        ranks,
-        WIDTH=x.shape[1],
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_K=128,
-        PRECISION=dot_precision(x),
-    )
-    row_kernels.lora_expand[(tiles, -(-y.shape[1] // 128))](
-        narrow,
-        b,
-        mask,
-        y,
-        rows,
-        ranks,
-        WIDTH=y.shape[1],
-        BLOCK_T=16,
-        BLOCK_R=16,
-        BLOCK_O=128,
-        PRECISION=dot_precision(x),
-    )
+    def add_adapters(
+        self, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """y += ((x A^T) * mask) B in place, at the cost of the adapters that each tile of rows uses."""
+        (rows, ranks), width = mask.shape, x.shape[1]
+        if len({tensor.dtype for tensor in (y, x, a, b, mask)}) > 1:
+            raise ValueError("y, x, a, b and mask must have one type")
+        block = 16 if rows <= _MANY_ROWS else 64
+        tiles, rank_tiles = -(-rows // block), -(-ranks // _RANKS)
+        # a short batch has few tiles: the columns are split until the GPU has work
+        splits = max(1, min(_PROGRAMS // (tiles * rank_tiles), width // _SPLIT_COLUMNS))
+        narrow = x.new_empty(splits, rows, ranks, dtype=torch.float32)
+        sizes = {"BLOCK_T": block, "BLOCK_R": _RANKS, "PRECISION": dot_precision(x)}
+        row_kernels.lora_shrink[(tiles, rank_tiles, splits)](
+            x, a, mask, narrow, rows, ranks, splits, WIDTH=width, BLOCK_K=128, **sizes
+        )
+        out = y.shape[1]
+        row_kernels.lora_expand[(tiles, -(-out // 128))](
+            narrow, b, mask, y, rows, ranks, splits, WIDTH=out, STRIDE=y.stride(0), BLOCK_O=128, **sizes
+        )
 
 
 def dot_precision(x: torch.Tensor) -> str:

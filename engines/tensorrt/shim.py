@@ -23,7 +23,8 @@ _INSTALL = (
     "install one: `pip install blockzoo[tensorrt]` (TensorRT-RTX: any machine, RTX and L4/L40 GPUs), or "
     "NVIDIA's `tensorrt` for A100/H100/H200/B200; see docs/tensorrt.md"
 )
-_SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")
+_SCRATCH = re.compile(r"Total Activation Memory: (\d+)")  # some versions add the unit
+_LEAST_TENSORRT = 10, 15  # reads RMSNormalization and RotaryEmbedding from ONNX
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +82,21 @@ def load_tensorrt(library: TensorRTLibrary | None = None) -> TensorRT:
     """The library of that name, or the first that is installed (`tensorrt` before `tensorrt_rtx`).
 
     Raises:
-        EngineError: none is installed, or it cannot be loaded (its stub on PyPI has no code).
+        EngineError: none is installed, it is too old, or it cannot be loaded (its stub on PyPI has no code).
     """
     reasons = []
     names: tuple[TensorRTLibrary, ...] = (library,) if library else ("tensorrt", "tensorrt_rtx")
     for name in names:
         try:
             module = importlib.import_module(name)
-            return TensorRT(name, str(module.__version__), module)
+            version = str(module.__version__)
         except (ImportError, OSError, AttributeError) as error:
             reasons.append(f"{name}: {error}")
+            continue
+        if name == "tensorrt" and tuple(map(int, version.split(".")[:2])) < _LEAST_TENSORRT:
+            reasons.append(f"tensorrt is {version}, at least {'.'.join(map(str, _LEAST_TENSORRT))} is needed")
+            continue
+        return TensorRT(name, version, module)
     raise EngineError(f"no TensorRT library can be loaded ({'; '.join(reasons)}); {_INSTALL}")
 
 

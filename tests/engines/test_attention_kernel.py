@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from blockzoo.engines.reference.attention import DenseAttention, rotate  # noqa: E402
-from blockzoo.engines.reference.blocks import Operators  # noqa: E402
-from blockzoo.engines.tensorrt import attention, operators  # noqa: E402
+from blockzoo.engines.tensorrt import attention  # noqa: E402
 from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
 from blockzoo.zoo.rope import RopeConfig  # noqa: E402
 
@@ -91,8 +91,9 @@ RAGGED = [(0, 5), (70, 1), (31, 3), (63, 1), (40, 20)]
         spec_of(heads=6, kv_heads=2),  # a group that is no power of two
         spec_of(heads=2, kv_heads=1, dim=48),  # a head that is none
         spec_of(heads=3, kv_heads=3, dim=16),
+        spec_of(heads=2, kv_heads=1, dim=256),  # tiles of fewer keys
     ],
-    ids=["gqa", "window", "group3", "dim48", "mha"],
+    ids=["gqa", "window", "group3", "dim48", "mha", "dim256"],
 )
 def test_ragged_batches_over_shuffled_pages(spec: AttnSpec) -> None:
     run_both(spec, *make_inputs(spec, RAGGED))
@@ -175,92 +176,12 @@ def test_scores_are_what_tokens_receive(window: int) -> None:
         assert abs(scores[i].sum() - spec.num_heads * last) < 0.02
 
 
-@interpreted
-def test_fused_operators() -> None:
-    fused, plain = operators.FusedOperators(), Operators()
-    torch.manual_seed(0)
-    x, weight = torch.randn(5, 96).half(), torch.randn(96).half()
-    torch.testing.assert_close(fused.norm(x, weight, 1e-5), plain.norm(x, weight, 1e-5), atol=4e-3, rtol=4e-3)
-    gate_up = torch.randn(5, 2 * 1100).half()
-    torch.testing.assert_close(fused.gated(gate_up), plain.gated(gate_up), atol=4e-3, rtol=4e-3)
-
-
-@interpreted
-def test_adapters_add_to_their_own_rows() -> None:
-    torch.manual_seed(0)
-    rows, width, out_width, rank = 37, 72, 200, 8
-    owners = torch.tensor([(i // 5) % 4 - 1 for i in range(rows)])  # -1: no adapter
-    mask = torch.zeros(rows, 3 * rank)
-    for row, owner in enumerate(owners.tolist()):
-        if owner >= 0:
-            mask[row, owner * rank : (owner + 1) * rank] = 0.5 + owner
-    x, y = torch.randn(rows, width).half(), torch.randn(rows, out_width).half()
-    a, b = torch.randn(3 * rank, width).half() * 0.1, torch.randn(3 * rank, out_width).half() * 0.1
-    expected = y.float() + (x.float() @ a.float().T * mask) @ b.float()
-    operators.add_adapters(y, x, a, b, mask.half())
-    torch.testing.assert_close(y.float(), expected, atol=8e-3, rtol=8e-3)
-    with pytest.raises(ValueError, match="one type"):
-        operators.add_adapters(y, x.float(), a, b, mask.half())
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from blockzoo.engines.tensorrt import kernels, row_kernels, score_kernels
-
-SHAPE = dict(HEADS=32, KV_HEADS=8, D=128)
-ROWS = dict(begins="*i32", past_lens="*i32", positions="*i32", table_begins="*i32", num_seqs="i32")
-CASES = {
-    "rotate_and_write": (
-        dict(qkv="*bf16", cos="*fp32", sin="*fp32", q_norm="*bf16", k_norm="*bf16", keys="*bf16",
-             values="*bf16", page_ids="*i32", eps="fp32", **ROWS),
-        dict(HALF=64, ROTATE=True, NORM=True, HAS_POSITIONS=False, **SHAPE),
-    ),
-    "attend": (
-        dict(qkv="*bf16", keys="*bf16", values="*bf16", page_ids="*i32", out="*fp32", sums="*fp32",
-             scale="fp32", **ROWS),
-        dict(BLOCK_D=128, BLOCK_Q=4, BLOCK_M=16, BLOCK_N=64, SPLITS=8, WINDOW=0, HAS_POSITIONS=False,
-             PRECISION="tf32", **SHAPE),
-    ),
-    "join_splits": (
-        dict(parts="*fp32", sums="*fp32", out="*bf16"), dict(D=128, BLOCK_D=128, SPLITS=8, BLOCK_S=8)
-    ),
-    "softmax_sums": (
-        dict(qkv="*bf16", keys="*bf16", windows="*i32", tops="*fp32", totals="*fp32", page_ids="*i32",
-             scale="fp32", **ROWS),
-        dict(BLOCK_D=128, BLOCK_M=16, BLOCK_N=64, WINDOW=0, PRECISION="tf32", **SHAPE),
-    ),
-    "add_scores": (
-        dict(qkv="*bf16", keys="*bf16", windows="*i32", tops="*fp32", totals="*fp32", page_ids="*i32",
-             out="*fp32", scale="fp32", **ROWS),
-        dict(BLOCK_D=128, BLOCK_M=16, BLOCK_N=64, WINDOW=4096, PRECISION="tf32", **SHAPE),
-    ),
-    "rms_norm": (dict(x="*bf16", weight="*bf16", out="*bf16", eps="fp32"), dict(WIDTH=4096, BLOCK=4096)),
-    "silu_times": (dict(gate_up="*bf16", out="*bf16"), dict(WIDTH=14336, BLOCK=1024)),
-    "lora_shrink": (
-        dict(x="*bf16", a="*bf16", mask="*bf16", out="*bf16", num_rows="i32", ranks="i32"),
-        dict(WIDTH=4096, BLOCK_T=16, BLOCK_R=16, BLOCK_K=128, PRECISION="tf32"),
-    ),
-    "lora_expand": (
-        dict(h="*bf16", b="*bf16", mask="*bf16", y="*bf16", num_rows="i32", ranks="i32"),
-        dict(WIDTH=4096, BLOCK_T=16, BLOCK_R=16, BLOCK_O=128, PRECISION="tf32"),
-    ),
-}
-for name, (signature, constants) in CASES.items():
-    kernel = next(getattr(m, name) for m in (kernels, row_kernels, score_kernels) if hasattr(m, name))
-    types = {arg: "constexpr" if arg in constants else signature[arg] for arg in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert ".target sm_90a" in compiled.asm["ptx"], name
-    print(name, len(compiled.asm["cubin"]), compiled.metadata.shared)
-"""
-
-
 def test_all_kernels_compile_for_hopper() -> None:
+    """As bf16 and float32 launches ask for them, within the shared memory of every GPU that is served."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=200, env=environment
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=250, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(result.stdout.splitlines()) == 9
+    assert len({line.split()[0] for line in result.stdout.splitlines()}) == 9

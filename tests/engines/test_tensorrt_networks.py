@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -196,6 +199,25 @@ def test_baked_weights_and_a_workspace_bound_compile(library: object) -> None:
         assert content
         assert {value.name for value in record.inputs} <= {"x", "cos", "sin", "attended"}
         assert record.workspace_bytes == 64 << 20
+
+
+def test_scratch_bytes_are_heard_with_and_without_their_unit(library: object) -> None:
+    heard: list[int] = []
+    native = library.logger(heard.append).native
+    severity = library.module.ILogger.Severity
+    for message in ("Total Activation Memory: 1577062400", "Total Activation Memory: 64 bytes", "Total: 1"):
+        native.log(severity.INFO, message)
+    assert heard == [1577062400, 64]
+
+
+def test_a_tensorrt_without_the_operators_of_the_networks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockzoo.engines.tensorrt.shim import load_tensorrt
+
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.14.1.48"))
+    with pytest.raises(EngineError, match=r"tensorrt is 10.14.1.48, at least 10.15 is needed"):
+        load_tensorrt("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0.106"))
+    assert load_tensorrt("tensorrt").title == "TensorRT 11.4.0.106"
 
 
 def test_a_target_that_the_library_does_not_know_is_refused(library: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-from benchmarks.random_chains import RandomZoo  # noqa: E402
+from benchmarks.random_chains import RandomZoo, run_steps  # noqa: E402
 from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
 from blockzoo.engines.reference.attention import DenseAttention  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators  # noqa: E402
@@ -85,6 +86,27 @@ def test_attention(name: str, batch: str) -> None:
     check_attention(SPECS[name], *attention_inputs(SPECS[name], BATCHES[batch]))
 
 
+def test_pools_of_more_than_two_billion_elements() -> None:
+    """The last pages of a large pool are written and read as those of a small one."""
+    from blockzoo.engines.tensorrt.attention import PagedAttention
+
+    spec = SPECS["8b"]
+    qkv, inputs, ids = attention_inputs(spec, [(70, 3), (0, 40)])
+    small = len(inputs["key_cache"])
+    extra = 2**31 // inputs["key_cache"][0].numel()
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    large = dict(inputs)
+    for name in ("key_cache", "value_cache"):
+        large[name] = torch.zeros(small + extra, *inputs[name].shape[1:], device="cuda", dtype=torch.bfloat16)
+        large[name][extra:] = inputs[name]
+    expected = PagedAttention(132)(qkv.clone(), inputs, ids, spec, None)
+    out = PagedAttention(132)(qkv.clone(), large, ids + extra, spec, None)
+    assert torch.equal(out, expected)
+    for name in ("key_cache", "value_cache"):
+        assert torch.equal(large[name][extra:], inputs[name])
+
+
 def test_scattered_rows() -> None:
     spec = SPECS["8b"]
     qkv, inputs, ids = attention_inputs(spec, [(0, 1500)])
@@ -116,8 +138,8 @@ def test_scores() -> None:
     torch.testing.assert_close(sums, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_operators_and_adapters() -> None:
-    from blockzoo.engines.tensorrt.operators import FusedOperators, add_adapters
+def test_operators() -> None:
+    from blockzoo.engines.tensorrt.operators import FusedOperators
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").bfloat16()
@@ -126,13 +148,26 @@ def test_operators_and_adapters() -> None:
     x, weight, gate_up = drawn(70, 4096), drawn(4096), drawn(70, 2 * 14336)
     assert relative_error(fused.norm(x, weight, 1e-5), plain.norm(x.float(), weight.float(), 1e-5)) < 5e-3
     assert relative_error(fused.gated(gate_up), plain.gated(gate_up.float())) < 5e-3
-    a, b, y = drawn(128, 4096) / 64, drawn(128, 6144), drawn(70, 6144)
-    mask = torch.zeros(70, 128, device="cuda", dtype=torch.bfloat16)
-    for row in range(70):
-        mask[row, row % 8 * 16 : row % 8 * 16 + 16] = 0.5
-    expected = y.float() + (x.float() @ a.float().T * mask.float()) @ b.float()
-    add_adapters(y, x, a, b, mask)
-    assert relative_error(y, expected) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 8, 70, 700])
+def test_adapters_of_different_ranks(rows: int) -> None:
+    """On the columns of a wider matrix, some rows without an adapter."""
+    from blockzoo.engines.tensorrt.operators import FusedOperators
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    ends = np.cumsum([16, 8, 64, 40])
+    a, b, wide, x = drawn(128, 4096) / 64, drawn(128, 4096), drawn(rows, 6144), drawn(rows, 4096)
+    mask = torch.zeros(rows, 128, device="cuda", dtype=torch.bfloat16)
+    for row in range(rows):
+        if row % 5:
+            mask[row, int(ends[row % 5 - 1]) - (16, 8, 64, 40)[row % 5 - 1] : int(ends[row % 5 - 1])] = 1.0
+    expected = wide.float()
+    Operators().add_adapters(expected[:, 1024:5120], x.float(), a.float(), b.float(), mask.float())
+    FusedOperators().add_adapters(wide[:, 1024:5120], x, a, b, mask)
+    assert relative_error(wide, expected) < 1e-2
 
 
 SIZES = {"max_tokens": 256, "max_seqs": 16, "context": 256}
@@ -143,21 +178,6 @@ def zoo_on_gpu(cuda_graphs: bool, make: Callable[[ReferenceEngines], None] | Non
     if make is not None:
         make(engines)
     return RandomZoo("tiny", engines, 3, 2, **SIZES)
-
-
-def run_steps(zoo: RandomZoo) -> list[np.ndarray]:
-    """A prefill of three models, then six decode steps of them in equal shapes."""
-    prompt = zoo.executor.run([zoo.rows(i, i, 40, 0) for i in range(3)])
-    results = [np.concatenate([rows.copy() for rows, _ in prompt.logits])]
-    for step in range(6):
-        batch = [zoo.rows(i, i, 1, 40 + step) for i in range(3)]
-        batch += [zoo.rows(3 + i, 0, 1, step) for i in range(2)]  # three of one model: padded to four
-        found = zoo.executor.run(batch)
-        order = [index for _, indices in found.logits for index in indices]
-        assert sorted(order) == list(range(5))
-        logits = np.concatenate([rows for rows, _ in found.logits])
-        results.append(logits[np.argsort(order)].copy())
-    return results
 
 
 def test_recorded_steps_give_what_direct_ones_give() -> None:
@@ -197,3 +217,28 @@ def test_plans_give_what_torch_gives(cuda_graphs: bool) -> None:
     torch_steps = run_steps(adapted_zoo(ReferenceEngines("bf16", "cuda", cuda_graphs=False)))
     for ours, theirs in zip(run_steps(adapted_zoo(engines)), torch_steps, strict=True):
         assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2
+
+
+def test_the_whole_runtime_gives_the_tokens_of_the_cpu(tmp_path: Path) -> None:
+    """In float32: prefixes shared, prompts in chunks, adapters and full models in one batch."""
+    for package in ("openvino", "tokenizers"):  # what compiling and serving need
+        pytest.importorskip(package)
+    from blockzoo.build.pipeline import CompileOptions, compile_models
+    from blockzoo.runtime import LLM, SamplingParams
+    from blockzoo.zoo.demo.assemble import assemble
+
+    compile_models(
+        assemble(tmp_path / "models"), tmp_path / "zoo", CompileOptions(verify=False, profile=False)
+    )
+    rng = np.random.default_rng(0)
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    prefix = rng.integers(2, 2048, 40).tolist()
+    prompts = [prefix + rng.integers(2, 2048, int(rng.integers(1, 90))).tolist() for _ in range(10)]
+    sides = []
+    for device in ("cpu", "cuda"):
+        settings = {"precision": "f32", "kv_cache_bytes": 64 << 20, "max_num_batched_tokens": 96}
+        llm = LLM(tmp_path / "zoo", backend="reference", device=device, **settings)
+        models = [llm.models[i % len(llm.models)] for i in range(len(prompts))]
+        answers = [llm.generate(models, prompts, greedy, progress=False) for _ in range(2)]
+        sides.append([[c.token_ids for c in answer] for answer in answers])
+    assert sides[0] == sides[1]

@@ -44,6 +44,7 @@ class OnnxContext:
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._memory = size
+        self._engine.arenas.add(address)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         record = self._engine.record
@@ -78,8 +79,10 @@ class OnnxContext:
 class OnnxEngine:
     def __init__(self, zoo: Zoo, record: TensorRTPlanRecord) -> None:
         self.record, self.runs, self.num_contexts = record, [], 0
+        self.arenas: set[int] = set()
         self.names = {t.name for t in (*record.inputs, *record.outputs)}
         self.device_memory_size_v2 = max(record.scratch_bytes.values())
+        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(record.profiles)
         weights = None
         if record.baked_block is not None:
             weights = part_weights(zoo.read_block(record.baked_block), record.part, record.precision)
@@ -89,6 +92,21 @@ class OnnxEngine:
         self.session = ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._io()[index].name
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (tensor,) = (tensor for tensor in self._io() if tensor.name == name)
+        return tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
+
+    def get_tensor_dtype(self, name: str) -> trt.DataType:
+        (tensor,) = (tensor for tensor in self._io() if tensor.name == name)
+        assert tensor.type == "tensor(float)"
+        return trt.DataType.FLOAT
+
+    def _io(self) -> list[Any]:
+        return [*self.session.get_inputs(), *self.session.get_outputs()]
 
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(

@@ -7,6 +7,7 @@ shapes and addresses; only what computes is another: the same ONNX network in on
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,14 @@ def planned_architectures(architecture_zoo: Path, tmp_path_factory: pytest.TempP
     return with_plans(architecture_zoo, tmp_path_factory.mktemp("plans") / "zoo")
 
 
-def test_a_plan_is_loaded_once_for_all_blocks_of_a_shape(planned_zoo: Path) -> None:
+def test_plans_are_loaded_once_a_shape_and_weights_once_a_block(planned_zoo: Path) -> None:
     zoo = Zoo.open(planned_zoo)
     engines = onnx_engines(zoo)
     for model in zoo.manifest.models.values():
         engines.span([zoo.read_block(i) for i in model.chain[1:]])
+    distinct = {i for model in zoo.manifest.models.values() for i in model.chain}
+    stored = sum(zoo.manifest.blocks[i].num_bytes for i in distinct)
+    assert stored < engines.weights.num_bytes <= 2 * stored  # bf16 in the zoo, f32 here; no embedding here
     assert sorted(e.record.part for e in engines.onnx.engines.values()) == [
         "attn_post",
         "attn_pre",
@@ -156,6 +160,8 @@ def test_scores_are_those_of_openvino(planned_zoo: Path) -> None:
 def test_without_a_gpu_or_a_zoo_the_backend_says_so(planned_zoo: Path) -> None:
     with pytest.raises(EngineError, match="runs the plans of a zoo"):
         make_engines("tensorrt")
+    with pytest.raises(EngineError, match="device 'cpu': the tensorrt backend runs on cuda"):
+        LLM(planned_zoo, backend="tensorrt", device="cpu")
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
             LLM(planned_zoo, backend="tensorrt")
@@ -167,6 +173,16 @@ def test_a_zoo_without_fitting_plans_says_what_to_run(planned_zoo: Path) -> None
     engines._machine = Machine("sm90", "tensorrt", "10.14.1")
     with pytest.raises(EngineError, match=r"plan is for sm89 / TensorRT-RTX .*, this machine has sm90"):
         engines.span([zoo.read_block(zoo.manifest.models["base"].chain[1])])
+
+
+def test_a_plan_that_is_not_what_the_manifest_says_is_refused(planned_zoo: Path) -> None:
+    zoo = Zoo.open(planned_zoo)
+    block, plans = zoo.read_block(zoo.manifest.models["base"].chain[2]), zoo.manifest.tensorrt_plans
+    key, record = next((k, p) for k, p in plans.items() if p.part == "ffn" and not p.lora)
+    wrong = replace(record.inputs[0], shape=(-1, 257))
+    plans[key] = replace(record, inputs=(wrong, *record.inputs[1:]))
+    with pytest.raises(EngineError, match=r"x: \('f32', \(-1, 256\)\), expected \('f32', \(-1, 257\)\)"):
+        onnx_engines(zoo).span([block])
 
 
 def test_calls_without_adapters_run_plans_without(planned_zoo: Path, serve_on_onnx: list[Any]) -> None:
@@ -228,6 +244,7 @@ def test_steps_about_to_be_recorded_get_contexts_of_one_shape(planned_zoo: Path)
     probe = ProbeChain(engines, [zoo.read_block(i) for i in record.chain], record.config, 64)
     shared = probe.forward([5, 6, 7], 0)
     probe.forward(list(range(9)), 0)
+    assert len({arena for engine in engines.onnx.engines.values() for arena in engine.arenas}) == 1
     loaded = list(engines.onnx.engines.values())
     assert {engine.num_contexts for engine in loaded} == {1}
     engines.arrays.settling = True  # type: ignore[attr-defined]
