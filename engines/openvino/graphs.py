@@ -101,8 +101,7 @@ class _SpanBuilder:
         self._params: list[Parameter] = []
         self._rows: Node | None = None
         self._lora = {index: set(names) for index, names in spec.lora}
-        self._lora_rows: Node | None = None
-        self._lora_back: Node | None = None
+        self._lora_inputs: dict[str, Node] = {}
         self._dropped = False
         self._meta: dict[str, Node] = {}
         self._scores: list[Node] = []  # of each layer
@@ -112,9 +111,6 @@ class _SpanBuilder:
         x = self._to_f32(self._param("hidden", self._dtype, [-1, spec.hidden_size]))
         if spec.drops_rows:
             self._rows = self._param("rows", Type.i32, [-1])
-        if spec.lora:
-            self._lora_rows = self._param("lora_rows", Type.i32, [-1])
-            self._lora_back = self._param("lora_back", Type.i32, [-1])
         if spec.layers:
             self._attention_params(spec.layers[0].head_dim)
         elif spec.drops_rows:
@@ -158,11 +154,19 @@ class _SpanBuilder:
         self._dropped = True
         return op.gather(x, self._rows, _const(0))
 
+    def _lora_input(self, name: str) -> Node:
+        """`lora_rows` or `lora_back`, or those of the rows that stay once the others have left."""
+        full = f"lora_{'kept_' if self._dropped else ''}{name}"
+        if full not in self._lora_inputs:
+            shape = [-1, -1] if name == "rows" else [-1]
+            self._lora_inputs[full] = self._param(full, Type.i32, shape)
+        return self._lora_inputs[full]
+
     def _adapted_rows(self, x: Node, index: int) -> Node:
-        """The rows of x that adapters work on, for `_lora_delta`: all of them once rows have left."""
-        if index not in self._lora or self._dropped:
+        """The rows of x that adapters work on, for `_lora_delta`, [tiles, rows, features]."""
+        if index not in self._lora:
             return x
-        return op.gather(x, self._lora_rows, _const(0))
+        return op.gather(x, self._lora_input("rows"), _const(0))
 
     def _lora_delta(self, x: Node, block: Block, index: int, name: str) -> Node | None:
         """What the adapters add to a projection, [rows of the call, out], given the adapted rows of its
@@ -171,13 +175,12 @@ class _SpanBuilder:
             return None
         out_features, in_features = block.tensors[name].shape
         mask, a, b = (
-            self._to_f32(self._param(f"lora_{which}.{index}.{name}", self._dtype, [-1, features]))
-            for which, features in (("mask", -1), ("a", in_features), ("b", out_features))
+            self._to_f32(self._param(f"lora_{which}.{index}.{name}", self._dtype, [-1, *shape]))
+            for which, shape in (("mask", (-1, -1)), ("a", (in_features, -1)), ("b", (-1, out_features)))
         )
-        if self._dropped:
-            mask = op.gather(mask, op.gather(self._lora_back, self._rows, _const(0)), _const(0))
-        delta = op.matmul(op.multiply(op.matmul(x, a, False, True), mask), b, False, False)
-        return delta if self._dropped else op.gather(delta, self._lora_back, _const(0))
+        delta = op.matmul(op.multiply(op.matmul(x, a, False, False), mask), b, False, False)
+        rows = op.reshape(delta, _const([-1, out_features]), False)
+        return op.gather(rows, self._lora_input("back"), _const(0))
 
     def _project(self, x: Node, adapted: Node, block: Block, index: int, name: str) -> Node:
         """x W^T, with the bias and the adapters' part where there are any; `adapted`: see `_adapted_rows`."""
