@@ -8,12 +8,13 @@ from what is bound whenever that changes (not every step), with S tiles, each of
     lora_rows    int32 [S, R]    the rows of the call that use an adapter of the tile, filled up with any row
     lora_back    int32 [T]       where in lora_rows, flat, each row of the call stands; those that use no
                                  adapter stand where it is filled up: the mask is zeros there
-    lora_mask.<i>.<projection>    precision [S, R, Q']
-    lora_a.<i>.<projection>       precision [S, in, Q']
-    lora_b.<i>.<projection>       precision [S, Q', out]
+    lora_mask.<i>.<product>    precision [S, R, Q']
+    lora_a.<i>.<product>       precision [S, in, Q']
+    lora_b.<i>.<product>       precision [S, Q', out]
 
-and `lora_kept_rows`, `lora_kept_back` for the projections behind the place where rows leave; they and the
-masks there count the rows that stay.
+A product is a projection, or `qkv`: q, k and v side by side, as the base computes them. Most of its B is
+zeros, which cost less than the ten operators that they spare. `lora_kept_rows` and `lora_kept_back` are the
+same for products behind the place where rows leave: they, and the masks there, count the rows that stay.
 """
 
 from __future__ import annotations
@@ -21,20 +22,54 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
 from blockzoo.engines.base import SpanSpec
-from blockzoo.zoo.blocks import AttnSpec
+from blockzoo.zoo.blocks import AttnSpec, tensor_shapes
 
 TILE_RANKS = 32
 """Adapters share a tile up to this many ranks: smaller tiles waste less, but each costs microseconds."""
 
 
-def only_kept_rows(spec: SpanSpec, index: int, name: str) -> bool:
-    """Whether a projection of block `index` comes after the rows that nobody needs have left."""
+class Product(NamedTuple):
+    """One pair of products of a block with adapters.
+
+    Attributes:
+        name: `<block>.<product>`, as in the graph's inputs.
+        columns: by projection that it covers, `<block>.<projection>`, where its outputs begin.
+        depth, width: inputs and outputs.
+        kept: whether only the kept rows reach it.
+    """
+
+    name: str
+    columns: dict[str, int]
+    depth: int
+    width: int
+    kept: bool
+
+
+def products(spec: SpanSpec) -> list[Product]:
+    """What the adapters of a span take."""
+    found = []
     last = max((i for i, block in enumerate(spec.specs) if isinstance(block, AttnSpec)), default=-1)
-    return spec.drops_rows and (index > last or (index == last and name == "o"))
+    for index, names in spec.lora:
+        block = spec.specs[index]
+        if isinstance(block, AttnSpec):
+            q, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+            starts = {"q": 0, "k": q, "v": q + kv}
+            columns = {f"{index}.{name}": start for name, start in starts.items() if name in names}
+            if columns:
+                found.append(Product(f"{index}.qkv", columns, block.hidden_size, q + 2 * kv, False))
+        for name in names:
+            if name in "qkv":
+                continue
+            # behind the last attention, the rows that nobody needs have left
+            kept = spec.drops_rows and (index > last or (index == last and name == "o"))
+            width, depth = tensor_shapes(block)[name]
+            found.append(Product(f"{index}.{name}", {f"{index}.{name}": 0}, depth, width, kept))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +78,7 @@ class _Tiles:
 
     Attributes:
         tile_of: by adapter.
-        ranks: by projection and tile, the ranks of the bank, those that change the projection.
+        ranks: by product and tile, the ranks of the bank that have a part in it.
         matrices: the graph's inputs that hold them.
     """
 
@@ -61,11 +96,7 @@ class AdapterPacker:
     """
 
     def __init__(self, spec: SpanSpec, bind: Callable[[str, np.ndarray], None]) -> None:
-        self._projections = {  # whether only the kept rows reach it
-            f"{index}.{name}": only_kept_rows(spec, index, name)
-            for index, names in spec.lora
-            for name in names
-        }
+        self._products = products(spec)
         self._bind = bind
         self._given: dict[str, np.ndarray] = {}
         self._changed = False
@@ -81,7 +112,7 @@ class AdapterPacker:
 
     def give(self, name: str, array: np.ndarray) -> None:
         """Note an input (or `rows`) as it is bound to the engine; its contents stay until another one is."""
-        if self._projections and self._given.get(name) is not array:
+        if self._products and self._given.get(name) is not array:
             self._given[name] = array
             self._changed = True
 
@@ -101,7 +132,7 @@ class AdapterPacker:
                 self._bind(name, matrix)
         users = [self._users[row.tobytes()] if row.any() else -1 for row in mask]
         tile_of = np.append(tiles.tile_of, -1)[users]
-        for kept in sorted(set(self._projections.values())):
+        for kept in sorted({product.kept for product in self._products}):
             rows = self._given["rows"] if kept else np.arange(len(mask))
             self._place(tiles, tile_of[rows], mask[rows], kept)
         self._changed = False
@@ -140,23 +171,35 @@ class AdapterPacker:
     def _packed(self, tile_of: np.ndarray, tiles: Sequence[np.ndarray]) -> _Tiles:
         found: dict[str, list[np.ndarray]] = {}
         matrices = {}
-        for projection in self._projections:
-            a, b = (self._given[f"lora_{which}.{projection}"] for which in "ab")
-            does = a.any(axis=1) & b.any(axis=1)
-            found[projection] = [ranks[does[ranks]] for ranks in tiles]
-            most = max(map(len, found[projection]))
-            packed_a = np.zeros((len(tiles), a.shape[1], most), a.dtype)
-            packed_b = np.zeros((len(tiles), most, b.shape[1]), b.dtype)
-            for tile, ranks in enumerate(found[projection]):
-                packed_a[tile, :, : len(ranks)] = a[ranks].T
-                packed_b[tile, : len(ranks)] = b[ranks]
-            matrices[f"lora_a.{projection}"], matrices[f"lora_b.{projection}"] = packed_a, packed_b
+        for product in self._products:
+            parts = [self._parts(product, ranks) for ranks in tiles]
+            found[product.name] = [np.concatenate([ranks for _, _, ranks in part]) for part in parts]
+            most = max(map(len, found[product.name]))
+            dtype = self._given["lora_mask"].dtype
+            packed_a = np.zeros((len(tiles), product.depth, most), dtype)
+            packed_b = np.zeros((len(tiles), most, product.width), dtype)
+            for tile, part in enumerate(parts):
+                end = 0
+                for projection, column, ranks in part:
+                    begin, end = end, end + len(ranks)
+                    a, b = (self._given[f"lora_{which}.{projection}"] for which in "ab")
+                    packed_a[tile, :, begin:end] = a[ranks].T
+                    packed_b[tile, begin:end, column : column + b.shape[1]] = b[ranks]
+            matrices[f"lora_a.{product.name}"], matrices[f"lora_b.{product.name}"] = packed_a, packed_b
         return _Tiles(tile_of, found, matrices)
+
+    def _parts(self, product: Product, ranks: np.ndarray) -> list[tuple[str, int, np.ndarray]]:
+        """By projection of the product, where its outputs begin, and those of the ranks that change it."""
+        found = []
+        for projection, column in product.columns.items():
+            a, b = (self._given[f"lora_{which}.{projection}"][ranks] for which in "ab")
+            found.append((projection, column, ranks[a.any(axis=1) & b.any(axis=1)]))
+        return found
 
     def _place(self, tiles: _Tiles, tile_of: np.ndarray, mask: np.ndarray, kept: bool) -> None:
         """Bind what says where each row stands, given the rows' tiles (-1: none)."""
-        projections = [name for name, only_kept in self._projections.items() if only_kept == kept]
-        members = [np.flatnonzero(tile_of == tile) for tile in range(len(tiles.ranks[projections[0]]))]
+        reached = [product.name for product in self._products if product.kept == kept]
+        members = [np.flatnonzero(tile_of == tile) for tile in range(len(tiles.ranks[reached[0]]))]
         counts = [len(rows) for rows in members]
         bare = tile_of < 0
         num_rows = max(counts)
@@ -171,13 +214,13 @@ class AdapterPacker:
         prefix = "lora_kept_" if kept else "lora_"
         self._bind(f"{prefix}rows", rows)
         self._bind(f"{prefix}back", back)
-        masks: dict[tuple[bytes, ...], np.ndarray] = {}  # projections with the same ranks share one
-        for projection in projections:
-            ranks = tiles.ranks[projection]
+        masks: dict[tuple[bytes, ...], np.ndarray] = {}  # products with the same ranks share one
+        for name in reached:
+            ranks = tiles.ranks[name]
             key = tuple(own.tobytes() for own in ranks)
             if key not in masks:
                 masks[key] = _tiled(mask, members, ranks, num_rows)
-            self._bind(f"lora_mask.{projection}", masks[key])
+            self._bind(f"lora_mask.{name}", masks[key])
 
 
 def _tiled(

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from blockzoo.engines.base import SpanSpec
-from blockzoo.engines.openvino.adapters import AdapterPacker, only_kept_rows
+from blockzoo.engines.openvino.adapters import AdapterPacker, products
 from blockzoo.zoo.blocks import AttnSpec, FfnSpec
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import f32_to_bf16
 
 ATTN = AttnSpec(6, 1, 1, 5, 1e-5, RopeConfig("default", 1e4), 0, False, False, False)
 FFN = FfnSpec(6, 5, 1e-5, False)
-SPEC = SpanSpec((ATTN, FFN), drops_rows=True, lora=((0, ("q", "v")), (1, ("down",))))
-RANKS = {"0.q": [0, 1, 2, 6], "0.v": [0, 1, 2, 6], "1.down": [3, 4, 5]}  # of 8: adapters 0-2, 3-5, 6, 7
+SPEC = SpanSpec((ATTN, FFN), drops_rows=True, lora=((0, ("q", "v")), (1, ("gate",))))
+RANKS = {"0.q": [0, 1, 2, 6], "0.v": [0, 1, 2, 6], "1.gate": [3, 4, 5]}  # of 8: adapters 0-2, 3-5, 6, 7
 OWN = [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
@@ -29,12 +29,13 @@ class Graph:
 
     def delta(self, x: np.ndarray, projection: str, kept: np.ndarray) -> np.ndarray:
         """As the graph computes it: of projections behind the drop for the kept rows alone."""
-        found, which = self.inputs, "lora_"
-        if only_kept_rows(SPEC, int(projection[0]), projection[2:]):
-            x, which = x[kept], "lora_kept_"
-        mask, a, b = (found[f"lora_{part}.{projection}"] for part in ("mask", "a", "b"))
+        product = next(product for product in products(SPEC) if projection in product.columns)
+        found, which = self.inputs, "lora_kept_" if product.kept else "lora_"
+        x = x[kept] if product.kept else x
+        mask, a, b = (found[f"lora_{part}.{product.name}"] for part in ("mask", "a", "b"))
         delta = ((x[found[f"{which}rows"]] @ a) * mask) @ b
-        return np.asarray(delta.reshape(-1, delta.shape[-1])[found[f"{which}back"]])
+        begin = product.columns[projection]
+        return np.asarray(delta.reshape(-1, product.width)[found[f"{which}back"], begin : begin + 5])
 
 
 def bank(seed: int) -> dict[str, np.ndarray]:
@@ -70,7 +71,7 @@ def check(graph: Graph, given: dict[str, np.ndarray], users: list[int | None], k
     for projection in RANKS:
         a, b = given[f"lora_a.{projection}"], given[f"lora_b.{projection}"]
         expected = ((x @ a.T) * mask_of(users)) @ b
-        if projection == "1.down":
+        if projection == "1.gate":
             expected = expected[kept]
         found = graph.delta(x, projection, np.array(kept))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -104,8 +105,9 @@ def test_rows_meet_the_ranks_of_their_own_tile(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("blockzoo.engines.openvino.adapters.TILE_RANKS", 4)
     graph = Graph()
     give(AdapterPacker(SPEC, graph), bank(0), [0, 0, 1, 1, 2, None], [5])  # ranks 3, 3 and 1
-    assert graph.inputs["lora_a.0.q"].shape == (2, 6, 4)  # adapters 0 and 2; adapter 1 leaves q alone
-    assert graph.inputs["lora_b.1.down"].shape == (2, 3, 5)
+    assert graph.inputs["lora_a.0.qkv"].shape == (2, 6, 8)  # adapters 0 and 2 on q and v; 1 leaves them alone
+    assert graph.inputs["lora_b.0.qkv"].shape == (2, 8, 15)
+    assert graph.inputs["lora_b.1.gate"].shape == (2, 3, 5)
     assert graph.inputs["lora_rows"].shape == (2, 3)
     assert graph.inputs["lora_kept_rows"].shape == (2, 1)
 
@@ -132,12 +134,16 @@ def test_only_what_changed_is_packed_again() -> None:
     assert all(graph.inputs[name] is matrix for name, matrix in matrices.items())
 
 
-def test_projections_of_the_same_ranks_share_a_mask() -> None:
+def test_products_of_the_same_ranks_share_a_mask() -> None:
     graph = Graph()
-    packer = AdapterPacker(SPEC, graph)
-    full = {name: f32_to_bf16(np.ones_like(array)) for name, array in bank(0).items()}
-    for name, array in (full | {"lora_mask": f32_to_bf16(mask_of([0, 1])), "rows": np.arange(2)}).items():
-        packer.give(name, array)
+    spec = SpanSpec((ATTN, FFN), drops_rows=False, lora=((1, ("gate", "up")),))
+    packer = AdapterPacker(spec, graph)
+    matrix = f32_to_bf16(np.ones((8, 5), np.float32))
+    wide = f32_to_bf16(np.ones((8, 6), np.float32))
+    for name in ("gate", "up"):
+        packer.give(f"lora_a.1.{name}", wide)
+        packer.give(f"lora_b.1.{name}", matrix)
+    packer.give("lora_mask", f32_to_bf16(mask_of([0, 1])))
     packer.pack()
-    assert graph.inputs["lora_mask.0.q"] is graph.inputs["lora_mask.0.v"]
-    assert graph.inputs["lora_mask.0.q"].dtype == np.uint16
+    assert graph.inputs["lora_mask.1.gate"] is graph.inputs["lora_mask.1.up"]
+    assert graph.inputs["lora_mask.1.gate"].dtype == np.uint16
