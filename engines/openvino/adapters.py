@@ -154,17 +154,13 @@ class AdapterPacker:
         return self._tiles
 
     def _dealt(self, users: Sequence[np.ndarray]) -> _Tiles:
-        """Adapters (their ranks in the bank) in tiles, the largest first, each in the first that has room."""
-        room = max([TILE_RANKS, *map(len, users)])
-        tiles: list[list[np.ndarray]] = [[]]
+        """Adapters (their ranks in the bank) in tiles: the largest first, each where fewest ranks are."""
+        count = max(1, -(-sum(map(len, users)) // TILE_RANKS))
+        tiles: list[list[np.ndarray]] = [[] for _ in range(min(count, max(1, len(users))))]
         tile_of = np.zeros(len(users), np.int64)
         for user in sorted(range(len(users)), key=lambda user: -len(users[user])):
-            fits = (i for i, tile in enumerate(tiles) if sum(map(len, tile)) + len(users[user]) <= room)
-            place = next(fits, len(tiles))
-            if place == len(tiles):
-                tiles.append([])
-            tiles[place].append(users[user])
-            tile_of[user] = place
+            tile_of[user] = min(range(len(tiles)), key=lambda tile: sum(map(len, tiles[tile])))
+            tiles[tile_of[user]].append(users[user])
         none = np.zeros(0, np.int64)
         return self._packed(tile_of, [np.concatenate([none, *tile]) for tile in tiles])
 
