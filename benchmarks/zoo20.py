@@ -1,6 +1,6 @@
 """Twenty fine-tunes of every kind in one zoo, against twenty of everything.
 
-    python -m benchmarks.zoo20 [--repeats N]
+    python -m benchmarks.zoo20 [--repeats N] [--parts decode ...]
 
 The models (benchmarks/finetunes.py) are trained on first use, and kept: five LoRA folders, five merged LoRAs,
 four with tuned last layers, three lightly tuned in all layers, two aliases, one that is unrelated. Figures:
@@ -11,6 +11,7 @@ four with tuned last layers, three lightly tuned in all layers, two aliases, one
     agreement   greedy tokens in f32 with transformers and PEFT, by model
     decode      tokens/s of all twenty at once against twenty requests of one tenant, and against GenAI
 
+Some of the parts alone are printed and not kept; without `compile` they use the zoos that are there.
 The lightly tuned models share by `--share equivalent --threshold 0.98`; the figures without are given too.
 """
 
@@ -49,6 +50,8 @@ from blockzoo.zoo.store import Zoo
 
 STEPS = 8
 LORA_TENANT = "lora-all-16"  # the LoRA tenant that is measured alone
+PARTS = ("compile", "disk", "memory", "agreement", "decode", "genai")
+_RATES = ("rate to base alone", "rate to a LoRA alone")
 _ANSWERS, _TOKENS = 6, 32  # by model, for the agreement
 
 
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens before decode steps (512)")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="share of the usual training steps")
     parser.add_argument("--without-genai", action="store_true", help="leave its pipelines out")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these figures")
     parser.add_argument("--resident", nargs=2, metavar=("ZOO", "MODELS"), help="(a measured process)")
     args = parser.parse_args()
     count = len(MODELS)
@@ -75,18 +79,21 @@ def main() -> None:
     models = _trained(args.workdir / "zoo20", args.steps_scale)
     zoos = Zoos(models)
     results: dict[str, Any] = {"precision": settings.precision, "threshold": THRESHOLD}
-    results["compile"] = zoos.compile_all()
-    results["disk"] = zoos.disk()
-    results["memory"] = _memory(zoos)
-    results["agreement"] = _agreement(zoos)
-    results["decode"] = _decode(zoos, settings, args.repeats)
-    missing = "left out" if args.without_genai else genai_missing()
-    if missing:
+    if "genai" in args.parts and (missing := "left out" if args.without_genai else genai_missing()):
         print(f"without genai: {missing}")
-    else:
-        results["genai"] = _against_genai(zoos, settings, args.repeats)
+        args.parts = [part for part in args.parts if part != "genai"]
+    figures = {
+        "compile": zoos.compile_all,
+        "disk": zoos.disk,
+        "memory": partial(_memory, zoos),
+        "agreement": partial(_agreement, zoos),
+        "decode": partial(_decode, zoos, settings, args.repeats),
+        "genai": partial(_against_genai, zoos, settings, args.repeats),
+    }
+    results |= {part: measure() for part, measure in figures.items() if part in args.parts}
     _print(results)
-    print(save_report("zoo20", args, machine, results))
+    if {*PARTS} - {"genai"} <= {*args.parts}:
+        print(save_report("zoo20", args, machine, results))
 
 
 def _trained(folder: Path, steps_scale: float) -> FineTunes:
@@ -161,6 +168,8 @@ def _agreement(zoos: Zoos) -> dict[str, Any]:
 def _decode(zoos: Zoos, settings: Settings, rounds: int) -> dict[str, Any]:
     """All tenants at once, against as many requests of one tenant in a zoo of its own."""
     names = zoos.models.names
+    adapted = {*zoos.models.of_kind("lora", "merged")}
+    own = {*zoos.models.of_kind("layers", "light", "unrelated"), "last-2-values-again"}
     sides = {
         "all": EngineSide(Zoo.open(zoos.all), names, settings),
         "all, without equivalence": EngineSide(Zoo.open(zoos.distinct), names, settings),
@@ -170,6 +179,9 @@ def _decode(zoos: Zoos, settings: Settings, rounds: int) -> dict[str, Any]:
         "LoRAs, given and merged": EngineSide(
             Zoo.open(zoos.all), zoos.models.of_kind("lora", "merged"), settings
         ),
+        # what the kinds cost: the base in their place
+        "all but adapters": EngineSide(Zoo.open(zoos.all), _replaced(names, adapted), settings),
+        "all but own layers": EngineSide(Zoo.open(zoos.all), _replaced(names, own), settings),
     }
     turns = {name: partial(decode_turn, side, len(names), STEPS) for name, side in sides.items()}
     samples = interleave(turns, rounds)
@@ -177,9 +189,13 @@ def _decode(zoos: Zoos, settings: Settings, rounds: int) -> dict[str, Any]:
         side.close()
     return {
         name: _rates(taken, len(names))
-        | {f"rate to {other}": samples[other].ratio_to(taken) for other in ("base alone", "a LoRA alone")}
+        | {key: samples[key.removeprefix("rate to ")].ratio_to(taken) for key in _RATES}
         for name, taken in samples.items()
     }
+
+
+def _replaced(names: Sequence[str], by_base: set[str]) -> list[str]:
+    return [BASE if name in by_base else name for name in names]
 
 
 def _rates(taken: Samples, count: int) -> dict[str, Any]:
@@ -248,31 +264,38 @@ def _mixes_adapters(folder: Path, files: Sequence[Path], settings: Settings) -> 
 
 
 def _print(results: dict[str, Any]) -> None:
-    mib = 2**20
-    disk, memory, compiled = results["disk"], results["memory"], results["compile"]
-    rows: list[tuple[object, ...]] = []
-    for label in ("zoo", "zoo_without_equivalence"):
-        full, count = disk[f"{label}_to_full_checkpoints"], len(MODELS)
-        rows.append((f"disk, {label}", disk[label] / mib, disk["full_checkpoints"] / mib, full))
-        single = count * memory["single"] / mib
-        rows.append((f"resident, {label}", memory[label] / mib, single, memory[f"{label}_to_{count}_single"]))
-    seconds = compiled["one_zoo_s"], compiled["separate_s"], compiled["one_zoo_to_separate"]
-    print_table(f"{len(MODELS)} models: MiB, s", ("", "one zoo", "separate", "ratio"), rows)
-    print_table("zoo-compile, s", ("", "one zoo", "separate", "ratio"), [("all", *map(float, seconds))])
-    agreed = [(name, found["kind"], found["agreement"]) for name, found in results["agreement"].items()]
-    print_table("greedy tokens of transformers and PEFT in f32", ("", "kind", "agreement"), agreed)
-    decode = [
-        (name, case["tokens_per_s"], case["median_ms"], case["rate to base alone"]["ratio"])
-        for name, case in results["decode"].items()
-    ]
-    print_table(
-        f"decode, {len(MODELS)} requests", ("", "tokens/s", "median ms", "rate to base alone"), decode
-    )
+    if {"disk", "memory"} <= results.keys():
+        _print_bytes(results["disk"], results["memory"])
+    if "compile" in results:
+        compiled = results["compile"]
+        seconds = compiled["one_zoo_s"], compiled["separate_s"], compiled["one_zoo_to_separate"]
+        print_table("zoo-compile, s", ("", "one zoo", "separate", "ratio"), [("all", *map(float, seconds))])
+    if "agreement" in results:
+        agreed = [(name, found["kind"], found["agreement"]) for name, found in results["agreement"].items()]
+        print_table("greedy tokens of transformers and PEFT in f32", ("", "kind", "agreement"), agreed)
+    if "decode" in results:
+        decode = [
+            (name, case["tokens_per_s"], case["median_ms"], *(case[key]["ratio"] for key in _RATES))
+            for name, case in results["decode"].items()
+        ]
+        columns = ("", "tokens/s", "median ms", *_RATES)
+        print_table(f"decode, {len(MODELS)} requests", columns, decode)
     if "genai" in results:
         genai = results["genai"]
         print(f"GenAI, {genai['pipelines']} pipelines in turn: {genai['genai']['tokens_per_s']} tokens/s;")
         print(f"blockzoo beside it: {genai['blockzoo']['tokens_per_s']} tokens/s")
         print(f"GenAI on two adapters in one batch: {genai['adapters_in_one_batch']}")
+
+
+def _print_bytes(disk: dict[str, Any], memory: dict[str, Any]) -> None:
+    mib, count = 2**20, len(MODELS)
+    rows: list[tuple[object, ...]] = []
+    for label in ("zoo", "zoo_without_equivalence"):
+        full = disk[f"{label}_to_full_checkpoints"]
+        rows.append((f"disk, {label}", disk[label] / mib, disk["full_checkpoints"] / mib, full))
+        single = count * memory["single"] / mib
+        rows.append((f"resident, {label}", memory[label] / mib, single, memory[f"{label}_to_{count}_single"]))
+    print_table(f"{count} models: MiB", ("", "one zoo", "separate", "ratio"), rows)
 
 
 if __name__ == "__main__":

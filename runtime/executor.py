@@ -164,8 +164,7 @@ class Executor:
             ValueError: a row's page table, token ids or lengths are out of range; nothing was run.
                 (The engines do not check, and would crash.)
         """
-        for rows in batch:
-            self._check(rows)
+        self._check(batch)
         order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
         ordered = [batch[i] for i in order]
         if self._device.records:
@@ -219,7 +218,20 @@ class Executor:
                     engine.bind(name, pages)
         return pool
 
-    def _check(self, rows: Rows) -> None:
+    def _check(self, batch: Sequence[Rows]) -> None:
+        for rows in batch:
+            self._check_shapes(rows)
+        if not batch:
+            return
+        ids = np.concatenate([rows.token_ids for rows in batch])
+        pages = np.concatenate([_used_pages(rows).ravel() for rows in batch])
+        vocab = min(self._vocab_size(rows) for rows in batch)
+        # one look at all values together; a second one at each row's only to say which is wrong
+        if ids.min() < 0 or ids.max() >= vocab or pages.min() < 0 or pages.max() >= self._num_pages:
+            for rows in batch:
+                self._check_values(rows)
+
+    def _check_shapes(self, rows: Rows) -> None:
         chain = self._chains[rows.chain]
         count = len(rows.token_ids)
         pages = -(-(rows.past_len + count) // PAGE_TOKENS)
@@ -236,17 +248,19 @@ class Executor:
             raise ValueError(
                 f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
             )
-        used = rows.page_table[:, :pages]
-        if int(used.min()) < 0 or int(used.max()) >= self._num_pages:
-            raise ValueError(f"page ids {used.min()} to {used.max()} in a pool of {self._num_pages}")
-        vocab = self._embeddings[chain.embed_id].vocab_size
-        if int(rows.token_ids.min()) < 0 or int(rows.token_ids.max()) >= vocab:
-            raise ValueError(
-                f"token ids {rows.token_ids.min()} to {rows.token_ids.max()}, vocabulary {vocab}"
-            )
         positions = len(self._rope_tables[rows.chain][0])
         if rows.past_len + count > positions:
             raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
+
+    def _check_values(self, rows: Rows) -> None:
+        used, ids, vocab = _used_pages(rows), rows.token_ids, self._vocab_size(rows)
+        if used.min() < 0 or used.max() >= self._num_pages:
+            raise ValueError(f"page ids {used.min()} to {used.max()} in a pool of {self._num_pages}")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()}, vocabulary {vocab}")
+
+    def _vocab_size(self, rows: Rows) -> int:
+        return self._embeddings[self._chains[rows.chain].embed_id].vocab_size
 
     def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
         """The layout of a batch's shapes, and what runs it; the last ones are kept."""
@@ -285,36 +299,36 @@ class Executor:
         return self._run_calls(layout)
 
     def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
-        arrays = layout.arrays
-        for i, rows in enumerate(batch):
-            begin, end = layout.seq_begins[i], layout.seq_begins[i + 1]
-            arrays.token_ids[begin:end] = rows.token_ids
-            arrays.past_lens[i] = rows.past_len
-            arrays.score_windows[i] = rows.score_window
-            arrays.positions[begin:end] = np.arange(rows.past_len, rows.past_len + end - begin)
-            entries = arrays.tables[
-                : len(rows.page_table), layout.table_begins[i] : layout.table_begins[i + 1]
-            ]
-            pages = -(-(rows.past_len + end - begin) // PAGE_TOKENS)
-            entries[:, :pages] = rows.page_table[:, :pages]  # beyond: some valid id, never read
-        arrays.max_context_len[...] = (arrays.past_lens + np.diff(layout.seq_begins)).max()
+        arrays, begins = layout.arrays, layout.seq_begins
+        counts = np.diff(begins)
+        arrays.token_ids[...] = np.concatenate([rows.token_ids for rows in batch])
+        arrays.past_lens[...] = [rows.past_len for rows in batch]
+        arrays.score_windows[...] = [rows.score_window for rows in batch]
+        arrays.positions[...] = np.arange(begins[-1]) + np.repeat(arrays.past_lens - begins[:-1], counts)
+        for rows, begin in zip(batch, layout.table_begins.tolist(), strict=False):
+            used = _used_pages(rows)  # beyond: some valid id, never read
+            arrays.tables[: used.shape[0], begin : begin + used.shape[1]] = used
+        arrays.max_context_len[...] = (arrays.past_lens + counts).max()
         layout.upload()
         for i, rows in enumerate(batch):
             if rows.entry:
                 layout.entering_rows(i)[...] = rows.hidden
 
     def _gather(self, layout: StepLayout) -> None:
-        """Rotary rows of the step's tokens, and the embeddings of those that enter at the bottom."""
+        """Rotary rows of the step's tokens, and the embeddings of those that enter at the bottom: one look-up
+        for neighbouring chains that share a table."""
         arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
-        for chain_index, entry, rows_slice in layout.group_rows():
-            cos, sin = self._rope_tables[chain_index]
-            positions = arrays.positions[rows_slice]
-            take(cos, positions, buffers.cos[rows_slice, 0, 0])
-            take(sin, positions, buffers.sin[rows_slice, 0, 0])
-            if entry:
-                continue
-            embedding = self._embeddings[self._chains[chain_index].embed_id]
-            embedding.lookup(arrays.token_ids[rows_slice], buffers.hidden[0][rows_slice])
+        groups = layout.group_rows()
+        for _, run in groupby(groups, key=lambda group: id(self._rope_tables[group[0]])):
+            chain, rows = _joined(list(run))
+            cos, sin = self._rope_tables[chain]
+            positions = arrays.positions[rows]
+            take(cos, positions, buffers.cos[rows, 0, 0])
+            take(sin, positions, buffers.sin[rows, 0, 0])
+        for (entry, embed_id), run in groupby(groups, key=lambda g: (g[1], self._chains[g[0]].embed_id)):
+            if not entry:
+                _, rows = _joined(list(run))
+                self._embeddings[embed_id].lookup(arrays.token_ids[rows], buffers.hidden[0][rows])
 
     def _run_calls(self, layout: StepLayout) -> list[Hidden]:
         """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
@@ -349,6 +363,16 @@ class Executor:
             if layout.arrays.score_windows[seq]:
                 known = self._scores.get(seq)
                 self._scores[seq] = own.copy() if known is None else known + own
+
+
+def _joined(groups: Sequence[tuple[int, int, slice]]) -> tuple[int, slice]:
+    """The chain of the first, and the rows of all, of neighbouring groups (`StepLayout.group_rows`)."""
+    return groups[0][0], slice(groups[0][2].start, groups[-1][2].stop)
+
+
+def _used_pages(rows: Rows) -> np.ndarray:
+    """The columns of the page table that the rows read or write."""
+    return rows.page_table[:, : -(-(rows.past_len + len(rows.token_ids)) // PAGE_TOKENS)]
 
 
 def _table_len(rows: Rows) -> int:

@@ -199,7 +199,8 @@ class Scheduler:
             if entry is None or entry.seq is not seq:
                 continue  # aborted while the step ran
             seq.num_computed = seq.end_after(num_tokens)
-            seq.refreshed, seq.stale = np.split(seq.stale, [seq.num_refreshing])
+            if seq.stale.size or seq.refreshed.size:
+                seq.refreshed, seq.stale = np.split(seq.stale, [seq.num_refreshing])
             seq.cache.commit(seq)
 
     def _schedule_refresh(self, step: _Step) -> None:

@@ -26,13 +26,14 @@ class OpenVINOEngine:
         self._blocks = tuple(blocks)  # keeps the files mapped over which the graph's constants lie
         self._request = compiled.create_infer_request()
         self._bound: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
-        self._adapters = AdapterPacker(spec.lora, self._set)
+        self._adapters = AdapterPacker(spec, self._set)
 
     def bind(self, name: str, array: np.ndarray) -> None:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
-        if self._adapters.takes(name):
+        takes = self._adapters.takes(name)
+        if takes or name == "rows":  # which rows stay
             self._adapters.give(name, array)
-        else:
+        if not takes:
             self._set(name, array)
 
     def _set(self, name: str, array: np.ndarray) -> None:

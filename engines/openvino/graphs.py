@@ -18,6 +18,7 @@ from openvino import Model, PartialShape, Tensor, Type
 from openvino.op import Constant, Parameter, _PagedAttentionExtension
 
 from blockzoo.engines.base import Precision, SpanSpec
+from blockzoo.engines.openvino.adapters import products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
@@ -100,9 +101,9 @@ class _SpanBuilder:
         self._dtype = _TYPES[precision]
         self._params: list[Parameter] = []
         self._rows: Node | None = None
-        self._lora = {index: set(names) for index, names in spec.lora}
-        self._lora_rows: Node | None = None
-        self._lora_back: Node | None = None
+        self._lora = {product.name: product for product in products(spec)}
+        self._adapted = {index for index, _ in spec.lora}  # blocks
+        self._lora_inputs: dict[str, Node] = {}
         self._dropped = False
         self._meta: dict[str, Node] = {}
         self._scores: list[Node] = []  # of each layer
@@ -112,9 +113,6 @@ class _SpanBuilder:
         x = self._to_f32(self._param("hidden", self._dtype, [-1, spec.hidden_size]))
         if spec.drops_rows:
             self._rows = self._param("rows", Type.i32, [-1])
-        if spec.lora:
-            self._lora_rows = self._param("lora_rows", Type.i32, [-1])
-            self._lora_back = self._param("lora_back", Type.i32, [-1])
         if spec.layers:
             self._attention_params(spec.layers[0].head_dim)
         elif spec.drops_rows:
@@ -158,32 +156,41 @@ class _SpanBuilder:
         self._dropped = True
         return op.gather(x, self._rows, _const(0))
 
-    def _adapted_rows(self, x: Node, index: int) -> Node:
-        """The rows of x that adapters work on, for `_lora_delta`: all of them once rows have left."""
-        if index not in self._lora or self._dropped:
-            return x
-        return op.gather(x, self._lora_rows, _const(0))
+    def _lora_input(self, name: str) -> Node:
+        """`lora_rows` or `lora_back`, or those of the rows that stay once the others have left."""
+        full = f"lora_{'kept_' if self._dropped else ''}{name}"
+        if full not in self._lora_inputs:
+            shape = [-1, -1] if name == "rows" else [-1]
+            self._lora_inputs[full] = self._param(full, Type.i32, shape)
+        return self._lora_inputs[full]
 
-    def _lora_delta(self, x: Node, block: Block, index: int, name: str) -> Node | None:
-        """What the adapters add to a projection, [rows of the call, out], given the adapted rows of its
-        input; None where none may."""
-        if name not in self._lora.get(index, ()):
-            return None
-        out_features, in_features = block.tensors[name].shape
+    def _adapted_rows(self, x: Node, index: int) -> Node:
+        """The rows of x that adapters work on, for `_add_lora`, [tiles, rows, features]."""
+        if index not in self._adapted:
+            return x
+        return op.gather(x, self._lora_input("rows"), _const(0))
+
+    def _add_lora(self, y: Node, x: Node, index: int, name: str) -> Node:
+        """y, the outputs of a product, with what the adapters add, given the adapted rows of its input."""
+        product = self._lora.get(f"{index}.{name}")
+        if product is None:
+            return y
         mask, a, b = (
-            self._to_f32(self._param(f"lora_{which}.{index}.{name}", self._dtype, [-1, features]))
-            for which, features in (("mask", -1), ("a", in_features), ("b", out_features))
+            self._to_f32(self._param(f"lora_{which}.{product.name}", self._dtype, [-1, *shape]))
+            for which, shape in (
+                ("mask", (-1, -1)),
+                ("a", (product.depth, -1)),
+                ("b", (-1, product.width)),
+            )
         )
-        if self._dropped:
-            mask = op.gather(mask, op.gather(self._lora_back, self._rows, _const(0)), _const(0))
-        delta = op.matmul(op.multiply(op.matmul(x, a, False, True), mask), b, False, False)
-        return delta if self._dropped else op.gather(delta, self._lora_back, _const(0))
+        delta = op.matmul(op.multiply(op.matmul(x, a, False, False), mask), b, False, False)
+        rows = op.reshape(delta, _const([-1, product.width]), False)
+        return op.add(y, op.gather(rows, self._lora_input("back"), _const(0)))
 
     def _project(self, x: Node, adapted: Node, block: Block, index: int, name: str) -> Node:
         """x W^T, with the bias and the adapters' part where there are any; `adapted`: see `_adapted_rows`."""
         y = _linear(x, _weight(block.tensors[name]), block.tensors.get(f"{name}_bias"))
-        delta = self._lora_delta(adapted, block, index, name)
-        return y if delta is None else op.add(y, delta)
+        return self._add_lora(y, adapted, index, name)
 
     def _attention_params(self, head_dim: int) -> None:
         for name in ("cos", "sin"):
@@ -203,12 +210,10 @@ class _SpanBuilder:
         if spec.qkv_bias:
             biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
             qkv = op.add(qkv, op.constant(biases))
+        qkv = self._add_lora(qkv, self._adapted_rows(normed, index), index, "qkv")
         kv_width = spec.num_kv_heads * spec.head_dim
         sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
         q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()
-        adapted = self._adapted_rows(normed, index)
-        deltas = [self._lora_delta(adapted, block, index, name) for name in "qkv"]
-        q, k, v = (y if d is None else op.add(y, d) for y, d in zip((q, k, v), deltas, strict=True))
         q = self._heads(q, spec, spec.num_heads, t.get("q_norm"))
         k = self._heads(k, spec, spec.num_kv_heads, t.get("k_norm"))
         attended = self._paged_attention(q, k, v, spec, layer)

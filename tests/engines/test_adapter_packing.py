@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockzoo.engines.openvino.adapters import AdapterPacker
+from blockzoo.engines.base import SpanSpec
+from blockzoo.engines.openvino.adapters import AdapterPacker, products
+from blockzoo.zoo.blocks import AttnSpec, FfnSpec
+from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import f32_to_bf16
 
-LORA = ((0, ("q", "v")), (1, ("down",)))
-RANKS = {"0.q": [0, 1, 2, 6], "0.v": [0, 1, 2, 6], "1.down": [3, 4, 5]}  # of 8: adapters 0-2, 3-5, 6, 7
+ATTN = AttnSpec(6, 1, 1, 5, 1e-5, RopeConfig("default", 1e4), 0, False, False, False)
+FFN = FfnSpec(6, 5, 1e-5, False)
+SPEC = SpanSpec((ATTN, FFN), drops_rows=True, lora=((0, ("q", "v")), (1, ("gate",))))
+RANKS = {"0.q": [0, 1, 2, 6], "0.v": [0, 1, 2, 6], "1.gate": [3, 4, 5]}  # of 8: adapters 0-2, 3-5, 6, 7
 OWN = [slice(0, 3), slice(3, 6), slice(6, 7)]
 
 
@@ -22,11 +27,15 @@ class Graph:
         self.inputs[name] = array
         self.bound.append(name)
 
-    def delta(self, x: np.ndarray, projection: str) -> np.ndarray:
-        found = self.inputs
-        mask, a, b = (found[f"lora_{which}.{projection}"] for which in ("mask", "a", "b"))
-        delta = ((x[found["lora_rows"]] @ a.T) * mask) @ b
-        return np.asarray(delta[found["lora_back"]])
+    def delta(self, x: np.ndarray, projection: str, kept: np.ndarray) -> np.ndarray:
+        """As the graph computes it: of projections behind the drop for the kept rows alone."""
+        product = next(product for product in products(SPEC) if projection in product.columns)
+        found, which = self.inputs, "lora_kept_" if product.kept else "lora_"
+        x = x[kept] if product.kept else x
+        mask, a, b = (found[f"lora_{part}.{product.name}"] for part in ("mask", "a", "b"))
+        delta = ((x[found[f"{which}rows"]] @ a) * mask) @ b
+        begin = product.columns[projection]
+        return np.asarray(delta.reshape(-1, product.width)[found[f"{which}back"], begin : begin + 5])
 
 
 def bank(seed: int) -> dict[str, np.ndarray]:
@@ -48,48 +57,93 @@ def mask_of(users: list[int | None]) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize(
-    "users", [[None, 0, 0, None, 1, 2], [0, 1, 2], [None, None], [2], [1, None, None, None, 0]]
-)
-def test_the_packed_inputs_compute_the_same(users: list[int | None]) -> None:
-    graph = Graph()
-    packer = AdapterPacker(LORA, graph)
-    given, mask = bank(0), mask_of(users)
-    for name, array in (given | {"lora_mask": mask}).items():
+def give(
+    packer: AdapterPacker, arrays: dict[str, np.ndarray], users: list[int | None], kept: list[int]
+) -> None:
+    rows = np.array(kept, np.int32)
+    for name, array in (arrays | {"lora_mask": mask_of(users), "rows": rows}).items():
         packer.give(name, array)
     packer.pack()
+
+
+def check(graph: Graph, given: dict[str, np.ndarray], users: list[int | None], kept: list[int]) -> None:
     x = np.random.default_rng(1).standard_normal((len(users), 6)).astype(np.float32)
-    for projection, ranks in RANKS.items():
+    for projection in RANKS:
         a, b = given[f"lora_a.{projection}"], given[f"lora_b.{projection}"]
-        np.testing.assert_allclose(graph.delta(x, projection), ((x @ a.T) * mask) @ b, rtol=1e-5, atol=1e-6)
-        assert len(graph.inputs[f"lora_a.{projection}"]) == len(ranks)
-    bare = any(user is None for user in users)
-    assert len(graph.inputs["lora_rows"]) == sum(user is not None for user in users) + bare
+        expected = ((x @ a.T) * mask_of(users)) @ b
+        if projection == "1.gate":
+            expected = expected[kept]
+        found = graph.delta(x, projection, np.array(kept))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+MIXES: list[tuple[list[int | None], list[int]]] = [
+    ([None, 0, 0, None, 1, 2], [0, 2, 4]),
+    ([0, 1, 2], [0, 1, 2]),
+    ([None, None], [1]),
+    ([2], [0]),
+    ([1, None, None, None, 0], [1, 2]),
+    ([0, 0, 1, 1, 2, 2], [5]),
+]
+
+
+@pytest.mark.parametrize("tile_ranks", [1, 4, 32])
+def test_the_packed_inputs_compute_the_same(monkeypatch: pytest.MonkeyPatch, tile_ranks: int) -> None:
+    monkeypatch.setattr("blockzoo.engines.openvino.adapters.TILE_RANKS", tile_ranks)
+    graph = Graph()
+    packer = AdapterPacker(SPEC, graph)
+    given = bank(0)
+    for users, kept in MIXES * 2:
+        give(packer, given, users, kept)
+        check(graph, given, users, kept)
+    other = bank(1)
+    give(packer, other, *MIXES[0])
+    check(graph, other, *MIXES[0])
+
+
+def test_rows_meet_the_ranks_of_their_own_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockzoo.engines.openvino.adapters.TILE_RANKS", 4)
+    graph = Graph()
+    give(AdapterPacker(SPEC, graph), bank(0), [0, 0, 1, 1, 2, None], [5])  # ranks 3, 3 and 1
+    assert graph.inputs["lora_a.0.qkv"].shape == (2, 6, 8)  # adapters 0 and 2 on q and v; 1 leaves them alone
+    assert graph.inputs["lora_b.0.qkv"].shape == (2, 8, 15)
+    assert graph.inputs["lora_b.1.gate"].shape == (2, 3, 5)
+    assert graph.inputs["lora_rows"].shape == (2, 3)
+    assert graph.inputs["lora_kept_rows"].shape == (2, 1)
 
 
 def test_only_what_changed_is_packed_again() -> None:
     graph = Graph()
-    packer = AdapterPacker(LORA, graph)
-    for name, array in (bank(0) | {"lora_mask": mask_of([0, 1])}).items():
+    packer = AdapterPacker(SPEC, graph)
+    given, none = bank(0), {name: array[:0] for name, array in bank(0).items()}
+    give(packer, given, [0, 1], [0, 1])
+    matrices = {
+        name: array for name, array in graph.inputs.items() if name.startswith(("lora_a.", "lora_b."))
+    }
+    for name, array in list(packer._given.items()):
         packer.give(name, array)
-    packer.pack()
     graph.bound.clear()
-    packer.give("lora_mask", packer._given["lora_mask"])
     packer.pack()
     assert graph.bound == []
-    packer.give("lora_mask", mask_of([0, None]))
-    packer.pack()
+    give(packer, given, [0, None], [0, 1])
     assert graph.bound
-    assert not any(name.startswith(("lora_a.", "lora_b.")) for name in graph.bound)
+    assert not any(name in matrices for name in graph.bound)
+    give(packer, none, [None], [0])  # no adapter is in use for a while
+    assert all(graph.inputs[name].size == 0 for name in matrices)
+    give(packer, given, [1], [0])
+    assert all(graph.inputs[name] is matrix for name, matrix in matrices.items())
 
 
-def test_projections_of_the_same_ranks_share_a_mask_and_a_full_bank_is_not_copied() -> None:
+def test_products_of_the_same_ranks_share_a_mask() -> None:
     graph = Graph()
-    packer = AdapterPacker(LORA, graph)
-    full = {name: f32_to_bf16(np.ones_like(array)) for name, array in bank(0).items()}
-    for name, array in (full | {"lora_mask": f32_to_bf16(mask_of([0, 1]))}).items():
-        packer.give(name, array)
+    spec = SpanSpec((ATTN, FFN), drops_rows=False, lora=((1, ("gate", "up")),))
+    packer = AdapterPacker(spec, graph)
+    matrix = f32_to_bf16(np.ones((8, 5), np.float32))
+    wide = f32_to_bf16(np.ones((8, 6), np.float32))
+    for name in ("gate", "up"):
+        packer.give(f"lora_a.1.{name}", wide)
+        packer.give(f"lora_b.1.{name}", matrix)
+    packer.give("lora_mask", f32_to_bf16(mask_of([0, 1])))
     packer.pack()
-    assert graph.inputs["lora_a.0.q"] is full["lora_a.0.q"]
-    assert graph.inputs["lora_mask.0.q"] is graph.inputs["lora_mask.1.down"]
-    assert graph.inputs["lora_mask.0.q"].dtype == np.uint16
+    assert graph.inputs["lora_mask.1.gate"] is graph.inputs["lora_mask.1.up"]
+    assert graph.inputs["lora_mask.1.gate"].dtype == np.uint16
