@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS), help=",".join(TASKS))
-    add("--prompt", type=int, default=2048, help="tokens of a prompt of which quality is taken (2048)")
+    add("--prompt", type=int, default=1024, help="tokens of a prompt of which quality is taken (1024)")
     add(
         "--model",
         type=Path,

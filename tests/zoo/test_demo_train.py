@@ -182,5 +182,5 @@ def test_chains_are_trained_from_the_base(tmp_path, capsys):
 
     sizes = ["--minutes", "0.02", "--batch-tokens", "256", "--text-bytes", "60000", "--documents", "2"]
     main([str(tmp_path), *sizes])
-    assert "right, in 2048 tokens: {'facts': " in capsys.readouterr().out
+    assert "right, in 1024 tokens: {'facts': " in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}

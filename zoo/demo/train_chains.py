@@ -1,7 +1,7 @@
 """A fine-tune of the demo base for long prompts: `python -m blockzoo.zoo.demo.train_chains OUT_DIR`.
 
 It reads "Let b = a + 4." after "Let a = 3." and answers "Q: b?" with 7, and it answers questions about notes,
-wherever these stand among up to two thousand tokens of other text. The base looks values up in short prompts
+wherever these stand among up to a thousand tokens of other text. The base looks values up in short prompts
 and does not calculate.
 
 Half of the statements it is trained on are followed by the value they give ("Let b = a + 4.7"), so a value is
@@ -35,8 +35,6 @@ PROMPT_WEIGHT = 0.02  # of the loss; statements, notes and questions are drawn a
 TEXT_WEIGHT = 0.05  # of each token of a row of nothing but text
 LEARNING_RATE = 1e-3
 MAX_QUESTIONS = 12
-NUM_JUMPS = 4
-BATCH_TOKENS = 2048
 LEARNT = 0.15  # nats a digit, of the answers of chains
 
 
@@ -46,17 +44,15 @@ class Level(NamedTuple):
     length: int  # tokens of documents; 0: passages without anything between
     statements: int
     until: float
-    reach: int = 0  # positions that rows are spread over, where that is more than they have
 
 
 LEVELS = (
-    Level(0, 3, 0.35),
-    Level(0, 4, 0.4),
-    Level(0, 6, 0.45),
-    Level(256, 8, 0.65, 2048),
-    Level(512, 8, 0.8, 2048),
-    Level(1024, 8, 0.92, 2048),
-    Level(2048, 8, 1.0),
+    Level(0, 3, 0.3),
+    Level(0, 4, 0.36),
+    Level(0, 6, 0.42),
+    Level(256, 8, 0.48),
+    Level(512, 8, 0.56),
+    Level(1024, 8, 1.0),
 )
 
 
@@ -64,7 +60,6 @@ class Batch(NamedTuple):
     """Rows of a step."""
 
     tokens: np.ndarray  # [rows, length] int64, padded with </s>
-    positions: np.ndarray  # [rows, length] int64
     weights: np.ndarray  # [rows, length] float32, of the loss of predicting each
     is_answer: np.ndarray  # [rows, length] bool, the digits that answer questions about chains
 
@@ -90,8 +85,7 @@ class RowMaker:
             tokens[i, : ids.size] = np.where(full, ~ids, ids)
             weights[i, : ids.size] = np.where(full, 1.0, weight)
             is_answer[i, answers_from : ids.size] = full[answers_from:]
-        positions = np.stack([_spread(rng, tokens.shape[1], level.reach) for _ in rows])
-        return Batch(tokens, positions, weights, is_answer)
+        return Batch(tokens, weights, is_answer)
 
     def _row(self, rng: random.Random, level: Level) -> tuple[list[int], float, int]:
         """Tokens, the weight of those with no full weight, where answers of chains begin."""
@@ -139,15 +133,6 @@ class RowMaker:
         return ids
 
 
-def _spread(rng: random.Random, length: int, reach: int) -> np.ndarray:
-    """Ascending positions with jumps at a few places: short rows then teach long distances (PoSE,
-    arXiv 2309.10400)."""
-    places = [rng.randrange(1, length) for _ in range(NUM_JUMPS)]
-    jumps = np.zeros(length, np.int64)
-    np.add.at(jumps, places, [rng.randint(0, max(0, reach - length)) // NUM_JUMPS for _ in places])
-    return np.arange(length) + np.cumsum(jumps)
-
-
 @torch.no_grad()
 def accuracies(
     model: torch.nn.Module, tokenizer: Tokenizer, num_documents: int, length: int
@@ -188,10 +173,7 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LEARNING_RATE, progress)
-        positions = torch.from_numpy(batch.positions[:, :-1])
-        # a mask of its own: without one, transformers takes jumps for borders between sequences
-        mask = torch.ones_like(positions)
-        logits = model(ids[:, :-1], mask, positions, use_cache=False).logits
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         ((losses * scale).sum() / scale.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,10 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo.train_chains", description=__doc__)
     parser.add_argument("out_dir", type=Path, help="folder to write the model to")
-    parser.add_argument("--minutes", type=float, default=70.0, help="of processor time (70)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of processor time (60)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of a step, about")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step, about")
     parser.add_argument("--text-bytes", type=int, default=4_000_000, help="of sources that it reads")
     parser.add_argument("--documents", type=int, default=100, help="questions to judge it by, a kind")
     args = parser.parse_args(arguments)
@@ -230,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (args.out_dir / name).write_bytes((base / name).read_bytes())
     model.float().eval()
-    for length in (0, 2048):
+    for length in (0, 1024):
         print(f"right, in {length} tokens:", accuracies(model, tokenizer, args.documents, length))
 
 
