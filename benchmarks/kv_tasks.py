@@ -79,7 +79,8 @@ class Tasks:
             ]
             rng.shuffle(numbers)
             question = rng.choice(asked)
-            yield self._sample(rng, [others, numbers], documents, question.prompt, question.answer)
+            digit = question.answer.strip()  # " 7": the space, a token of its own, is no answer
+            yield self._sample(rng, [others, numbers], documents, f"{question.prompt} ", digit)
 
     def text(self, rng: random.Random) -> Iterator[Sample]:
         """Pieces of source files; what is judged goes on with one of them."""

@@ -2,9 +2,9 @@
 
 Two kinds (`reuse.ReuseConfig.selector`):
 
-    query      the unmatched tokens run through all layers over what was taken. The attention that the last of
-               them (the question) pay to the matched ones tells which pages matter for the answer. In further
-               rounds those pages, computed anew, look too: what they lean on comes in.
+    query      the unmatched tokens run through all layers over what was taken. What matched tokens draw the
+               attention of the last of them (the question) tells which pages matter for the answer. In
+               further rounds those pages, computed anew, look too: what they lean on comes in.
     deviation  everything runs through the check layers. How far V at the last of them is from what was taken
                tells which tokens were changed by the words before them. The others leave; what is chosen goes
                on from the hidden states that leave the check layers.
@@ -25,6 +25,8 @@ from blockzoo.runtime.selection import highest
 QUESTION_TOKENS = 64
 """Unmatched tokens at the end of a prompt, at most, that count as the question."""
 
+NEAR_TOKENS = 32
+"""Before the question: attended to because they are near."""
 
 RowsLike = Callable[[Array, int], Array]
 """(rows, n) -> n new rows like them."""
@@ -99,6 +101,14 @@ class Survey:
         assert self.hidden is not None, "kept in the first pass"
         return self.hidden[start - self.start : end - self.start]
 
+    def _pointed(self) -> np.ndarray:
+        """Attention received, squared: a head that looks something up puts all of it on a token or two, and
+        what is spread thinly over a page says little. What stands right before the question is looked at for
+        being near: it comes last."""
+        scores = np.where(self.anew, 0.0, self.importance) ** 2
+        scores[max(0, self._question - NEAR_TOKENS) : self._question] *= 1e-9
+        return scores
+
     def conclude(self, new_values: Callable[[], np.ndarray]) -> np.ndarray:
         """Decide on what the pass showed.
 
@@ -113,8 +123,7 @@ class Survey:
             share = config.recompute * self._round / config.rounds
             self.done = self._round == config.rounds
             self._round += 1
-            scores = np.where(self.anew, 0.0, self.importance)
-            return highest(scores, self.matched, share, config.page_aligned) | self.anew
+            return highest(self._pointed(), self.matched, share, config.page_aligned) | self.anew
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,6 +68,23 @@ def test_the_question_looks_and_nothing_else() -> None:
     assert np.flatnonzero(second).tolist() == [*range(50, 64), *range(100, 114)]
     assert found.done
     assert found.window(300, 320) == 0
+
+
+def test_what_is_looked_at_sharply_comes_before_what_is_near_or_spread() -> None:
+    matched = np.ones(320, bool)
+    matched[300:] = False
+    config = ReuseConfig(recompute=0.1, head=0)
+    found = Survey(config, matched, np.zeros_like(matched), 0)
+    scores = np.zeros(320, np.float32)
+    scores[70] = 2.0  # pointed at
+    scores[128:160] = 0.2  # more in all, on no token in particular
+    scores[290:300] = 5.0  # near
+    found.add_scores(scores, 1)
+    chosen = found.conclude(lambda: np.empty(0))
+    assert np.flatnonzero(chosen).tolist() == list(range(64, 96))
+    everything = Survey(replace(config, recompute=0.99), matched, np.zeros_like(matched), 0)
+    everything.add_scores(scores + 0.01, 1)
+    assert everything.conclude(lambda: np.empty(0)).sum() == 300
 
 
 def test_deviations_are_weighed_by_importance() -> None:

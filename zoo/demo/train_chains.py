@@ -35,6 +35,7 @@ PROMPT_WEIGHT = 0.02  # of the loss; statements, notes and questions are drawn a
 TEXT_WEIGHT = 0.05  # of each token of a row of nothing but text
 LEARNING_RATE = 1e-3
 MAX_QUESTIONS = 12
+SHORT_STEPS = 0.6  # of steps, whose rows are nothing but chains: they are cheap, and teach the most
 LEARNT = 0.15  # nats a digit, of the answers of chains
 
 
@@ -169,7 +170,10 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
         rng = random.Random(f"{args.seed}/{step}")
-        batch = rows.batch(rng, LEVELS[level], args.batch_tokens)
+        short = rng.random() < SHORT_STEPS
+        batch = rows.batch(
+            rng, LEVELS[level]._replace(length=0) if short else LEVELS[level], args.batch_tokens
+        )
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LEARNING_RATE, progress)
