@@ -7,11 +7,11 @@ Prompts are made of known documents in another order, between words of their own
     full                    no reuse: the ceiling of quality, the price of it
     exact prefix            what is exact: nothing here
     naive                   K and V taken over as they are, K rotated to its new place
-    query                   what the question attends to is computed anew, in pages or by tokens
+    query                   what the question attends to is computed anew, in pages
     heads of 8              the first eight tokens of each run are computed anew, in any case
     head of run (EPIC)      the first tokens of each run
     deviation (CacheBlend)  where V deviates the most after two layers that run in full
-    DHD                     that times the attention from the question (KVShare), prefill stage
+    DHD                     that times the attention from the question (KVShare), prefill stage, in pages
     random                  the control
     ..., N n                n tokens are computed anew beside each generated one (DHD's decode stage)
 
@@ -93,7 +93,7 @@ def all_quality(args: argparse.Namespace, model: Path | None) -> dict[str, dict[
     if model is None:
         print(
             "no chains, and prompts longer than the demo base was trained for: no --model was given; train "
-            "one with python -m blockzoo.zoo.demo.train_chains FOLDER (an hour), and name FOLDER",
+            "one with python -m blockzoo.zoo.demo.train_chains FOLDER (75 minutes), and name FOLDER",
             file=sys.stderr,
         )
         tasks = [task for task in tasks if task != "chains"]

@@ -10,11 +10,9 @@ from blockzoo.runtime.reuse import ReuseConfig
 SELECTORS = {  # name -> settings
     "query and heads of 8": ReuseConfig(head=8, selector="query"),
     "query": ReuseConfig(head=0, selector="query"),
-    "query, tokens": ReuseConfig(head=0, selector="query", page_aligned=False),
     "head of run (EPIC)": ReuseConfig(head=0, selector="head-of-run", page_aligned=False),
     "deviation (CacheBlend)": ReuseConfig(head=0, selector="deviation", page_aligned=False),
-    "DHD": ReuseConfig(head=0, selector="importance*deviation", page_aligned=False),
-    "DHD, pages": ReuseConfig(head=0, selector="importance*deviation"),
+    "DHD": ReuseConfig(head=0, selector="importance*deviation"),
     "random": ReuseConfig(head=0, selector="random"),
 }
 SHARES = (0.05, 0.1, 0.15, 0.3)
@@ -36,10 +34,10 @@ def quality_sides() -> Sides:
         name: replace(c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0)
         for name, c in sides.items()
     }
-    for name in ("naive", "query and heads of 8 0.15", "DHD 0.15"):
+    for name in ("naive", "query and heads of 8 0.05", "query and heads of 8 0.15"):
         for refresh in REFRESHES:
             configs[f"{name}, N {refresh}"] = replace(configs[name], refresh=refresh)
-    for name in ("naive, N 3", "query and heads of 8 0.15, N 3"):
+    for name in ("naive, N 3", "query and heads of 8 0.05, N 3", "query and heads of 8 0.15, N 3"):
         configs[f"{name} by importance"] = replace(configs[name], refresh_order="importance")
     configs["all recomputed"] = replace(configs["naive"], recompute=1.0)  # leaves exact KV: the last
     full: Sides = {"full": ("off", None)}
@@ -54,11 +52,10 @@ def time_sides() -> Sides:
         "query",
         "head of run (EPIC)",
         "deviation (CacheBlend)",
-        "DHD, pages",
+        "DHD",
     ):
         for share in SHARES if name.startswith("query") else (0.15,):
             chosen[f"{name} {share:g}"] = replace(SELECTORS[name], recompute=share)
-    chosen["query, tokens 0.1"] = replace(SELECTORS["query, tokens"], recompute=0.1)
     sides: Sides = {"full": ("off", None), "exact prefix": ("exact", None)}
     for name, config in chosen.items():
         sides[name] = "approx", replace(config, refresh=0, max_deviation=_NEVER)

@@ -20,7 +20,7 @@ from blockzoo.zoo.demo.tasks import Document, asked_in_full, assignments, facts
 
 NUM_DOCUMENTS = 8
 _OPENING = 32  # tokens before the documents
-_CONTINUED, _CONTINUATION = 48, 32  # of text: tokens of the question, of the answer
+_CONTINUED, _CONTINUATION = 32, 16  # of text: tokens of the question, of the answer
 _TEXT_BYTES = 2_000_000
 
 

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo.train_chains", description=__doc__)
     parser.add_argument("out_dir", type=Path, help="folder to write the model to")
-    parser.add_argument("--minutes", type=float, default=60.0, help="of processor time (60)")
+    parser.add_argument("--minutes", type=float, default=75.0, help="of processor time (75)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step, about")
