@@ -105,7 +105,7 @@ class Survey:
         """Attention received, squared: a head that looks something up puts all of it on a token or two, and
         what is spread thinly over a page says little. What stands right before the question is looked at for
         being near: it comes last."""
-        scores = np.where(self.anew, 0.0, self.importance) ** 2
+        scores: np.ndarray = np.where(self.anew, 0.0, self.importance) ** 2
         scores[max(0, self._question - NEAR_TOKENS) : self._question] *= 1e-9
         return scores
 
