@@ -38,9 +38,12 @@ class Judge:
     Args:
         zoo, model: a trained one.
         num_threads: of the engine.
+        sides: names of those to compare with "full"; None: all.
     """
 
-    def __init__(self, zoo: Path, model: str, num_threads: int | None) -> None:
+    def __init__(
+        self, zoo: Path, model: str, num_threads: int | None, sides: Sequence[str] | None = None
+    ) -> None:
         config = EngineConfig(
             precision="f32",
             num_threads=num_threads,
@@ -50,7 +53,8 @@ class Judge:
         self._engine, self._model = LLMEngine(zoo, config), model
         self._follower = self._engine._sampler = _Follower()
         self._count = 0
-        self.sides: Sides = quality_sides()
+        known = quality_sides()
+        self.sides: Sides = {name: known[name] for name in ["full", *(sides or list(known)[1:])]}
 
     def judge(self, sample: Sample) -> dict[str, tuple[bool, np.ndarray, np.ndarray]]:
         """Per side: whether each token of the answer is the likeliest, per token whether the likeliest is

@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     add("--samples", type=int, default=100, help="prompts a task of which quality is taken (100)")
     add("--tasks", type=lambda text: text.split(","), default=list(TASKS), help=",".join(TASKS))
+    add("--sides", type=lambda text: text.split(";"), help="of quality, by name, between ';' (all)")
     add("--prompt", type=int, default=1024, help="tokens of a prompt of which quality is taken (1024)")
     add(
         "--model",
@@ -103,7 +104,7 @@ def all_quality(args: argparse.Namespace, model: Path | None) -> dict[str, dict[
     folder = model or args.workdir / "demo" / "models" / "base"
     made = Tasks(Tokenizer.from_file(str(folder / "tokenizer.json")), args.prompt)
     samples = {"facts": made.facts, "chains": made.chains, "text": made.text}
-    judge = Judge(zoo, "base" if model is None else "chains", args.threads)
+    judge = Judge(zoo, "base" if model is None else "chains", args.threads, args.sides)
     return {task: quality(judge, samples[task](random.Random(task)), args.samples) for task in tasks}
 
 
