@@ -30,8 +30,9 @@ def _quality(tasks: dict[str, Any], path: Path) -> Path:
         for row, (key, label) in enumerate((("agrees", "top-1 agreement"), ("kl", "KL, nats"))):
             axis = axes[row][column]
             for name in SELECTORS:
-                values = [sides["naive"][key]] + [sides[f"{name} {share:g}"][key] for share in SHARES]
-                axis.plot((0.0, *SHARES), values, marker="o", label=name)
+                points = {0.0: "naive"} | {share: f"{name} {share:g}" for share in SHARES}
+                taken = {share: sides[side][key] for share, side in points.items() if side in sides}
+                axis.plot(list(taken), list(taken.values()), marker="o", label=name)
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
         axes[0][column].set_title(task)
