@@ -54,6 +54,9 @@ class Judge:
         self._follower = self._engine._sampler = _Follower()
         self._count = 0
         known = quality_sides()
+        for name in sides or ():
+            if name not in known:
+                raise SystemExit(f"there is no side {name!r}; there are {'; '.join(known)}")
         self.sides: Sides = {name: known[name] for name in ["full", *(sides or list(known)[1:])]}
 
     def judge(self, sample: Sample) -> dict[str, tuple[bool, np.ndarray, np.ndarray]]:

@@ -95,9 +95,10 @@ class RowMaker:
             start = rng.randrange(len(self._text) - level.length)
             return self._text[start : start + level.length].tolist(), TEXT_WEIGHT, level.length
         if draw < 0.45:
-            notes = tasks.facts(rng, rng.randint(1, 8))
             if rng.random() < 0.6:
                 notes = tasks.asked_in_full(tasks.facts(rng, rng.randint(1, 4), "full", split=True))
+            else:
+                notes = tasks.facts(rng, rng.randint(1, 8))
             row = self._context(rng, [self._encode(passage) for passage in notes.passages], level)
             row += self._asked(notes.questions[:MAX_QUESTIONS])
             return row, PROMPT_WEIGHT, len(row)
@@ -170,10 +171,8 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
         rng = random.Random(f"{args.seed}/{step}")
-        short = rng.random() < SHORT_STEPS
-        batch = rows.batch(
-            rng, LEVELS[level]._replace(length=0) if short else LEVELS[level], args.batch_tokens
-        )
+        length = 0 if rng.random() < SHORT_STEPS else LEVELS[level].length
+        batch = rows.batch(rng, LEVELS[level]._replace(length=length), args.batch_tokens)
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LEARNING_RATE, progress)
