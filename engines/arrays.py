@@ -28,9 +28,11 @@ class Arrays(Protocol):
 
     Attributes:
         records: whether `recorded` gains by steps of equal shapes, so that padding them to few is worth it.
+        lanes: from how many threads engines may run at the same time.
     """
 
     records: bool
+    lanes: int
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
@@ -74,7 +76,8 @@ class HostArrays:
 
     records = False
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, lanes: int = 1) -> None:
+        self.lanes = lanes
         self._dtypes: dict[str, Any] = {
             "activation": activation_dtype(precision),
             "f32": np.float32,

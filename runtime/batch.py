@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
+from blockzoo.runtime.stages import Call, Passed, make_stages
 from blockzoo.runtime.topology import ChainPlan, Span
 
 
@@ -87,30 +88,6 @@ class StepArrays:
         return 2 * num_rows + 2 * num_seqs + table_shape[0] * table_shape[1] + 1
 
 
-class Passed(NamedTuple):
-    """Hidden states after a call that somebody keeps: rows of sequence `seq` that enter span use `entry`."""
-
-    seq: int
-    entry: int
-    rows: Array
-
-
-@dataclass(slots=True)
-class Call:
-    """One engine run. Before it, `copies_in` fill its private arrays; after it, `copies_out`."""
-
-    span: int
-    first_layer: int
-    num_rows: int
-    binds: dict[str, Array]
-    position: int = 0  # of the span's first block in the chains
-    parts: tuple[tuple[int, int], ...] = ()  # (chain, number of rows) of each group, in the rows' order
-    scored: tuple[int, ...] = ()  # the sequences that its engine gives scores of, in their order
-    copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
-    copies_out: list[tuple[Array, Array]] = field(default_factory=list)
-    passed: list[Passed] = field(default_factory=list)
-
-
 class _Range(NamedTuple):
     """Neighbouring sequences: their sequence, token-row and logit-row index ranges."""
 
@@ -138,6 +115,7 @@ class StepLayout:
         buffers: of the family.
         device: makes arrays where the buffers are.
 
+    `calls` are in the order of the chains' blocks; `stages` are the same calls in the order they run.
     `arrays` is filled on the host before each run; `upload` then brings the engines' copy up to date.
     """
 
@@ -168,6 +146,7 @@ class StepLayout:
         self._logits_used = 0
         self._groups = self._make_groups()
         self.calls = self._make_calls()
+        self.stages = make_stages(self.calls, [len(span.block_ids) for span in spans], device.lanes)
 
     @property
     def num_rows(self) -> int:
@@ -217,7 +196,8 @@ class StepLayout:
     def _make_call(self, position: int, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
         span = self._spans[span_index]
         parts = tuple((group.chain, len(self._view(group))) for group in groups)
-        call = Call(span_index, first_layer, 0, {}, position, parts)
+        firsts = tuple(group.range.seqs.start for group in groups)
+        call = Call(span_index, first_layer, 0, {}, position, parts, firsts)
         joined = self._joined(groups)
         self._bind_source(call, groups, joined)
         if span.num_layers:

@@ -20,6 +20,7 @@ from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.kv_contents import KVContents
 from blockzoo.runtime.kv_pages import KVPages
+from blockzoo.runtime.stages import Call, Lanes
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
@@ -135,8 +136,8 @@ class Executor:
             max_tokens = max(max_tokens, max_seqs)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
-        self._bound_layout: StepLayout | None = None
-        self._bound_call: dict[int, int] = {}  # engine -> the call of that layout it is bound to
+        self._lanes = Lanes(arrays.lanes)
+        self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
         self.contents = KVContents(self._pool, arrays, num_pages)
@@ -332,28 +333,34 @@ class Executor:
 
     def _run_calls(self, layout: StepLayout) -> list[Hidden]:
         """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
-        if self._bound_layout is not layout:
-            self._bound_layout = layout
-            self._bound_call.clear()
-        kept = []
-        for index, call in enumerate(layout.calls):
-            engine = self._engines[call.span]
-            if self._bound_call.get(call.span) != index:
-                for name, array in call.binds.items():
-                    engine.bind(name, array)
-                self._bound_call[call.span] = index
-            for destination, source in call.copies_in:
-                destination[...] = source
-            engine.run()
-            for destination, source in call.copies_out:
-                destination[...] = source
-            if call.scored and layout.arrays.score_windows.any():
-                self._add_scores(call.scored, layout, engine)
-            for seq, entry, rows in call.passed:
-                own = self._device.rows_like(rows, len(rows))
-                own[...] = rows
-                kept.append(Hidden(seq, entry, own))
+        kept: list[Hidden] = []
+        for stage in layout.stages:
+            self._lanes.run(stage, self._run_call)
+            for lane in stage:
+                for call in lane:
+                    self._take_results(call, layout, kept)
         return kept
+
+    def _run_call(self, call: Call) -> None:
+        """From any thread, while those that run at the same time are of other spans and rows."""
+        engine = self._engines[call.span]
+        if self._bound_call.get(call.span) is not call:
+            for name, array in call.binds.items():
+                engine.bind(name, array)
+            self._bound_call[call.span] = call
+        for destination, source in call.copies_in:
+            destination[...] = source
+        engine.run()
+        for destination, source in call.copies_out:
+            destination[...] = source
+
+    def _take_results(self, call: Call, layout: StepLayout, kept: list[Hidden]) -> None:
+        if call.scored and layout.arrays.score_windows.any():
+            self._add_scores(call.scored, layout, self._engines[call.span])
+        for seq, entry, rows in call.passed:
+            own = self._device.rows_like(rows, len(rows))
+            own[...] = rows
+            kept.append(Hidden(seq, entry, own))
 
     def _add_scores(self, seqs: Sequence[int], layout: StepLayout, engine: Engine) -> None:
         """Add those that an engine has just given, of sequences by place in the layout, to the step's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,12 +80,13 @@ class OpenVINOEngines:
                 f"precision bf16 was asked for, but this CPU offers {', '.join(capabilities)}; use f32"
             )
         self.precision: Precision = precision or ("bf16" if has_bf16 else "f32")
-        self.arrays: Arrays = HostArrays(self.precision)
+        self.arrays: Arrays = HostArrays(self.precision, num_threads or len(os.sched_getaffinity(0)))
         self._properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "KV_CACHE_PRECISION": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # engines that run at the same time would share the same cores
         }
         if num_threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = num_threads

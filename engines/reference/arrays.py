@@ -28,6 +28,8 @@ class TorchArrays:
         settling: whether the step that runs now is about to be recorded, or is being recorded.
     """
 
+    lanes = 1
+
     def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
         self.device = device
         self.records = record and device.type == "cuda"

@@ -36,6 +36,7 @@ TEXT_WEIGHT = 0.05  # of each token of a row of nothing but text
 LEARNING_RATE = 1e-3
 MAX_QUESTIONS = 12
 SHORT_STEPS = 0.6  # of steps, whose rows are nothing but chains: they are cheap, and teach the most
+SHORT_STEPS_AGAIN = 0.3  # once they are known
 LEARNT = 0.15  # nats a digit, of the answers of chains
 
 
@@ -53,7 +54,7 @@ LEVELS = (
     Level(0, 6, 0.42),
     Level(256, 8, 0.48),
     Level(512, 8, 0.56),
-    Level(1024, 8, 1.0),
+    Level(1024, 16, 1.0),
 )
 
 
@@ -167,11 +168,12 @@ def train(model: torch.nn.Module, tokenizer: Tokenizer, args: argparse.Namespace
     """Trains for `args.minutes` of processor time, level by level, and prints what is learnt."""
     optimizer = make_optimizer(model)
     rows = RowMaker(tokenizer, args.text_bytes)
-    level, answer_loss, step = 0, 1.5, 0
+    level, short_steps = (len(LEVELS) - 1, SHORT_STEPS_AGAIN) if args.start else (0, SHORT_STEPS)
+    answer_loss, step = 1.5, 0
     start = time.process_time()
     while (progress := (time.process_time() - start) / (60 * args.minutes)) < 1:
         rng = random.Random(f"{args.seed}/{step}")
-        length = 0 if rng.random() < SHORT_STEPS else LEVELS[level].length
+        length = 0 if rng.random() < short_steps else LEVELS[level].length
         batch = rows.batch(rng, LEVELS[level]._replace(length=length), args.batch_tokens)
         ids, scale = torch.from_numpy(batch.tokens), torch.from_numpy(batch.weights[:, 1:])
         for group in optimizer.param_groups:
@@ -196,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m blockzoo.zoo.demo.train_chains", description=__doc__)
     parser.add_argument("out_dir", type=Path, help="folder to write the model to")
+    parser.add_argument("--start", type=Path, help="a model that this made, to go on with at the last level")
     parser.add_argument("--minutes", type=float, default=75.0, help="of processor time (75)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -206,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        base = assemble(temporary)["base"]
+        base = args.start or assemble(temporary)["base"]
         model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         model.train()
