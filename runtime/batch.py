@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.runtime.stages import Call, Passed, make_stages
+from blockzoo.runtime.lanes import Call, CallGraph, Passed
 from blockzoo.runtime.topology import ChainPlan, Span
 
 
@@ -115,7 +115,6 @@ class StepLayout:
         buffers: of the family.
         device: makes arrays where the buffers are.
 
-    `calls` are in the order of the chains' blocks; `stages` are the same calls in the order they run.
     `arrays` is filled on the host before each run; `upload` then brings the engines' copy up to date.
     """
 
@@ -146,7 +145,7 @@ class StepLayout:
         self._logits_used = 0
         self._groups = self._make_groups()
         self.calls = self._make_calls()
-        self.stages = make_stages(self.calls, [len(span.block_ids) for span in spans], device.lanes)
+        self.graph = CallGraph(self.calls, [len(span.block_ids) for span in spans])
 
     @property
     def num_rows(self) -> int:

@@ -20,7 +20,7 @@ from blockzoo.runtime.adapters import AdapterInputs
 from blockzoo.runtime.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.kv_contents import KVContents
 from blockzoo.runtime.kv_pages import KVPages
-from blockzoo.runtime.stages import Call, Lanes
+from blockzoo.runtime.lanes import Call, Lanes
 from blockzoo.runtime.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
@@ -334,15 +334,11 @@ class Executor:
     def _run_calls(self, layout: StepLayout) -> list[Hidden]:
         """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
         kept: list[Hidden] = []
-        for stage in layout.stages:
-            self._lanes.run(stage, self._run_call)
-            for lane in stage:
-                for call in lane:
-                    self._take_results(call, layout, kept)
+        self._lanes.run(layout.graph, partial(self._run_call, layout, kept))
         return kept
 
-    def _run_call(self, call: Call) -> None:
-        """From any thread, while those that run at the same time are of other spans and rows."""
+    def _run_call(self, layout: StepLayout, kept: list[Hidden], call: Call) -> None:
+        """From any thread, while those that run at the same time are of other engines and sequences."""
         engine = self._engines[call.span]
         if self._bound_call.get(call.span) is not call:
             for name, array in call.binds.items():
@@ -353,10 +349,8 @@ class Executor:
         engine.run()
         for destination, source in call.copies_out:
             destination[...] = source
-
-    def _take_results(self, call: Call, layout: StepLayout, kept: list[Hidden]) -> None:
         if call.scored and layout.arrays.score_windows.any():
-            self._add_scores(call.scored, layout, self._engines[call.span])
+            self._add_scores(call.scored, layout, engine)
         for seq, entry, rows in call.passed:
             own = self._device.rows_like(rows, len(rows))
             own[...] = rows
