@@ -7,7 +7,8 @@ Prompts are made of known documents in another order, between words of their own
     full                    no reuse: the ceiling of quality, the price of it
     exact prefix            what is exact: nothing here
     naive                   K and V taken over as they are, K rotated to its new place
-    query                   what the question attends to is computed anew, in pages
+    query                   the lines that the question points at are computed anew
+    query, pages            the pages that it points at
     heads of 8              the first eight tokens of each run are computed anew, in any case
     head of run (EPIC)      the first tokens of each run
     deviation (CacheBlend)  where V deviates the most after two layers that run in full

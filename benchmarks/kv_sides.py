@@ -8,12 +8,13 @@ from blockzoo.runtime.request import KVReuse
 from blockzoo.runtime.reuse import ReuseConfig
 
 SELECTORS = {  # name -> settings
-    "query and heads of 8": ReuseConfig(head=8, selector="query"),
     "query": ReuseConfig(head=0, selector="query"),
-    "head of run (EPIC)": ReuseConfig(head=0, selector="head-of-run", page_aligned=False),
-    "deviation (CacheBlend)": ReuseConfig(head=0, selector="deviation", page_aligned=False),
-    "DHD": ReuseConfig(head=0, selector="importance*deviation"),
-    "random": ReuseConfig(head=0, selector="random"),
+    "query and heads of 8": ReuseConfig(head=8, selector="query"),
+    "query, pages": ReuseConfig(head=0, selector="query", unit="page"),
+    "head of run (EPIC)": ReuseConfig(head=0, selector="head-of-run", unit="token"),
+    "deviation (CacheBlend)": ReuseConfig(head=0, selector="deviation", unit="token"),
+    "DHD": ReuseConfig(head=0, selector="importance*deviation", unit="page"),
+    "random": ReuseConfig(head=0, selector="random", unit="page"),
 }
 SHARES = (0.05, 0.1, 0.15, 0.3)
 REFRESHES = (1, 3, 8)
@@ -48,8 +49,9 @@ def time_sides() -> Sides:
     """Those whose time to first token is taken; "full" first."""
     chosen = {"naive": ReuseConfig(recompute=0.0, head=0)}
     for name in (
-        "query and heads of 8",
         "query",
+        "query and heads of 8",
+        "query, pages",
         "head of run (EPIC)",
         "deviation (CacheBlend)",
         "DHD",

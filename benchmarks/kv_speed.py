@@ -22,18 +22,28 @@ from blockzoo.runtime.request import KVReuse
 from blockzoo.runtime.reuse import ReuseConfig
 
 QUESTION = 32  # tokens of it
+_LINE = 12  # tokens of one
 
 
 class Prompts:
-    """Known documents of random tokens in a random order, between words of each prompt's own."""
+    """Known documents of random tokens, in lines, in a random order between words of each prompt's own.
 
-    def __init__(self, vocab: int, length: int, num_known: int = NUM_DOCUMENTS) -> None:
-        self._rng, self._vocab = np.random.default_rng(0), vocab
+    Args:
+        vocab: size of the vocabulary.
+        line_end: a token of it.
+        length: tokens of a prompt.
+        num_known: documents; prompts have `NUM_DOCUMENTS` of them.
+    """
+
+    def __init__(self, vocab: int, line_end: int, length: int, num_known: int = NUM_DOCUMENTS) -> None:
+        self._rng, self._vocab, self._line_end = np.random.default_rng(0), vocab, line_end
         size = (length - 2 * QUESTION) // NUM_DOCUMENTS
         self._documents = [self._words(size) for _ in range(num_known)]
 
     def _words(self, count: int) -> list[int]:
-        found: list[int] = self._rng.integers(2, self._vocab, count).tolist()
+        drawn = self._rng.integers(2, self._vocab, count)
+        drawn[_LINE - 1 :: _LINE] = self._line_end
+        found: list[int] = drawn.tolist()
         return found
 
     def draw(self) -> list[int]:
@@ -87,10 +97,15 @@ def _engine(family: Family, args: argparse.Namespace, num_known: int, reuse: Reu
     )
 
 
+def _line_end(engine: LLMEngine) -> int:
+    tokenizer = next(iter(engine._zoo.models.values())).tokenizer
+    return int(np.flatnonzero(tokenizer.ends_line)[0])
+
+
 def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, Any]:
     """All sides in turn, on one request at a time; medians, ratios to a full prefill, and where time goes."""
     engine = _engine(family, args, NUM_DOCUMENTS, ENGINE)
-    prompts = Prompts(family.shape.vocab_size, args.length)
+    prompts = Prompts(family.shape.vocab_size, _line_end(engine), args.length)
     model, watch = family.tenants[0], Stopwatch(engine)
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     for donor in prompts.donors():
@@ -179,7 +194,7 @@ def _serve(
 ) -> dict[str, Any]:
     num_known = 2 * NUM_DOCUMENTS
     engine = _engine(family, args, num_known, config)
-    prompts = Prompts(family.shape.vocab_size, args.length, num_known)
+    prompts = Prompts(family.shape.vocab_size, _line_end(engine), args.length, num_known)
     model = family.tenants[0]
     warm = SamplingParams(max_tokens=1, temperature=0.0)
     for donor in prompts.donors():

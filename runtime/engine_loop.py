@@ -181,6 +181,7 @@ class LLMEngine:
             arrival,
             reuse,
             spans,
+            ends_line=loaded.tokenizer.ends_line if reuse == "approx" else None,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))

@@ -24,6 +24,7 @@ _MAX_CANDIDATES = 4  # donors looked at per window, the newest
 
 Selector = Literal["query", "head-of-run", "deviation", "importance*deviation", "random"]
 RefreshOrder = Literal["position", "importance"]
+Unit = Literal["line", "page", "token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,9 @@ class ReuseConfig:
         check_layers: that run in full for the selectors that look at deviations. Models that have no more
             are computed in full.
         rounds: of looking ("query"): in each but the first, what was chosen before looks too.
-        page_aligned: choose whole pages, which run faster than scattered tokens.
+        unit: what is chosen at a time. "line": the line of text around a token, at most 16 tokens to either
+            side (selectors that do not look take pages). "page": whole pages, which run faster than scattered
+            tokens. "token".
         min_share: of the tokens to compute; a prompt with fewer matched is computed in full.
         max_deviation: mean deviation of V at the last check layer, relative to V; beyond it all is computed.
         negligible: deviation of V, relative to V. Tokens with less are not computed anew by the selectors
@@ -64,7 +67,7 @@ class ReuseConfig:
     head: int = 8
     check_layers: int = 2
     rounds: int = 1
-    page_aligned: bool = True
+    unit: Unit = "line"
     min_share: float = 0.3
     max_deviation: float = 0.5
     negligible: float = 0.0
@@ -80,7 +83,7 @@ class ReuseConfig:
         for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
-        for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder)):
+        for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder), ("unit", Unit)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
 

@@ -59,7 +59,7 @@ class ReusePlanner:
         survey = None
         if config.surveys:
             taken = matched_positions(runs, seq.num_tokens)
-            survey = Survey(config, taken, anew, seq.num_computed)
+            survey = Survey(config, taken, anew, seq.num_computed, seq.line_ends())
         else:
             taken = reused_positions(runs, seq.num_tokens, config) & ~anew
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]

@@ -13,6 +13,9 @@ import numpy as np
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.reuse import ReuseConfig
 
+LINE_REACH = 16
+"""Tokens of a line that are taken to either side, at most."""
+
 SelectorFunction = Callable[[Sequence[tuple[int, int]], float], np.ndarray]
 
 
@@ -55,6 +58,35 @@ def highest(scores: np.ndarray, matched: np.ndarray, share: float, page_aligned:
     return chosen[units] & matched
 
 
+def lines_of_highest(
+    scores: np.ndarray, matched: np.ndarray, share: float, line_ends: np.ndarray
+) -> np.ndarray:
+    """The lines around the tokens with the highest scores, until they are `share` of the matched tokens.
+
+    Args:
+        scores, matched, share: as for `highest`.
+        line_ends: bool [num_tokens], tokens that end a line.
+
+    Returns:
+        bool [num_tokens], matched tokens only.
+    """
+    places = np.arange(matched.size)
+    starts = np.maximum.accumulate(np.where(np.append(True, line_ends[:-1]), places, 0))
+    ends = np.minimum.accumulate(np.where(line_ends, places, matched.size)[::-1])[::-1] + 1
+    starts, ends = np.maximum(starts, places - LINE_REACH), np.minimum(ends, places + LINE_REACH + 1)
+    chosen = np.zeros(matched.size, bool)
+    wanted, count = share * matched.sum(), 0
+    scores = np.where(matched, scores, 0.0)
+    for token in np.argsort(-scores, kind="stable"):
+        if count >= wanted or scores[token] <= 0:
+            break
+        if not chosen[token]:
+            line = slice(starts[token], ends[token])
+            count += int((matched[line] & ~chosen[line]).sum())
+            chosen[line] = matched[line]
+    return chosen
+
+
 def matched_positions(runs: Sequence[tuple[int, int]], num_tokens: int) -> np.ndarray:
     """bool [num_tokens]: the tokens of (start, length) `runs`."""
     matched = np.zeros(num_tokens, bool)
@@ -70,7 +102,7 @@ def reused_positions(runs: Sequence[tuple[int, int]], num_tokens: int, config: R
     if config.recompute == 0:
         return reused
     select = _BLIND[config.selector]
-    if config.page_aligned:
+    if config.unit != "token":
         ends = [(start // PAGE_TOKENS, -(-(start + length) // PAGE_TOKENS)) for start, length in runs]
         pages = select([(first, end - first) for first, end in ends], config.recompute)
         chosen = (pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()

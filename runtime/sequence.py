@@ -55,6 +55,7 @@ class Sequence:
     """The state of one request. The KV cache owns the fields about pages; the scheduler reads counts."""
 
     __slots__ = (
+        "_ends_line",
         "_page_keys",
         "_root_key",
         "_tokens",
@@ -103,11 +104,13 @@ class Sequence:
         reuse: KVReuse = "exact",
         documents: Iterable[tuple[int, int]] = (),
         publishes: bool = False,
+        ends_line: np.ndarray | None = None,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
         Only sequences of one `scope` share KV, but for what an operator's sequence `publishes`: it leaves its
-        pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces.
+        pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces. `ends_line`, bool
+        [vocabulary], tells which tokens end a line of text.
         """
         self.request_id = request_id
         self.model = model
@@ -148,6 +151,7 @@ class Sequence:
         self.num_calm = 0  # refreshed in a row with negligible deviations
         self.documents = tuple(documents)
         self.publishes = publishes
+        self._ends_line = np.zeros(0, bool) if ends_line is None else ends_line
         self.num_public_pages = 0  # leading pages that are published, under keys of no scope
         self.documents_version = 0  # of the published documents, when these were counted
         self._root_key = PUBLIC_ROOT if publishes else root_key(scope)
@@ -157,6 +161,13 @@ class Sequence:
     def token_ids(self) -> np.ndarray:
         """Prompt and generated tokens, int32 [num_tokens]; a view."""
         return self._tokens[: self.num_tokens]
+
+    def line_ends(self) -> np.ndarray:
+        """bool [num_tokens], which tokens end a line of text."""
+        known = self.token_ids < self._ends_line.size
+        ends = np.zeros(self.num_tokens, bool)
+        ends[known] = self._ends_line[self.token_ids[known]]
+        return ends
 
     @property
     def num_uncomputed(self) -> int:

@@ -20,12 +20,12 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array
 from blockzoo.runtime.reuse import ReuseConfig
-from blockzoo.runtime.selection import highest
+from blockzoo.runtime.selection import highest, lines_of_highest
 
 QUESTION_TOKENS = 64
 """Unmatched tokens at the end of a prompt, at most, that count as the question."""
 
-NEAR_TOKENS = 32
+NEAR_TOKENS = 8
 """Before the question: attended to because they are near."""
 
 RowsLike = Callable[[Array, int], Array]
@@ -41,6 +41,7 @@ class Survey:
         anew: bool [num_tokens], which of it is computed anew whatever is seen: not in the first pass, whose
             rows it would only add to.
         start: the first token behind the exact prefix.
+        line_ends: bool [num_tokens], which tokens end a line of text.
 
     Attributes:
         done: it is decided; what is left of the prompt runs.
@@ -49,8 +50,11 @@ class Survey:
         hidden: rows [num_tokens - start, hidden] that leave the check layers.
     """
 
-    def __init__(self, config: ReuseConfig, matched: np.ndarray, anew: np.ndarray, start: int) -> None:
+    def __init__(
+        self, config: ReuseConfig, matched: np.ndarray, anew: np.ndarray, start: int, line_ends: np.ndarray
+    ) -> None:
         self.config, self.matched, self.anew, self.start = config, matched, anew, start
+        self._line_ends = line_ends
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
@@ -123,7 +127,7 @@ class Survey:
             share = config.recompute * self._round / config.rounds
             self.done = self._round == config.rounds
             self._round += 1
-            return highest(self._pointed(), self.matched, share, config.page_aligned) | self.anew
+            return self._highest(self._pointed(), share)
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)
@@ -136,7 +140,12 @@ class Survey:
         if config.selector == "importance*deviation":
             scores = scores * self.importance
         scores = np.where(self.anew, 0.0, scores)
-        return highest(scores, self.matched, config.recompute, config.page_aligned) | self.anew
+        return self._highest(scores, config.recompute)
+
+    def _highest(self, scores: np.ndarray, share: float) -> np.ndarray:
+        if self.config.unit == "line":
+            return lines_of_highest(scores, self.matched, share, self._line_ends) | self.anew
+        return highest(scores, self.matched, share, self.config.unit == "page") | self.anew
 
 
 def relative_deviation(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from blockzoo.runtime.errors import InvalidRequestError
@@ -83,6 +84,12 @@ class Tokenizer:
         whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
         return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+
+    @cached_property
+    def ends_line(self) -> np.ndarray:
+        """bool [vocab_size]: whether a token's text holds a line break."""
+        texts = self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        return np.array(["\n" in text for text in texts], bool)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; bytes that are no valid UTF-8 come out as U+FFFD, unknown ids as nothing."""

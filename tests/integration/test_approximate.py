@@ -11,7 +11,7 @@ import pytest
 
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.errors import InvalidRequestError
-from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector
+from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector, Unit
 from blockzoo.runtime.sequence import Sequence
 
 # the tests count tokens; the queue that they drain is in order of position
@@ -80,12 +80,12 @@ def exact(demo_zoo: Path) -> LLMEngine:
 SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*deviation", "random"]
 
 
-@pytest.mark.parametrize(("budget", "aligned"), [(512, False), (64, True)])
+@pytest.mark.parametrize(("budget", "unit"), [(512, "token"), (64, "page"), (512, "line")])
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_recomputing_everything_is_a_full_prefill(
-    demo_zoo: Path, exact: LLMEngine, budget: int, aligned: bool, selector: Selector
+    demo_zoo: Path, exact: LLMEngine, budget: int, unit: Unit, selector: Selector
 ) -> None:
-    reuse = Reuse(recompute=0.999, refresh=0, page_aligned=aligned, selector=selector)
+    reuse = Reuse(recompute=0.999, refresh=0, unit=unit, selector=selector)
     engine = serve(demo_zoo, reuse, max_num_batched_tokens=budget)
     ask(engine, DONOR)
     tokens, logprobs, _ = ask(engine, PROMPT, "approx")
@@ -194,11 +194,9 @@ def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngin
         each.check_integrity()
 
 
-@pytest.mark.parametrize(("refresh", "aligned"), [(1, True), (3, False), (64, False)])
-def test_a_drained_queue_leaves_exact_kv(
-    demo_zoo: Path, exact: LLMEngine, refresh: int, aligned: bool
-) -> None:
-    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, page_aligned=aligned))
+@pytest.mark.parametrize(("refresh", "unit"), [(1, "page"), (3, "token"), (64, "line")])
+def test_a_drained_queue_leaves_exact_kv(demo_zoo: Path, exact: LLMEngine, refresh: int, unit: Unit) -> None:
+    engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, unit=unit))
     ask(engine, DONOR)
     seq = start(engine, PROMPT, "approx")
     left = seq.stale.size

@@ -83,14 +83,14 @@ def test_donors_are_bounded_kept_apart_and_known_once():
 
 
 @pytest.mark.parametrize("selector", ["head-of-run", "random"])
-@pytest.mark.parametrize("page_aligned", [True, False])
-def test_the_share_of_recomputed_tokens(selector, page_aligned):
+@pytest.mark.parametrize("unit", ["line", "page", "token"])
+def test_the_share_of_recomputed_tokens(selector, unit):
     runs = [(10, 600), (700, 300)]
     for share in (0.0, 0.1, 0.5, 1.0):
-        config = ReuseConfig(recompute=share, selector=selector, page_aligned=page_aligned)
+        config = ReuseConfig(recompute=share, selector=selector, unit=unit)
         reused = reused_positions(runs, 1024, config)
         assert reused[:10].sum() == reused[610:700].sum() == reused[1000:].sum() == 0
-        assert abs(int(reused.sum()) - (1 - share) * 900) <= (3 * PAGE_TOKENS if page_aligned else 2)
+        assert abs(int(reused.sum()) - (1 - share) * 900) <= (2 if unit == "token" else 3 * PAGE_TOKENS)
         if share in (0.0, 1.0):
             assert int(reused.sum()) == round((1 - share) * 900)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockzoo.runtime.pool import PAGE_TOKENS
 from blockzoo.runtime.reuse import ReuseConfig, Selector
-from blockzoo.runtime.selection import highest
+from blockzoo.runtime.selection import highest, lines_of_highest
 from blockzoo.runtime.survey import Survey, relative_deviation
 
 
@@ -41,12 +41,34 @@ def test_what_has_no_score_is_not_chosen() -> None:
     assert np.flatnonzero(chosen).tolist() == [40, 41, 42]
 
 
+def test_lines_around_what_is_pointed_at() -> None:
+    matched = np.ones(200, bool)
+    matched[:20] = False
+    line_ends = np.zeros(200, bool)
+    line_ends[[15, 29, 38, 90]] = True
+    scores = np.zeros(200)
+    scores[[34, 10, 36, 25, 150, 60]] = [9, 8, 7, 6, 5, 4]  # 10 is not matched, 36 is in the line of 34
+
+    def chosen(share: float) -> list[int]:
+        return np.flatnonzero(lines_of_highest(scores, matched, share, line_ends)).tolist()
+
+    line, part, long = [*range(30, 39)], [*range(20, 30)], [*range(134, 167)]
+    assert chosen(9 / 180) == line
+    assert chosen(10 / 180) == sorted(line + part)  # of the second line what is matched
+    assert chosen(20 / 180) == sorted(line + part + long)  # at most 16 to either side
+    assert chosen(1.0) == sorted(line + part + long + [*range(44, 77)])  # nothing that has no score
+
+
+def made(config: ReuseConfig, matched: np.ndarray, start: int) -> Survey:
+    return Survey(config, matched, np.zeros_like(matched), start, np.zeros_like(matched))
+
+
 def survey(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> Survey:
     """Of 320 tokens: 10 of an exact prefix, unmatched ones, matched from 20 to 300, a question."""
     matched = np.zeros(320, bool)
     matched[20:300] = True
-    config = ReuseConfig(selector=selector, rounds=rounds, recompute=recompute, page_aligned=False)
-    return Survey(config, matched, np.zeros_like(matched), 10)
+    config = ReuseConfig(selector=selector, rounds=rounds, recompute=recompute, unit="token")
+    return made(config, matched, 10)
 
 
 def test_the_question_looks_and_nothing_else() -> None:
@@ -73,16 +95,16 @@ def test_the_question_looks_and_nothing_else() -> None:
 def test_what_is_looked_at_sharply_comes_before_what_is_near_or_spread() -> None:
     matched = np.ones(320, bool)
     matched[300:] = False
-    config = ReuseConfig(recompute=0.1, head=0)
-    found = Survey(config, matched, np.zeros_like(matched), 0)
+    config = ReuseConfig(recompute=0.1, head=0, unit="page")
+    found = made(config, matched, 0)
     scores = np.zeros(320, np.float32)
     scores[70] = 2.0  # pointed at
     scores[128:160] = 0.2  # more in all, on no token in particular
-    scores[290:300] = 5.0  # near
+    scores[292:300] = 5.0  # near
     found.add_scores(scores, 1)
     chosen = found.conclude(lambda: np.empty(0))
     assert np.flatnonzero(chosen).tolist() == list(range(64, 96))
-    everything = Survey(replace(config, recompute=0.99), matched, np.zeros_like(matched), 0)
+    everything = made(replace(config, recompute=0.99), matched, 0)
     everything.add_scores(scores + 0.01, 1)
     assert everything.conclude(lambda: np.empty(0)).sum() == 300
 

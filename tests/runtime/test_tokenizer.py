@@ -109,3 +109,12 @@ def test_bad_words_behind_no_space_are_found_where_the_tokenizer_adds_one(senten
     sequences = sentencepiece_like.bad_word_ids(["bad"])
     assert (ids["▁bad"],) in sequences
     assert (ids["bad"],) in sequences
+
+
+def test_which_tokens_end_a_line(tokenizer):
+    text = "one\ntwo\n\nthree"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.ends_line.shape == (tokenizer.vocab_size,)
+    assert [bool(end) for end in tokenizer.ends_line[ids]] == ["\n" in tokenizer.decode([i]) for i in ids]
+    assert tokenizer.ends_line[ids].any()
+    assert not tokenizer.ends_line[ids].all()
