@@ -39,6 +39,7 @@ from benchmarks.kv_quality import Judge, quality
 from benchmarks.kv_speed import time_to_first_token, under_load
 from benchmarks.kv_tasks import Tasks
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.runtime.reuse import ReuseConfig
 from blockzoo.zoo.demo.assemble import assemble
 
 PARTS = ("quality", "time", "load")
@@ -84,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=48, help="under each load (48)")
     add("--answer", type=int, default=16, help="tokens of an answer under load (16)")
     add("--running", type=int, default=8, help="requests that run at once (8)")
-    add("--share", type=float, default=0.15, help="computed anew under load (0.15)")
-    add("--refresh", type=int, default=0, help="computed anew beside each token under load (0)")
+    default = ReuseConfig()
+    share, refresh = default.recompute, default.refresh
+    add("--share", type=float, default=share, help=f"computed anew under load ({share})")
+    add("--refresh", type=int, default=refresh, help=f"... beside each generated token ({refresh})")
     return parser
 
 
@@ -95,7 +98,7 @@ def all_quality(args: argparse.Namespace, model: Path | None) -> dict[str, dict[
     if model is None:
         print(
             "no chains, and prompts longer than the demo base was trained for: no --model was given; train "
-            "one with python -m blockzoo.zoo.demo.train_chains FOLDER (75 minutes), and name FOLDER",
+            "one with python -m blockzoo.zoo.demo.train_chains (two hours and a half), and name its folder",
             file=sys.stderr,
         )
         tasks = [task for task in tasks if task != "chains"]

@@ -60,11 +60,11 @@ class ReuseConfig:
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
-    recompute: float = 0.15
+    recompute: float = 0.05
     refresh: int = 3
     refresh_order: RefreshOrder = "importance"
     selector: Selector = "query"
-    head: int = 8
+    head: int = 0
     check_layers: int = 2
     rounds: int = 1
     unit: Unit = "line"

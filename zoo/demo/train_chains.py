@@ -1,4 +1,7 @@
-"""A fine-tune of the demo base for long prompts: `python -m blockzoo.zoo.demo.train_chains OUT_DIR`.
+"""A fine-tune of the demo base for long prompts:
+
+    python -m blockzoo.zoo.demo.train_chains FIRST
+    python -m blockzoo.zoo.demo.train_chains CHAINS --start FIRST
 
 It reads "Let b = a + 4." after "Let a = 3." and answers "Q: b?" with 7, and it answers questions about notes,
 wherever these stand among up to a thousand tokens of other text. The base looks values up in short prompts
