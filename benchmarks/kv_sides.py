@@ -16,7 +16,7 @@ SELECTORS = {  # name -> settings
     "DHD": ReuseConfig(head=0, selector="importance*deviation", unit="page"),
     "random": ReuseConfig(head=0, selector="random", unit="page"),
 }
-SHARES = (0.05, 0.1, 0.15, 0.3)
+SHARES = (0.05, 0.07, 0.1, 0.15, 0.3)
 REFRESHES = (1, 3, 8)
 _NEVER = 1e9  # a full prefill instead would hide what a share gives
 ENGINE = ReuseConfig(selector="importance*deviation")  # needs the most of the engines, so allows the others
@@ -35,10 +35,10 @@ def quality_sides() -> Sides:
         name: replace(c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0)
         for name, c in sides.items()
     }
-    for name in ("naive", "query 0.05", "query and heads of 8 0.05"):
+    for name in ("naive", "query 0.07", "query and heads of 8 0.07"):
         for refresh in REFRESHES:
             configs[f"{name}, N {refresh}"] = replace(configs[name], refresh=refresh)
-    for name in ("naive, N 3", "query 0.05, N 3", "query and heads of 8 0.05, N 3"):
+    for name in ("naive, N 3", "query 0.07, N 3", "query and heads of 8 0.07, N 3"):
         configs[f"{name} by importance"] = replace(configs[name], refresh_order="importance")
     configs["all recomputed"] = replace(configs["naive"], recompute=1.0)  # leaves exact KV: the last
     full: Sides = {"full": ("off", None)}

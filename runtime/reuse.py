@@ -60,7 +60,7 @@ class ReuseConfig:
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
-    recompute: float = 0.05
+    recompute: float = 0.07
     refresh: int = 3
     refresh_order: RefreshOrder = "importance"
     selector: Selector = "query"
