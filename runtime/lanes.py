@@ -56,7 +56,7 @@ class Call:
 
 
 class CallGraph:
-    """The calls of a step and what each must wait for: earlier ones of the same engine or the same rows.
+    """The calls of a step and what each must wait for: the last ones before it of its engine and its rows.
 
     Args:
         calls: in an order in which they could run one after the other.
@@ -65,17 +65,16 @@ class CallGraph:
 
     def __init__(self, calls: Sequence[Call], weights: Sequence[int]) -> None:
         self.calls = list(calls)
-        self.waits_for = [
-            {j for j, earlier in enumerate(calls[:i]) if _conflict(earlier, call)}
-            for i, call in enumerate(calls)
-        ]
+        self.waits_for: list[set[int]] = []
+        last: dict[tuple[str, int], int] = {}  # call of an engine, and of a group's rows
+        for index, call in enumerate(calls):
+            used = [("span", call.span), *(("group", group) for group in call.groups)]
+            self.waits_for.append({last[key] for key in used if key in last})
+            last.update(dict.fromkeys(used, index))
         longest_first = sorted(range(len(calls)), key=lambda i: -weights[calls[i].span])
         self.small = [i for i in longest_first if calls[i].is_small]
         self.large = [i for i, call in enumerate(calls) if not call.is_small]
-
-
-def _conflict(earlier: Call, later: Call) -> bool:
-    return earlier.span == later.span or not set(earlier.groups).isdisjoint(later.groups)
+        self.is_chain = all(i - 1 in self.waits_for[i] for i in range(1, len(calls)))
 
 
 class Lanes:
@@ -97,7 +96,7 @@ class Lanes:
 
         Returns, or raises what one of them raised, when all that were started have ended.
         """
-        num_helpers = min(self._count - 1, len(graph.small), len(graph.calls) - 1)
+        num_helpers = 0 if graph.is_chain else min(self._count - 1, len(graph.small))
         if num_helpers < 1:
             for call in graph.calls:
                 run(call)

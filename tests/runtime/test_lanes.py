@@ -30,7 +30,7 @@ def graph(*calls: Call) -> CallGraph:
 
 def test_calls_wait_for_those_of_their_rows_and_of_their_engine() -> None:
     calls = [call(0, MANY, 0, 1), call(1, 1, 0), call(2, 1, 1), call(2, 1, 2), call(3, MANY, 0, 1)]
-    assert graph(*calls).waits_for == [set(), {0}, {0}, {2}, {0, 1, 2}]
+    assert graph(*calls).waits_for == [set(), {0}, {0}, {2}, {1, 2}]
 
 
 def test_what_a_lane_may_run_is_small_and_shares_no_scratch() -> None:
@@ -45,6 +45,15 @@ def test_one_lane_keeps_the_order() -> None:
     calls = [call(2, 1, 0), call(0, 9, 1, 2), call(1, 1, 1)]
     Lanes(1).run(graph(*calls), lambda call: seen.append(call.span))
     assert seen == [2, 0, 1]
+
+
+def test_calls_that_all_wait_for_each_other_stay_with_the_caller() -> None:
+    threads = []
+    calls = graph(call(0, 1, 0), call(1, 1, 0), call(2, 1, 0))
+    assert calls.is_chain
+    Lanes(2).run(calls, lambda call: threads.append(threading.get_ident()))
+    assert set(threads) == {threading.get_ident()}
+    assert not graph(call(0, 1, 0), call(1, 1, 0), call(2, 1, 1)).is_chain
 
 
 @given(
@@ -66,7 +75,9 @@ def test_every_call_runs_once_behind_what_it_waits_for(
 
     def run(one: Call) -> None:
         index = calls.index(one)
-        assert made.waits_for[index] <= set(ended)
+        for i, earlier in enumerate(calls[:index]):
+            if earlier.span == one.span or set(earlier.groups) & set(one.groups):
+                assert i in ended
         running.add(index)
         started.append(index)
         large = [i for i in tuple(running) if not calls[i].is_small]
