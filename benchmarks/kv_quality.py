@@ -44,6 +44,11 @@ class Judge:
     def __init__(
         self, zoo: Path, model: str, num_threads: int | None, sides: Sequence[str] | None = None
     ) -> None:
+        known = quality_sides()
+        for name in sides or ():
+            if name not in known:
+                raise SystemExit(f"there is no side {name!r}; there are {'; '.join(known)}")
+        self.sides: Sides = {name: known[name] for name in ["full", *(sides or list(known)[1:])]}
         config = EngineConfig(
             precision="f32",
             num_threads=num_threads,
@@ -53,11 +58,6 @@ class Judge:
         self._engine, self._model = LLMEngine(zoo, config), model
         self._follower = self._engine._sampler = _Follower()
         self._count = 0
-        known = quality_sides()
-        for name in sides or ():
-            if name not in known:
-                raise SystemExit(f"there is no side {name!r}; there are {'; '.join(known)}")
-        self.sides: Sides = {name: known[name] for name in ["full", *(sides or list(known)[1:])]}
 
     def judge(self, sample: Sample) -> dict[str, tuple[bool, np.ndarray, np.ndarray]]:
         """Per side: whether each token of the answer is the likeliest, per token whether the likeliest is

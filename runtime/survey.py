@@ -3,8 +3,8 @@
 Two kinds (`reuse.ReuseConfig.selector`):
 
     query      the unmatched tokens run through all layers over what was taken. What matched tokens draw the
-               attention of the last of them (the question) tells which pages matter for the answer. In
-               further rounds those pages, computed anew, look too: what they lean on comes in.
+               attention of the last of them (the question) tells which lines (or pages, or tokens) matter for
+               the answer. In further rounds those, computed anew, look too: what they lean on comes in.
     deviation  everything runs through the check layers. How far V at the last of them is from what was taken
                tells which tokens were changed by the words before them. The others leave; what is chosen goes
                on from the hidden states that leave the check layers.
@@ -107,7 +107,7 @@ class Survey:
 
     def _pointed(self) -> np.ndarray:
         """Attention received, squared: a head that looks something up puts all of it on a token or two, and
-        what is spread thinly over a page says little. What stands right before the question is looked at for
+        what is spread thinly over many says little. What stands right before the question is looked at for
         being near: it comes last."""
         scores: np.ndarray = np.where(self.anew, 0.0, self.importance) ** 2
         scores[max(0, self._question - NEAR_TOKENS) : self._question] *= 1e-9
