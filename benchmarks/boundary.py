@@ -24,7 +24,7 @@ from benchmarks.common import arguments, interleave, machine_facts, print_table,
 from benchmarks.families import Family, make_family
 from benchmarks.sides import first_token
 from blockzoo.runtime import LLMEngine, SamplingParams
-from blockzoo.runtime.config import EngineConfig
+from blockzoo.runtime.serve.config import EngineConfig
 
 LENGTH = 2048
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)

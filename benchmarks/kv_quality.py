@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.kv_sides import ENGINE, Sides, quality_sides
 from benchmarks.kv_tasks import Sample
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.request import KVReuse
-from blockzoo.runtime.sampling import SampledToken, Sampler, SamplerState
+from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState
 
 
 class _Follower(Sampler):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blockzoo.runtime.request import KVReuse
-from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.approx.matching import ReuseConfig
 
 SELECTORS = {  # name -> settings
     "query": ReuseConfig(head=0, selector="query"),

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.common import Samples, arguments, machine_facts, print_table, save_report
 from benchmarks.families import Family, make_family
 from blockzoo.runtime import LLMEngine, SamplingParams
-from blockzoo.runtime.config import EngineConfig
+from blockzoo.runtime.serve.config import EngineConfig
 
 LENGTH, QUESTION = 2048, 32
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)

@@ -12,9 +12,9 @@ import torch
 from blockzoo.engines.reference import ReferenceEngines
 from blockzoo.engines.reference.arrays import TORCH_DTYPES
 from blockzoo.engines.reference.blocks import Weights
-from blockzoo.runtime.adapters import AdapterCache, AdapterInputs
-from blockzoo.runtime.executor import Executor, Rows
-from blockzoo.runtime.topology import plan_topology
+from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.exec.executor import Executor, Rows
+from blockzoo.runtime.exec.topology import plan_topology
 from blockzoo.zoo.blocks import (
     PROJECTIONS,
     Adapter,

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from blockzoo.runtime.request import SamplingParams
-from blockzoo.runtime.sampling import Sampler, SamplerState
+from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.runtime.sampling.sampler import Sampler, SamplerState
 
 Logits = npt.NDArray[np.float32]
 

@@ -17,10 +17,10 @@ from benchmarks.common import timed
 from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.runtime import LLMEngine, SamplingParams
-from blockzoo.runtime.config import EngineConfig
-from blockzoo.runtime.executor import Executor, Rows
-from blockzoo.runtime.loading import load_zoo
-from blockzoo.runtime.request import KVReuse
+from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.exec.executor import Executor, Rows
+from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.loading import load_zoo
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import f32_to_bf16

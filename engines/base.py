@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 Precision = Literal["f32", "bf16"]
 
 PAGE_TOKENS = 32
-"""Tokens in a page: the granularity at which attention operators address the KV pool."""
+"""Tokens in a page, which holds K and V of one layer; fixed by OpenVINO's paged attention on CPUs."""
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages per layer that `num_tokens` tokens take."""
+    return -(-num_tokens // PAGE_TOKENS)
 
 
 class EngineError(RuntimeError):

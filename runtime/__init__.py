@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blockzoo.runtime.request import RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.api.request import RequestOutput, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from blockzoo.runtime.config import EngineConfig
-    from blockzoo.runtime.engine_loop import LLMEngine
-    from blockzoo.runtime.engine_thread import EngineThread
     from blockzoo.runtime.llm import LLM, Completion
-    from blockzoo.runtime.metrics import Metrics
+    from blockzoo.runtime.serve.config import EngineConfig
+    from blockzoo.runtime.serve.engine_thread import EngineThread
+    from blockzoo.runtime.serve.llm_engine import LLMEngine
+    from blockzoo.runtime.serve.metrics import Metrics
 
 __all__ = [
     "LLM",
@@ -28,10 +28,10 @@ __all__ = [
 _HOMES = {
     "LLM": "llm",
     "Completion": "llm",
-    "EngineConfig": "config",
-    "EngineThread": "engine_thread",
-    "LLMEngine": "engine_loop",
-    "Metrics": "metrics",
+    "EngineConfig": "serve.config",
+    "EngineThread": "serve.engine_thread",
+    "LLMEngine": "serve.llm_engine",
+    "Metrics": "serve.metrics",
 }
 
 

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 after a message on standard error."""
     args = _parser().parse_args(argv)
     from blockzoo.engines.base import EngineError
-    from blockzoo.runtime.errors import RequestError
+    from blockzoo.runtime.api.errors import RequestError
     from blockzoo.zoo.errors import ZooError
 
     try:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-    from blockzoo.runtime.errors import RequestError
+    from blockzoo.runtime.api.errors import RequestError
 
     params = SamplingParams(
         max_tokens=args.max_tokens,

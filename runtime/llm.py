@@ -7,12 +7,12 @@ from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from typing import Any
 
-from blockzoo.runtime.config import EngineConfig
-from blockzoo.runtime.engine_loop import LLMEngine
-from blockzoo.runtime.errors import InvalidRequestError, RequestError
-from blockzoo.runtime.publisher import PublishedDocument
-from blockzoo.runtime.refresh import Refreshed
-from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.document_publisher import PublishedDocument
+from blockzoo.runtime.serve.llm_engine import LLMEngine
+from blockzoo.runtime.serve.reload import Refreshed
 
 Prompt = str | AnySequence[int]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blockzoo.runtime.request import RequestOutput, TokenLogprob
+from blockzoo.runtime.api.request import RequestOutput, TokenLogprob
 from blockzoo.server_config.schema import ParsedRequest
 
 

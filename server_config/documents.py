@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.server_config.schema import checked_text, did_you_mean
 
 if TYPE_CHECKING:

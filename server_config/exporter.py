@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from blockzoo.runtime.metrics import E2E_BOUNDS, INTER_TOKEN_BOUNDS, TTFT_BOUNDS
+from blockzoo.runtime.serve.metrics import E2E_BOUNDS, INTER_TOKEN_BOUNDS, TTFT_BOUNDS
 
 if TYPE_CHECKING:
     from blockzoo.runtime import Metrics

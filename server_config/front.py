@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockzoo.runtime.errors import OverloadedError, RequestError, UnknownModelError
-from blockzoo.runtime.request import RequestOutput
+from blockzoo.runtime.api.errors import OverloadedError, RequestError, UnknownModelError
+from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.server_config.answer import Answer, Response, integers, strings
 from blockzoo.server_config.exporter import MetricsExporter
 from blockzoo.server_config.schema import parse_request

@@ -15,8 +15,8 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from blockzoo.runtime.errors import InvalidRequestError, UnknownModelError
-from blockzoo.runtime.request import KVReuse, SamplingParams
+from blockzoo.runtime.api.errors import InvalidRequestError, UnknownModelError
+from blockzoo.runtime.api.request import KVReuse, SamplingParams
 from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS
 
 MAX_TEXT_BYTES = 1 << 20

@@ -114,7 +114,7 @@ def _amount(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run zoo-serve; the exit status."""
     args = build_parser().parse_args(argv)
-    from blockzoo.runtime.errors import RequestError  # after parsing: --help answers at once
+    from blockzoo.runtime.api.errors import RequestError  # after parsing: --help answers at once
     from blockzoo.zoo.errors import ZooError
 
     try:

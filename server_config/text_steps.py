@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from blockzoo.runtime.errors import InvalidRequestError, RequestError
-from blockzoo.runtime.tokenizer import Tokenizer
+from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.server_config.answer import integers, strings
 from blockzoo.server_config.repository import tenant_input
 from blockzoo.server_config.schema import checked_text, did_you_mean

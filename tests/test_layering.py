@@ -15,7 +15,16 @@ MAY_IMPORT = {
     "runtime": {"runtime", "engines", "zoo"},
     "server_config": {"server_config", "runtime", "zoo"},
 }
-INTS_ONLY = ("pool", "sequence", "prefix_tree", "scheduler", "topology", "batch")
+ROOMS_MAY_IMPORT = {  # folders of runtime/
+    "api": {"api"},
+    "approx": {"approx"},
+    "text": {"text", "api"},
+    "sampling": {"sampling", "api"},
+    "kv": {"kv", "approx", "api"},
+    "exec": {"exec", "kv", "approx", "api"},
+    "serve": {"serve", "exec", "kv", "approx", "sampling", "text", "api"},
+}
+INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/batch")
 HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}
 
 
@@ -41,6 +50,21 @@ def test_layers_import_downwards_only(layer: str) -> None:
         assert ours <= MAY_IMPORT[layer], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[layer]}"
 
 
+def test_every_room_of_the_runtime_is_listed() -> None:
+    rooms = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
+    assert rooms == ROOMS_MAY_IMPORT.keys()
+    loose = {path.stem for path in (ROOT / "runtime").glob("*.py")}
+    assert loose == {"__init__", "llm", "generate"}, "a module belongs into a room"
+
+
+@pytest.mark.parametrize("room", ROOMS_MAY_IMPORT)
+def test_rooms_of_the_runtime_import_downwards_only(room: str) -> None:
+    for path in sorted((ROOT / "runtime" / room).glob("*.py")):
+        parts = [name.split(".") for name in imports(path) if name.startswith("blockzoo.runtime")]
+        ours = {name[2] if len(name) > 2 else "the top" for name in parts}
+        assert ours <= ROOMS_MAY_IMPORT[room], f"{path.name} imports {ours - ROOMS_MAY_IMPORT[room]}"
+
+
 def test_zoo_needs_no_backend() -> None:
     for path in (ROOT / "zoo").rglob("*.py"):
         if path.name in (
@@ -54,8 +78,10 @@ def test_zoo_needs_no_backend() -> None:
 
 @pytest.mark.parametrize("module", INTS_ONLY)
 def test_scheduling_needs_no_engine(module: str) -> None:
-    names = imports(ROOT / "runtime" / f"{module}.py") - {"blockzoo.engines.arrays"}  # a protocol
-    assert not any(name.startswith("blockzoo.engines") or name.split(".")[0] in HEAVY for name in names)
+    for path in (ROOT / "runtime").glob(f"{module}.py"):
+        names = imports(path) - {"blockzoo.engines.arrays", "blockzoo.engines.base"}  # protocols, constants
+        heavy = {n for n in names if n.startswith("blockzoo.engines") or n.split(".")[0] in HEAVY}
+        assert not heavy, f"{path.name} imports {heavy}"
 
 
 def test_no_torch_on_the_serving_path() -> None:

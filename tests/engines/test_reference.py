@@ -17,7 +17,7 @@ from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
 from blockzoo.engines.reference.arrays import TorchArrays, _Recorded  # noqa: E402
 from blockzoo.engines.reference.attention import DenseAttention  # noqa: E402
 from blockzoo.runtime import LLM  # noqa: E402
-from blockzoo.runtime.errors import InvalidRequestError  # noqa: E402
+from blockzoo.runtime.api.errors import InvalidRequestError  # noqa: E402
 from blockzoo.zoo.blocks import AttnSpec  # noqa: E402
 from blockzoo.zoo.rope import RopeConfig  # noqa: E402
 from blockzoo.zoo.store import Zoo  # noqa: E402

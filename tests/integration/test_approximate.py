@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.errors import InvalidRequestError
-from blockzoo.runtime.reuse import RefreshOrder, ReuseConfig, Selector, Unit
-from blockzoo.runtime.sequence import Sequence
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.approx.matching import RefreshOrder, ReuseConfig, Selector, Unit
+from blockzoo.runtime.kv.sequence import Sequence
 
 # the tests count tokens; the queue that they drain is in order of position
 Reuse = partial(ReuseConfig, head=0, refresh_order="position")

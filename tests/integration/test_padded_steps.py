@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 from blockzoo.engines.reference import ReferenceEngines
 from blockzoo.runtime import LLM, SamplingParams
-from blockzoo.runtime.batch import StepLayout
+from blockzoo.runtime.exec.batch import StepLayout
 
 
 def test_padding_changes_no_token(demo_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

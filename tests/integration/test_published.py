@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
-from blockzoo.runtime.errors import (
+from blockzoo.runtime.api.errors import (
     InvalidRequestError,
     OverloadedError,
     PromptTooLongError,
     RequestError,
     UnknownModelError,
 )
-from blockzoo.runtime.publisher import kv_identity
-from blockzoo.runtime.reuse import ReuseConfig
+from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.serve.document_publisher import kv_identity
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
 DOCUMENT = "def parse(line):\n    key, value = line.split('=')\n    return key.strip(), int(value)\n\n" * 3

@@ -12,7 +12,7 @@ import pytest
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
-from blockzoo.runtime.errors import UnknownModelError
+from blockzoo.runtime.api.errors import UnknownModelError
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, block_path
 

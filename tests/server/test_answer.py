@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockzoo.runtime.request import RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.api.request import RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.server_config.answer import Answer
 from blockzoo.server_config.schema import ParsedRequest
 

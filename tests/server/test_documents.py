@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blockzoo.runtime.errors import InvalidRequestError
+from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.server_config.documents import Document, publish_documents, read_documents
 
 
@@ -80,7 +80,7 @@ def test_they_are_published_and_warnings_logged(tmp_path: Path) -> None:
 
     def publish(*document: Any) -> None:
         published.append(document)
-        logging.getLogger("blockzoo.runtime.kv_store").warning("%s: ignored", "file")
+        logging.getLogger("blockzoo.runtime.serve.kv_store").warning("%s: ignored", "file")
 
     pb = SimpleNamespace(Logger=SimpleNamespace(log_warn=logged.append))
     logger = logging.getLogger("blockzoo")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockzoo.runtime.errors import OverloadedError
-from blockzoo.runtime.metrics import Metrics
-from blockzoo.runtime.refresh import Refreshed
-from blockzoo.runtime.request import RequestOutput
+from blockzoo.runtime.api.errors import OverloadedError
+from blockzoo.runtime.api.request import RequestOutput
+from blockzoo.runtime.serve.metrics import Metrics
+from blockzoo.runtime.serve.reload import Refreshed
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 

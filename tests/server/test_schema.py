@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from blockzoo.runtime.errors import InvalidRequestError, RequestError, UnknownModelError
-from blockzoo.runtime.request import SamplingParams
+from blockzoo.runtime.api.errors import InvalidRequestError, RequestError, UnknownModelError
+from blockzoo.runtime.api.request import SamplingParams
 from blockzoo.server_config.schema import MAX_TEXT_BYTES, ParsedRequest, parse_request
 from blockzoo.server_config.tensors import INPUTS
 

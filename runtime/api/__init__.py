@@ -1,0 +1,1 @@
+"""What may be asked of the engine, and the errors it answers with."""

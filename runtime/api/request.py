@@ -1,0 +1,186 @@
+"""What a request asks for (`SamplingParams`) and what comes back step by step (`RequestOutput`).
+
+Knows nothing of models, tokenizers or engines: bounds that depend on those (prompt length,
+vocabulary) are checked where they are known.
+"""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blockzoo.runtime.api.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+KVReuse = Literal["off", "exact", "approx"]
+"""What KV of earlier requests a request may use: none, that of equal prefixes, or also that of equal words
+behind other ones."""
+
+MAX_TOKENS_LIMIT = 1_000_000
+MAX_LOGPROBS = 20
+MAX_WORDS = 64
+MAX_WORD_CHARS = 256
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    Every field is checked on construction; `InvalidRequestError` names the field, the value seen
+    and the range. Lists are accepted for `stop` and `bad_words` and kept as tuples.
+
+    Attributes:
+        max_tokens: tokens to generate at most, 1 to 1,000,000.
+        temperature: 0 to 100. Below 1e-5 the choice is greedy (as in vLLM): dividing logits by less
+            only makes them overflow.
+        top_k: keep the k likeliest tokens; 0 is off, and so is -1, which is stored as 0.
+        top_p: keep the fewest tokens whose mass reaches this, in (0, 1]; 1 is off.
+        min_p: keep tokens at least this likely relative to the likeliest, 0 to 1; 0 is off.
+        repetition_penalty: 0.01 to 100, over prompt and generated tokens (CTRL, arXiv 1909.05858);
+            1 is off.
+        presence_penalty: -2 to 2, taken once from tokens generated before.
+        frequency_penalty: -2 to 2, taken once per earlier generation of the token.
+        seed: 0 to 2^64 - 1. The same seed gives the same tokens whatever else the engine serves;
+            None draws from the operating system.
+        stop: at most 64 texts of 1 to 256 characters that end the generation where one is completed.
+        bad_words: at most 64 texts of 1 to 256 characters never to be generated.
+        logprobs: number of top alternatives reported per token, 0 (the chosen token alone) to 20;
+            None reports none.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop: let the text end with the stop word instead of before it.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_int("max_tokens", 1, MAX_TOKENS_LIMIT)
+        self._check_int("top_k", -1, 2**31 - 1)
+        self._check_int("min_tokens", 0, MAX_TOKENS_LIMIT)
+        self._check_real("temperature", 0.0, 100.0)
+        self._check_real("top_p", 0.0, 1.0, low_is_out=True)
+        self._check_real("min_p", 0.0, 1.0)
+        self._check_real("repetition_penalty", 0.01, 100.0)
+        self._check_real("presence_penalty", -2.0, 2.0)
+        self._check_real("frequency_penalty", -2.0, 2.0)
+        if self.seed is not None:
+            self._check_int("seed", 0, 2**64 - 1)
+        if self.logprobs is not None:
+            self._check_int("logprobs", 0, MAX_LOGPROBS)
+        self._check_words("stop")
+        self._check_words("bad_words")
+        for field in ("ignore_eos", "skip_special_tokens", "include_stop"):
+            if not isinstance(getattr(self, field), bool):
+                raise _wrong(field, getattr(self, field), "true or false")
+        if self.min_tokens > self.max_tokens:
+            raise _wrong("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        if self.top_k == -1:
+            self._set("top_k", 0)
+
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is taken and nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """True where the tokens seen so far change the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)  # frozen for everybody else
+
+    def _check_int(self, field: str, low: int, high: int) -> None:
+        value = getattr(self, field)
+        # bool is an int in Python; numpy integers are Integral
+        is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_int or not low <= value <= high:
+            raise _wrong(field, value, f"a whole number from {low} to {high}")
+        self._set(field, int(value))
+
+    def _check_real(self, field: str, low: float, high: float, low_is_out: bool = False) -> None:
+        value = getattr(self, field)
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # compared before float(), which overflows on huge integers; NaN fails the comparison
+        if not is_real or not low <= value <= high or (low_is_out and value == low):
+            expected = f"above {low:g} and at most {high:g}" if low_is_out else f"from {low:g} to {high:g}"
+            raise _wrong(field, value, f"a number {expected}")
+        self._set(field, float(value))
+
+    def _check_words(self, field: str) -> None:
+        words = getattr(self, field)
+        if not isinstance(words, (tuple, list)):
+            raise _wrong(field, words, "a list of texts, also for a single one")
+        if len(words) > MAX_WORDS:
+            raise InvalidRequestError(f"{field} has {len(words)} texts; expected at most {MAX_WORDS}.")
+        for index, word in enumerate(words):
+            if not isinstance(word, str):
+                raise _wrong(f"{field}[{index}]", word, "a text")
+            if not 1 <= len(word) <= MAX_WORD_CHARS:
+                raise InvalidRequestError(
+                    f"{field}[{index}] has {len(word)} characters; expected 1 to {MAX_WORD_CHARS}."
+                )
+            if any("\ud800" <= char <= "\udfff" for char in word):
+                raise _wrong(f"{field}[{index}]", word, "text without lone surrogates")
+        self._set(field, tuple(words))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one generated token and of the likeliest tokens in its place.
+
+    Natural logarithms under the model's own distribution: before temperature, penalties and
+    filters. `top` is sorted from the likeliest down and holds as many entries as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step added to one request.
+
+    `text`, `token_ids` and `logprobs` are deltas; put together they give the whole. The text may
+    lag behind the tokens (half characters and possible beginnings of stop words are held back) and
+    a stop word is cut from the text but not from the tokens. The last output of a request has
+    `finished` set and a `finish_reason`; `error` is set with the reason "error" only.
+    """
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finished: bool
+    finish_reason: FinishReason | None
+    error: str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated: int
+
+
+def _wrong(field: str, value: Any, expected: str) -> InvalidRequestError:
+    seen = repr(value)
+    if len(seen) > 80:
+        seen = seen[:77] + "..."
+    return InvalidRequestError(f"{field} is {seen}; expected {expected}.")

@@ -1,0 +1,1 @@
+"""Approximate reuse: what matches, and which of it is computed anew. Ints and numpy only."""

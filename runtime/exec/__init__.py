@@ -1,0 +1,1 @@
+"""From scheduled tokens to calls of engines, and the tensors they work on."""

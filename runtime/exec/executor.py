@@ -1,0 +1,396 @@
+"""The layer loop: one step's rows through the engines of one family of models.
+
+Everything that depends only on the shapes of a step is prepared once per shape (`batch.StepLayout`);
+in steady decode a step fills a few integer arrays, gathers embeddings and rotary rows, and runs the
+engines on what is bound already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from blockzoo.engines.arrays import Array, Arrays
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, pages_for
+from blockzoo.runtime.exec.adapters import AdapterInputs
+from blockzoo.runtime.exec.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.exec.call_graph import Call, Lanes
+from blockzoo.runtime.exec.kv_contents import KVContents
+from blockzoo.runtime.exec.kv_pages import KVPages
+from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
+
+_SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
+_KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
+_TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
+
+
+class Rows(NamedTuple):
+    """New tokens of one sequence.
+
+    Attributes:
+        chain: index into the topology's chains.
+        token_ids: int32 [n], the new tokens.
+        past_len: tokens before them, whose K and V are in the pool.
+        page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
+        wants_logits: whether the logits of the last new token are needed.
+        entry: the first of the chain's span uses to run, one of its `entries`; the KV of the layers below is
+            in the pages already.
+        hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
+        keeps_hidden: whether to report the hidden states that enter the chain's later entries.
+        exit: the first of the chain's span uses not to run, its `check`, whose entering hidden states are
+            reported; None runs all.
+        score_window: so many of the last rows report what attention they paid, 0 none (where the spans have
+            scores).
+    """
+
+    chain: int
+    token_ids: np.ndarray
+    past_len: int
+    page_table: np.ndarray
+    wants_logits: bool
+    entry: int = 0
+    hidden: Array | None = None
+    keeps_hidden: bool = False
+    exit: int | None = None
+    score_window: int = 0
+
+
+class Hidden(NamedTuple):
+    """Hidden states [n, hidden] of the rows of number `member` of the batch that entered span use `entry`."""
+
+    member: int
+    entry: int
+    rows: Array
+
+
+Program = Callable[[], list[Hidden] | None]
+"""Runs a filled layout; None where a recording runs in its place: nothing is kept there."""
+
+
+class StepResult(NamedTuple):
+    """What a step gave.
+
+    Attributes:
+        logits: matrices float32 [n, vocab], valid until the next run, each with the indices of the
+            batch whose last new token its rows belong to. Every index that wanted logits is in one.
+        num_calls: engine calls made.
+        num_call_rows: rows that went through them.
+        hidden: of the batch's rows that keep theirs; the caller's own.
+        scores: by index into the batch, of members with a score window: float32 [past + new], what each token
+            of the context received of the attention of these rows, summed over rows, heads and layers run.
+    """
+
+    logits: list[tuple[np.ndarray, list[int]]]
+    num_calls: int
+    num_call_rows: int
+    hidden: list[Hidden]
+    scores: dict[int, np.ndarray]
+
+
+class Executor:
+    """Runs steps of the models of one family over one pool.
+
+    Args:
+        family: what the models have in common.
+        chains, spans: of the whole topology; only those of the family are run.
+        engines: by span index.
+        embeddings: by embed block id.
+        rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
+        arrays: of the maker of the engines.
+        num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
+        max_tokens, max_seqs: bounds of a step.
+        adapters: their inputs, by call; None in a zoo without any.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        chains: Sequence[ChainPlan],
+        spans: Sequence[Span],
+        engines: Mapping[int, Engine],
+        embeddings: Mapping[str, Embedding],
+        rope_tables: Mapping[int, tuple[np.ndarray, np.ndarray]],
+        arrays: Arrays,
+        num_pages: int,
+        max_tokens: int,
+        max_seqs: int,
+        adapters: AdapterInputs | None = None,
+    ) -> None:
+        self._adapters = adapters
+        self._chains, self._spans = chains, spans
+        self._engines, self._embeddings, self._device = engines, embeddings, arrays
+        self._rotation = dict(rope_tables)  # on the host; the pages look here too
+        unique = {id(tables): tables for tables in rope_tables.values()}
+        mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
+        self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
+        self._num_pages, self._hidden_size = num_pages, family.hidden_size
+        self._pool = self._make_pool(family)
+        self.kv = KVPages(self._pool, num_pages, self._rotation, arrays)
+        vocab = max(chain.vocab_size for chain in chains if chain.family == family)
+        if arrays.records:  # padding at most doubles a decode step
+            max_seqs *= 2
+            max_tokens = max(max_tokens, max_seqs)
+        self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
+        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
+        self._lanes = Lanes(arrays.lanes)
+        self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
+        self._most_rows = 0  # of a step since scratch was given back
+        self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
+        self.contents = KVContents(self._pool, arrays, num_pages)
+
+    def add_chain(self, chain: ChainPlan, like: int) -> None:
+        """Append a chain of the same spans as chain number `like`; from any thread, before rows of it run."""
+        index = len(self._chains)
+        self._rope_tables[index], self._rotation[index] = self._rope_tables[like], self._rotation[like]
+        self._chains = (*self._chains, chain)
+        if self._adapters is not None:
+            self._adapters.chains = self._chains
+
+    def release_memory(self) -> None:
+        """Give back the engines' scratch if a step was large enough for that to be worth it."""
+        if self._most_rows > _SMALL_STEP:
+            for engine in self._engines.values():
+                engine.release_memory()
+            self._device.trim()
+            self._most_rows = 0
+
+    def run(self, batch: Sequence[Rows]) -> StepResult:
+        """Run a batch; K and V of all its rows are written when it returns.
+
+        Raises:
+            ValueError: a row's page table, token ids or lengths are out of range; nothing was run.
+                (The engines do not check, and would crash.)
+        """
+        self._check(batch)
+        order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
+        ordered = [batch[i] for i in order]
+        if self._device.records:
+            order, ordered = self._padded(order, ordered)
+        layout, program = self._layout_for(ordered)
+        self._most_rows = max(self._most_rows, layout.num_rows)
+        self._fill(layout, ordered)
+        self._scores = {}
+        looks = any(rows.score_window for rows in ordered)
+        kept = (self._launch(layout) if looks else program()) or []  # a recording would not read scores
+        logits = []
+        for rows, places in layout.logits:
+            matrix, indices = self._device.to_host(rows), [order[place] for place in places]
+            if -1 in indices:  # padding
+                real = [row for row, index in enumerate(indices) if index >= 0]
+                matrix, indices = matrix[real], [indices[row] for row in real]
+            logits.append((matrix, indices))
+        hidden = [item._replace(member=order[item.member]) for item in kept]
+        scores = {order[place]: values for place, values in self._scores.items()}
+        num_rows = sum(call.num_rows for call in layout.calls)
+        return StepResult(logits, len(layout.calls), num_rows, hidden, scores)
+
+    def _padded(self, order: list[int], batch: list[Rows]) -> tuple[list[int], list[Rows]]:
+        """A decode step with each chain's sequences filled up to a power of two, by rows of index -1."""
+        if any(
+            len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden or r.exit for r in batch
+        ):
+            return order, batch
+        indices: list[int] = []
+        padded: list[Rows] = []
+        for chain, own in groupby(zip(order, batch, strict=True), key=lambda item: item[1].chain):
+            items = list(own)
+            missing = (1 << (len(items) - 1).bit_length()) - len(items)
+            indices += [index for index, _ in items] + [-1] * missing
+            padded += [rows for _, rows in items] + [self._padding(chain)] * missing
+        return indices, padded
+
+    def _padding(self, chain: int) -> Rows:
+        """A row that nobody reads: one token in the page beyond those that sequences have."""
+        table = np.full((self._chains[chain].num_layers, 1), self._num_pages, np.int32)
+        return Rows(chain, np.zeros(1, np.int32), 0, table, True)
+
+    def _make_pool(self, family: Family) -> dict[str, Array]:
+        # where batches are padded, one page more for the rows that nobody reads
+        num_pages = self._num_pages + self._device.records
+        shape = (num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
+        pool = {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
+        for engine in self._engines.values():
+            if engine.spec.layers:
+                for name, pages in pool.items():
+                    engine.bind(name, pages)
+        return pool
+
+    def _check(self, batch: Sequence[Rows]) -> None:
+        for rows in batch:
+            self._check_shapes(rows)
+        if not batch:
+            return
+        ids = np.concatenate([rows.token_ids for rows in batch])
+        pages = np.concatenate([_used_pages(rows).ravel() for rows in batch])
+        vocab = min(self._vocab_size(rows) for rows in batch)
+        # one look at all values together; a second one at each row's only to say which is wrong
+        if ids.min() < 0 or ids.max() >= vocab or pages.min() < 0 or pages.max() >= self._num_pages:
+            for rows in batch:
+                self._check_values(rows)
+
+    def _check_shapes(self, rows: Rows) -> None:
+        chain = self._chains[rows.chain]
+        count = len(rows.token_ids)
+        pages = pages_for(rows.past_len + count)
+        if count < 1 or rows.past_len < 0:
+            raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
+        if rows.entry not in (0, *chain.entries, chain.check):
+            raise ValueError(f"rows enter at span {rows.entry}; expected one of {chain.entries}")
+        if rows.exit not in (None, chain.check) or (rows.exit is not None and rows.entry >= rows.exit):
+            raise ValueError(f"rows leave at span {rows.exit}; expected {chain.check}, above {rows.entry}")
+        if rows.entry and (rows.hidden is None or tuple(rows.hidden.shape) != (count, self._hidden_size)):
+            shape = None if rows.hidden is None else tuple(rows.hidden.shape)
+            raise ValueError(f"hidden states {shape} for {count} rows of {self._hidden_size}")
+        if rows.page_table.shape[0] != chain.num_layers or rows.page_table.shape[1] < pages:
+            raise ValueError(
+                f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
+            )
+        positions = len(self._rope_tables[rows.chain][0])
+        if rows.past_len + count > positions:
+            raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
+
+    def _check_values(self, rows: Rows) -> None:
+        used, ids, vocab = _used_pages(rows), rows.token_ids, self._vocab_size(rows)
+        if used.min() < 0 or used.max() >= self._num_pages:
+            raise ValueError(f"page ids {used.min()} to {used.max()} in a pool of {self._num_pages}")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()}, vocabulary {vocab}")
+
+    def _vocab_size(self, rows: Rows) -> int:
+        return self._embeddings[self._chains[rows.chain].embed_id].vocab_size
+
+    def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
+        """The layout of a batch's shapes, and what runs it; the last ones are kept."""
+        lens = [_table_len(rows) for rows in batch]
+        if self._device.records:  # the same for all, and few of them
+            lens = [1 << (max(lens) - 1).bit_length()] * len(batch)
+        shapes = tuple(
+            SeqShape(
+                rows.chain,
+                len(rows.token_ids),
+                length,
+                rows.wants_logits,
+                rows.entry,
+                rows.keeps_hidden,
+                rows.exit,
+            )
+            for rows, length in zip(batch, lens, strict=True)
+        )
+        kept = self._layouts.pop(shapes, None)
+        if kept is None:
+            layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            if self._adapters is not None:
+                for call in layout.calls:
+                    call.binds |= self._adapters.of(call)
+            program: Program = partial(self._launch, layout)
+            if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
+                program = self._device.recorded(program)
+            kept = layout, program
+            while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
+                self._layouts.pop(next(iter(self._layouts)))
+        self._layouts[shapes] = kept  # the last one used is the last to go
+        return kept
+
+    def _launch(self, layout: StepLayout) -> list[Hidden]:
+        self._gather(layout)
+        return self._run_calls(layout)
+
+    def _fill(self, layout: StepLayout, batch: Sequence[Rows]) -> None:
+        arrays, begins = layout.arrays, layout.seq_begins
+        counts = np.diff(begins)
+        arrays.token_ids[...] = np.concatenate([rows.token_ids for rows in batch])
+        arrays.past_lens[...] = [rows.past_len for rows in batch]
+        arrays.score_windows[...] = [rows.score_window for rows in batch]
+        arrays.positions[...] = np.arange(begins[-1]) + np.repeat(arrays.past_lens - begins[:-1], counts)
+        for rows, begin in zip(batch, layout.table_begins.tolist(), strict=False):
+            used = _used_pages(rows)  # beyond: some valid id, never read
+            arrays.tables[: used.shape[0], begin : begin + used.shape[1]] = used
+        arrays.max_context_len[...] = (arrays.past_lens + counts).max()
+        layout.upload()
+        for i, rows in enumerate(batch):
+            if rows.entry:
+                layout.entering_rows(i)[...] = rows.hidden
+
+    def _gather(self, layout: StepLayout) -> None:
+        """Rotary rows of the step's tokens, and the embeddings of those that enter at the bottom: one look-up
+        for neighbouring chains that share a table."""
+        arrays, buffers, take = layout.device_arrays, self._buffers, self._device.take
+        groups = layout.group_rows()
+        for _, run in groupby(groups, key=lambda group: id(self._rope_tables[group[0]])):
+            chain, rows = _joined(list(run))
+            cos, sin = self._rope_tables[chain]
+            positions = arrays.positions[rows]
+            take(cos, positions, buffers.cos[rows, 0, 0])
+            take(sin, positions, buffers.sin[rows, 0, 0])
+        for (entry, embed_id), run in groupby(groups, key=lambda g: (g[1], self._chains[g[0]].embed_id)):
+            if not entry:
+                _, rows = _joined(list(run))
+                self._embeddings[embed_id].lookup(arrays.token_ids[rows], buffers.hidden[0][rows])
+
+    def _run_calls(self, layout: StepLayout) -> list[Hidden]:
+        """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
+        kept: list[Hidden] = []
+        self._lanes.run(layout.graph, partial(self._run_call, layout, kept))
+        return kept
+
+    def _run_call(self, layout: StepLayout, kept: list[Hidden], call: Call) -> None:
+        """From any thread, while those that run at the same time are of other engines and sequences."""
+        engine = self._engines[call.span]
+        if self._bound_call.get(call.span) is not call:
+            for name, array in call.binds.items():
+                engine.bind(name, array)
+            self._bound_call[call.span] = call
+        for destination, source in call.copies_in:
+            destination[...] = source
+        engine.run()
+        for destination, source in call.copies_out:
+            destination[...] = source
+        if call.scored and layout.arrays.score_windows.any():
+            self._add_scores(call.scored, layout, engine)
+        for seq, entry, rows in call.passed:
+            own = self._device.rows_like(rows, len(rows))
+            own[...] = rows
+            kept.append(Hidden(seq, entry, own))
+
+    def _add_scores(self, seqs: Sequence[int], layout: StepLayout, engine: Engine) -> None:
+        """Add those that an engine has just given, of sequences by place in the layout, to the step's."""
+        lens = layout.arrays.past_lens + np.diff(layout.seq_begins)
+        values = np.split(self._device.to_host(engine.scores()), np.cumsum(lens[list(seqs)])[:-1])
+        for seq, own in zip(seqs, values, strict=True):
+            if layout.arrays.score_windows[seq]:
+                known = self._scores.get(seq)
+                self._scores[seq] = own.copy() if known is None else known + own
+
+
+def _joined(groups: Sequence[tuple[int, int, slice]]) -> tuple[int, slice]:
+    """The chain of the first, and the rows of all, of neighbouring groups (`StepLayout.group_rows`)."""
+    return groups[0][0], slice(groups[0][2].start, groups[-1][2].stop)
+
+
+def _used_pages(rows: Rows) -> np.ndarray:
+    """The columns of the page table that the rows read or write."""
+    return rows.page_table[:, : pages_for(rows.past_len + len(rows.token_ids))]
+
+
+def _table_len(rows: Rows) -> int:
+    pages = pages_for(rows.past_len + len(rows.token_ids))
+    return -(-pages // _TABLE_CHUNK) * _TABLE_CHUNK
+
+
+def _make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
+    def pair(rows: int) -> tuple[Array, Array]:
+        shape = (rows, family.hidden_size)
+        return arrays.zeros(shape, "activation"), arrays.zeros(shape, "activation")
+
+    return Buffers(
+        hidden=pair(max_tokens),
+        kept=pair(max_seqs),
+        scratch=pair(max_tokens),
+        cos=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
+        sin=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
+        logits=arrays.zeros((max_seqs * vocab,), "f32"),
+    )

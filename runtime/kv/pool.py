@@ -1,0 +1,58 @@
+"""The page allocator: which page ids are free.
+
+It knows nothing of keys and values, layers or sequences: a page id is an index into the K and V pages of
+one KV geometry, and any layer of any sequence may own any page.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class OutOfPagesError(RuntimeError):
+    """More pages were asked for than are free. Callers check first, so users never see it."""
+
+
+class IntegrityError(RuntimeError):
+    """The bookkeeping of pages contradicts itself: a bug of ours, never a user's mistake."""
+
+
+class PagePool:
+    """A stack of free page ids: the page freed last is handed out first, so that memory stays warm."""
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages is {num_pages}, expected at least 1: give the KV cache more bytes")
+        self.num_pages = num_pages
+        self.num_free = num_pages
+        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # free ids: [:num_free], top is last
+        self._is_free = np.ones(num_pages, dtype=bool)
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Take `count` pages: int32 [count]. Raises OutOfPagesError and takes none when fewer are free."""
+        if count > self.num_free:
+            raise OutOfPagesError(f"{count} pages asked for, {self.num_free} of {self.num_pages} free")
+        top = self.num_free
+        ids = self._stack[top - count : top][::-1].copy()
+        self.num_free = top - count
+        self._is_free[ids] = False
+        return ids
+
+    def free(self, ids: np.ndarray) -> None:
+        """Give pages back. `ids` int [n]. Raises IntegrityError, freeing none, on a foreign or free id."""
+        count = ids.size
+        if count == 0:
+            return
+        if int(ids.min()) < 0 or int(ids.max()) >= self.num_pages:
+            raise IntegrityError(f"freed page ids {ids.tolist()} are not all in [0, {self.num_pages})")
+        if self._is_free[ids].any():
+            raise IntegrityError(f"pages {ids[self._is_free[ids]].tolist()} are freed but are free already")
+        if count > 1 and np.unique(ids).size != count:
+            raise IntegrityError(f"freed page ids {ids.tolist()} name a page twice")
+        self._is_free[ids] = True
+        self._stack[self.num_free : self.num_free + count] = ids
+        self.num_free += count
+
+    def free_ids(self) -> np.ndarray:
+        """Copy of the free ids, int32 [num_free], the next to be handed out last."""
+        return self._stack[: self.num_free].copy()

@@ -1,0 +1,491 @@
+"""Paged KV bookkeeping with an exact prefix cache, for one KV geometry.
+
+A node of the tree stands for 32 tokens (and, through its key, all tokens before them) in one segment of
+layers, and holds one page id per layer of that segment. Chains that agree below a boundary name the same
+segments there, so their sequences meet in the same nodes.
+
+    page_table of a sequence            columns: pages of 32 tokens
+                        0    1    2    3    4
+      layers 0..19    [ n    n    n    n  | o ]     n: pages of tree nodes, shared, never written again
+      layers 20..23   [ n    n    n  | o    o ]     o: the sequence's own pages, being filled
+
+Here the tokens of page 3 have been computed by another model that shares layers 0..19, and the hidden states
+that leave layer 19 are at hand (`BoundaryCache`): only layers 20..23 are computed for them.
+
+It knows page ids, token counts and keys; no tensor, no engine.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+
+from blockzoo.engines.base import PAGE_TOKENS, pages_for
+from blockzoo.runtime.approx.matching import Borrowed, ReuseConfig
+from blockzoo.runtime.kv.boundary import BoundaryCache
+from blockzoo.runtime.kv.integrity import check_lru, check_partition, check_references
+from blockzoo.runtime.kv.nodes import Node, SegmentTree
+from blockzoo.runtime.kv.pool import PagePool
+from blockzoo.runtime.kv.published_pages import Publication, PublishedPages
+from blockzoo.runtime.kv.reuse_plan import ReusePlanner
+from blockzoo.runtime.kv.sequence import Segment, Sequence
+
+MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
+_MAX_CANDIDATES = 64  # pages looked at for one that begins alike
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counters of a KVCache since its start, and its pages now (free + cached + owned = total)."""
+
+    pages_total: int
+    pages_free: int
+    pages_cached: int  # in the tree, used by a running sequence or not
+    pages_evictable: int  # those of the tree that no running sequence uses
+    pages_owned: int  # being filled by running sequences
+    lookups: int  # admissions that asked the cache
+    resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
+    copied_tokens: int  # whose KV was copied from a page that begins alike
+    approximate_tokens: int  # whose KV was taken from equal words behind other ones
+    published_pages: int  # those of the tree that are published, so never evicted
+    published_hit_tokens: int  # whose KV was found among them
+    evictions: int  # nodes evicted
+    hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
+    deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
+
+
+class KVCache:
+    """Pages of one KV geometry: who owns them, which are cached, which may be evicted.
+
+    Invariants (check_integrity):
+    - A page is free, in the tree, or owned by one sequence.
+    - A sequence that references the node of page i in a segment references those of pages < i there, and
+      those of pages <= i in all segments below.
+    - `_lru` holds the unreferenced nodes, oldest use first, and each child before its parent. So its front is
+      always a leaf: eviction needs no search and never cuts a path.
+
+    Args:
+        num_pages: of the pool.
+        prefix_caching: False keeps nothing of a sequence that has gone.
+        boundaries: where hidden states are kept with which prefills of other models start late.
+        reuse: how sequences that ask for it reuse KV approximately; None: not at all.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        prefix_caching: bool = True,
+        boundaries: BoundaryCache | None = None,
+        reuse: ReuseConfig | None = None,
+    ) -> None:
+        self.pool = PagePool(num_pages)
+        self.prefix_caching = prefix_caching
+        self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
+        self.planner = None if reuse is None else ReusePlanner(reuse)
+        self.published = PublishedPages()
+        self.version = 0  # changes whenever a probe's result may have changed
+        self.num_cached_pages = 0
+        self.num_evictable_pages = 0
+        self.lookups = 0
+        self.resumed_tokens = 0
+        self.copied_tokens = 0
+        self.approximate_tokens = 0
+        self.evictions = 0
+        # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
+        self._trees: dict[Segment, SegmentTree] = {}
+        self._lru: OrderedDict[Node, None] = OrderedDict()
+
+    # ---- lookups
+
+    def probe(self, seq: Sequence) -> int:
+        """Tokens whose work `seq` would save if it began now; with some layers only, their share of it.
+
+        Changes nothing.
+        """
+        layers = [s.end_layer - s.first_layer for s in seq.segments]
+        saved = sum(pages * n for pages, n in zip(self._match(seq), layers, strict=True))
+        return saved * PAGE_TOKENS // seq.num_layers
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Per segment, the leading pages that `seq` need not compute there; at least what it holds already.
+
+        What is cached in all segments is skipped (but for one token, whose logits are needed). What is
+        cached in the lower ones alone is of use where the hidden states that leave them are at hand.
+        """
+        ends = [len(path) for path in seq.nodes]
+        if not self._reuses(seq):
+            return ends
+        if seq.num_pages == 0:
+            self.published.mark(seq)
+        cached = []  # per segment: leading pages in the tree there and in all segments below
+        limit = seq.num_tokens // PAGE_TOKENS
+        # No node outlives its parent, so presence is monotonic in the page index and bisection is exact.
+        for segment in seq.segments:
+            tree = self._trees.get(segment)
+            if tree is None or limit == 0:
+                limit = 0
+            else:
+                nodes = tree.nodes
+                limit = bisect_left(seq.page_keys(limit), True, 0, limit, key=lambda key: key not in nodes)
+            cached.append(limit)
+        ends[-1] = max(ends[-1], min(cached[-1], (seq.num_tokens - 1) // PAGE_TOKENS))
+        for upper in range(len(ends) - 1, 0, -1):
+            boundary, page = seq.segments[upper].boundary, max(ends[upper], ends[upper - 1])
+            if boundary:
+                keys = seq.page_keys(cached[upper - 1])
+                while page < cached[upper - 1] and self.boundaries.has(boundary, keys[page]):
+                    page += 1
+            ends[upper - 1] = page
+        return ends
+
+    def can_begin(self, seq: Sequence, spare_pages: int = 0) -> bool:
+        """Whether pages for all tokens of a new `seq` can be had now, with `spare_pages` left besides."""
+        pinned = 0  # evictable now, but not once the sequence uses them
+        need = spare_pages + pages_for(seq.num_tokens) * seq.num_layers
+        for tree, end in zip(self._trees_of(seq), self._match(seq), strict=True):
+            need -= end * tree.num_layers
+            for key in seq.page_keys(end)[:end]:
+                node = tree.nodes[key]
+                pinned += node.pages.size if node.refs == 0 else 0
+        return need <= self.pool.num_free + self.num_evictable_pages - pinned
+
+    def can_ever_hold(self, seq: Sequence) -> bool:
+        """Whether all tokens of `seq` would fit if it had all pages to itself."""
+        return pages_for(seq.num_tokens) * seq.num_layers <= self.pool.num_pages
+
+    # ---- a sequence's life: begin, [borrow or copy_partial,] ([extend,] reserve, commit)*, release
+
+    def begin(self, seq: Sequence) -> int:
+        """Give `seq` the cached pages of its tokens. Returns and sets num_computed = num_cached."""
+        assert seq.num_pages == 0, f"{seq} has begun already"
+        self.lookups += 1
+        seq.num_cached = 0
+        seq.grow_page_table(pages_for(seq.num_tokens))
+        return self.extend(seq)
+
+    def extend(self, seq: Sequence) -> int:
+        """Skip pages that others have entered since `seq` began, unless it has own pages, part filled.
+
+        Requests that arrive together with one prompt prefix thus compute it about once. Returns the number
+        of tokens skipped in all layers, which are added to num_computed and num_cached.
+        """
+        first = seq.num_tree_pages
+        if seq.num_pages != first:
+            return 0
+        ends = self._match(seq)
+        seq.grow_page_table(ends[0])
+        for path, tree, end in zip(seq.nodes, self._trees_of(seq), ends, strict=True):
+            held = len(path)
+            if end == held:
+                continue
+            nodes = [tree.nodes[key] for key in seq.page_keys(end)[held:end]]
+            for node in nodes:
+                self._reference(node)
+            path += nodes
+            seq.page_table[tree.rows, held:end] = np.stack([node.pages for node in nodes], axis=1)
+            if seq.num_preemptions == 0:
+                tree.hit_tokens += (end - held) * PAGE_TOKENS
+        self._take_hidden(seq, ends)
+        skipped = (ends[-1] - first) * PAGE_TOKENS
+        if seq.num_preemptions:
+            self.resumed_tokens += skipped
+        else:
+            public = min(ends[-1], seq.num_public_pages) - min(first, seq.num_public_pages)
+            self.published.hit_tokens += public * PAGE_TOKENS
+        seq.num_pages = ends[-1]
+        seq.num_computed += skipped
+        seq.num_cached += skipped
+        return skipped
+
+    def _take_hidden(self, seq: Sequence, ends: list[int]) -> None:
+        """Take the hidden states of the pages that enter at a boundary, before they may be evicted."""
+        before, seq.entering = seq.entering, {}
+        for upper in range(len(ends) - 1, 0, -1):
+            boundary = seq.segments[upper].boundary
+            for page in range(ends[upper], ends[upper - 1]):
+                rows = self.boundaries.get(boundary, seq.page_keys(page + 1)[page])
+                # Not there any more: held since an earlier match, and paths only grow, so at this boundary.
+                seq.entering[page] = before[page] if rows is None else rows
+
+    def copy_partial(self, seq: Sequence, spare_pages: int = 0) -> int:
+        """Let `seq`, which has just begun, copy the page whose tokens begin like its next ones.
+
+        Returns the tokens spared, added to num_computed and num_cached; the caller has the pages copied
+        (take_copies) before anything else is computed or released. `spare_pages` as in can_begin.
+        """
+        first = seq.num_tree_pages
+        if not self._reuses(seq) or seq.num_pages != first or len(seq.nodes[0]) > first:
+            return 0
+        start = first * PAGE_TOKENS
+        wanted = seq.token_ids[start : min(start + PAGE_TOKENS, seq.num_tokens - 1)]
+        if wanted.size < MIN_COPIED_TOKENS:
+            return 0
+        count, donors = self._begin_alike(seq, first, wanted)
+        pinned = sum(node.pages.size for node in donors if node.refs == 0)
+        need = spare_pages + (pages_for(seq.num_tokens) - first) * seq.num_layers
+        if not donors or need > self.pool.num_free + self.num_evictable_pages - pinned:
+            return 0
+        for node, segment in zip(donors, seq.segments, strict=True):
+            self._reference(node)
+            self.boundaries.begin_page(seq, segment.boundary, node.key, start + count)
+        seq.copied_from = donors
+        seq.num_computed += count
+        seq.num_cached += count
+        self.copied_tokens += count
+        if self.published.has(seq.segments, donors[-1].key):
+            self.published.hit_tokens += count
+        return count
+
+    def _begin_alike(self, seq: Sequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
+        """The page in place of `page` whose tokens agree with `wanted` the longest: how many, its nodes."""
+        *lower, top = self._trees_of(seq)
+        best, donors = MIN_COPIED_TOKENS - 1, []
+        public = seq.public_parent_key(page)
+        for key, child in chain.from_iterable(
+            islice(reversed(top.children.get(parent, {}).items()), _MAX_CANDIDATES)
+            for parent in dict.fromkeys((seq.parent_key(page), public))
+            if parent is not None
+        ):
+            if child.parent_key == public and not self.published.has(seq.segments, key):
+                continue  # not yet, or no more
+            differs = child.token_ids[: wanted.size] != wanted
+            count = int(differs.argmax()) if differs.any() else wanted.size
+            if count > best and all(key in tree.nodes for tree in lower):
+                best, donors = count, [*(tree.nodes[key] for tree in lower), child]
+        return best, donors
+
+    def borrow(self, seq: Sequence, spare_pages: int = 0) -> int:
+        """Let `seq`, which has just begun and asks for approximate reuse, take over KV of equal words.
+
+        All its pages are reserved. Returns the tokens taken over; the caller has their KV copied
+        (take_borrowed) before anything else is computed or released. `spare_pages` as in can_begin.
+        """
+        if self.planner is None or seq.reuse != "approx" or not self._reuses(seq):
+            return 0
+        plan = self.planner.plan(seq, self._trees_of(seq))
+        if plan is None:
+            return 0
+        pinned = sum(node.pages.size for node in plan.nodes if node.refs == 0)
+        need = spare_pages + self.missing_pages(seq, seq.num_tokens)
+        if need > self.pool.num_free + self.num_evictable_pages - pinned:
+            return 0
+        for node in plan.nodes:
+            self._reference(node)
+        seq.copied_from = list(plan.nodes)
+        reserved = self.reserve(seq, seq.num_tokens)
+        assert reserved, f"{seq} lacks pages that were counted"
+        seq.begin_reuse(plan.reused, plan.borrowed, plan.survey)
+        self.approximate_tokens += plan.borrowed.positions.size
+        return int(plan.borrowed.positions.size)
+
+    def take_borrowed(self, seq: Sequence) -> Borrowed | None:
+        """The KV to copy before the next tokens of `seq` run."""
+        borrowed, seq.borrowed = seq.borrowed, None
+        if borrowed is not None:
+            self._drop_copies(seq)
+        return borrowed
+
+    def take_copies(self, seq: Sequence) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
+        if not seq.copied_from or seq.borrowed is not None:
+            return None
+        source = np.concatenate([node.pages for node in seq.copied_from])
+        self._drop_copies(seq)
+        return source, seq.page_table[:, seq.num_tree_pages].copy()
+
+    def _drop_copies(self, seq: Sequence) -> None:
+        for node in reversed(seq.copied_from):
+            self._dereference(node)
+        seq.copied_from = []
+
+    def missing_pages(self, seq: Sequence, num_tokens: int) -> int:
+        """Pages that `seq` lacks for its first `num_tokens` tokens."""
+        end, first = pages_for(num_tokens), seq.num_pages
+        return sum(
+            max(0, end - max(first, len(path))) * (segment.end_layer - segment.first_layer)
+            for path, segment in zip(seq.nodes, seq.segments, strict=True)
+        )
+
+    def reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give `seq` own pages for tokens [0, num_tokens) in every layer, evicting as needed.
+
+        Returns False, having changed nothing, when free and evictable pages together do not suffice.
+        """
+        end = pages_for(num_tokens)
+        first = seq.num_pages
+        if end <= first:
+            return True
+        count = self.missing_pages(seq, num_tokens)
+        if count > self.pool.num_free and not self._evict_until_free(count):
+            return False
+        seq.grow_page_table(end)
+        columns = seq.page_table[:, first:end].T
+        columns[columns < 0] = self.pool.allocate(count)  # others are the tree's
+        seq.num_pages = end
+        return True
+
+    def commit(self, seq: Sequence) -> None:
+        """Enter every page that is now full of computed tokens into the tree.
+
+        Where the node exists already (another sequence, maybe of another model with the same blocks below,
+        computed it first), the sequence drops its own pages of that segment and points at the node's.
+        """
+        full = seq.num_computed // PAGE_TOKENS
+        if full <= seq.num_tree_pages or not self._reuses(seq) or seq.reused is not None:
+            return  # what is computed from approximate KV is approximate
+        first, keys, trees = seq.num_tree_pages, seq.page_keys(full), self._trees_of(seq)
+        public = keys[first : min(full, seq.num_public_pages)]
+        if any(key not in tree.nodes for tree in trees for key in public):
+            return  # withdrawn and evicted meanwhile: only a sequence that publishes makes public pages
+        for nodes, tree in zip(seq.nodes, trees, strict=True):
+            for page in range(len(nodes), full):
+                own = seq.page_table[tree.rows, page]
+                node = tree.nodes.get(keys[page])
+                if node is None:
+                    tokens = seq.token_ids[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].copy()
+                    parent = nodes[page - 1] if page else None
+                    node = Node(tree, keys[page], parent, seq.parent_key(page), own.copy(), tokens)
+                    tree.add(node)
+                    self.num_cached_pages += node.pages.size
+                else:
+                    self._reference(node)
+                    self.pool.free(own)
+                    seq.page_table[tree.rows, page] = node.pages
+                    tree.deduped_tokens += PAGE_TOKENS
+                nodes.append(node)
+        for page in [page for page in seq.entering if page < full]:
+            del seq.entering[page]
+        if self.planner is not None and first < seq.num_prompt_pages <= full:
+            self.planner.remember(seq)
+        self.version += 1
+
+    def pages_to_publish(self, seq: Sequence) -> int:
+        """Pages that publishing `seq`, a sequence of full pages, would add to those published."""
+        return self.published.missing_pages(seq, self._trees_of(seq))
+
+    def publish(self, seq: Sequence, num_tokens: int, lead: int) -> Publication:
+        """Keep the pages of `seq`, which publishes and is computed, for every scope until `withdraw`.
+
+        Of its tokens num_tokens are the document's, and the first `lead` of these begin any prompt.
+        """
+        assert seq.publishes, f"{seq} belongs to a scope"
+        assert all(len(path) == seq.num_pages for path in seq.nodes), f"{seq} is not all in the tree"
+        nodes = tuple(path[page] for page in range(seq.num_pages) for path in seq.nodes)
+        for node in nodes:
+            self._reference(node)
+        tokens = seq.token_ids[:num_tokens].copy()
+        publication = Publication(seq.segments, tokens, lead, tuple(seq.page_keys(seq.num_pages)), nodes)
+        self.published.add(publication)
+        if self.planner is not None:
+            self.planner.published.add(publication)
+        self.version += 1
+        return publication
+
+    def withdraw(self, publication: Publication) -> None:
+        """Let pages that were published be evicted; no sequence that begins from now on finds them."""
+        if self.planner is not None:
+            self.planner.published.remove(publication)
+        self.published.remove(publication)
+        for node in reversed(publication.nodes):
+            self._dereference(node)
+        self.version += 1
+
+    def release(self, seq: Sequence) -> None:
+        """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
+        self.pool.free(seq.own_pages())
+        self._drop_copies(seq)
+        self.boundaries.touch(seq)
+        # Last page first, top segment first: the order in which they should be evicted.
+        for page in range(len(seq.nodes[0]) - 1, -1, -1):
+            for nodes in reversed(seq.nodes):
+                if page < len(nodes):
+                    self._dereference(nodes[page])
+        for nodes in seq.nodes:
+            nodes.clear()
+        seq.entering.clear()
+        seq.unfinished.clear()
+        seq.end_reuse()
+        seq.page_table[...] = -1
+        seq.num_pages = seq.num_computed = 0
+
+    def _reuses(self, seq: Sequence) -> bool:
+        return self.prefix_caching and seq.reuse != "off"
+
+    # ---- nodes
+
+    def _trees_of(self, seq: Sequence) -> list[SegmentTree]:
+        trees = self._trees
+        return [trees.get(s) or trees.setdefault(s, SegmentTree(s)) for s in seq.segments]
+
+    def _reference(self, node: Node) -> None:
+        if node.refs == 0:
+            del self._lru[node]
+            self.num_evictable_pages -= node.pages.size
+        node.refs += 1
+
+    def _dereference(self, node: Node) -> None:
+        node.refs -= 1
+        if node.refs == 0:
+            self._lru[node] = None
+            self.num_evictable_pages += node.pages.size
+
+    def _evict_until_free(self, count: int) -> bool:
+        short = count - self.pool.num_free
+        if short > self.num_evictable_pages:
+            return False
+        evicted: list[np.ndarray] = []
+        while short > 0:
+            node, _ = self._lru.popitem(last=False)
+            node.tree.remove(node)
+            evicted.append(node.pages)
+            short -= node.pages.size
+        pages = np.concatenate(evicted)
+        self.pool.free(pages)
+        self.num_cached_pages -= pages.size
+        self.num_evictable_pages -= pages.size
+        self.evictions += len(evicted)
+        self.version += 1
+        return True
+
+    # ---- looking in from outside
+
+    def stats(self) -> CacheStats:
+        """A snapshot of counters and page counts."""
+        hits: dict[str, int] = {}
+        deduped: dict[str, int] = {}
+        for tree in list(self._trees.values()):  # a copy: others may ask while the engine runs
+            key = tree.segment.key
+            hits[key] = hits.get(key, 0) + tree.hit_tokens
+            deduped[key] = deduped.get(key, 0) + tree.deduped_tokens
+        return CacheStats(
+            pages_total=self.pool.num_pages,
+            pages_free=self.pool.num_free,
+            pages_cached=self.num_cached_pages,
+            pages_evictable=self.num_evictable_pages,
+            pages_owned=self.pool.num_pages - self.pool.num_free - self.num_cached_pages,
+            lookups=self.lookups,
+            resumed_tokens=self.resumed_tokens,
+            copied_tokens=self.copied_tokens,
+            approximate_tokens=self.approximate_tokens,
+            published_pages=self.published.num_pages,
+            published_hit_tokens=self.published.hit_tokens,
+            evictions=self.evictions,
+            hit_tokens=hits,
+            deduped_tokens=deduped,
+        )
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Check all invariants, given every sequence that may hold pages of this cache.
+
+        Raises IntegrityError on the first that does not hold. Takes milliseconds: for idle times and tests.
+        """
+        sequences = list(sequences)
+        nodes = [node for tree in self._trees.values() for node in tree.nodes.values()]
+        check_partition(self.pool, sequences, nodes, self.num_cached_pages)
+        check_references(sequences, nodes, self.published.pins())
+        check_lru(nodes, list(self._lru), self.num_evictable_pages)

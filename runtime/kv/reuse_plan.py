@@ -1,0 +1,112 @@
+"""From a sequence and the prefix tree to the KV that it takes over approximately (`reuse`)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as AnySequence
+from typing import NamedTuple
+
+import numpy as np
+
+from blockzoo.engines.base import PAGE_TOKENS, pages_for
+from blockzoo.runtime.approx.first_pass import Survey
+from blockzoo.runtime.approx.matching import Borrowed, Donor, Donors, ReuseConfig, Run
+from blockzoo.runtime.approx.selection import matched_positions, reused_positions
+from blockzoo.runtime.kv.nodes import Node, SegmentTree
+from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
+from blockzoo.runtime.kv.sequence import Sequence
+
+
+class Plan(NamedTuple):
+    """What to take over, and the nodes it lies in, each once."""
+
+    reused: np.ndarray  # bool [num_tokens], what does not run (in the first pass, where it is surveyed)
+    borrowed: Borrowed
+    nodes: tuple[Node, ...]
+    survey: Survey | None
+
+
+class ReusePlanner:
+    """Remembers prompts whose KV is in the tree, and finds what others may take over."""
+
+    def __init__(self, config: ReuseConfig) -> None:
+        self.config = config  # may be replaced, but for what the donors are indexed by
+        self._donors = Donors(config)
+        self.published = PublishedDonors(config.window)
+
+    def remember(self, seq: Sequence) -> None:
+        """Make a donor of a sequence whose prompt has just entered the tree."""
+        pages = seq.num_prompt_pages
+        self._donors.add(_where(seq), seq.token_ids[: pages * PAGE_TOKENS], seq.page_keys(pages)[:pages])
+
+    def plan(self, seq: Sequence, trees: AnySequence[SegmentTree]) -> Plan | None:
+        """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
+        config = self.config
+        if config.recompute == 1 or (config.uses_check and seq.num_layers <= config.check_layers):
+            return None
+        start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
+        found = [
+            (cut, donor)
+            for run, donor in self._match(seq, start, end)
+            if (cut := self._present(run, donor, trees)).length >= config.window
+        ]
+        matched = sum(run.length for run, _ in found)
+        if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
+            return None
+        runs = [(run.start, run.length) for run, _ in found]
+        heads = [(start, min(length, config.head)) for start, length in runs]
+        anew = matched_positions(heads, seq.num_tokens)
+        survey = None
+        if config.surveys:
+            taken = matched_positions(runs, seq.num_tokens)
+            survey = Survey(config, taken, anew, seq.num_computed, seq.line_ends())
+        else:
+            taken = reused_positions(runs, seq.num_tokens, config) & ~anew
+        parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
+        borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
+        if not borrowed.positions.size:
+            return None
+        # With all nodes before them, parents first: eviction takes children first, and must go on doing so.
+        nodes = dict.fromkeys(
+            tree.nodes[key]
+            for run, donor in found
+            for key in donor.keys[: pages_for(run.donor_start + run.length)]
+            for tree in trees
+        )
+        return Plan(taken if survey is None else survey.first_reused(), borrowed, tuple(nodes), survey)
+
+    def _match(self, seq: Sequence, start: int, end: int) -> list[tuple[Run, Donor]]:
+        """Runs of tokens [start, end) that donors of the scope hold, or published documents."""
+        found = self._donors.match(_where(seq), seq.token_ids, start, end)
+        published = self.published.match(seq, start, end)
+        return without_overlap(found + published, self.config.window) if published else found
+
+    @staticmethod
+    def _present(run: Run, donor: Donor, trees: AnySequence[SegmentTree]) -> Run:
+        """The run as far as the donor's pages are still in the tree in all segments."""
+        limit = len(donor.keys)
+        for tree in trees:  # no node outlives its parent
+            limit = bisect_left(donor.keys, True, 0, limit, key=lambda key: key not in tree.nodes)
+        return run._replace(length=min(run.length, limit * PAGE_TOKENS - run.donor_start))
+
+    @staticmethod
+    def _borrowed(
+        run: Run, donor: Donor, trees: AnySequence[SegmentTree], reused: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        offsets = np.flatnonzero(reused[run.start : run.start + run.length])
+        places = run.donor_start + offsets
+        first = run.donor_start // PAGE_TOKENS
+        keys = _keys(run, donor)
+        pages = np.concatenate([np.stack([tree.nodes[key].pages for key in keys], axis=1) for tree in trees])
+        shift = np.full(offsets.size, run.start - run.donor_start)
+        columns = places // PAGE_TOKENS - first
+        return run.start + offsets, pages[:, columns].astype(np.int64), places % PAGE_TOKENS, shift
+
+
+def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:
+    return donor.keys[run.donor_start // PAGE_TOKENS : pages_for(run.donor_start + run.length)]
+
+
+def _where(seq: Sequence) -> object:
+    """Only sequences of one scope and one chain give to each other."""
+    return seq.root_key, seq.segments

@@ -1,0 +1,1 @@
+"""The engine that serves: loading, scheduling, stepping, documents, metrics."""

@@ -1,0 +1,137 @@
+"""Settings of an engine: one frozen object, checked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from blockzoo.engines.choose import Backend
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.approx.matching import ReuseConfig
+
+_DEFAULT_KV_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine serves a zoo.
+
+    Attributes:
+        backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU), "tensorrt" (the
+            zoo's plans on an NVIDIA GPU); None: openvino.
+        device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
+        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
+        kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
+            free memory where that is less. Split between KV geometries in proportion to their models.
+        adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
+            first; those of running requests come on top.
+        enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
+            later can be served by `LLMEngine.refresh`. False: where the zoo has some.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: new tokens in one step, all sequences together.
+        max_waiting: requests that may wait; beyond it they are refused as overloaded.
+        max_model_len: prompt and generated tokens of a request; None: what the model and the pool allow.
+        max_request_seconds: a request that takes longer ends with an error; None: no limit.
+        prefix_caching: keep and reuse the KV of finished prompts.
+        boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
+            has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+        kv_reuse: what requests get that do not say (`LLMEngine.prepare`). With "off" none may ask for more.
+        published_kv_share: of the KV pool, 0 to 1, that published documents may hold: their pages are never
+            evicted, so the rest is what requests have.
+        kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
+            can write there decides what the models read: guard it like the zoo.
+        kv_cache_dir_bytes: of its files; those used longest ago go first.
+        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
+            refuses such requests, unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig`
+            in a mapping are taken too. Needs prefix_caching.
+        kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
+            scope; with "scope" also those to other models, which saves memory and time where models share
+            layers, and lets their users find out (by timing) what others of the scope asked.
+        schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
+            no tenant can tell from its own waiting time what others have cached).
+        num_threads: compute threads; None leaves the backend's choice.
+        max_span_layers: cut engines after this many layers; None fuses what no model splits.
+    """
+
+    backend: Backend | None = None
+    device: str | None = None
+    precision: Literal["f32", "bf16"] | None = None
+    kv_cache_bytes: int | None = None
+    adapter_cache_bytes: int = 256 << 20
+    enable_lora: bool = False
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    max_model_len: int | None = None
+    max_request_seconds: float | None = None
+    prefix_caching: bool = True
+    boundary_cache_bytes: int = 256 << 20
+    kv_reuse: KVReuse = "exact"
+    published_kv_share: float = 0.5
+    kv_cache_dir: str | None = None
+    kv_cache_dir_bytes: int = 4 << 30
+    approximate: ReuseConfig | None = None
+    kv_sharing: Literal["model", "scope"] = "model"
+    schedule: Literal["hit-first", "fair"] = "hit-first"
+    num_threads: int | None = None
+    max_span_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in get_args(Backend):
+            expected = ", ".join(get_args(Backend))
+            raise InvalidRequestError(f"backend is {self.backend!r}; expected {expected} or None")
+        if self.precision not in (None, "f32", "bf16"):
+            raise InvalidRequestError(f"precision is {self.precision!r}; expected f32, bf16 or None")
+        for name in ("kv_cache_bytes", "max_model_len", "num_threads", "max_span_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
+        if self.boundary_cache_bytes < 0:
+            raise InvalidRequestError(
+                f"boundary_cache_bytes is {self.boundary_cache_bytes}; expected at least 0"
+            )
+        if not 0 <= self.published_kv_share <= 1:
+            raise InvalidRequestError(f"published_kv_share is {self.published_kv_share}; expected 0 to 1")
+        for name in ("kv_cache_dir_bytes", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
+                f"({self.max_num_seqs}): each running request needs a token per step"
+            )
+        if self.kv_reuse not in get_args(KVReuse):
+            expected = ", ".join(get_args(KVReuse))
+            raise InvalidRequestError(f"kv_reuse is {self.kv_reuse!r}; expected {expected}")
+        self._resolve_approximate()
+        if self.kv_sharing not in ("model", "scope"):
+            raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
+        if self.schedule not in ("hit-first", "fair"):
+            raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
+        if self.max_request_seconds is not None and not self.max_request_seconds > 0:
+            raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
+
+    def _resolve_approximate(self) -> None:
+        given = self.approximate
+        if given is None and self.kv_reuse == "approx":
+            given = ReuseConfig()
+        if isinstance(given, Mapping):  # as it comes through JSON
+            try:
+                given = ReuseConfig(**given)
+            except (TypeError, ValueError) as error:
+                raise InvalidRequestError(f"approximate: {error}") from error
+        if given is not None and not self.prefix_caching:
+            raise InvalidRequestError(
+                "approximate reuse needs prefix_caching: allow it, or use kv_reuse exact"
+            )
+        object.__setattr__(self, "approximate", given)  # frozen for everybody else
+
+    def resolved_kv_bytes(self) -> int:
+        """The pool's size in bytes."""
+        if self.kv_cache_bytes is not None:
+            return self.kv_cache_bytes
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(_DEFAULT_KV_BYTES, available // 4)

@@ -1,0 +1,198 @@
+"""KV of published documents on disk, so that the next start loads it instead of computing it.
+
+    <folder>/<sha256 of the identity>.safetensors    K and V of one document in one run of layers
+
+The identity of a file says what its KV was computed from: all blocks and adapters up to the last layer (block
+ids stand for weights, operators and rotary settings), the tokens, the layout of the pages, and backend,
+version, precision and target. Where any of it changes, another file is meant. It is a cache and no more: a
+file that is missing, damaged or not what it says is computed anew and replaced. The folder must be as well
+guarded as the weights: who can write there decides what the models read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile, tensor_file_bytes, write_tensor_file
+
+_FORMAT = 1
+_SUFFIX, _TEMPORARY = ".safetensors", ".tmp-"
+_STALE_S = 3600.0  # a temporary file that is older was left by a process that was killed
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KVPart:
+    """KV that may be on disk: whole pages of tokens in layers [first_layer, end_layer) of a chain.
+
+    Attributes:
+        blocks_key: stands for all that computes in the chain up to the last layer.
+        token_ids: int32 [32 * pages].
+        page_shape: [kv_heads, 32, head_dim].
+        dtype: "bf16" or "f32".
+    """
+
+    blocks_key: str
+    first_layer: int
+    end_layer: int
+    token_ids: np.ndarray
+    page_shape: tuple[int, ...]
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of K, and of V: [layers, pages, kv_heads, 32, head_dim]."""
+        pages = self.token_ids.size // self.page_shape[1]
+        return (self.end_layer - self.first_layer, pages, *self.page_shape)
+
+    def identity(self, engine_facts: Mapping[str, object]) -> str:
+        """What the KV depends on, as JSON."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "blocks": self.blocks_key,
+                "layers": [self.first_layer, self.end_layer],
+                "tokens": hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest(),
+                "shape": self.shape,
+                "dtype": self.dtype,
+                "engine": {name: str(value) for name, value in engine_facts.items()},
+            },
+            sort_keys=True,
+        )
+
+
+class KVStore:
+    """The files of one folder, within a budget; the least recently used go first.
+
+    Args:
+        folder: made where it does not exist.
+        max_bytes: of all files. Those that this process uses are never removed for others.
+        engine_facts: backend, version, precision, target.
+
+    Raises:
+        InvalidRequestError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, engine_facts: Mapping[str, object]) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._facts = dict(engine_facts)
+        self._used: set[Path] = set()  # whole, as far as this process has seen
+        self.num_loaded = 0
+        self.num_rejected = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for file in folder.glob(f"{_TEMPORARY}*"):
+                if time.time() - file.stat().st_mtime > _STALE_S:
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            raise InvalidRequestError(
+                f"kv_cache_dir {folder} cannot be used ({error}); name a folder that can be written"
+            ) from error
+
+    def load(self, part: KVPart) -> tuple[np.ndarray, np.ndarray] | None:
+        """K and V of a part, read only, bf16 as uint16; None where the folder has no sound file of it."""
+        identity = part.identity(self._facts)
+        path = self._path(identity)
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError("not a file")
+            keys, values = _read(path, part, identity)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
+            self.num_rejected += 1
+            _LOG.warning("%s: ignored, its KV is computed anew: %s", path, error)
+            return None
+        self._used.add(path)
+        self.num_loaded += 1
+        return keys, values
+
+    def save(self, part: KVPart, keys: np.ndarray, values: np.ndarray) -> None:
+        """Keep K and V, each of part.shape. Where that fails a warning says so, and nothing else happens."""
+        identity = part.identity(self._facts)
+        path = self._path(identity)
+        if path in self._used:
+            return
+        tensors = {"key": BlockTensor(part.dtype, keys), "value": BlockTensor(part.dtype, values)}
+        metadata = {"identity": identity, "sha256": _checksum(tensors)}
+        temporary = self._folder / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            if not self._make_room(tensor_file_bytes(tensors, metadata)):
+                return
+            write_tensor_file(temporary, tensors, metadata)
+            os.replace(temporary, path)
+            _sync_folder(self._folder)
+            self._used.add(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            _LOG.warning("%s: KV is not kept for the next start: %s", path, error)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Remove the files used longest ago, but none of this process."""
+        found = [(file.stat(), file) for file in self._folder.glob(f"*{_SUFFIX}")]
+        others = sorted((info.st_mtime, info.st_size, file) for info, file in found if file not in self._used)
+        total = sum(info.st_size for info, _ in found) + num_bytes
+        if total - sum(size for _, size, _ in others) > self._max_bytes:
+            _LOG.warning(
+                "%s: %d bytes of KV are not kept for the next start: kv_cache_dir_bytes (%d) does not allow "
+                "them beside those of the other published documents; raise it",
+                *(self._folder, num_bytes, self._max_bytes),
+            )
+            return False
+        for _, size, file in others:
+            if total <= self._max_bytes:
+                break
+            file.unlink(missing_ok=True)
+            total -= size
+        return True
+
+    def _path(self, identity: str) -> Path:
+        return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()}{_SUFFIX}"
+
+
+def _read(path: Path, part: KVPart, identity: str) -> tuple[np.ndarray, np.ndarray]:
+    """K and V of a file. Raises ValueError, KeyError, OSError where it is not what it should be."""
+    file = TensorFile(path)
+    if file.metadata.get("identity") != identity:
+        raise ValueError(f"it says that it holds {file.metadata.get('identity')!r:.200}")
+    if sorted(file.names) != ["key", "value"]:
+        raise ValueError(f"it holds the tensors {file.names!r:.200}; expected key and value")
+    tensors = {name: file.tensor(name) for name in ("key", "value")}
+    for name, tensor in tensors.items():
+        if tensor.dtype != part.dtype or tensor.shape != part.shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {part.dtype} {list(part.shape)}"
+            )
+    if _checksum(tensors) != file.metadata.get("sha256"):
+        raise ValueError("its contents have another checksum")
+    if not all(tensor.is_finite() for tensor in tensors.values()):
+        raise ValueError("it holds values that are not finite")
+    return tensors["key"].data, tensors["value"].data
+
+
+def _checksum(tensors: Mapping[str, BlockTensor]) -> str:
+    digest = hashlib.sha256()
+    for name in ("key", "value"):
+        digest.update(np.ascontiguousarray(tensors[name].data).data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

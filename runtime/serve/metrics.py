@@ -1,0 +1,280 @@
+"""What the engine counts: requests, tokens, steps, pages, and how long things took.
+
+The engine loop calls a `MetricsRecorder` as things happen (about a microsecond each); anyone may take
+a snapshot from any thread. Names and units follow Prometheus: `_total` only grows, `_seconds` is seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from threading import Lock
+from typing import get_args
+
+from blockzoo.runtime.api.request import FinishReason
+from blockzoo.runtime.exec.adapters import AdapterCache
+from blockzoo.runtime.kv.prefix_cache import CacheStats, KVCache
+from blockzoo.runtime.kv.published_pages import PublishStats
+from blockzoo.runtime.kv.sequence import Segment
+from blockzoo.runtime.serve.scheduler import Scheduler
+
+TTFT_BOUNDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+INTER_TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
+WAIT_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_HIT_SHARES = (
+    (0.0, "0"),
+    (0.5, "1-49"),
+    (0.9, "50-89"),
+    (float("inf"), "90-100"),
+)  # below which share, label
+_NOTHING_PUBLISHED = PublishStats()
+E2E_BOUNDS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """Observations so far: cumulative_counts[i] of them are at most bounds[i]; `count` in all."""
+
+    bounds: tuple[float, ...]
+    cumulative_counts: tuple[int, ...]
+    sum: float
+    count: int
+
+    def quantile(self, share: float) -> float:
+        """The bound that `share` of the observations do not exceed; inf beyond the last, 0 without any."""
+        needed = share * self.count
+        if not self.count:
+            return 0.0
+        at_most = zip(self.bounds, self.cumulative_counts, strict=True)
+        return next((bound for bound, count in at_most if count >= needed), float("inf"))
+
+
+class Histogram:
+    """Counts observations in fixed buckets. Not thread-safe.
+
+    Args:
+        bounds: upper bounds of the buckets, inclusive and ascending; what is larger is counted too.
+
+    Raises:
+        ValueError: the bounds are empty or do not ascend.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        if not bounds or any(low >= high for low, high in pairwise(bounds)):
+            raise ValueError(
+                f"histogram bounds are {tuple(bounds)}; expected ascending numbers, at least one"
+            )
+        self._bounds = tuple(float(bound) for bound in bounds)
+        self._counts = [0] * (len(bounds) + 1)  # per bucket; the last is beyond all bounds
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one observation."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """The state now."""
+        *cumulative, count = accumulate(self._counts)
+        return HistogramSnapshot(self._bounds, tuple(cumulative), self._sum, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One snapshot of an engine; totals count from its start.
+
+    Attributes:
+        requests_running: requests that hold pages.
+        requests_waiting: requests that do not yet, or were preempted.
+        requests_arrived_total: requests queued.
+        requests_total: requests ended, by finish reason (all four are always present).
+        prompt_tokens_total: prompt tokens of ended requests.
+        cached_tokens_total: those of them that the prefix cache spared.
+        copied_tokens_total: tokens whose KV was copied from a page that begins alike.
+        approximate_tokens_total: tokens whose KV was taken from equal words behind other ones.
+        generated_tokens_total: tokens generated, also of requests that still run.
+        preemptions_total: times a request lost its pages to others and had to wait again.
+        pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
+            the first, cached pages being those in the prefix tree whether in use or not.
+        documents: published ones.
+        document_pages: the cached pages that are theirs, and never evicted.
+        document_hit_tokens_total: tokens whose KV was found among them, at the start of prompts.
+        document_loads_total: chains of published documents whose KV came from disk.
+        document_computes_total: those whose KV was computed.
+        document_rejects_total: files of KV that were damaged or not what they said.
+        adapter_bytes: adapters kept ready within their budget, copies in use not counted.
+        adapter_loads_total: times that the adapter of a block was read from the zoo.
+        adapter_evictions_total: times that one was dropped to stay within the budget.
+        prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
+        steps_total: executor runs.
+        engine_calls_total: calls of engines in them.
+        engine_calls_per_step: their ratio, 0 before the first step.
+        mean_batch_per_block: mean rows of an engine call: how far tenants share batches.
+        wait_seconds: from arrival to the first step with the request, by the share of its prompt's work, in
+            percent, that the cache spared: "0", "1-49", "50-89" or "90-100". Who has nothing cached must not
+            starve behind those who do.
+        ttft_seconds: from arrival to the first token.
+        inter_token_seconds: between two tokens of one request.
+        e2e_seconds: from arrival to the end.
+    """
+
+    requests_running: int
+    requests_waiting: int
+    requests_arrived_total: int
+    requests_total: Mapping[FinishReason, int]
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    copied_tokens_total: int
+    approximate_tokens_total: int
+    generated_tokens_total: int
+    preemptions_total: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    pages_used: int
+    documents: int
+    document_pages: int
+    document_hit_tokens_total: int
+    document_loads_total: int
+    document_computes_total: int
+    document_rejects_total: int
+    adapter_bytes: int
+    adapter_loads_total: int
+    adapter_evictions_total: int
+    prefix_hit_tokens: Mapping[str, int]
+    steps_total: int
+    engine_calls_total: int
+    engine_calls_per_step: float
+    mean_batch_per_block: float
+    wait_seconds: Mapping[str, HistogramSnapshot]
+    ttft_seconds: HistogramSnapshot
+    inter_token_seconds: HistogramSnapshot
+    e2e_seconds: HistogramSnapshot
+
+
+class MetricsRecorder:
+    """Collects what happens in one engine. Thread-safe.
+
+    Args:
+        segments: all segments of the models served, to report cache hits by layers; hits of a segment
+            that is not among them are reported under its key.
+    """
+
+    def __init__(self, segments: Iterable[Segment] = ()) -> None:
+        self._layers: dict[str, str] = {}
+        self.add_segments(segments)
+        self._lock = Lock()
+        self._arrived = 0
+        self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+        self._steps = 0
+        self._engine_calls = 0
+        self._call_rows = 0
+        self._waits = {label: Histogram(WAIT_BOUNDS) for _, label in _HIT_SHARES}
+        self._ttft = Histogram(TTFT_BOUNDS)
+        self._inter_token = Histogram(INTER_TOKEN_BOUNDS)
+        self._e2e = Histogram(E2E_BOUNDS)
+
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Segments of models that came later."""
+        self._layers = self._layers | {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
+
+    def on_request_arrived(self) -> None:
+        """A request was queued."""
+        with self._lock:
+            self._arrived += 1
+
+    def on_started(self, wait_s: float, spared_share: float) -> None:
+        """A request runs for the first time, so many seconds after its arrival; 0 to 1 of its prompt's work
+        was spared."""
+        label = next(
+            label for bound, label in _HIT_SHARES if spared_share < bound or spared_share == bound == 0
+        )
+        with self._lock:
+            self._waits[label].observe(wait_s)
+
+    def on_first_token(self, ttft_s: float) -> None:
+        """A request has its first token, so many seconds after its arrival."""
+        with self._lock:
+            self._generated_tokens += 1
+            self._ttft.observe(ttft_s)
+
+    def on_token(self, inter_token_s: float) -> None:
+        """A request has its next token, so many seconds after the one before."""
+        with self._lock:
+            self._generated_tokens += 1
+            self._inter_token.observe(inter_token_s)
+
+    def on_request_finished(
+        self, reason: FinishReason, e2e_s: float, *, num_prompt_tokens: int, num_cached_tokens: int
+    ) -> None:
+        """A request has ended, in whatever way, so many seconds after its arrival."""
+        with self._lock:
+            self._finished[reason] += 1
+            self._prompt_tokens += num_prompt_tokens
+            self._cached_tokens += num_cached_tokens
+            self._e2e.observe(e2e_s)
+
+    def on_step(self, engine_calls: int, call_rows: int) -> None:
+        """An executor has run: engine calls made, and the sum of the rows of each."""
+        with self._lock:
+            self._steps += 1
+            self._engine_calls += engine_calls
+            self._call_rows += call_rows
+
+    def snapshot(
+        self,
+        scheduler: Scheduler,
+        caches: Iterable[KVCache],
+        adapters: AdapterCache,
+        published: PublishStats = _NOTHING_PUBLISHED,
+    ) -> Metrics:
+        """The state now. What scheduler and caches count is read while they may be at work."""
+        stats = [cache.stats() for cache in caches]
+        with self._lock:
+            return Metrics(
+                requests_running=scheduler.num_running,
+                requests_waiting=scheduler.num_waiting,
+                requests_arrived_total=self._arrived,
+                requests_total=dict(self._finished),
+                prompt_tokens_total=self._prompt_tokens,
+                cached_tokens_total=self._cached_tokens,
+                copied_tokens_total=sum(s.copied_tokens for s in stats),
+                approximate_tokens_total=sum(s.approximate_tokens for s in stats),
+                generated_tokens_total=self._generated_tokens,
+                preemptions_total=scheduler.num_preemptions,
+                pages_total=sum(s.pages_total for s in stats),
+                pages_free=sum(s.pages_free for s in stats),
+                pages_cached=sum(s.pages_cached for s in stats),
+                pages_used=sum(s.pages_owned for s in stats),
+                documents=published.documents,
+                document_pages=sum(s.published_pages for s in stats),
+                document_hit_tokens_total=sum(s.published_hit_tokens for s in stats),
+                document_loads_total=published.loaded,
+                document_computes_total=published.computed,
+                document_rejects_total=published.rejected_files,
+                adapter_bytes=adapters.num_bytes,
+                adapter_loads_total=adapters.num_loads,
+                adapter_evictions_total=adapters.num_evictions,
+                prefix_hit_tokens=self._hits_by_layers(stats),
+                steps_total=self._steps,
+                engine_calls_total=self._engine_calls,
+                engine_calls_per_step=self._engine_calls / max(1, self._steps),
+                mean_batch_per_block=self._call_rows / max(1, self._engine_calls),
+                wait_seconds={label: waits.snapshot() for label, waits in self._waits.items()},
+                ttft_seconds=self._ttft.snapshot(),
+                inter_token_seconds=self._inter_token.snapshot(),
+                e2e_seconds=self._e2e.snapshot(),
+            )
+
+    def _hits_by_layers(self, stats: Iterable[CacheStats]) -> dict[str, int]:
+        hits: dict[str, int] = {}
+        for cache in stats:
+            for key, tokens in cache.hit_tokens.items():
+                label = self._layers.get(key, key)
+                hits[label] = hits.get(label, 0) + tokens
+        return hits

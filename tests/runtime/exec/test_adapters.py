@@ -1,0 +1,109 @@
+"""Adapters in use: what is loaded, dropped and put side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blockzoo.engines.arrays import HostArrays
+from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.exec.batch import Call
+from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
+from blockzoo.runtime.kv.sequence import Segment
+from blockzoo.zoo.blocks import Adapter, AdapterSpec, BlockSpec, FfnSpec, LoraSpec
+from blockzoo.zoo.tensors import from_f32
+
+FFN = FfnSpec(4, 8, 1e-5, False)
+ARRAYS = HostArrays("f32")
+
+
+def adapter(name: str) -> Adapter:
+    """ "a2": LoRA of rank 2 on `up`, of ones times the position of the letter; scale 3."""
+    rank, value = int(name[1:]), float(ord(name[0]) - ord("a") + 1)
+    spec = AdapterSpec((LoraSpec("up", rank, 4, 8, 3.0),))
+    a, b = np.full((rank, 4), value, np.float32), np.full((8, rank), value, np.float32)
+    return Adapter(name, spec, {"up.a": from_f32(a, "f32"), "up.b": from_f32(b, "f32")})
+
+
+class Reader:
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def __call__(self, name: str) -> Adapter:
+        self.read.append(name)
+        return adapter(name)
+
+
+def chain(*adapters: tuple[int, str]) -> ChainPlan:
+    return ChainPlan(Family(4, 1, 2), "e", (), 1, (Segment(0, 1, "k"),), 8, adapters)
+
+
+def inputs(reader: Reader, budget: int = 1 << 20) -> AdapterInputs:
+    spec: BlockSpec = FFN
+    chains = [chain(), chain((2, "a1")), chain((2, "b2")), chain((9, "c3")), chain((2, "d4"))]
+    span = Span(("f1",), 0, False, ((0, ("gate", "up")),))
+    bare = Span(("f2",), 0, False)
+    return AdapterInputs(AdapterCache(reader, ARRAYS, budget), chains, [span, bare], [[spec], [spec]])
+
+
+def call(*parts: tuple[int, int], span: int = 0) -> Call:
+    return Call(span, 0, sum(count for _, count in parts), {}, 2, parts)
+
+
+def test_rows_see_their_own_adapter_only() -> None:
+    found = inputs(Reader()).of(call((0, 2), (1, 1), (2, 3), (3, 1)))
+    mask, a, b = found["lora_mask"], found["lora_a.0.up"], found["lora_b.0.up"]
+    assert mask.tolist() == [[0, 0, 0]] * 2 + [[1, 0, 0]] + [[0, 1, 1]] * 3 + [[0, 0, 0]]
+    x = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
+    delta = ((x @ a.T) * mask) @ b
+    total = x.sum(axis=1)
+    expected = np.array([0, 0, 3 * total[2], *(24 * total[3:6]), 0])  # scale * rank * value^2
+    np.testing.assert_allclose(delta, np.repeat(expected[:, None], 8, axis=1), rtol=1e-5, atol=1e-5)
+    assert not found["lora_a.0.gate"].any()
+    assert found["lora_b.0.gate"].shape == (3, 8)
+
+
+def test_a_call_without_adapters_has_empty_inputs() -> None:
+    reader = Reader()
+    made = inputs(reader)
+    found = made.of(call((0, 2), (3, 1)))
+    assert found["lora_mask"].shape == (3, 0)
+    assert found["lora_a.0.up"].shape == (0, 4)
+    assert made.of(call((1, 2), span=1)) == {}
+    assert reader.read == []
+
+
+def test_a_bank_is_put_together_again_only_when_it_must() -> None:
+    made = inputs(Reader())
+    both = made.of(call((1, 1), (2, 1)))
+    one = made.of(call((2, 2)))
+    assert one["lora_a.0.up"] is both["lora_a.0.up"]  # rank 2 of 3 in use
+    assert one["lora_mask"].tolist() == [[0, 1, 1]] * 2
+    alone = made.of(call((1, 1)))
+    assert alone["lora_a.0.up"].shape == (1, 4)  # 1 of 3: the idle ones go
+    assert made.of(call((1, 1), (4, 1)))["lora_mask"].tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 1, 1]]
+
+
+def test_the_least_recently_used_are_dropped_beyond_the_budget() -> None:
+    reader = Reader()
+    size = 4 * (4 + 8)  # bytes a rank
+    cache = AdapterCache(reader, ARRAYS, 3 * size)
+    cache.get("a1")
+    cache.get("b1")
+    cache.get("a1")
+    cache.get("c2")  # b1 has to go
+    assert (cache.num_bytes, cache.num_loads, cache.num_evictions) == (3 * size, 3, 1)
+    cache.get("a1")
+    assert reader.read == ["a1", "b1", "c2"]
+    cache.get("b1")
+    assert reader.read[-1] == "b1"
+    assert cache.num_bytes <= 3 * size
+    assert cache.get("d4")["up"][0].shape == (4, 4)  # larger than the budget: used, not kept
+    assert cache.num_bytes == 0
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_matrices_have_the_type_of_activations(precision: str) -> None:
+    arrays = HostArrays(precision)  # type: ignore[arg-type]
+    a, b = AdapterCache(Reader(), arrays, 1 << 20).get("a2")["up"]
+    assert a.dtype == b.dtype == arrays.zeros((1,), "activation").dtype

@@ -1,0 +1,362 @@
+"""Cache and scheduler under random load, with a stand-in for the K and V that an engine would hold.
+
+For each slot of each page the memory holds a number that stands for all its K and V depend on, the layers
+below and all tokens up to it, and for whose request wrote it. Each step first checks that every page table
+leads to exactly the right numbers for all tokens before it (what attention would read), written in the own
+scope or published; then it writes those of the step's own tokens. Tokens that enter at a boundary must come
+with the right hidden states, and nothing is written in the layers below.
+"""
+
+import random
+from collections import Counter
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from blockzoo.engines.base import PAGE_TOKENS, pages_for
+from blockzoo.runtime.api.errors import OverloadedError
+from blockzoo.runtime.kv.boundary import BoundaryCache
+from blockzoo.runtime.kv.prefix_cache import KVCache
+from blockzoo.runtime.kv.published_pages import Publication
+from blockzoo.runtime.kv.sequence import Part, Segment, Sequence
+from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler, SchedulerConfig
+
+LOW, MIDDLE = Segment(0, 1, "low"), Segment(1, 2, "low+middle", "out of low")
+MODELS = {  # d leaves a and b after one layer, a and b part after two; c has another geometry and cache
+    "a": (LOW, MIDDLE, Segment(2, 3, "low+a", "out of middle")),
+    "b": (LOW, MIDDLE, Segment(2, 3, "low+b", "out of middle")),
+    "c": (Segment(0, 2, "other"),),
+    "d": (LOW, Segment(1, 3, "low+d", "out of low")),
+}
+ROW_BYTES = 8
+PRIME = 2_147_483_629
+AUTHOR = 40  # bits behind which a number says who wrote it
+PUBLISHED = 0
+
+
+class World:
+    """A scheduler over two caches, their memories, and an engine that checks what it reads."""
+
+    def __init__(
+        self, num_pages: int, config: SchedulerConfig, prefix_caching: bool = True, hidden_pages: int = 12
+    ) -> None:
+        self.now = 0.0
+        self.scheduler = Scheduler(config, clock=lambda: self.now)
+        self.boundaries = BoundaryCache(hidden_pages * PAGE_TOKENS * ROW_BYTES)
+        large, small = (
+            KVCache(pages, prefix_caching, self.boundaries) for pages in (num_pages, num_pages // 2)
+        )
+        self.caches = {"a": large, "b": large, "c": small, "d": large}
+        self.memory = {
+            cache: np.zeros((cache.pool.num_pages, PAGE_TOKENS), np.int64) for cache in (large, small)
+        }
+        self.left: dict[str, int] = {}  # tokens still to generate, by unfinished request
+        self.ended: Counter[str] = Counter()
+        self.refused = 0
+        self.num_added = 0
+        self.values: dict[str, np.ndarray] = {}
+        self.late_tokens = 0
+        self.num_published = 0
+        self.published: list[tuple[KVCache, Publication]] = []
+
+    def add(self, model: str, scope: str, prompt: list[int], max_tokens: int) -> None:
+        name = f"{self.num_added}"
+        self.num_added += 1
+        self.now += 0.01
+        seq = Sequence(name, model, self.caches[model], MODELS[model], scope, prompt, self.now)
+        try:
+            self.scheduler.add(seq)
+        except OverloadedError:
+            self.refused += 1
+            return
+        self.left[name] = max_tokens
+
+    def abort(self, choice: int) -> None:
+        if self.left:
+            name = sorted(self.left)[choice % len(self.left)]
+            seq = self.scheduler.abort(name)
+            if seq is not None:  # otherwise it has failed and is about to be told so
+                assert (seq.num_pages, seq.request_id) == (0, name)
+                self.end(name)
+
+    def publish(self, model: str, document: list[int]) -> None:
+        """Publish a document between two steps, where half of the pool and the free pages allow it."""
+        cache = self.caches[model]
+        filled = document + [1] * (-len(document) % PAGE_TOKENS)
+        self.num_published += 1
+        name = f"document {self.num_published}"
+        seq = Sequence(name, model, cache, MODELS[model], "", filled, 0.0, publishes=True)
+        total = cache.published.num_pages + cache.pages_to_publish(seq)
+        if not cache.prefix_caching or total > cache.pool.num_pages // 2:
+            return
+        cache.begin(seq)
+        if cache.reserve(seq, seq.num_tokens):
+            passed = self.compute(seq, seq.num_tokens - seq.num_computed)
+            seq.num_computed = seq.num_tokens
+            cache.commit(seq)
+            for boundary, start, rows in passed:
+                self.boundaries.record(seq, boundary, start, rows)
+            self.published.append((cache, cache.publish(seq, len(document), lead=0)))
+        cache.release(seq)
+
+    def withdraw(self, choice: int) -> None:
+        if self.published:
+            cache, publication = self.published.pop(choice % len(self.published))
+            cache.withdraw(publication)
+
+    def end(self, name: str) -> None:
+        del self.left[name]
+        self.ended[name] += 1
+
+    def step(self, abort: int | None = None, fault: bool = False) -> int:
+        """One step; `abort`: a request goes away while the engine works; `fault`: the engine fails."""
+        config = self.scheduler.config
+        scheduled = self.scheduler.schedule()
+        all_failed = self.scheduler.take_failed()
+        for failed in all_failed:
+            cache = failed.seq.cache
+            left = cache.pool.num_pages - cache.published.num_pages
+            assert pages_for(failed.seq.num_tokens) * failed.seq.num_layers > left
+            self.end(failed.seq.request_id)
+        assert len({seq.request_id for seq, _ in scheduled}) == len(scheduled) <= config.max_num_seqs
+        assert sum(num_tokens for _, num_tokens in scheduled) <= config.max_num_batched_tokens
+        assert scheduled or all_failed or not self.scheduler.has_unfinished()
+        self.copy(scheduled)
+        hidden = [self.compute(seq, num_tokens) for seq, num_tokens in scheduled]
+        if abort is not None:
+            self.abort(abort)
+        if fault:  # nothing is known of what was written; the same work is scheduled again
+            self.check()
+            return len(scheduled)
+        self.scheduler.advance(scheduled)
+        for (seq, _), parts in zip(scheduled, hidden, strict=True):
+            for boundary, start, rows in parts:
+                self.boundaries.record(seq, boundary, start, rows)
+        self.check()
+        for seq, _ in scheduled:
+            name = seq.request_id
+            if name in self.left and seq.num_uncomputed == 0:
+                seq.append_token((int(seq.token_ids.sum()) + len(seq.token_ids)) % 3)
+                self.left[name] -= 1
+                if self.left[name] == 0:
+                    self.scheduler.finish(seq)
+                    self.end(name)
+        return len(scheduled)
+
+    def copy(self, scheduled: list[Scheduled]) -> None:
+        """Copy pages that begin like a sequence's next one; behind the part that is equal comes rubbish."""
+        for seq, _ in scheduled:
+            copies = seq.cache.take_copies(seq)
+            if copies is not None:
+                source, destination = copies
+                memory = self.memory[seq.cache]
+                memory[destination] = memory[source]
+                memory[destination, seq.num_computed % PAGE_TOKENS :] = -1
+
+    def compute(self, seq: Sequence, num_tokens: int) -> list[tuple[str, int, np.ndarray]]:
+        """Read all KV before the step's tokens, write theirs; (boundary, first token, rows) passed."""
+        assert num_tokens >= 1
+        end = seq.num_computed + num_tokens
+        assert end <= seq.num_tokens
+        memory = self.memory[seq.cache]
+        prefix = self.prefix_values(seq)
+        position = np.arange(end)
+        passed = []
+        parts = seq.parts(end)
+        assert [seq.num_computed, *(part.end for part in parts)] == [*(part.start for part in parts), end]
+        for start, stop, level in parts:
+            assert stop == end or stop % PAGE_TOKENS == 0
+            for number, segment in enumerate(seq.segments):
+                hidden = prefix[start:stop, None] ^ crc32(segment.boundary.encode())  # [n, 1]
+                if number == level and level:
+                    part = Part(start, stop, level)
+                    self.check_read(seq, self.boundaries.entering(seq, part), hidden)
+                    self.late_tokens += stop - start
+                elif number > level:
+                    passed.append((segment.boundary, start, hidden | author_of(seq) << AUTHOR))
+                written = stop if number < level else start  # of these layers, before the step
+                for layer in range(segment.first_layer, segment.end_layer):
+                    expected = prefix[:stop] ^ crc32(segment.key.encode()) ^ layer
+                    pages = seq.page_table[layer, position[:stop] // PAGE_TOKENS]
+                    assert (pages >= 0).all()
+                    seen = memory[pages[:written], position[:written] % PAGE_TOKENS]
+                    self.check_read(seq, seen, expected[:written])
+                    signed = expected[written:] | author_of(seq) << AUTHOR
+                    memory[pages[written:], position[written:stop] % PAGE_TOKENS] = signed
+        return passed
+
+    @staticmethod
+    def check_read(seq: Sequence, seen: np.ndarray, expected: np.ndarray) -> None:
+        assert np.array_equal(seen & ((1 << AUTHOR) - 1), expected)
+        assert np.isin(seen >> AUTHOR, (PUBLISHED, author_of(seq))).all()
+
+    def prefix_values(self, seq: Sequence) -> np.ndarray:
+        """int64 [num_tokens]: a number per position for all tokens up to it."""
+        known = self.values.get(seq.request_id, np.empty(0, np.int64))
+        value = int(known[-1]) if known.size else 1
+        new = []
+        for token in seq.token_ids[known.size :].tolist():
+            value = (value * 31337 + token + 1) % PRIME
+            new.append(value)
+        self.values[seq.request_id] = np.concatenate([known, np.array(new, np.int64)])
+        return self.values[seq.request_id]
+
+    def check(self) -> None:
+        running = self.scheduler.running
+        for cache in self.memory:
+            cache.check_integrity([seq for seq in running if seq.cache is cache])
+        assert len(running) + self.scheduler.num_waiting + len(self.scheduler.failed) == len(self.left)
+        assert all(seq.num_tree_pages * PAGE_TOKENS <= seq.num_computed for seq in running)
+        assert all(count == 1 for count in self.ended.values())
+
+    def drain(self) -> None:
+        """Run to the end: every request finishes once and all memory comes back."""
+        steps = 0
+        while self.scheduler.has_unfinished():
+            self.step()
+            steps += 1
+            assert steps < 20_000, "no end"
+        while self.published:
+            self.withdraw(0)
+        assert not self.left
+        assert len(self.ended) + self.refused == self.num_added
+        for cache in self.memory:
+            cache.check_integrity([])
+            stats = cache.stats()
+            assert stats.pages_owned == stats.published_pages == 0
+            assert stats.pages_evictable == stats.pages_cached
+
+
+def author_of(seq: Sequence) -> int:
+    """PUBLISHED, or a number for the scope."""
+    return PUBLISHED if seq.publishes else 1 + "xy".index(seq.scope)
+
+
+@st.composite
+def prompts(draw) -> list[int]:
+    """Prompts that often begin alike: a shared run of zeros, then some that differ, sometimes too long."""
+    shared = draw(st.sampled_from([0, 1, 31, 32, 33, 64, 96, 100, 128, 160]))
+    tail = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4))
+    return [0] * shared + tail + [tail[-1]] * draw(st.sampled_from([0, 0, 10, 32, 60, 200]))
+
+
+class KVMachine(RuleBasedStateMachine):
+    """Random adds, steps and aborts."""
+
+    @initialize(
+        columns=st.integers(4, 14),
+        tokens=st.sampled_from([6, 40, 64, 200]),
+        policy=st.sampled_from(["hit-first", "fair"]),
+        ageing_s=st.sampled_from([0.0, 0.05, 100.0]),
+        caching=st.sampled_from([True, True, True, False]),
+        hidden_pages=st.sampled_from([0, 2, 8, 100]),
+    )
+    def start(self, columns, tokens, policy, ageing_s, caching, hidden_pages):
+        config = SchedulerConfig(
+            max_num_seqs=6, max_num_batched_tokens=tokens, max_waiting=8, policy=policy, ageing_s=ageing_s
+        )
+        self.world = World(columns * 3, config, caching, hidden_pages)
+
+    @rule(
+        model=st.sampled_from("aabbcd"), scope=st.sampled_from("xxy"), prompt=prompts(), n=st.integers(1, 90)
+    )
+    def add(self, model, scope, prompt, n):
+        self.world.add(model, scope, prompt, n)
+
+    @rule(model=st.sampled_from("aabd"), document=prompts())
+    def publish(self, model, document):
+        self.world.publish(model, document)
+
+    @rule(choice=st.integers(0, 100))
+    def withdraw(self, choice):
+        self.world.withdraw(choice)
+
+    @rule(count=st.sampled_from([1, 1, 5, 40]))
+    def steps(self, count):
+        for _ in range(count):
+            if not self.world.step():
+                break
+
+    @rule(choice=st.integers(0, 100))
+    def step_with_abort(self, choice):
+        self.world.step(abort=choice)
+
+    @rule()
+    def step_that_fails(self):
+        self.world.step(fault=True)
+
+    @rule(choice=st.integers(0, 100))
+    def abort(self, choice):
+        self.world.abort(choice)
+
+    @invariant()
+    def whole(self):
+        self.world.check()
+
+    def teardown(self):
+        self.world.drain()
+
+
+KVMachine.TestCase.settings = settings(
+    max_examples=100,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestKVMachine = KVMachine.TestCase
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_soak_sees_every_kind_of_event(seed):
+    """One long random run under pressure: the properties above hold, and nothing above was idle."""
+    rng = random.Random(seed)
+    config = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=96, max_waiting=12, ageing_s=0.5)
+    world = World(45, config)
+    for _ in range(600):
+        if rng.random() < 0.25:
+            shared = rng.choice([0, 32, 64, 100, 130])
+            tail = [rng.randrange(3) for _ in range(rng.choice([1, 20, 70, 500]))]
+            world.add(rng.choice("aabbcd"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
+        if rng.random() < 0.05:
+            world.abort(rng.randrange(100))
+        if rng.random() < 0.02:
+            world.publish(rng.choice("abd"), [0] * rng.choice([20, 64, 75]) + [2])
+        if rng.random() < 0.01:
+            world.withdraw(rng.randrange(100))
+        world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None, fault=rng.random() < 0.02)
+    world.drain()
+    stats = world.caches["a"].stats()
+    assert stats.evictions > 0
+    assert stats.hit_tokens["low+a"] > 0
+    assert stats.hit_tokens["low"] > stats.hit_tokens["low+a"]
+    assert stats.deduped_tokens["low"] > 0
+    assert stats.copied_tokens > 0
+    assert stats.published_hit_tokens > 0
+    assert world.late_tokens > 0
+    assert world.boundaries.evictions > 0
+    assert stats.resumed_tokens > 0
+    assert world.scheduler.num_preemptions > 0
+    assert world.refused > 0
+
+
+def test_same_load_makes_the_same_choices():
+    """Nothing hangs on hash seeds, memory addresses or the secret of the page keys."""
+
+    def trace() -> list[list[int]]:
+        rng = random.Random(4)
+        world = World(30, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=96))
+        tables = []
+        for _ in range(12):
+            prompt = [0] * rng.choice([0, 32, 64]) + [rng.randrange(3) for _ in range(rng.randrange(1, 90))]
+            world.add(rng.choice("abd"), rng.choice("xy"), prompt, rng.randrange(1, 60))
+        while world.scheduler.has_unfinished():
+            world.step()
+            tables.append([int(seq.page_table.sum()) for seq in world.scheduler.running])
+        return tables
+
+    assert trace() == trace()

@@ -1,0 +1,361 @@
+"""The engine loop on the demo zoo: outputs, ends, errors, and memory that comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime.api.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestError,
+    UnknownModelError,
+)
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+PROMPT = "def main(argv):\n    "
+CONFIG = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=8)
+
+
+@pytest.fixture(scope="module")
+def shared_engine(demo_zoo: Path) -> LLMEngine:
+    return LLMEngine(demo_zoo, CONFIG)
+
+
+@pytest.fixture
+def engine(shared_engine: LLMEngine) -> Iterator[LLMEngine]:
+    """The engine, idle, and every page accounted for afterwards."""
+    yield shared_engine
+    assert not shared_engine.has_unfinished()
+    shared_engine.check_integrity()
+    metrics = shared_engine.metrics()
+    assert metrics.pages_used == 0
+    assert metrics.pages_free + metrics.pages_cached == metrics.pages_total
+
+
+def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def text(outputs: list[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)
+
+
+def test_outputs_come_token_by_token_and_end_once(engine: LLMEngine) -> None:
+    engine.add_request("r", "base", PROMPT, GREEDY)
+    outputs = run(engine)["r"]
+    assert [len(output.token_ids) for output in outputs] == [1] * 8
+    assert [output.finished for output in outputs] == [False] * 7 + [True]
+    assert outputs[-1].finish_reason == "length"
+    assert outputs[-1].num_generated == 8
+    ids = [token for output in outputs for token in output.token_ids]
+    assert text(outputs) == engine.tokenizer("base").decode(ids)
+
+
+def test_a_stop_word_ends_the_text_before_it(engine: LLMEngine) -> None:
+    engine.add_request(
+        "free", "base", PROMPT, SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    )
+    free = text(run(engine)["free"])
+    word = free[5:8]
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(word,))
+    engine.add_request("r", "base", PROMPT, params)
+    outputs = run(engine)["r"]
+    assert text(outputs) == free[: free.index(word)]
+    assert outputs[-1].finish_reason == "stop"
+
+
+def test_the_end_of_sequence_token_ends_without_text(engine: LLMEngine, demo_zoo: Path) -> None:
+    model = engine._zoo.models["base"]
+    engine.add_request("probe", "base", PROMPT, GREEDY)
+    first = run(engine)["probe"][0].token_ids[0]
+    object.__setattr__(model, "eos_token_ids", (first,))
+    try:
+        engine.add_request("r", "base", PROMPT, SamplingParams(temperature=0.0))
+        outputs = run(engine)["r"]
+    finally:
+        object.__setattr__(model, "eos_token_ids", (1,))
+    assert len(outputs) == 1
+    assert (outputs[0].finish_reason, outputs[0].text, outputs[0].token_ids) == ("stop", "", (first,))
+
+
+def test_log_probabilities(engine: LLMEngine) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=2)
+    engine.add_request("r", "base", PROMPT, params)
+    for output in run(engine)["r"]:
+        assert output.logprobs is not None
+        (entry,) = output.logprobs
+        assert entry.token_id == output.token_ids[0] == entry.top[0][0]
+        assert entry.logprob == entry.top[0][1] <= 0
+        assert len(entry.top) == 2
+
+
+def test_max_tokens_is_cut_where_the_context_ends(demo_zoo: Path) -> None:
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_model_len=40))
+    assert engine.max_model_len("base") == 40
+    params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    engine.add_request("r", "base", [5] * 37, params)
+    outputs = run(engine)["r"]
+    assert (outputs[-1].num_generated, outputs[-1].finish_reason) == (3, "length")
+    with pytest.raises(PromptTooLongError, match="40 tokens; base takes at most 39"):
+        engine.add_request("r", "base", [5] * 40, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "bas"}, UnknownModelError, "did you mean 'base'"),
+        ({"model": "zzz"}, UnknownModelError, "it serves base, "),
+        ({"prompt": ""}, InvalidRequestError, "empty"),
+        ({"prompt": [5, 99999]}, InvalidRequestError, "99999"),
+        ({"prompt": [-3]}, InvalidRequestError, "-3"),
+        ({"prompt": [5] * 5000}, PromptTooLongError, "5000 tokens"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    engine: LLMEngine, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        engine.add_request("r", **({"model": "base", "prompt": PROMPT, "params": GREEDY} | change))
+
+
+def test_a_request_id_in_use_is_refused(engine: LLMEngine) -> None:
+    engine.add_request("r", "base", PROMPT, GREEDY)
+    with pytest.raises(InvalidRequestError, match="in use"):
+        engine.add_request("r", "base", PROMPT, GREEDY)
+    assert len(run(engine)) == 1
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_abort_at_any_moment(engine: LLMEngine, steps: int) -> None:
+    for name in ("a", "b", "c"):
+        engine.add_request(name, "solver", PROMPT * 4, GREEDY)
+    outputs = [output for _ in range(steps) for output in engine.step()]
+    last = engine.abort("b")
+    assert last is not None
+    assert last.finish_reason == "abort"
+    assert engine.abort("b") is None
+    rest = run(engine)
+    assert set(rest) == {"a", "c"}
+    assert sum(output.request_id == "a" for output in outputs) + len(rest["a"]) == 8
+
+
+def test_an_engine_that_fails_in_a_step_ends_its_requests_and_goes_on(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = next(iter(engine._zoo.executors.values()))
+    real, count = executor.run, 0
+
+    def failing(batch: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise RuntimeError("out of luck")
+        return real(batch)
+
+    monkeypatch.setattr(executor, "run", failing)
+    for name in ("a", "b"):
+        engine.add_request(name, "base", PROMPT, GREEDY)
+    for output in (outputs[-1] for outputs in run(engine).values()):
+        assert output.finish_reason == "error"
+        assert "out of luck" in (output.error or "")
+    engine.add_request("after", "base", PROMPT, GREEDY)
+    assert run(engine)["after"][-1].finish_reason == "length"
+
+
+def test_a_row_of_nan_ends_only_its_request(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = next(iter(engine._zoo.executors.values()))
+    real = executor.run
+
+    def poisoned(batch: Any) -> Any:
+        result = real(batch)
+        for logits, indices in result.logits:
+            logits[[i for i, index in enumerate(indices) if index == 0]] = np.nan
+        return result
+
+    monkeypatch.setattr(executor, "run", poisoned)
+    for name in ("first", "second"):
+        engine.add_request(name, "base", PROMPT, SamplingParams(max_tokens=1, temperature=0.0))
+    outputs = run(engine)
+    assert outputs["first"][-1].finish_reason == "error"
+    assert "finite" in (outputs["first"][-1].error or "")
+    assert outputs["second"][-1].finish_reason in ("length", "stop")
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error(demo_zoo: Path) -> None:
+    config = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_request_seconds=1e-6)
+    engine = LLMEngine(demo_zoo, config)
+    engine.add_request("r", "base", PROMPT, GREEDY)
+    (output,) = run(engine)["r"]
+    assert output.finish_reason == "error"
+    assert "max_request_seconds" in (output.error or "")
+
+
+def test_a_kv_budget_without_a_page_is_refused(demo_zoo: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="raise it"):
+        LLMEngine(demo_zoo, EngineConfig(kv_cache_bytes=1000))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"precision": "fp8"},
+        {"kv_cache_bytes": 0},
+        {"max_num_seqs": 0},
+        {"max_waiting": -1},
+        {"max_num_batched_tokens": 31},
+        {"schedule": "random"},
+        {"kv_sharing": "all"},
+        {"boundary_cache_bytes": -1},
+        {"max_request_seconds": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(setting))):
+        EngineConfig(**setting)
+
+
+# ---- LLM
+
+
+def test_generate_takes_one_or_many(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20)
+    (one,) = llm.generate("base", PROMPT, GREEDY)
+    texts = llm.generate(["base", "solver"], [PROMPT, PROMPT], [GREEDY, GREEDY])
+    assert texts[0].text == one.text
+    assert texts[0].token_ids == one.token_ids
+    assert [completion.model for completion in texts] == ["base", "solver"]
+    with pytest.raises(InvalidRequestError, match="2 entries for 1 prompts"):
+        llm.generate(["base", "solver"], PROMPT)
+    with pytest.raises(UnknownModelError):
+        llm.generate("nobody", PROMPT)
+    assert not llm.engine.has_unfinished()
+
+
+# ---- EngineThread
+
+
+class Sink:
+    """Collects the outputs of requests; `done` is set when each has ended."""
+
+    def __init__(self, expected: int) -> None:
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.done = threading.Event()
+        self._left = expected
+
+    def __call__(self, output: RequestOutput) -> None:
+        self.outputs.setdefault(output.request_id, []).append(output)
+        if output.finished:
+            self._left -= 1
+            if self._left == 0:
+                self.done.set()
+
+
+@pytest.fixture
+def thread(demo_zoo: Path) -> Iterator[EngineThread]:
+    thread = EngineThread(demo_zoo, CONFIG)
+    yield thread
+    thread.close()
+    assert not thread.alive
+
+
+def test_many_callers_at_once(thread: EngineThread) -> None:
+    sink = Sink(24)
+
+    def submit(caller: int) -> None:
+        for i in range(6):
+            thread.submit(f"{caller}-{i}", thread.models[i % 5], PROMPT, GREEDY, sink)
+
+    callers = [threading.Thread(target=submit, args=(caller,)) for caller in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sink.done.wait(60)
+    assert len(sink.outputs) == 24
+    assert all(text(sink.outputs[f"0-{i}"]) == text(sink.outputs[f"3-{i}"]) for i in range(6))
+
+
+def test_what_is_wrong_is_raised_where_it_was_submitted(thread: EngineThread) -> None:
+    with pytest.raises(UnknownModelError):
+        thread.submit("r", "nobody", PROMPT, GREEDY, Sink(1))
+    sink = Sink(1)
+    thread.submit("r", "base", PROMPT, GREEDY, sink)
+    assert sink.done.wait(60)
+
+
+def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:
+    config = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=1, max_waiting=2)
+    thread = EngineThread(demo_zoo, config)
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    sink = Sink(3)
+    for i in range(3):
+        thread.submit(str(i), "base", PROMPT, long, sink)
+    with pytest.raises(OverloadedError, match="3 requests"):
+        thread.submit("3", "base", PROMPT, long, sink)
+    for i in range(3):
+        thread.abort(str(i))
+    assert sink.done.wait(60)
+    assert {outputs[-1].finish_reason for outputs in sink.outputs.values()} <= {"abort", "length"}
+    thread.close()
+
+
+def test_a_callback_that_raises_loses_its_own_request_only(thread: EngineThread) -> None:
+    def broken(output: RequestOutput) -> None:
+        raise OSError("client is gone")
+
+    sink = Sink(1)
+    thread.submit("broken", "base", PROMPT, GREEDY, broken)
+    thread.submit("good", "base", PROMPT, GREEDY, sink)
+    assert sink.done.wait(60)
+    assert sink.outputs["good"][-1].finish_reason == "length"
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest(thread: EngineThread) -> None:
+    sink = Sink(3)
+    for i in range(3):
+        thread.submit(str(i), "base", PROMPT, GREEDY, sink)
+    assert thread.drain(60)
+    assert all(outputs[-1].finish_reason == "length" for outputs in sink.outputs.values())
+    with pytest.raises(OverloadedError, match="shutting down"):
+        thread.submit("late", "base", PROMPT, GREEDY, sink)
+
+
+def test_close_ends_what_still_runs(demo_zoo: Path) -> None:
+    thread = EngineThread(demo_zoo, CONFIG)
+    sink = Sink(2)
+    long = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
+    for i in range(2):
+        thread.submit(str(i), "base", PROMPT, long, sink)
+    thread.close()
+    assert sink.done.is_set()
+    assert {outputs[-1].finish_reason for outputs in sink.outputs.values()} == {"abort"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_thread_tells_everybody(demo_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread = EngineThread(demo_zoo, CONFIG)
+
+    def die() -> list[RequestOutput]:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(thread.engine, "step", die)
+    sink = Sink(1)
+    thread.submit("r", "base", PROMPT, GREEDY, sink)
+    assert sink.done.wait(60)
+    assert sink.outputs["r"][-1].finished
+    thread._thread.join(60)  # its error must not reach whatever test comes next
+    assert not thread.alive
+    with pytest.raises(RequestError, match="no more"):
+        thread.submit("s", "base", PROMPT, GREEDY, sink)
