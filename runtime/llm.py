@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine
 from blockzoo.runtime.serve.reload import Refreshed
 
-Prompt = str | AnySequence[int]
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class LLM:
 
     def generate(
         self,
-        model: str | AnySequence[str],
-        prompts: Prompt | AnySequence[Prompt],
-        params: SamplingParams | AnySequence[SamplingParams] | None = None,
+        model: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         scope: str | None = None,
-        kv_reuse: KVReuse | AnySequence[KVReuse] | None = None,
-        documents: AnySequence[str] = (),
+        kv_reuse: KVReuse | Sequence[KVReuse] | None = None,
+        documents: Sequence[str] = (),
         progress: bool = True,
     ) -> list[Completion]:
         """Complete prompts, all in one batch.
@@ -108,7 +108,7 @@ class LLM:
                 self.engine.abort(request.seq.request_id)
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
 
-    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+    def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Compute the KV of a document once, for every prompt of some models (all) that begins with it.
 
         Requests in every scope take it; with `kv_reuse="approx"` also where the document stands elsewhere.
@@ -123,7 +123,7 @@ class LLM:
         self.engine.withdraw(name)
 
 
-def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int):
@@ -131,7 +131,7 @@ def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _spread(name: str, value: Any, prompts: AnySequence[Prompt]) -> list[Any]:
+def _spread(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
     if value is None or isinstance(value, (str, SamplingParams)):
         return [value] * len(prompts)
     if len(value) != len(prompts):

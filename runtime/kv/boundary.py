@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
-from blockzoo.runtime.kv.sequence import Part, Sequence
+from blockzoo.runtime.kv.sequence import Part, TokenSequence
 
 Rows = Any
 """[n, hidden]: an array of the engines' device, numpy or torch."""
@@ -55,7 +55,7 @@ class BoundaryCache:
             self._pages.move_to_end((boundary, key))
         return rows
 
-    def touch(self, seq: Sequence) -> None:
+    def touch(self, seq: TokenSequence) -> None:
         """Count the pages of a sequence as used now, the leading ones last: they are of use to the most."""
         known = seq.page_keys(0)[: seq.num_prompt_pages]
         for segment in seq.segments[1:]:
@@ -63,7 +63,7 @@ class BoundaryCache:
                 if (segment.boundary, key) in self._pages:
                     self._pages.move_to_end((segment.boundary, key))
 
-    def begin_page(self, seq: Sequence, boundary: str, key: bytes, num_tokens: int) -> None:
+    def begin_page(self, seq: TokenSequence, boundary: str, key: bytes, num_tokens: int) -> None:
         """Let `record` go on in the page of num_tokens - 1, which was copied in part from the page `key`."""
         rows = self.get(boundary, key)
         if rows is not None:
@@ -84,7 +84,7 @@ class BoundaryCache:
             self.num_bytes -= evicted.nbytes
             self.evictions += 1
 
-    def entering(self, seq: Sequence, part: Part) -> Rows:
+    def entering(self, seq: TokenSequence, part: Part) -> Rows:
         """The hidden states [n, hidden] of a part that enters late, which the sequence took when it began."""
         first, last = part.start // PAGE_TOKENS, pages_for(part.end)
         rows = self._rows_like(seq.entering[first], (last - first) * PAGE_TOKENS)
@@ -93,7 +93,7 @@ class BoundaryCache:
             rows[begin : begin + PAGE_TOKENS] = seq.entering[page]
         return rows[part.start - first * PAGE_TOKENS : part.end - first * PAGE_TOKENS]
 
-    def record(self, seq: Sequence, boundary: str, start: int, rows: Rows) -> None:
+    def record(self, seq: TokenSequence, boundary: str, start: int, rows: Rows) -> None:
         """Keep the full prompt pages among `rows` [n, hidden], those of the tokens of `seq` from `start` on.
 
         A page may come in several pieces, in order.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.kv.nodes import Node
 from blockzoo.runtime.kv.pool import IntegrityError, PagePool
-from blockzoo.runtime.kv.sequence import Sequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 
 def check_partition(
-    pool: PagePool, sequences: AnySequence[Sequence], nodes: AnySequence[Node], num_cached: int
+    pool: PagePool, sequences: Sequence[TokenSequence], nodes: Sequence[Node], num_cached: int
 ) -> None:
     """Check that free + cached + owned pages are each page of the pool once."""
     owned = [seq.own_pages() for seq in sequences]
@@ -27,9 +27,7 @@ def check_partition(
         raise IntegrityError(f"{num_cached} cached pages counted, not what the nodes hold")
 
 
-def check_references(
-    sequences: AnySequence[Sequence], nodes: AnySequence[Node], pins: AnySequence[Node]
-) -> None:
+def check_references(sequences: Sequence[TokenSequence], nodes: Sequence[Node], pins: Sequence[Node]) -> None:
     """Check that sequences are on paths of the tree, write nowhere else, and are counted, as are `pins`."""
     refs = dict.fromkeys(nodes, 0)
     for node in pins:
@@ -52,7 +50,7 @@ def check_references(
         raise IntegrityError("the nodes' reference counts are not those of sequences and publications")
 
 
-def _check_levels(seq: Sequence) -> None:
+def _check_levels(seq: TokenSequence) -> None:
     lengths = [len(path) for path in seq.nodes]
     if lengths != sorted(lengths, reverse=True):
         raise IntegrityError(f"{seq} has a longer path in an upper segment than in a lower one: {lengths}")
@@ -67,7 +65,7 @@ def _check_levels(seq: Sequence) -> None:
         raise IntegrityError(f"{seq} lacks the hidden states of pages {sorted(late - set(seq.entering))}")
 
 
-def check_lru(nodes: AnySequence[Node], evictable: AnySequence[Node], num_evictable_pages: int) -> None:
+def check_lru(nodes: Sequence[Node], evictable: Sequence[Node], num_evictable_pages: int) -> None:
     """Check that `evictable`, the next to go first, are the unreferenced nodes, children before parents."""
     present = set(nodes)
     if any(node.parent is not None and node.parent not in present for node in nodes):

@@ -33,7 +33,7 @@ from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.pool import PagePool
 from blockzoo.runtime.kv.published_pages import Publication, PublishedPages
 from blockzoo.runtime.kv.reuse_plan import ReusePlanner
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
 _MAX_CANDIDATES = 64  # pages looked at for one that begins alike
@@ -102,7 +102,7 @@ class KVCache:
 
     # ---- lookups
 
-    def probe(self, seq: Sequence) -> int:
+    def probe(self, seq: TokenSequence) -> int:
         """Tokens whose work `seq` would save if it began now; with some layers only, their share of it.
 
         Changes nothing.
@@ -111,7 +111,7 @@ class KVCache:
         saved = sum(pages * n for pages, n in zip(self._match(seq), layers, strict=True))
         return saved * PAGE_TOKENS // seq.num_layers
 
-    def _match(self, seq: Sequence) -> list[int]:
+    def _match(self, seq: TokenSequence) -> list[int]:
         """Per segment, the leading pages that `seq` need not compute there; at least what it holds already.
 
         What is cached in all segments is skipped (but for one token, whose logits are needed). What is
@@ -143,7 +143,7 @@ class KVCache:
             ends[upper - 1] = page
         return ends
 
-    def can_begin(self, seq: Sequence, spare_pages: int = 0) -> bool:
+    def can_begin(self, seq: TokenSequence, spare_pages: int = 0) -> bool:
         """Whether pages for all tokens of a new `seq` can be had now, with `spare_pages` left besides."""
         pinned = 0  # evictable now, but not once the sequence uses them
         need = spare_pages + pages_for(seq.num_tokens) * seq.num_layers
@@ -154,13 +154,13 @@ class KVCache:
                 pinned += node.pages.size if node.refs == 0 else 0
         return need <= self.pool.num_free + self.num_evictable_pages - pinned
 
-    def can_ever_hold(self, seq: Sequence) -> bool:
+    def can_ever_hold(self, seq: TokenSequence) -> bool:
         """Whether all tokens of `seq` would fit if it had all pages to itself."""
         return pages_for(seq.num_tokens) * seq.num_layers <= self.pool.num_pages
 
     # ---- a sequence's life: begin, [borrow or copy_partial,] ([extend,] reserve, commit)*, release
 
-    def begin(self, seq: Sequence) -> int:
+    def begin(self, seq: TokenSequence) -> int:
         """Give `seq` the cached pages of its tokens. Returns and sets num_computed = num_cached."""
         assert seq.num_pages == 0, f"{seq} has begun already"
         self.lookups += 1
@@ -168,7 +168,7 @@ class KVCache:
         seq.grow_page_table(pages_for(seq.num_tokens))
         return self.extend(seq)
 
-    def extend(self, seq: Sequence) -> int:
+    def extend(self, seq: TokenSequence) -> int:
         """Skip pages that others have entered since `seq` began, unless it has own pages, part filled.
 
         Requests that arrive together with one prompt prefix thus compute it about once. Returns the number
@@ -202,7 +202,7 @@ class KVCache:
         seq.num_cached += skipped
         return skipped
 
-    def _take_hidden(self, seq: Sequence, ends: list[int]) -> None:
+    def _take_hidden(self, seq: TokenSequence, ends: list[int]) -> None:
         """Take the hidden states of the pages that enter at a boundary, before they may be evicted."""
         before, seq.entering = seq.entering, {}
         for upper in range(len(ends) - 1, 0, -1):
@@ -212,7 +212,7 @@ class KVCache:
                 # Not there any more: held since an earlier match, and paths only grow, so at this boundary.
                 seq.entering[page] = before[page] if rows is None else rows
 
-    def copy_partial(self, seq: Sequence, spare_pages: int = 0) -> int:
+    def copy_partial(self, seq: TokenSequence, spare_pages: int = 0) -> int:
         """Let `seq`, which has just begun, copy the page whose tokens begin like its next ones.
 
         Returns the tokens spared, added to num_computed and num_cached; the caller has the pages copied
@@ -241,7 +241,7 @@ class KVCache:
             self.published.hit_tokens += count
         return count
 
-    def _begin_alike(self, seq: Sequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
+    def _begin_alike(self, seq: TokenSequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
         """The page in place of `page` whose tokens agree with `wanted` the longest: how many, its nodes."""
         *lower, top = self._trees_of(seq)
         best, donors = MIN_COPIED_TOKENS - 1, []
@@ -259,7 +259,7 @@ class KVCache:
                 best, donors = count, [*(tree.nodes[key] for tree in lower), child]
         return best, donors
 
-    def borrow(self, seq: Sequence, spare_pages: int = 0) -> int:
+    def borrow(self, seq: TokenSequence, spare_pages: int = 0) -> int:
         """Let `seq`, which has just begun and asks for approximate reuse, take over KV of equal words.
 
         All its pages are reserved. Returns the tokens taken over; the caller has their KV copied
@@ -283,14 +283,14 @@ class KVCache:
         self.approximate_tokens += plan.borrowed.positions.size
         return int(plan.borrowed.positions.size)
 
-    def take_borrowed(self, seq: Sequence) -> Borrowed | None:
+    def take_borrowed(self, seq: TokenSequence) -> Borrowed | None:
         """The KV to copy before the next tokens of `seq` run."""
         borrowed, seq.borrowed = seq.borrowed, None
         if borrowed is not None:
             self._drop_copies(seq)
         return borrowed
 
-    def take_copies(self, seq: Sequence) -> tuple[np.ndarray, np.ndarray] | None:
+    def take_copies(self, seq: TokenSequence) -> tuple[np.ndarray, np.ndarray] | None:
         """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
         if not seq.copied_from or seq.borrowed is not None:
             return None
@@ -298,12 +298,12 @@ class KVCache:
         self._drop_copies(seq)
         return source, seq.page_table[:, seq.num_tree_pages].copy()
 
-    def _drop_copies(self, seq: Sequence) -> None:
+    def _drop_copies(self, seq: TokenSequence) -> None:
         for node in reversed(seq.copied_from):
             self._dereference(node)
         seq.copied_from = []
 
-    def missing_pages(self, seq: Sequence, num_tokens: int) -> int:
+    def missing_pages(self, seq: TokenSequence, num_tokens: int) -> int:
         """Pages that `seq` lacks for its first `num_tokens` tokens."""
         end, first = pages_for(num_tokens), seq.num_pages
         return sum(
@@ -311,7 +311,7 @@ class KVCache:
             for path, segment in zip(seq.nodes, seq.segments, strict=True)
         )
 
-    def reserve(self, seq: Sequence, num_tokens: int) -> bool:
+    def reserve(self, seq: TokenSequence, num_tokens: int) -> bool:
         """Give `seq` own pages for tokens [0, num_tokens) in every layer, evicting as needed.
 
         Returns False, having changed nothing, when free and evictable pages together do not suffice.
@@ -329,7 +329,7 @@ class KVCache:
         seq.num_pages = end
         return True
 
-    def commit(self, seq: Sequence) -> None:
+    def commit(self, seq: TokenSequence) -> None:
         """Enter every page that is now full of computed tokens into the tree.
 
         Where the node exists already (another sequence, maybe of another model with the same blocks below,
@@ -364,11 +364,11 @@ class KVCache:
             self.planner.remember(seq)
         self.version += 1
 
-    def pages_to_publish(self, seq: Sequence) -> int:
+    def pages_to_publish(self, seq: TokenSequence) -> int:
         """Pages that publishing `seq`, a sequence of full pages, would add to those published."""
         return self.published.missing_pages(seq, self._trees_of(seq))
 
-    def publish(self, seq: Sequence, num_tokens: int, lead: int) -> Publication:
+    def publish(self, seq: TokenSequence, num_tokens: int, lead: int) -> Publication:
         """Keep the pages of `seq`, which publishes and is computed, for every scope until `withdraw`.
 
         Of its tokens num_tokens are the document's, and the first `lead` of these begin any prompt.
@@ -395,7 +395,7 @@ class KVCache:
             self._dereference(node)
         self.version += 1
 
-    def release(self, seq: Sequence) -> None:
+    def release(self, seq: TokenSequence) -> None:
         """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
         self.pool.free(seq.own_pages())
         self._drop_copies(seq)
@@ -413,12 +413,12 @@ class KVCache:
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
 
-    def _reuses(self, seq: Sequence) -> bool:
+    def _reuses(self, seq: TokenSequence) -> bool:
         return self.prefix_caching and seq.reuse != "off"
 
     # ---- nodes
 
-    def _trees_of(self, seq: Sequence) -> list[SegmentTree]:
+    def _trees_of(self, seq: TokenSequence) -> list[SegmentTree]:
         trees = self._trees
         return [trees.get(s) or trees.setdefault(s, SegmentTree(s)) for s in seq.segments]
 
@@ -479,7 +479,7 @@ class KVCache:
             deduped_tokens=deduped,
         )
 
-    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+    def check_integrity(self, sequences: Iterable[TokenSequence]) -> None:
         """Check all invariants, given every sequence that may hold pages of this cache.
 
         Raises IntegrityError on the first that does not hold. Takes milliseconds: for idle times and tests.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockzoo.runtime.approx.matching import Donor, DonorIndex, Run
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 if TYPE_CHECKING:
     from blockzoo.runtime.kv.published_pages import Publication
@@ -49,7 +49,7 @@ class PublishedDonors:
         if not self._whole[segments][words]:
             del self._whole[segments][words]
 
-    def match(self, seq: Sequence, start: int, end: int) -> list[Found]:
+    def match(self, seq: TokenSequence, start: int, end: int) -> list[Found]:
         """Runs of tokens [start, end) that are published, without overlap.
 
         What the request marks as a document is looked up whole; windows are compared only between.
@@ -71,7 +71,7 @@ class PublishedDonors:
         return found + self._windows(index, seq, place, end)
 
     @staticmethod
-    def _windows(index: DonorIndex, seq: Sequence, start: int, end: int) -> list[Found]:
+    def _windows(index: DonorIndex, seq: TokenSequence, start: int, end: int) -> list[Found]:
         return [(run, index.donor(run.donor)) for run in index.match(seq.token_ids, start, end)]
 
 

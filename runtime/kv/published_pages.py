@@ -7,7 +7,7 @@ operator's makes them; what other sequences compute behind them stays in their o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.page_keys import PUBLIC_ROOT, page_key
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +65,7 @@ class PublishedPages:
         """Whether the page `key` is published in the chain of `segments`."""
         return key in self._keys.get(segments, ())
 
-    def mark(self, seq: Sequence) -> None:
+    def mark(self, seq: TokenSequence) -> None:
         """Tell a sequence that holds no page how many of its leading ones are published."""
         if seq.publishes or seq.documents_version == self.version:
             return
@@ -81,7 +81,7 @@ class PublishedPages:
                 keys.append(key)
         seq.set_public(keys)
 
-    def missing_pages(self, seq: Sequence, trees: AnySequence[SegmentTree]) -> int:
+    def missing_pages(self, seq: TokenSequence, trees: Sequence[SegmentTree]) -> int:
         """Pages more that would be published with the sequence `seq` of full pages."""
         keys = seq.page_keys(seq.num_tokens // PAGE_TOKENS)
         missing = [tree.num_layers for tree in trees for key in keys if tree.nodes.get(key) not in self._pins]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from blockzoo.runtime.approx.matching import Borrowed, Donor, Donors, ReuseConfi
 from blockzoo.runtime.approx.selection import matched_positions, reused_positions
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
-from blockzoo.runtime.kv.sequence import Sequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 
 class Plan(NamedTuple):
@@ -34,12 +34,12 @@ class ReusePlanner:
         self._donors = Donors(config)
         self.published = PublishedDonors(config.window)
 
-    def remember(self, seq: Sequence) -> None:
+    def remember(self, seq: TokenSequence) -> None:
         """Make a donor of a sequence whose prompt has just entered the tree."""
         pages = seq.num_prompt_pages
         self._donors.add(_where(seq), seq.token_ids[: pages * PAGE_TOKENS], seq.page_keys(pages)[:pages])
 
-    def plan(self, seq: Sequence, trees: AnySequence[SegmentTree]) -> Plan | None:
+    def plan(self, seq: TokenSequence, trees: Sequence[SegmentTree]) -> Plan | None:
         """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
         config = self.config
         if config.recompute == 1 or (config.uses_check and seq.num_layers <= config.check_layers):
@@ -75,14 +75,14 @@ class ReusePlanner:
         )
         return Plan(taken if survey is None else survey.first_reused(), borrowed, tuple(nodes), survey)
 
-    def _match(self, seq: Sequence, start: int, end: int) -> list[tuple[Run, Donor]]:
+    def _match(self, seq: TokenSequence, start: int, end: int) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of the scope hold, or published documents."""
         found = self._donors.match(_where(seq), seq.token_ids, start, end)
         published = self.published.match(seq, start, end)
         return without_overlap(found + published, self.config.window) if published else found
 
     @staticmethod
-    def _present(run: Run, donor: Donor, trees: AnySequence[SegmentTree]) -> Run:
+    def _present(run: Run, donor: Donor, trees: Sequence[SegmentTree]) -> Run:
         """The run as far as the donor's pages are still in the tree in all segments."""
         limit = len(donor.keys)
         for tree in trees:  # no node outlives its parent
@@ -91,7 +91,7 @@ class ReusePlanner:
 
     @staticmethod
     def _borrowed(
-        run: Run, donor: Donor, trees: AnySequence[SegmentTree], reused: np.ndarray
+        run: Run, donor: Donor, trees: Sequence[SegmentTree], reused: np.ndarray
     ) -> tuple[np.ndarray, ...]:
         offsets = np.flatnonzero(reused[run.start : run.start + run.length])
         places = run.donor_start + offsets
@@ -107,6 +107,6 @@ def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:
     return donor.keys[run.donor_start // PAGE_TOKENS : pages_for(run.donor_start + run.length)]
 
 
-def _where(seq: Sequence) -> object:
+def _where(seq: TokenSequence) -> object:
     """Only sequences of one scope and one chain give to each other."""
     return seq.root_key, seq.segments

@@ -5,8 +5,7 @@ It knows nothing of sampling, text or engines.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as AnySequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +50,7 @@ class Part(NamedTuple):
     level: int
 
 
-class Sequence:
+class TokenSequence:
     """The state of one request. The KV cache owns the fields about pages; the scheduler reads counts."""
 
     __slots__ = (
@@ -99,7 +98,7 @@ class Sequence:
         cache: KVCache,
         segments: Iterable[Segment],
         scope: str,
-        prompt_token_ids: AnySequence[int] | np.ndarray,
+        prompt_token_ids: Sequence[int] | np.ndarray,
         arrival: float,
         reuse: KVReuse = "exact",
         documents: Iterable[tuple[int, int]] = (),
@@ -306,7 +305,8 @@ class Sequence:
         self.page_table = grown
 
     def __repr__(self) -> str:
-        return f"Sequence({self.request_id!r}, {self.model!r}, {self.num_computed}/{self.num_tokens} tokens)"
+        done = f"{self.num_computed}/{self.num_tokens} tokens"
+        return f"TokenSequence({self.request_id!r}, {self.model!r}, {done})"
 
 
 def _check_segments(segments: tuple[Segment, ...]) -> int:

@@ -28,8 +28,7 @@ from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication, PublishStats
-from blockzoo.runtime.kv.sequence import Segment
-from blockzoo.runtime.kv.sequence import Sequence as TokenSequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo

@@ -6,8 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as AnySequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
@@ -19,7 +18,7 @@ from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Refreshed
 
 OnOutput = Callable[[RequestOutput], None]
-Publication = tuple[str, str, AnySequence[str] | None]  # arguments of LLMEngine.publish
+Publication = tuple[str, str, Sequence[str] | None]  # arguments of LLMEngine.publish
 
 
 class EngineThread:
@@ -65,12 +64,12 @@ class EngineThread:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: str | Sequence[int],
         params: SamplingParams,
         on_output: OnOutput,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
-        documents: AnySequence[str] = (),
+        documents: Sequence[str] = (),
     ) -> None:
         """Check a request in the calling thread and hand it to the engine.
 
@@ -102,7 +101,7 @@ class EngineThread:
         """As `LLMEngine.refresh`; in the calling thread, while the engine's goes on."""
         return self.engine.refresh()
 
-    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+    def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Publish a document between two steps and wait for it; running requests pause meanwhile.
 
         Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import get_args
@@ -29,7 +29,7 @@ from blockzoo.runtime.approx.matching import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.exec.executor import Executor, Rows, StepResult
 from blockzoo.runtime.exec.topology import ChainPlan, Family
-from blockzoo.runtime.kv.sequence import Part, Sequence
+from blockzoo.runtime.kv.sequence import Part, TokenSequence
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import PublishedDocument, Publisher
@@ -48,7 +48,7 @@ from blockzoo.zoo.store import Zoo
 class Request:
     """A checked request on its way through the engine."""
 
-    seq: Sequence
+    seq: TokenSequence
     model: LoadedModel
     params: SamplingParams
     sampler: SamplerState
@@ -134,11 +134,11 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: str | Sequence[int],
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
-        documents: AnySequence[str] = (),
+        documents: Sequence[str] = (),
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -170,7 +170,7 @@ class LLMEngine:
         vocab = loaded.chain.vocab_size
         sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
         arrival = time.monotonic()
-        seq = Sequence(
+        seq = TokenSequence(
             request_id,
             model,
             self._zoo.caches[loaded.chain.family],
@@ -219,11 +219,11 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: str | Sequence[int],
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
-        documents: AnySequence[str] = (),
+        documents: Sequence[str] = (),
     ) -> None:
         """`prepare` and `enqueue` in one."""
         self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents))
@@ -241,7 +241,7 @@ class LLMEngine:
 
     # ---- published documents
 
-    def publish(self, name: str, text: str, models: AnySequence[str] | None = None) -> PublishedDocument:
+    def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Compute a document's KV, or load it, for some models (all), for every scope; see `Publisher`."""
         return self._publisher.publish(name, text, models)
 
@@ -293,9 +293,9 @@ class LLMEngine:
                 executor.release_memory()
         return outputs
 
-    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | RequestError]]:
+    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[TokenSequence, SampledToken | RequestError]]:
         """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
-        results: list[tuple[Sequence, SampledToken | RequestError]] = []
+        results: list[tuple[TokenSequence, SampledToken | RequestError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
             self._note_start(self._requests[item.seq.request_id])
@@ -346,7 +346,7 @@ class LLMEngine:
         logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
         return step._replace(logits=logits)
 
-    def _rows(self, seq: Sequence, part: Part) -> Rows:
+    def _rows(self, seq: TokenSequence, part: Part) -> Rows:
         chain, survey = self._chain(seq), seq.survey
         entry = chain.entries[part.level]
         hidden = self._zoo.boundaries.entering(seq, part) if part.level else None
@@ -370,13 +370,13 @@ class LLMEngine:
             score_window=self._reuse.window(seq, part),
         )
 
-    def _chain_index(self, seq: Sequence) -> int:
+    def _chain_index(self, seq: TokenSequence) -> int:
         return self._loaded(seq).chain_index
 
-    def _chain(self, seq: Sequence) -> ChainPlan:
+    def _chain(self, seq: TokenSequence) -> ChainPlan:
         return self._loaded(seq).chain
 
-    def _loaded(self, seq: Sequence) -> LoadedModel:
+    def _loaded(self, seq: TokenSequence) -> LoadedModel:
         request = self._requests.get(seq.request_id)
         return request.model if request is not None and request.seq is seq else self._publisher.model
 
@@ -421,7 +421,7 @@ class LLMEngine:
 
     # ---- out
 
-    def _fail(self, seq: Sequence, message: str) -> RequestOutput:
+    def _fail(self, seq: TokenSequence, message: str) -> RequestOutput:
         self._scheduler.abort(seq.request_id)
         return self._finish(self._requests[seq.request_id], "error", message)
 

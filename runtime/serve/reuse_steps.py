@@ -13,7 +13,7 @@ from blockzoo.engines.arrays import Array
 from blockzoo.runtime.approx.first_pass import RowsLike, relative_deviation
 from blockzoo.runtime.approx.matching import ReuseConfig
 from blockzoo.runtime.exec.kv_pages import KVPages
-from blockzoo.runtime.kv.sequence import Part, Sequence
+from blockzoo.runtime.kv.sequence import Part, TokenSequence
 
 _CALM_TOKENS = 8  # refreshed in a row with negligible deviations: the queue is given up
 _DECAY = 0.9  # of attention, from one generated token to the next
@@ -28,9 +28,9 @@ class ReuseSteps:
 
     def __init__(self, rows_like: RowsLike) -> None:
         self._rows_like = rows_like
-        self._old_values: dict[Sequence, np.ndarray] = {}  # of the tokens that this step refreshes
+        self._old_values: dict[TokenSequence, np.ndarray] = {}  # of the tokens that this step refreshes
 
-    def before(self, seq: Sequence, chain: int, kv: KVPages) -> list[Part]:
+    def before(self, seq: TokenSequence, chain: int, kv: KVPages) -> list[Part]:
         """Copy what `seq` takes over; the parts, a token each, that refresh what it took before."""
         copies = seq.cache.take_copies(seq)
         if copies is not None:
@@ -47,14 +47,14 @@ class ReuseSteps:
             self._old_values[seq] = kv.values(seq.page_table, refreshed)
         return [Part(position, position + 1, 0) for position in refreshed.tolist()]
 
-    def window(self, seq: Sequence, part: Part) -> int:
+    def window(self, seq: TokenSequence, part: Part) -> int:
         """How many of a part's last rows report their attention."""
         if seq.survey is not None:
             return seq.survey.window(part.start, part.end)
         new = part.end == seq.num_tokens and part.end - part.start == 1
         return int(new and seq.stale.size > 0 and _config(seq).refresh_order == "importance")
 
-    def add_scores(self, seq: Sequence, part: Part, scores: np.ndarray) -> None:
+    def add_scores(self, seq: TokenSequence, part: Part, scores: np.ndarray) -> None:
         """Note the attention of a part's rows, float32 [part.end]."""
         window = self.window(seq, part)
         if seq.survey is not None:
@@ -63,12 +63,12 @@ class ReuseSteps:
             seq.importance *= _DECAY
             seq.importance += scores[: seq.importance.size]
 
-    def keep_hidden(self, seq: Sequence, part: Part, rows: Array) -> None:
+    def keep_hidden(self, seq: TokenSequence, part: Part, rows: Array) -> None:
         """Keep what left the check layers."""
         assert seq.survey is not None, f"{seq} has no check layers"
         seq.survey.keep_rows(part.start, rows, self._rows_like)
 
-    def after(self, seq: Sequence, kv: KVPages) -> None:
+    def after(self, seq: TokenSequence, kv: KVPages) -> None:
         """Go on to the next pass where one has ended; put the queue in order."""
         survey = seq.survey
         if survey is not None and seq.num_computed >= seq.num_tokens:
@@ -85,7 +85,7 @@ class ReuseSteps:
             seq.stale = seq.stale[np.argsort(-seq.importance[seq.stale], kind="stable")]
 
     @staticmethod
-    def _give_up_when_calm(seq: Sequence, deviation: np.ndarray) -> None:
+    def _give_up_when_calm(seq: TokenSequence, deviation: np.ndarray) -> None:
         """`deviation` float [layers, tokens], of what was refreshed."""
         negligible = deviation.mean(0) <= _config(seq).negligible
         seq.num_calm = seq.num_calm + negligible.size if negligible.all() else 0
@@ -93,14 +93,14 @@ class ReuseSteps:
             seq.stale = seq.stale[:0]
 
 
-def _checked_values(seq: Sequence, kv: KVPages) -> np.ndarray:
+def _checked_values(seq: TokenSequence, kv: KVPages) -> np.ndarray:
     """V of the matched tokens at the last check layer."""
     assert seq.survey is not None, f"{seq} has no check layers"
     layer = seq.survey.config.check_layers - 1
     return kv.values(seq.page_table[layer], np.flatnonzero(seq.survey.matched))
 
 
-def _fill_queue(seq: Sequence) -> None:
+def _fill_queue(seq: TokenSequence) -> None:
     """What is to be refreshed while decoding.
 
     By importance, what was taken over. In order of position, also what was computed behind it, so over what
@@ -112,6 +112,6 @@ def _fill_queue(seq: Sequence) -> None:
         seq.stale = np.arange(seq.stale[0], seq.num_tokens)
 
 
-def _config(seq: Sequence) -> ReuseConfig:
+def _config(seq: TokenSequence) -> ReuseConfig:
     assert seq.cache.planner is not None, "only sequences of a cache with a planner take KV over"
     return seq.cache.planner.config

@@ -23,7 +23,7 @@ import numpy as np
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.kv.sequence import Sequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 PROBES_PER_STEP = 16  # waiting sequences whose expected cache hits are looked up again in one step
 
@@ -59,14 +59,14 @@ class SchedulerConfig:
 class Scheduled(NamedTuple):
     """Run the next `num_tokens` tokens of `seq`, from seq.num_computed on; its pages are reserved."""
 
-    seq: Sequence
+    seq: TokenSequence
     num_tokens: int
 
 
 class Failed(NamedTuple):
     """A sequence that can never run, and why; the scheduler has forgotten it."""
 
-    seq: Sequence
+    seq: TokenSequence
     message: str
 
 
@@ -74,7 +74,7 @@ class Failed(NamedTuple):
 class _Entry:
     """A sequence in the scheduler. Ordered by age: the older is admitted first, the youngest preempted."""
 
-    seq: Sequence
+    seq: TokenSequence
     age: tuple[float, int]  # arrival, then order of add
     running: bool = False
     expected: int = 0  # tokens the cache would give, as of cache version `probed`
@@ -119,7 +119,7 @@ class Scheduler:
         return len(self._preempted) + len(self._waiting)
 
     @property
-    def running(self) -> list[Sequence]:
+    def running(self) -> list[TokenSequence]:
         """The sequences that hold pages, the oldest first."""
         return [entry.seq for entry in self._running]
 
@@ -129,7 +129,7 @@ class Scheduler:
 
     # ---- in and out
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: TokenSequence) -> None:
         """Queue a new sequence. Raises OverloadedError when the waiting queue is full.
 
         One that could not fit even with all pages to itself goes to `failed`.
@@ -151,12 +151,12 @@ class Scheduler:
         if self.config.policy == "hit-first":
             self._probe(entry)
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: TokenSequence) -> None:
         """Forget a sequence and give back its pages."""
         found = self.abort(seq.request_id)
         assert found is seq, f"{seq} is not in the scheduler"
 
-    def abort(self, request_id: str) -> Sequence | None:
+    def abort(self, request_id: str) -> TokenSequence | None:
         """Forget a sequence in whatever state and give back its pages; None when there is none."""
         entry = self._entries.get(request_id)
         if entry is None:

@@ -6,7 +6,7 @@ of the published document of the same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AnySequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from blockzoo.runtime.api.errors import InvalidRequestError
@@ -36,7 +36,7 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
 
 
 def assemble(
-    tokenizer: Tokenizer, prompt: str | AnySequence[int], documents: AnySequence[str] = ()
+    tokenizer: Tokenizer, prompt: str | Sequence[int], documents: Sequence[str] = ()
 ) -> PromptTokens:
     """The tokens of `documents`, in order, and of `prompt` behind them.
 

@@ -12,7 +12,7 @@ import pytest
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.approx.matching import RefreshOrder, ReuseConfig, Selector, Unit
-from blockzoo.runtime.kv.sequence import Sequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 # the tests count tokens; the queue that they drain is in order of position
 Reuse = partial(ReuseConfig, head=0, refresh_order="position")
@@ -55,7 +55,7 @@ def approximated(engine: LLMEngine) -> int:
     return sum(cache.stats().approximate_tokens for cache in engine._zoo.caches.values())
 
 
-def kv_of(engine: LLMEngine, seq: Sequence, num_tokens: int) -> np.ndarray:
+def kv_of(engine: LLMEngine, seq: TokenSequence, num_tokens: int) -> np.ndarray:
     """K and V of the first tokens: [2, layers, tokens, heads, head_dim]."""
     (executor,) = engine._zoo.executors.values()
     positions = np.arange(num_tokens)
@@ -63,7 +63,7 @@ def kv_of(engine: LLMEngine, seq: Sequence, num_tokens: int) -> np.ndarray:
     return np.stack([pool[pages, :, positions % 32] for pool in executor._pool.values()])
 
 
-def start(engine: LLMEngine, prompt: list[int], how: str) -> Sequence:
+def start(engine: LLMEngine, prompt: list[int], how: str) -> TokenSequence:
     """Run the prefill of a request that then goes on."""
     engine.add_request("r", "base", prompt, LONG, kv_reuse=how)
     while not any(output.token_ids for output in engine.step()):

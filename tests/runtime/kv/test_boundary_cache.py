@@ -6,7 +6,7 @@ import pytest
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.kv.sequence import Part, Segment, Sequence
+from blockzoo.runtime.kv.sequence import Part, Segment, TokenSequence
 
 LOW = Segment(0, 2, "low")
 MODEL_A = (LOW, Segment(2, 3, "low+a", "out"))
@@ -18,11 +18,11 @@ def rows(start: int, end: int) -> np.ndarray:
     return np.arange(start, end, dtype=np.int64)[:, None]
 
 
-def sequence(cache: KVCache, length: int, segments=MODEL_A, scope="team") -> Sequence:
-    return Sequence("r", "m", cache, segments, scope, np.arange(length), arrival=0.0)
+def sequence(cache: KVCache, length: int, segments=MODEL_A, scope="team") -> TokenSequence:
+    return TokenSequence("r", "m", cache, segments, scope, np.arange(length), arrival=0.0)
 
 
-def run(cache: KVCache, seq: Sequence, upto: int | None = None) -> Sequence:
+def run(cache: KVCache, seq: TokenSequence, upto: int | None = None) -> TokenSequence:
     """Pretend that an engine computed the tokens up to `upto` (all), keeping what leaves the lower layers."""
     upto = seq.num_tokens if upto is None else upto
     if seq.num_pages == 0:
@@ -134,7 +134,7 @@ def test_a_page_that_begins_alike_is_copied_and_goes_on():
     first = run(cache, sequence(cache, 64, MODEL_A))
     prompt = np.arange(100)
     prompt[50:] = 7
-    seq = Sequence("s", "m", cache, MODEL_A, "team", prompt, arrival=0.0)
+    seq = TokenSequence("s", "m", cache, MODEL_A, "team", prompt, arrival=0.0)
     assert cache.begin(seq) == 32
     assert cache.copy_partial(seq) == 18
     assert cache.reserve(seq, 100)

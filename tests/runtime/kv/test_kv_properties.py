@@ -22,7 +22,7 @@ from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication
-from blockzoo.runtime.kv.sequence import Part, Segment, Sequence
+from blockzoo.runtime.kv.sequence import Part, Segment, TokenSequence
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler, SchedulerConfig
 
 LOW, MIDDLE = Segment(0, 1, "low"), Segment(1, 2, "low+middle", "out of low")
@@ -67,7 +67,7 @@ class World:
         name = f"{self.num_added}"
         self.num_added += 1
         self.now += 0.01
-        seq = Sequence(name, model, self.caches[model], MODELS[model], scope, prompt, self.now)
+        seq = TokenSequence(name, model, self.caches[model], MODELS[model], scope, prompt, self.now)
         try:
             self.scheduler.add(seq)
         except OverloadedError:
@@ -89,7 +89,7 @@ class World:
         filled = document + [1] * (-len(document) % PAGE_TOKENS)
         self.num_published += 1
         name = f"document {self.num_published}"
-        seq = Sequence(name, model, cache, MODELS[model], "", filled, 0.0, publishes=True)
+        seq = TokenSequence(name, model, cache, MODELS[model], "", filled, 0.0, publishes=True)
         total = cache.published.num_pages + cache.pages_to_publish(seq)
         if not cache.prefix_caching or total > cache.pool.num_pages // 2:
             return
@@ -157,7 +157,7 @@ class World:
                 memory[destination] = memory[source]
                 memory[destination, seq.num_computed % PAGE_TOKENS :] = -1
 
-    def compute(self, seq: Sequence, num_tokens: int) -> list[tuple[str, int, np.ndarray]]:
+    def compute(self, seq: TokenSequence, num_tokens: int) -> list[tuple[str, int, np.ndarray]]:
         """Read all KV before the step's tokens, write theirs; (boundary, first token, rows) passed."""
         assert num_tokens >= 1
         end = seq.num_computed + num_tokens
@@ -190,11 +190,11 @@ class World:
         return passed
 
     @staticmethod
-    def check_read(seq: Sequence, seen: np.ndarray, expected: np.ndarray) -> None:
+    def check_read(seq: TokenSequence, seen: np.ndarray, expected: np.ndarray) -> None:
         assert np.array_equal(seen & ((1 << AUTHOR) - 1), expected)
         assert np.isin(seen >> AUTHOR, (PUBLISHED, author_of(seq))).all()
 
-    def prefix_values(self, seq: Sequence) -> np.ndarray:
+    def prefix_values(self, seq: TokenSequence) -> np.ndarray:
         """int64 [num_tokens]: a number per position for all tokens up to it."""
         known = self.values.get(seq.request_id, np.empty(0, np.int64))
         value = int(known[-1]) if known.size else 1
@@ -231,7 +231,7 @@ class World:
             assert stats.pages_evictable == stats.pages_cached
 
 
-def author_of(seq: Sequence) -> int:
+def author_of(seq: TokenSequence) -> int:
     """PUBLISHED, or a number for the scope."""
     return PUBLISHED if seq.publishes else 1 + "xy".index(seq.scope)
 

@@ -6,7 +6,7 @@ import pytest
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.kv.pool import IntegrityError
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 LOW = Segment(0, 2, "low")
 MODEL_A = (LOW, Segment(2, 3, "low+a"))
@@ -19,11 +19,11 @@ def tokens(*pages: int, extra: int = 0) -> list[int]:
     return [token for token in pages for _ in range(PAGE_TOKENS)] + [99] * extra
 
 
-def sequence(cache, prompt, segments=MODEL_A, scope="team") -> Sequence:
-    return Sequence("r", "m", cache, segments, scope, prompt, arrival=0.0)
+def sequence(cache, prompt, segments=MODEL_A, scope="team") -> TokenSequence:
+    return TokenSequence("r", "m", cache, segments, scope, prompt, arrival=0.0)
 
 
-def compute(seq: Sequence, upto: int | None = None) -> Sequence:
+def compute(seq: TokenSequence, upto: int | None = None) -> TokenSequence:
     """Pretend that the engine wrote the KV of the tokens up to `upto` (all)."""
     upto = seq.num_tokens if upto is None else upto
     assert seq.cache.reserve(seq, upto)
@@ -32,13 +32,13 @@ def compute(seq: Sequence, upto: int | None = None) -> Sequence:
     return seq
 
 
-def run(cache, prompt, segments=MODEL_A, scope="team") -> Sequence:
+def run(cache, prompt, segments=MODEL_A, scope="team") -> TokenSequence:
     seq = sequence(cache, prompt, segments, scope)
     cache.begin(seq)
     return compute(seq)
 
 
-def table(seq: Sequence) -> list[list[int]]:
+def table(seq: TokenSequence) -> list[list[int]]:
     return seq.page_table[:, : seq.num_pages].tolist()
 
 

@@ -9,7 +9,7 @@ from blockzoo.runtime.kv.pool import IntegrityError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
 from blockzoo.runtime.kv.published_pages import Publication
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 LOW = Segment(0, 2, "low")
 MODEL_A = (LOW, Segment(2, 3, "low+a"))
@@ -18,11 +18,11 @@ DOCUMENT = list(range(100, 175))  # two pages and 11 tokens
 FILLED = DOCUMENT + [0] * (96 - 75)
 
 
-def sequence(cache, prompt, scope="red", segments=MODEL_A, documents=()) -> Sequence:
-    return Sequence("r", "m", cache, segments, scope, prompt, 0.0, documents=documents)
+def sequence(cache, prompt, scope="red", segments=MODEL_A, documents=()) -> TokenSequence:
+    return TokenSequence("r", "m", cache, segments, scope, prompt, 0.0, documents=documents)
 
 
-def compute(seq: Sequence) -> Sequence:
+def compute(seq: TokenSequence) -> TokenSequence:
     """Pretend that the engine wrote the KV of all tokens."""
     cache = seq.cache
     cache.copy_partial(seq)
@@ -45,7 +45,7 @@ def run(cache, prompt, scope="red", segments=MODEL_A) -> int:
 
 
 def publish(cache, tokens=FILLED, num_tokens=75, segments=MODEL_A) -> Publication:
-    seq = Sequence("p", "m", cache, segments, "", tokens, 0.0, publishes=True)
+    seq = TokenSequence("p", "m", cache, segments, "", tokens, 0.0, publishes=True)
     cache.begin(seq)
     assert cache.reserve(seq, seq.num_tokens)
     seq.num_computed = seq.num_tokens
@@ -183,7 +183,7 @@ def test_donors_of_another_scope_end_where_the_document_ends():
     secret = words(2, 60)
     run(cache, document + secret, "red")
     for scope, expected in (("blue", 75), ("red", 75 + 53)):  # whole pages of red's own
-        seq = Sequence("r", "m", cache, MODEL_A, scope, words(3, 40) + document + secret, 0.0, "approx")
+        seq = TokenSequence("r", "m", cache, MODEL_A, scope, words(3, 40) + document + secret, 0.0, "approx")
         cache.begin(seq)
         assert cache.borrow(seq) == expected
         cache.take_borrowed(seq)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from blockzoo.engines.arrays import HostArrays
 from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.metrics import Histogram, MetricsRecorder
 from blockzoo.runtime.serve.scheduler import Scheduler, SchedulerConfig
 
@@ -76,7 +76,7 @@ def test_pages_and_hits_come_from_the_caches_by_layers():
     cache, other = KVCache(num_pages=30), KVCache(num_pages=10)
     scheduler = Scheduler(SchedulerConfig())
     for name in ("first", "second"):
-        seq = Sequence(name, "model", cache, segments, "", list(range(70)), 0.0)
+        seq = TokenSequence(name, "model", cache, segments, "", list(range(70)), 0.0)
         scheduler.add(seq)
         assert snapshot(MetricsRecorder(), [cache], scheduler).requests_waiting == 1
         scheduled = scheduler.schedule()

@@ -4,7 +4,7 @@ import pytest
 
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.kv.sequence import Segment, Sequence
+from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.scheduler import PROBES_PER_STEP, Scheduler, SchedulerConfig
 
 LAYERS = (Segment(0, 1, "low"), Segment(1, 2, "high"))  # 2 pages per 32 tokens
@@ -19,14 +19,14 @@ class Bench:
         self.scheduler = Scheduler(SchedulerConfig(**config), clock=lambda: self.now)
         self.num_added = 0
 
-    def sequence(self, name: str, prompt: int | list[int], cache: KVCache | None = None) -> Sequence:
+    def sequence(self, name: str, prompt: int | list[int], cache: KVCache | None = None) -> TokenSequence:
         """`prompt`: its tokens, or how many (tokens that no other prompt begins with)."""
         self.num_added += 1
         if isinstance(prompt, int):
             prompt = [1000 + self.num_added] * prompt
-        return Sequence(name, "m", cache or self.cache, LAYERS, "s", prompt, self.now)
+        return TokenSequence(name, "m", cache or self.cache, LAYERS, "s", prompt, self.now)
 
-    def add(self, name: str, prompt: int | list[int], cache: KVCache | None = None) -> Sequence:
+    def add(self, name: str, prompt: int | list[int], cache: KVCache | None = None) -> TokenSequence:
         seq = self.sequence(name, prompt, cache)
         self.scheduler.add(seq)
         return seq
@@ -320,7 +320,7 @@ def test_sequence_that_can_never_fit_fails_at_once():
 
 def test_sequence_that_fits_only_without_published_pages_does_not_wait_for_ever():
     bench = Bench(num_pages=8)
-    document = Sequence("p", "m", bench.cache, LAYERS, "", [5] * 64, 0.0, publishes=True)
+    document = TokenSequence("p", "m", bench.cache, LAYERS, "", [5] * 64, 0.0, publishes=True)
     bench.cache.begin(document)
     bench.cache.reserve(document, 64)
     document.num_computed = 64
