@@ -19,6 +19,18 @@ from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 Array = Any
 """A numpy array or a torch tensor: both are sliced, reshaped and assigned to (`a[...] = b`) alike."""
 
+
+def byte_range(array: Array) -> tuple[int, int]:
+    """The addresses [begin, end) of the elements of a C-contiguous array; begin is end where it has none."""
+    if isinstance(array, np.ndarray):
+        begin = array.ctypes.data
+        assert array.flags.c_contiguous, f"an array of strides {array.strides} has gaps"
+    else:  # a torch tensor
+        begin = array.data_ptr()
+        assert array.is_contiguous(), f"a tensor of strides {array.stride()} has gaps"
+    return begin, begin + array.nbytes
+
+
 Kind = Literal["activation", "f32", "i32"]
 """Element types: that of activations and KV at the maker's precision, float32, int32."""
 
@@ -28,11 +40,11 @@ class Arrays(Protocol):
 
     Attributes:
         records: whether `recorded` gains by steps of equal shapes, so that padding them to few is worth it.
-        lanes: from how many threads engines may run at the same time.
+        call_threads: from how many threads engines may run at the same time.
     """
 
     records: bool
-    lanes: int
+    call_threads: int
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
@@ -76,8 +88,8 @@ class HostArrays:
 
     records = False
 
-    def __init__(self, precision: Precision, lanes: int = 1) -> None:
-        self.lanes = lanes
+    def __init__(self, precision: Precision, call_threads: int = 1) -> None:
+        self.call_threads = call_threads
         self._dtypes: dict[str, Any] = {
             "activation": activation_dtype(precision),
             "f32": np.float32,

@@ -28,7 +28,7 @@ class TorchArrays:
         settling: whether the step that runs now is about to be recorded, or is being recorded.
     """
 
-    lanes = 1
+    call_threads = 1
 
     def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
         self.device = device

@@ -16,7 +16,7 @@ import numpy as np
 from blockzoo.engines.adapters import lora_matrices
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.runtime.api.errors import RequestError
-from blockzoo.runtime.exec.batch import Call
+from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.topology import ChainPlan, Span
 from blockzoo.zoo.blocks import Adapter, BlockSpec, tensor_shapes
 from blockzoo.zoo.errors import StoreError

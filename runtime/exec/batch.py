@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.runtime.exec.call_graph import Call, CallGraph, Passed
+from blockzoo.runtime.exec.calls import Call, CallGraph, Passed
 from blockzoo.runtime.exec.topology import ChainPlan, Span
 
 
@@ -195,8 +195,7 @@ class StepLayout:
     def _make_call(self, position: int, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
         span = self._spans[span_index]
         parts = tuple((group.chain, len(self._view(group))) for group in groups)
-        firsts = tuple(group.range.seqs.start for group in groups)
-        call = Call(span_index, first_layer, 0, {}, position, parts, firsts)
+        call = Call(span_index, first_layer, 0, {}, position, parts)
         joined = self._joined(groups)
         self._bind_source(call, groups, joined)
         if span.num_layers:
@@ -314,7 +313,7 @@ class StepLayout:
         joined = self._joined(groups)
         views = [self._view(group) for group in groups]
         if not sum(map(len, views)):  # one row stayed so that the engine has an output; nobody reads it
-            call.binds["hidden_out"] = self._buffers.scratch[1][:1]
+            call.binds["hidden_out"] = self._device.rows_like(self._buffers.hidden[0], 1)
         elif joined is not None:
             call.binds["hidden_out"] = self._view(groups[0], joined)
         else:

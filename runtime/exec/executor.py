@@ -18,9 +18,10 @@ from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, pages_for
 from blockzoo.runtime.exec.adapters import AdapterInputs
 from blockzoo.runtime.exec.batch import Buffers, SeqShape, StepLayout, batch_order
-from blockzoo.runtime.exec.call_graph import Call, Lanes
+from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.kv_contents import KVContents
 from blockzoo.runtime.exec.kv_pages import KVPages
+from blockzoo.runtime.exec.parallel_calls import CallRunner
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
@@ -136,7 +137,7 @@ class Executor:
             max_tokens = max(max_tokens, max_seqs)
         self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
-        self._lanes = Lanes(arrays.lanes)
+        self._runner = CallRunner(arrays.call_threads)
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
@@ -334,11 +335,11 @@ class Executor:
     def _run_calls(self, layout: StepLayout) -> list[Hidden]:
         """Run the engines; copies of the hidden states that somebody keeps, by place in the layout."""
         kept: list[Hidden] = []
-        self._lanes.run(layout.graph, partial(self._run_call, layout, kept))
+        self._runner.run(layout.graph, partial(self._run_call, layout, kept))
         return kept
 
     def _run_call(self, layout: StepLayout, kept: list[Hidden], call: Call) -> None:
-        """From any thread, while those that run at the same time are of other engines and sequences."""
+        """From any thread, while others of the graph that it need not wait for run."""
         engine = self._engines[call.span]
         if self._bound_call.get(call.span) is not call:
             for name, array in call.binds.items():
