@@ -39,7 +39,7 @@ from benchmarks.kv_quality import Judge, quality
 from benchmarks.kv_speed import time_to_first_token, under_load
 from benchmarks.kv_tasks import Tasks
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.zoo.demo.assemble import assemble
 
 PARTS = ("quality", "time", "load")

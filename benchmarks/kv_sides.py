@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from blockzoo.runtime.api.request import KVReuse
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 
 SELECTORS = {  # name -> settings
     "query": ReuseConfig(head=0, selector="query"),

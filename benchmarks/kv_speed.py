@@ -19,7 +19,7 @@ from benchmarks.kv_tasks import NUM_DOCUMENTS
 from benchmarks.sides import Settings, first_token
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 
 QUESTION = 32  # tokens of it
 _LINE = 12  # tokens of one

@@ -12,7 +12,7 @@ from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, S
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine
-from blockzoo.runtime.serve.reload import Refreshed
+from blockzoo.runtime.serve.reload import Reloaded
 
 Prompt = str | Sequence[int]
 
@@ -50,9 +50,9 @@ class LLM:
         """Names of the models served."""
         return self.engine.models
 
-    def refresh(self) -> Refreshed:
-        """As `LLMEngine.refresh`: serve the models that were added to the zoo, forget those removed."""
-        return self.engine.refresh()
+    def reload(self) -> Reloaded:
+        """As `LLMEngine.reload`: serve the models that were added to the zoo, forget those removed."""
+        return self.engine.reload()
 
     def generate(
         self,
@@ -106,6 +106,8 @@ class LLM:
         finally:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
+            if not self.engine.has_unfinished():
+                self.engine.rest()
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
@@ -114,7 +116,7 @@ class LLM:
         Requests in every scope take it; with `kv_reuse="approx"` also where the document stands elsewhere.
         With `kv_cache_dir` it is loaded from there, or kept there for the next time.
 
-        Raises: as `runtime.publisher.Publisher.publish`.
+        Raises: as `DocumentPublisher.publish`.
         """
         return self.engine.publish(name, text, models)
 

@@ -31,7 +31,7 @@ _COUNTERS = {
     "requests_arrived_total": "Requests queued",
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
-    "copied_tokens_total": "Prompt tokens whose KV was copied from a page that begins alike",
+    "copied_pages_total": "Pages of which a part was copied, as they begin alike",
     "approximate_tokens_total": "Prompt tokens whose KV was taken from equal words behind other ones",
     "document_hit_tokens_total": "Prompt tokens whose KV was found in published documents",
     "document_loads_total": "Chains of published documents whose KV came from disk",

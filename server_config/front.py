@@ -158,7 +158,7 @@ class EngineFront:
     def _refresh(self, sender: Any) -> None:
         """A thread of its own: reading the zoo takes a while, and other requests come in."""
         try:
-            found = self._engine.refresh()
+            found = self._engine.reload()
             self._end_ids = self._engine.end_ids
             said = json.dumps({**asdict(found), "serving": sorted(self._end_ids)})
             tensors = {"text_output": strings(said), "token_ids": integers([])}

@@ -99,7 +99,7 @@ class Watchdog:
             return None
 
     def refresh(self) -> dict[str, Any]:
-        """Let the engine take over what has changed in the zoo: the fields of `Refreshed`, and `serving`.
+        """Let the engine take over what has changed in the zoo: the fields of `Reloaded`, and `serving`.
 
         Raises:
             OSError: no answer.

@@ -1,6 +1,6 @@
 """A first pass over KV taken over from elsewhere, after which it is decided what is computed anew.
 
-Two kinds (`reuse.ReuseConfig.selector`):
+Two kinds (`ReuseConfig.selector`):
 
     query      the unmatched tokens run through all layers over what was taken. What matched tokens draw the
                attention of the last of them (the question) tells which lines (or pages, or tokens) matter for
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from blockzoo.engines.arrays import Array
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.selection import highest, lines_of_highest
 
 QUESTION_TOKENS = 64
@@ -32,7 +32,7 @@ RowsLike = Callable[[Array, int], Array]
 """(rows, n) -> n new rows like them."""
 
 
-class Survey:
+class FirstPass:
     """Of one sequence.
 
     Args:
@@ -40,7 +40,7 @@ class Survey:
         matched: bool [num_tokens], whose KV was taken over.
         anew: bool [num_tokens], which of it is computed anew whatever is seen: not in the first pass, whose
             rows it would only add to.
-        start: the first token behind the exact prefix.
+        start: the first token behind the exact prefix, in all layers or in lower ones alone.
         line_ends: bool [num_tokens], which tokens end a line of text.
 
     Attributes:

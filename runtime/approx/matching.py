@@ -1,106 +1,18 @@
-"""Approximate reuse of KV: what was computed for the same words elsewhere (KVShare, arXiv 2503.16525).
-
-    match      runs of tokens that also occur in a donor's prompt, by rolling hash, verified token by token
-    selection  which positions take a donor's K and V (K rotated from its old to its new position), and which
-               of those are computed anew all the same: in the prefill, and later, a few in each decode step
-    survey     a first pass over what was taken, for selectors that must see it
-
-What is taken was computed behind other words, so it is approximate: it never enters the exact tree, is never
-a donor, and stays within its scope. Ints and numpy only.
-"""
+"""Runs of tokens that also occur in a donor's prompt: found by rolling hash, verified token by token."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
+from blockzoo.runtime.approx.config import ReuseConfig
+
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MAX_CANDIDATES = 4  # donors looked at per window, the newest
-
-Selector = Literal["query", "head-of-run", "deviation", "importance*deviation", "random"]
-RefreshOrder = Literal["position", "importance"]
-Unit = Literal["line", "page", "token"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReuseConfig:
-    """How approximate reuse works.
-
-    Attributes:
-        recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
-        refresh: reused tokens computed anew beside each generated one.
-        refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
-            drained queue leaves that of a full prefill; "importance" what received the most attention first.
-        selector: what is computed anew in the prefill.
-            "query": what the unmatched end of the prompt (the question) attends to: it runs first over the
-            KV as taken, and its attention is read.
-            "head-of-run": the first tokens of each run, whose context differs the most (EPIC, 2410.15332).
-            "deviation": where V differs the most once the first `check_layers` have run in full (CacheBlend,
-            2405.16444).
-            "importance*deviation": that times the attention from the end of the prompt (KVShare).
-            "random": the control.
-        head: tokens at the front of each run that are always computed anew, beside the share: what stood at
-            the front of another prompt draws attention wherever it is put.
-        check_layers: that run in full for the selectors that look at deviations. Models that have no more
-            are computed in full.
-        rounds: of looking ("query"): in each but the first, what was chosen before looks too.
-        unit: what is chosen at a time. "line": the line of text around a token, at most 16 tokens to either
-            side (selectors that do not look take pages). "page": whole pages, which run faster than scattered
-            tokens. "token".
-        min_share: of the tokens to compute; a prompt with fewer matched is computed in full.
-        max_deviation: mean deviation of V at the last check layer, relative to V; beyond it all is computed.
-        negligible: deviation of V, relative to V. Tokens with less are not computed anew by the selectors
-            that look at deviations, and a queue in which several in a row showed less is given up.
-        window: tokens of a window. Runs of 2 * window - 1 are always found, shorter than window never.
-        max_donors: prompts remembered as donors in all; the least recently used go first.
-    """
-
-    recompute: float = 0.07
-    refresh: int = 3
-    refresh_order: RefreshOrder = "importance"
-    selector: Selector = "query"
-    head: int = 0
-    check_layers: int = 2
-    rounds: int = 1
-    unit: Unit = "line"
-    min_share: float = 0.3
-    max_deviation: float = 0.5
-    negligible: float = 0.0
-    window: int = 16
-    max_donors: int = 1024
-
-    def __post_init__(self) -> None:
-        """Raise ValueError naming the setting that is out of range."""
-        for name in ("recompute", "min_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        least = {"refresh": 0, "head": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
-        for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
-        for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder), ("unit", Unit)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
-
-    @property
-    def uses_check(self) -> bool:
-        """Whether the first layers run in full before it is decided what goes on."""
-        return self.selector in ("deviation", "importance*deviation")
-
-    @property
-    def uses_scores(self) -> bool:
-        """Whether engines must tell what attention tokens receive."""
-        return self.selector in ("query", "importance*deviation") or self.refresh_order == "importance"
-
-    @property
-    def surveys(self) -> bool:
-        """Whether what was taken over must be looked at before it is decided what is computed anew."""
-        return (self.uses_check or self.selector == "query") and self.recompute > 0
 
 
 class Run(NamedTuple):
@@ -110,24 +22,6 @@ class Run(NamedTuple):
     length: int
     donor: int
     donor_start: int
-
-
-class Borrowed(NamedTuple):
-    """K and V to take over, before anything of the sequence runs: n tokens, L layers.
-
-    Attributes:
-        positions: int64 [n], of the sequence.
-        pages, slots: int64 [L, n] and [n], where they lie.
-        shift: int64 [n], by how many positions K is to be rotated.
-    """
-
-    positions: np.ndarray
-    pages: np.ndarray
-    slots: np.ndarray
-    shift: np.ndarray
-
-
-# ---- matching
 
 
 def window_hashes(token_ids: np.ndarray, window: int) -> np.ndarray:
@@ -235,7 +129,8 @@ class Donors:
     def __init__(self, config: ReuseConfig) -> None:
         self._config = config
         self._indexes: dict[object, DonorIndex] = {}
-        self._known: OrderedDict[bytes, tuple[int, object]] = OrderedDict()  # by last page key, oldest first
+        # by where it is and its last page's key: what another model's prompt of the same tokens is not
+        self._known: OrderedDict[tuple[object, bytes], int] = OrderedDict()  # oldest use first
         self._count = 0
 
     def __len__(self) -> int:
@@ -245,15 +140,16 @@ class Donors:
         """Remember a prompt of whole pages; `where`: scope and chain, only the same may use it."""
         if not keys:
             return
-        if keys[-1] in self._known:
-            self._known.move_to_end(keys[-1])
+        name = where, keys[-1]
+        if name in self._known:
+            self._known.move_to_end(name)
             return
         self._count += 1
-        self._known[keys[-1]] = self._count, where
+        self._known[name] = self._count
         index = self._indexes.setdefault(where, DonorIndex(self._config.window))
         index.add(self._count, Donor(token_ids.copy(), tuple(keys)))
         while len(self._known) > self._config.max_donors:
-            _, (number, place) = self._known.popitem(last=False)
+            (place, _), number = self._known.popitem(last=False)
             if self._indexes[place].remove(number):
                 del self._indexes[place]
 

@@ -1,4 +1,4 @@
-"""Which of the reused tokens are computed anew (`reuse`), and how they are laid out to run.
+"""Which of the reused tokens are computed anew, and how they are laid out to run.
 
 Ints and numpy only.
 """
@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 
 LINE_REACH = 16
 """Tokens of a line that are taken to either side, at most."""

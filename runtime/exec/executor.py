@@ -15,49 +15,18 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, pages_for
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs
 from blockzoo.runtime.exec.batch import Buffers, SeqShape, StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
-from blockzoo.runtime.exec.kv_contents import KVContents
-from blockzoo.runtime.exec.kv_pages import KVPages
+from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.exec.parallel_calls import CallRunner
+from blockzoo.runtime.exec.rows import RowChecks, Rows
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
 _KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
-
-
-class Rows(NamedTuple):
-    """New tokens of one sequence.
-
-    Attributes:
-        chain: index into the topology's chains.
-        token_ids: int32 [n], the new tokens.
-        past_len: tokens before them, whose K and V are in the pool.
-        page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
-        wants_logits: whether the logits of the last new token are needed.
-        entry: the first of the chain's span uses to run, one of its `entries`; the KV of the layers below is
-            in the pages already.
-        hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
-        keeps_hidden: whether to report the hidden states that enter the chain's later entries.
-        exit: the first of the chain's span uses not to run, its `check`, whose entering hidden states are
-            reported; None runs all.
-        score_window: so many of the last rows report what attention they paid, 0 none (where the spans have
-            scores).
-    """
-
-    chain: int
-    token_ids: np.ndarray
-    past_len: int
-    page_table: np.ndarray
-    wants_logits: bool
-    entry: int = 0
-    hidden: Array | None = None
-    keeps_hidden: bool = False
-    exit: int | None = None
-    score_window: int = 0
 
 
 class Hidden(NamedTuple):
@@ -122,15 +91,15 @@ class Executor:
         adapters: AdapterInputs | None = None,
     ) -> None:
         self._adapters = adapters
-        self._chains, self._spans = chains, spans
+        self.chains, self._spans = tuple(chains), spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
         self._rotation = dict(rope_tables)  # on the host; the pages look here too
         unique = {id(tables): tables for tables in rope_tables.values()}
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
-        self._num_pages, self._hidden_size = num_pages, family.hidden_size
+        self._num_pages = num_pages
         self._pool = self._make_pool(family)
-        self.kv = KVPages(self._pool, num_pages, self._rotation, arrays)
+        self.kv = KVTensors(self._pool, num_pages, self._rotation, arrays)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
@@ -141,15 +110,22 @@ class Executor:
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
-        self.contents = KVContents(self._pool, arrays, num_pages)
+        vocab_sizes = {embed_id: table.vocab_size for embed_id, table in embeddings.items()}
+        self._check = RowChecks(
+            self.chains, vocab_sizes, self._rotation, num_pages, family.hidden_size, max_tokens, max_seqs
+        )
 
-    def add_chain(self, chain: ChainPlan, like: int) -> None:
-        """Append a chain of the same spans as chain number `like`; from any thread, before rows of it run."""
-        index = len(self._chains)
+    def add_chain(self, chain: ChainPlan, like: int) -> int:
+        """Append a chain of the same spans as chain number `like`; its number.
+
+        From any thread, but one at a time, before rows of it run.
+        """
+        index = len(self.chains)
         self._rope_tables[index], self._rotation[index] = self._rope_tables[like], self._rotation[like]
-        self._chains = (*self._chains, chain)
+        self.chains = self._check.chains = (*self.chains, chain)
         if self._adapters is not None:
-            self._adapters.chains = self._chains
+            self._adapters.chains = self.chains
+        return index
 
     def release_memory(self) -> None:
         """Give back the engines' scratch if a step was large enough for that to be worth it."""
@@ -163,8 +139,9 @@ class Executor:
         """Run a batch; K and V of all its rows are written when it returns.
 
         Raises:
-            ValueError: a row's page table, token ids or lengths are out of range; nothing was run.
-                (The engines do not check, and would crash.)
+            RowError: a member's page table, token ids or lengths are out of range; nothing was run.
+            ValueError: more rows than a step may have; nothing was run.
+            AdapterUnavailableError: the members of a chain cannot run; nothing was run.
         """
         self._check(batch)
         order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
@@ -206,7 +183,7 @@ class Executor:
 
     def _padding(self, chain: int) -> Rows:
         """A row that nobody reads: one token in the page beyond those that sequences have."""
-        table = np.full((self._chains[chain].num_layers, 1), self._num_pages, np.int32)
+        table = np.full((self.chains[chain].num_layers, 1), self._num_pages, np.int32)
         return Rows(chain, np.zeros(1, np.int32), 0, table, True)
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
@@ -219,50 +196,6 @@ class Executor:
                 for name, pages in pool.items():
                     engine.bind(name, pages)
         return pool
-
-    def _check(self, batch: Sequence[Rows]) -> None:
-        for rows in batch:
-            self._check_shapes(rows)
-        if not batch:
-            return
-        ids = np.concatenate([rows.token_ids for rows in batch])
-        pages = np.concatenate([_used_pages(rows).ravel() for rows in batch])
-        vocab = min(self._vocab_size(rows) for rows in batch)
-        # one look at all values together; a second one at each row's only to say which is wrong
-        if ids.min() < 0 or ids.max() >= vocab or pages.min() < 0 or pages.max() >= self._num_pages:
-            for rows in batch:
-                self._check_values(rows)
-
-    def _check_shapes(self, rows: Rows) -> None:
-        chain = self._chains[rows.chain]
-        count = len(rows.token_ids)
-        pages = pages_for(rows.past_len + count)
-        if count < 1 or rows.past_len < 0:
-            raise ValueError(f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more")
-        if rows.entry not in (0, *chain.entries, chain.check):
-            raise ValueError(f"rows enter at span {rows.entry}; expected one of {chain.entries}")
-        if rows.exit not in (None, chain.check) or (rows.exit is not None and rows.entry >= rows.exit):
-            raise ValueError(f"rows leave at span {rows.exit}; expected {chain.check}, above {rows.entry}")
-        if rows.entry and (rows.hidden is None or tuple(rows.hidden.shape) != (count, self._hidden_size)):
-            shape = None if rows.hidden is None else tuple(rows.hidden.shape)
-            raise ValueError(f"hidden states {shape} for {count} rows of {self._hidden_size}")
-        if rows.page_table.shape[0] != chain.num_layers or rows.page_table.shape[1] < pages:
-            raise ValueError(
-                f"page table {rows.page_table.shape} for {chain.num_layers} layers and {pages} pages"
-            )
-        positions = len(self._rope_tables[rows.chain][0])
-        if rows.past_len + count > positions:
-            raise ValueError(f"{rows.past_len + count} tokens; positions are prepared up to {positions}")
-
-    def _check_values(self, rows: Rows) -> None:
-        used, ids, vocab = _used_pages(rows), rows.token_ids, self._vocab_size(rows)
-        if used.min() < 0 or used.max() >= self._num_pages:
-            raise ValueError(f"page ids {used.min()} to {used.max()} in a pool of {self._num_pages}")
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise ValueError(f"token ids {ids.min()} to {ids.max()}, vocabulary {vocab}")
-
-    def _vocab_size(self, rows: Rows) -> int:
-        return self._embeddings[self._chains[rows.chain].embed_id].vocab_size
 
     def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
         """The layout of a batch's shapes, and what runs it; the last ones are kept."""
@@ -283,7 +216,7 @@ class Executor:
         )
         kept = self._layouts.pop(shapes, None)
         if kept is None:
-            layout = StepLayout(shapes, self._chains, self._spans, self._buffers, self._device)
+            layout = StepLayout(shapes, self.chains, self._spans, self._buffers, self._device)
             if self._adapters is not None:
                 for call in layout.calls:
                     call.binds |= self._adapters.of(call)
@@ -308,7 +241,7 @@ class Executor:
         arrays.score_windows[...] = [rows.score_window for rows in batch]
         arrays.positions[...] = np.arange(begins[-1]) + np.repeat(arrays.past_lens - begins[:-1], counts)
         for rows, begin in zip(batch, layout.table_begins.tolist(), strict=False):
-            used = _used_pages(rows)  # beyond: some valid id, never read
+            used = rows.used_pages()  # beyond: some valid id, never read
             arrays.tables[: used.shape[0], begin : begin + used.shape[1]] = used
         arrays.max_context_len[...] = (arrays.past_lens + counts).max()
         layout.upload()
@@ -327,7 +260,7 @@ class Executor:
             positions = arrays.positions[rows]
             take(cos, positions, buffers.cos[rows, 0, 0])
             take(sin, positions, buffers.sin[rows, 0, 0])
-        for (entry, embed_id), run in groupby(groups, key=lambda g: (g[1], self._chains[g[0]].embed_id)):
+        for (entry, embed_id), run in groupby(groups, key=lambda g: (g[1], self.chains[g[0]].embed_id)):
             if not entry:
                 _, rows = _joined(list(run))
                 self._embeddings[embed_id].lookup(arrays.token_ids[rows], buffers.hidden[0][rows])
@@ -372,14 +305,8 @@ def _joined(groups: Sequence[tuple[int, int, slice]]) -> tuple[int, slice]:
     return groups[0][0], slice(groups[0][2].start, groups[-1][2].stop)
 
 
-def _used_pages(rows: Rows) -> np.ndarray:
-    """The columns of the page table that the rows read or write."""
-    return rows.page_table[:, : pages_for(rows.past_len + len(rows.token_ids))]
-
-
 def _table_len(rows: Rows) -> int:
-    pages = pages_for(rows.past_len + len(rows.token_ids))
-    return -(-pages // _TABLE_CHUNK) * _TABLE_CHUNK
+    return -(-rows.num_pages // _TABLE_CHUNK) * _TABLE_CHUNK
 
 
 def _make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:

@@ -26,7 +26,8 @@ from itertools import chain, islice
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
-from blockzoo.runtime.approx.matching import Borrowed, ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.integrity import check_lru, check_partition, check_references
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
@@ -50,8 +51,9 @@ class CacheStats:
     pages_owned: int  # being filled by running sequences
     lookups: int  # admissions that asked the cache
     resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
-    copied_tokens: int  # whose KV was copied from a page that begins alike
+    copied_pages: int  # copied in part, as they begin alike
     approximate_tokens: int  # whose KV was taken from equal words behind other ones
+    approximate_pages: int  # the same, of each request in whole pages: what others may know
     published_pages: int  # those of the tree that are published, so never evicted
     published_hit_tokens: int  # whose KV was found among them
     evictions: int  # nodes evicted
@@ -93,8 +95,9 @@ class KVCache:
         self.num_evictable_pages = 0
         self.lookups = 0
         self.resumed_tokens = 0
-        self.copied_tokens = 0
+        self.copied_pages = 0
         self.approximate_tokens = 0
+        self.approximate_pages = 0
         self.evictions = 0
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._trees: dict[Segment, SegmentTree] = {}
@@ -236,9 +239,7 @@ class KVCache:
         seq.copied_from = donors
         seq.num_computed += count
         seq.num_cached += count
-        self.copied_tokens += count
-        if self.published.has(seq.segments, donors[-1].key):
-            self.published.hit_tokens += count
+        self.copied_pages += 1
         return count
 
     def _begin_alike(self, seq: TokenSequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
@@ -279,20 +280,24 @@ class KVCache:
         seq.copied_from = list(plan.nodes)
         reserved = self.reserve(seq, seq.num_tokens)
         assert reserved, f"{seq} lacks pages that were counted"
-        seq.begin_reuse(plan.reused, plan.borrowed, plan.survey)
-        self.approximate_tokens += plan.borrowed.positions.size
-        return int(plan.borrowed.positions.size)
+        seq.approx = plan.approx
+        seq.num_computed = seq.end_after(0)
+        count = plan.num_borrowed
+        self.approximate_tokens += count
+        self.approximate_pages += count // PAGE_TOKENS
+        return count
 
     def take_borrowed(self, seq: TokenSequence) -> Borrowed | None:
         """The KV to copy before the next tokens of `seq` run."""
-        borrowed, seq.borrowed = seq.borrowed, None
-        if borrowed is not None:
-            self._drop_copies(seq)
+        if seq.approx is None or seq.approx.borrowed is None:
+            return None
+        borrowed, seq.approx.borrowed = seq.approx.borrowed, None
+        self._drop_copies(seq)
         return borrowed
 
     def take_copies(self, seq: TokenSequence) -> tuple[np.ndarray, np.ndarray] | None:
         """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
-        if not seq.copied_from or seq.borrowed is not None:
+        if not seq.copied_from or seq.approx is not None:
             return None
         source = np.concatenate([node.pages for node in seq.copied_from])
         self._drop_copies(seq)
@@ -336,7 +341,7 @@ class KVCache:
         computed it first), the sequence drops its own pages of that segment and points at the node's.
         """
         full = seq.num_computed // PAGE_TOKENS
-        if full <= seq.num_tree_pages or not self._reuses(seq) or seq.reused is not None:
+        if full <= seq.num_tree_pages or not self._reuses(seq) or seq.approx is not None:
             return  # what is computed from approximate KV is approximate
         first, keys, trees = seq.num_tree_pages, seq.page_keys(full), self._trees_of(seq)
         public = keys[first : min(full, seq.num_public_pages)]
@@ -409,7 +414,7 @@ class KVCache:
             nodes.clear()
         seq.entering.clear()
         seq.unfinished.clear()
-        seq.end_reuse()
+        seq.approx = None
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
 
@@ -470,8 +475,9 @@ class KVCache:
             pages_owned=self.pool.num_pages - self.pool.num_free - self.num_cached_pages,
             lookups=self.lookups,
             resumed_tokens=self.resumed_tokens,
-            copied_tokens=self.copied_tokens,
+            copied_pages=self.copied_pages,
             approximate_tokens=self.approximate_tokens,
+            approximate_pages=self.approximate_pages,
             published_pages=self.published.num_pages,
             published_hit_tokens=self.published.hit_tokens,
             evictions=self.evictions,

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
-from blockzoo.runtime.approx.first_pass import Survey
-from blockzoo.runtime.approx.matching import Borrowed, Donor, Donors, ReuseConfig, Run
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.approx.first_pass import FirstPass
+from blockzoo.runtime.approx.matching import Donor, Donors, Run
 from blockzoo.runtime.approx.selection import matched_positions, reused_positions
+from blockzoo.runtime.approx.state import ApproximateKV, Borrowed
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
 from blockzoo.runtime.kv.sequence import TokenSequence
@@ -20,10 +22,9 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 class Plan(NamedTuple):
     """What to take over, and the nodes it lies in, each once."""
 
-    reused: np.ndarray  # bool [num_tokens], what does not run (in the first pass, where it is surveyed)
-    borrowed: Borrowed
+    approx: ApproximateKV
+    num_borrowed: int  # tokens
     nodes: tuple[Node, ...]
-    survey: Survey | None
 
 
 class ReusePlanner:
@@ -56,12 +57,13 @@ class ReusePlanner:
         runs = [(run.start, run.length) for run, _ in found]
         heads = [(start, min(length, config.head)) for start, length in runs]
         anew = matched_positions(heads, seq.num_tokens)
-        survey = None
-        if config.surveys:
+        if config.looks_first:
             taken = matched_positions(runs, seq.num_tokens)
-            survey = Survey(config, taken, anew, seq.num_computed, seq.line_ends())
+            first_pass = FirstPass(config, taken, anew, start, seq.line_ends())
+            reused = first_pass.first_reused()
         else:
-            taken = reused_positions(runs, seq.num_tokens, config) & ~anew
+            reused = taken = reused_positions(runs, seq.num_tokens, config) & ~anew
+            first_pass = None
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
         if not borrowed.positions.size:
@@ -73,7 +75,8 @@ class ReusePlanner:
             for key in donor.keys[: pages_for(run.donor_start + run.length)]
             for tree in trees
         )
-        return Plan(taken if survey is None else survey.first_reused(), borrowed, tuple(nodes), survey)
+        approx = ApproximateKV(config, reused, borrowed, first_pass)
+        return Plan(approx, borrowed.positions.size, tuple(nodes))
 
     def _match(self, seq: TokenSequence, start: int, end: int) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of the scope hold, or published documents."""

@@ -13,9 +13,8 @@ import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.request import KVReuse
-from blockzoo.runtime.approx.first_pass import Survey
-from blockzoo.runtime.approx.matching import Borrowed
 from blockzoo.runtime.approx.selection import pieces
+from blockzoo.runtime.approx.state import ApproximateKV
 from blockzoo.runtime.kv.page_keys import PUBLIC_ROOT, branch_key, page_key, root_key
 
 if TYPE_CHECKING:
@@ -58,36 +57,30 @@ class TokenSequence:
         "_page_keys",
         "_root_key",
         "_tokens",
+        "approx",
         "arrival",
-        "borrowed",
         "cache",
+        "chain_index",
         "copied_from",
         "documents",
         "documents_version",
         "entering",
-        "importance",
         "model",
         "nodes",
         "num_cached",
-        "num_calm",
         "num_computed",
         "num_layers",
         "num_pages",
         "num_preemptions",
         "num_public_pages",
-        "num_refreshing",
         "num_tokens",
         "page_table",
         "prompt_len",
         "publishes",
-        "refreshed",
         "request_id",
         "reuse",
-        "reused",
         "scope",
         "segments",
-        "stale",
-        "survey",
         "unfinished",
     )
 
@@ -104,15 +97,18 @@ class TokenSequence:
         documents: Iterable[tuple[int, int]] = (),
         publishes: bool = False,
         ends_line: np.ndarray | None = None,
+        chain_index: int = -1,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
         Only sequences of one `scope` share KV, but for what an operator's sequence `publishes`: it leaves its
         pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces. `ends_line`, bool
-        [vocabulary], tells which tokens end a line of text.
+        [vocabulary], tells which tokens end a line of text. `chain_index`, into the topology's chains, is how
+        executors know the chain.
         """
         self.request_id = request_id
         self.model = model
+        self.chain_index = chain_index
         self.cache = cache
         self.segments = tuple(segments)
         self.scope = scope
@@ -138,16 +134,7 @@ class TokenSequence:
         # boundary -> (next token, hidden states [32, hidden]) of a page that is not complete yet
         self.unfinished: dict[str, tuple[int, Any]] = {}
         self.copied_from: list[Node] = []  # per segment: whose page begins like the first own page, if any
-        # With approximate reuse: which tokens keep KV that was computed behind other words (bool, of the
-        # tokens when it began), how that KV comes here, which are still to be refreshed while decoding.
-        self.reused: np.ndarray | None = None
-        self.borrowed: Borrowed | None = None
-        self.survey: Survey | None = None  # until what it chose is computed
-        self.importance: np.ndarray | None = None  # float32, attention that these tokens received
-        self.stale = np.empty(0, np.int64)
-        self.num_refreshing = 0  # of `stale`, in this step
-        self.refreshed = self.stale  # in the last step
-        self.num_calm = 0  # refreshed in a row with negligible deviations
+        self.approx: ApproximateKV | None = None  # None: all KV is exact
         self.documents = tuple(documents)
         self.publishes = publishes
         self._ends_line = np.zeros(0, bool) if ends_line is None else ends_line
@@ -172,17 +159,12 @@ class TokenSequence:
     def num_uncomputed(self) -> int:
         """Tokens whose KV is still to be computed."""
         left = self.num_tokens - self.num_computed
-        return left if self.reused is None else left - int(self.reused[self.num_computed :].sum())
+        return left if self.approx is None else left - self.approx.num_reused(self.num_computed)
 
     def end_after(self, num_rows: int) -> int:
         """What num_computed will be when `num_rows` more tokens have been computed."""
         start = self.num_computed
-        if self.reused is None or start >= self.reused.size:
-            return start + num_rows
-        fresh = start + np.flatnonzero(~self.reused[start:])
-        if num_rows < fresh.size:
-            return int(fresh[num_rows])
-        return self.reused.size + num_rows - fresh.size
+        return start + num_rows if self.approx is None else self.approx.end_after(start, num_rows)
 
     @property
     def num_tree_pages(self) -> int:
@@ -195,14 +177,19 @@ class TokenSequence:
         return self._root_key
 
     @property
+    def num_cached_told(self) -> int:
+        """num_cached in whole pages: all that others may know. Token by token, it would spell out prompts."""
+        return self.num_cached - self.num_cached % PAGE_TOKENS
+
+    @property
     def num_spared(self) -> int:
         """Tokens whose work the cache spares; where it spares some layers only, their share of it."""
         late = sum(
             (len(path) - self.num_tree_pages) * (segment.end_layer - segment.first_layer)
             for path, segment in zip(self.nodes, self.segments, strict=True)
         )
-        borrowed = 0 if self.reused is None else int(self.reused.sum())
-        return self.num_cached + borrowed + late * PAGE_TOKENS // self.num_layers
+        reused = 0 if self.approx is None else self.approx.num_reused(0)
+        return self.num_cached + reused + late * PAGE_TOKENS // self.num_layers
 
     @property
     def num_prompt_pages(self) -> int:
@@ -226,36 +213,12 @@ class TokenSequence:
         start = self.num_computed
         for level in range(len(self.nodes) - 1, -1, -1):  # the more is cached, the further in front
             stop = end if level == 0 else min(end, len(self.nodes[level - 1]) * PAGE_TOKENS)
-            if level == 0 and self.reused is not None and start < self.reused.size:
-                fresh = start + np.flatnonzero(~self.reused[start:end])
-                parts += [Part(a, b, 0) for a, b in pieces(fresh, self.num_tokens)]
+            if level == 0 and self.approx is not None and start < self.approx.reused.size:
+                parts += [Part(a, b, 0) for a, b in pieces(self.approx.fresh(start, end), self.num_tokens)]
             elif stop > start:
                 parts.append(Part(start, stop, level))
                 start = stop
         return parts
-
-    def begin_reuse(self, reused: np.ndarray, borrowed: Borrowed, survey: Survey | None) -> None:
-        """KV of tokens, bool [num_tokens], comes from elsewhere; where it is surveyed, of fewer at last."""
-        self.reused, self.borrowed, self.survey = reused, borrowed, survey
-        self.stale = np.empty(0, np.int64)
-        self.importance = np.zeros(reused.size, np.float32) if survey is None else survey.importance
-        self.num_calm = 0
-        self.num_computed = self.end_after(0)
-
-    def take_over(self, chosen: np.ndarray) -> None:
-        """After a pass over what comes from elsewhere: `chosen` of it, bool [num_tokens], is computed anew,
-        and what stands behind the first of these."""
-        survey = self.survey
-        assert survey is not None, f"{self} surveys nothing"
-        self.reused = survey.matched & ~chosen
-        first = np.flatnonzero(chosen)[:1].tolist()
-        self.num_computed = min([survey.restart, *first])
-        self.num_computed = self.end_after(0)
-
-    def end_reuse(self) -> None:
-        """Nothing comes from elsewhere any more."""
-        self.reused = self.borrowed = self.survey = self.importance = None
-        self.stale = self.stale[:0]
 
     def append_token(self, token_id: int) -> None:
         """Add a generated token."""

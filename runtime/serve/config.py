@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from blockzoo.engines.choose import Backend
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import KVReuse
-from blockzoo.runtime.approx.matching import ReuseConfig
+from blockzoo.runtime.approx.config import ReuseConfig
 
 _DEFAULT_KV_BYTES = 2 << 30
 
@@ -29,7 +29,7 @@ class EngineConfig:
         adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
             first; those of running requests come on top.
         enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
-            later can be served by `LLMEngine.refresh`. False: where the zoo has some.
+            later can be served by `LLMEngine.reload`. False: where the zoo has some.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait; beyond it they are refused as overloaded.

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from blockzoo.runtime.api.errors import (
     InvalidRequestError,
     OverloadedError,
     PromptTooLongError,
+    RequestError,
 )
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
@@ -32,13 +34,13 @@ from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
+from blockzoo.runtime.serve.request_builder import find_model
 from blockzoo.runtime.serve.scheduler import Scheduled
+from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.prompt import document_tokens
 from blockzoo.zoo.tensors import Dtype
 
 _FILL = 0  # the token behind a document, up to the end of its last page; no prompt sees it
-RunStep = Callable[[Executor, list[Scheduled]], object]
-"""Writes the KV of scheduled tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class PublishedDocument:
         num_pages: of the pool, that it added to what was published.
         num_loaded: of the models' distinct chains, those whose KV came from disk; the others' was computed.
         seconds: that it took.
+        missing: models that came later and cannot use it, and why.
     """
 
     name: str
@@ -59,6 +62,7 @@ class PublishedDocument:
     num_pages: int
     num_loaded: int
     seconds: float
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Task(NamedTuple):
@@ -68,31 +72,46 @@ class _Task(NamedTuple):
     token_ids: tuple[int, ...]
     lead: int
 
+    @property
+    def key(self) -> tuple[int, tuple[int, ...]]:
+        """What tells publications of one document apart."""
+        return self.model.chain_index, self.token_ids
 
-class Publisher:
+
+class _InCache(NamedTuple):
+    cache: KVCache
+    publication: Publication
+
+    def withdraw(self) -> None:
+        self.cache.withdraw(self.publication)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A document, whom it is for (None: for all), and where it lies, by `_Task.key`."""
+
+    document: PublishedDocument
+    text: str
+    wanted: tuple[str, ...] | None
+    places: dict[tuple[int, tuple[int, ...]], _InCache]
+    models: Mapping[str, LoadedModel]  # those served when it was last brought in line with them
+
+
+class DocumentPublisher:
     """The published documents of an engine. Called between its steps, from the same thread.
 
     Args:
         zoo: what is loaded now; its caches and executors stay.
         config: of the engine.
-        find_model: a model by its name; raises UnknownModelError.
-        run: runs a step.
+        runner: of steps.
 
     Raises:
         InvalidRequestError: kv_cache_dir cannot be used.
     """
 
-    def __init__(
-        self,
-        zoo: Callable[[], LoadedZoo],
-        config: EngineConfig,
-        find_model: Callable[[str], LoadedModel],
-        run: RunStep,
-    ) -> None:
-        self._zoo, self._config = zoo, config
-        self._find_model, self._run = find_model, run
-        self.model: LoadedModel  # of the document that is being published, whatever its name stands for now
-        self._published: dict[str, tuple[PublishedDocument, list[tuple[KVCache, Publication]]]] = {}
+    def __init__(self, zoo: Callable[[], LoadedZoo], config: EngineConfig, runner: StepRunner) -> None:
+        self._zoo, self._config, self._runner = zoo, config, runner
+        self._published: dict[str, _Entry] = {}
         self._loaded = self._computed = 0
         self._store: KVStore | None = None
         if config.kv_cache_dir is not None:
@@ -101,7 +120,7 @@ class Publisher:
     @property
     def documents(self) -> tuple[PublishedDocument, ...]:
         """What is published, the oldest first."""
-        return tuple(document for document, _ in list(self._published.values()))
+        return tuple(entry.document for entry in list(self._published.values()))
 
     def stats(self) -> PublishStats:
         """A snapshot; from any thread."""
@@ -110,6 +129,8 @@ class Publisher:
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Publish a document for some models (all): the KV of all its chains, or an error and nothing.
+
+        Models that are added or replaced later get it too, where it is for them (`follow`).
 
         Raises:
             InvalidRequestError: the name is in use, the text empty, caching off, or there is no room left.
@@ -122,26 +143,28 @@ class Publisher:
         if not name or name in self._published:
             why = "is published already; withdraw it first" if name else "is no name of a document"
             raise InvalidRequestError(f"{name!r} {why}")
-        names = tuple(dict.fromkeys(self._zoo().models if models is None else models))
+        served = self._zoo().models
+        names = tuple(dict.fromkeys(served if models is None else models))
         tasks = self._tasks(name, text, names)
         before, loaded = self._num_pages(), self._loaded
-        done: list[tuple[KVCache, Publication]] = []
+        places: dict[tuple[int, tuple[int, ...]], _InCache] = {}
         try:
-            for task in tasks:
-                done.append(self._publish_in_chain(name, task))
+            for key, task in tasks.items():
+                places[key] = self._publish_in_chain(name, task)
         except BaseException:
-            for cache, publication in done:
-                cache.withdraw(publication)
+            for place in places.values():
+                place.withdraw()
             raise
         document = PublishedDocument(
             name,
             names,
-            max(len(task.token_ids) for task in tasks),
+            max(len(task.token_ids) for task in tasks.values()),
             self._num_pages() - before,
             self._loaded - loaded,
             time.monotonic() - start,
         )
-        self._published[name] = document, done
+        wanted = None if models is None else names
+        self._published[name] = _Entry(document, text, wanted, places, served)
         return document
 
     def withdraw(self, name: str) -> None:
@@ -151,38 +174,89 @@ class Publisher:
             raise InvalidRequestError(
                 f"no document {name!r} is published" + (f"; did you mean {close[0]!r}?" if close else "")
             )
-        _, publications = self._published.pop(name)
-        for cache, publication in publications:
-            cache.withdraw(publication)
+        for place in self._published.pop(name).places.values():
+            place.withdraw()
+
+    # ---- models come and go
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether some document is published for models that are not those served now."""
+        served = self._zoo().models
+        return any(entry.models is not served for entry in self._published.values())
+
+    def follow(self) -> None:
+        """Bring one document in line with the models served now, where there is one that is not.
+
+        It is published for those that came, and withdrawn where only models used it that have gone.
+        """
+        served = self._zoo().models
+        for name, entry in self._published.items():
+            if entry.models is not served:
+                self._bring_in_line(name, entry, served)
+                return
+
+    def _bring_in_line(self, name: str, entry: _Entry, served: Mapping[str, LoadedModel]) -> None:
+        missing: dict[str, str] = {}
+        places: dict[tuple[int, tuple[int, ...]], _InCache] = {}
+        for model in served if entry.wanted is None else entry.wanted:
+            if model not in served:
+                continue
+            try:
+                ((key, task),) = self._tasks(name, entry.text, (model,)).items()
+                if key not in places:
+                    known = key in entry.places
+                    places[key] = entry.places.pop(key) if known else self._publish_in_chain(name, task)
+            except Exception as error:  # requests to that model compute it themselves
+                if not isinstance(error, RequestError):
+                    traceback.print_exc()
+                missing[model] = str(error)
+        for place in entry.places.values():
+            place.withdraw()
+        names = entry.wanted or tuple(served)
+        entry.document = replace(
+            entry.document,
+            models=tuple(model for model in names if model in served and model not in missing),
+            missing=missing,
+        )
+        entry.places, entry.models = places, served
 
     def _num_pages(self) -> int:
         return sum(cache.published.num_pages for cache in self._zoo().caches.values())
 
-    def _tasks(self, name: str, text: str, names: Sequence[str]) -> list[_Task]:
+    def _tasks(self, name: str, text: str, names: Sequence[str]) -> dict[tuple[int, tuple[int, ...]], _Task]:
         """One per distinct chain and tokenization."""
-        tasks: dict[tuple[int, tuple[int, ...]], _Task] = {}
         if not names:
             raise InvalidRequestError(f"document {name!r} is for no model; name some, or none at all for all")
+        tasks: dict[tuple[int, tuple[int, ...]], _Task] = {}
         for model_name in names:
-            model = self._find_model(model_name)
+            model = find_model(self._zoo(), model_name)
             tokens, lead = document_tokens(model.tokenizer, text)
             if pages_for(len(tokens)) * PAGE_TOKENS > model.max_len:
                 raise PromptTooLongError(
                     f"document {name!r} has {len(tokens)} tokens; {model_name} takes at most "
                     f"{model.max_len // PAGE_TOKENS * PAGE_TOKENS} of a document: shorten it"
                 )
-            tasks.setdefault((model.chain_index, tuple(tokens)), _Task(model, tuple(tokens), lead))
-        return list(tasks.values())
+            task = _Task(model, tuple(tokens), lead)
+            tasks.setdefault(task.key, task)
+        return tasks
 
-    def _publish_in_chain(self, name: str, task: _Task) -> tuple[KVCache, Publication]:
-        self.model, chain = task.model, task.model.chain
-        zoo = self._zoo()
+    def _publish_in_chain(self, name: str, task: _Task) -> _InCache:
+        chain, zoo = task.model.chain, self._zoo()
         cache, executor = zoo.caches[chain.family], zoo.executors[chain.family]
         num_tokens = len(task.token_ids)
         filled = np.full(pages_for(num_tokens) * PAGE_TOKENS, _FILL, np.int32)
         filled[:num_tokens] = task.token_ids
         seq = TokenSequence(
-            f"publish {name}", task.model.name, cache, chain.segments, "", filled, 0.0, publishes=True
+            f"publish {name}",
+            task.model.name,
+            cache,
+            chain.segments,
+            "",
+            filled,
+            0.0,
+            publishes=True,
+            chain_index=task.model.chain_index,
         )
         self._check_budget(name, cache, cache.pages_to_publish(seq))
         try:
@@ -198,7 +272,7 @@ class Publisher:
                 self._compute(seq, executor)
                 self._computed += 1
                 self._save(seq, executor)
-            return cache, cache.publish(seq, num_tokens, task.lead)
+            return _InCache(cache, cache.publish(seq, num_tokens, task.lead))
         finally:
             cache.release(seq)
             executor.release_memory()
@@ -218,17 +292,17 @@ class Publisher:
             end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
             border = end - end % PAGE_TOKENS
             end = border if border > seq.num_computed else end
-            self._run(executor, [Scheduled(seq, end - seq.num_computed)])
-            seq.num_computed = end
-            seq.cache.commit(seq)
+            done = self._runner.run(executor, [Scheduled(seq, end - seq.num_computed)], _advance)
+            for problem in done.failed.values():
+                raise RequestError(problem)
 
     # ---- on disk
 
     def _parts(self, seq: TokenSequence, executor: Executor) -> list[tuple[Segment, KVPart]]:
         """What of a document is a file: each segment, so that models share those of their common layers."""
-        zoo, chain = self._zoo(), self.model.chain
+        zoo, chain = self._zoo(), executor.chains[seq.chain_index]
         dtype: Dtype = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
-        shape = executor.contents.page_shape
+        shape = executor.kv.page_shape
         parts = []
         for segment in chain.segments:
             first, end = segment.first_layer, segment.end_layer
@@ -249,7 +323,7 @@ class Publisher:
                 found.append((segment, len(path), contents))
         for segment, first, (keys, values) in found:
             pages = seq.page_table[segment.first_layer : segment.end_layer, first : seq.num_pages]
-            executor.contents.write(pages, keys[:, first:], values[:, first:])
+            executor.kv.write(pages, keys[:, first:], values[:, first:])
         seq.num_computed = seq.num_tokens
         seq.cache.commit(seq)
         return True
@@ -259,7 +333,13 @@ class Publisher:
             return
         for segment, part in self._parts(seq, executor):
             pages = seq.page_table[segment.first_layer : segment.end_layer, : seq.num_pages]
-            self._store.save(part, *executor.contents.read(pages))
+            self._store.save(part, *executor.kv.read(pages))
+
+
+def _advance(items: Sequence[Scheduled]) -> None:
+    for seq, num_tokens in items:
+        seq.num_computed += num_tokens
+        seq.cache.commit(seq)
 
 
 def kv_identity(topology: Topology, chain: ChainPlan, layer: int) -> str:

@@ -15,7 +15,7 @@ from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine, Request
 from blockzoo.runtime.serve.metrics import Metrics
-from blockzoo.runtime.serve.reload import Refreshed
+from blockzoo.runtime.serve.reload import Reloaded
 
 OnOutput = Callable[[RequestOutput], None]
 Publication = tuple[str, str, Sequence[str] | None]  # arguments of LLMEngine.publish
@@ -97,15 +97,19 @@ class EngineThread:
             self._aborts.append(request_id)
             self._wake.notify()
 
-    def refresh(self) -> Refreshed:
-        """As `LLMEngine.refresh`; in the calling thread, while the engine's goes on."""
-        return self.engine.refresh()
+    def reload(self) -> Reloaded:
+        """As `LLMEngine.reload`; in the calling thread, while the engine's goes on."""
+        try:
+            return self.engine.reload()
+        finally:
+            with self._wake:  # published documents follow in the engine's thread
+                self._wake.notify()
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Publish a document between two steps and wait for it; running requests pause meanwhile.
 
         Raises:
-            RequestError: as `Publisher.publish`, or the engine has stopped.
+            RequestError: as `DocumentPublisher.publish`, or the engine has stopped.
         """
         done: Future[PublishedDocument] = Future()
         with self._wake:
@@ -141,6 +145,8 @@ class EngineThread:
             while self._take_in():
                 if self.engine.has_unfinished():
                     self._deliver(self.engine.step())
+                    if not self.engine.has_unfinished():
+                        self.engine.rest()
                 self.last_progress = time.monotonic()
         except BaseException as error:
             self._die(error)

@@ -8,56 +8,29 @@ called from any thread.
 
 from __future__ import annotations
 
-import json
 import os
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import get_args
 
-from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.engines.choose import make_engines
-from blockzoo.runtime.api.errors import (
-    InvalidRequestError,
-    PromptTooLongError,
-    RequestError,
-    UnknownModelError,
-)
+from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
 from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
-from blockzoo.runtime.approx.matching import ReuseConfig
-from blockzoo.runtime.exec.adapters import AdapterUnavailableError
-from blockzoo.runtime.exec.executor import Executor, Rows, StepResult
-from blockzoo.runtime.exec.topology import ChainPlan, Family
-from blockzoo.runtime.kv.sequence import Part, TokenSequence
-from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.sampling.sampler import SampledToken, Sampler
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.document_publisher import PublishedDocument, Publisher
-from blockzoo.runtime.serve.loading import LoadedModel, Progress, load_zoo
+from blockzoo.runtime.serve.document_publisher import DocumentPublisher, PublishedDocument
+from blockzoo.runtime.serve.loading import LoadedZoo, Progress, load_zoo
 from blockzoo.runtime.serve.metrics import Metrics, MetricsRecorder
-from blockzoo.runtime.serve.reload import Refreshed, Refresher
+from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
+from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler, SchedulerConfig
-from blockzoo.runtime.text.detokenizer import Detokenizer
-from blockzoo.runtime.text.prompt import assemble
+from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
-
-
-@dataclass(slots=True)
-class Request:
-    """A checked request on its way through the engine."""
-
-    seq: TokenSequence
-    model: LoadedModel
-    params: SamplingParams
-    sampler: SamplerState
-    detokenizer: Detokenizer
-    max_tokens: int  # params.max_tokens, or what the model's length leaves
-    arrival: float
-    started: bool = False
-    last_token_time: float | None = None
-    num_generated: int = field(default=0)
 
 
 class LLMEngine:
@@ -96,14 +69,18 @@ class LLMEngine:
             num_threads=self.config.num_threads,
             zoo=zoo,
         )
-        self._zoo = load_zoo(zoo, self.config, maker, progress)
-        self._refresher = Refresher(zoo, self._zoo)
+        self._served = ServedZoo(zoo, load_zoo(zoo, self.config, maker, progress))
+        self._builder = RequestBuilder(lambda: self._zoo, self.config)
         self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
-        self._reuse = ReuseSteps(maker.arrays.rows_like)
+        self._runner = StepRunner(self._zoo.boundaries, ReuseSteps(maker.arrays.rows_like))
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
-        self._publisher = Publisher(lambda: self._zoo, self.config, self._model, self._run)
+        self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
+
+    @property
+    def _zoo(self) -> LoadedZoo:
+        return self._served.current
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -112,7 +89,7 @@ class LLMEngine:
 
     def tokenizer(self, model: str) -> Tokenizer:
         """A model's tokenizer. Raises UnknownModelError."""
-        return self._model(model).tokenizer
+        return self._builder.model(model).tokenizer
 
     @property
     def end_ids(self) -> dict[str, tuple[int, ...]]:
@@ -121,7 +98,7 @@ class LLMEngine:
 
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
-        return self._model(model).max_len
+        return self._builder.model(model).max_len
 
     @property
     def engine_facts(self) -> dict[str, object]:
@@ -148,7 +125,7 @@ class LLMEngine:
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
-                takes also the KV of equal words behind other ones (see `runtime.reuse`), which changes
+                takes also the KV of equal words behind other ones (see `runtime.approx`), which changes
                 answers a little. None: as EngineConfig.kv_reuse says.
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
@@ -156,58 +133,7 @@ class LLMEngine:
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
-        loaded = self._model(model)
-        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty; expected at least one token")
-        if len(token_ids) >= loaded.max_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
-                "that one can be generated: shorten it"
-            )
-        reuse = self._allowed_reuse(loaded, kv_reuse)
-        bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
-        vocab = loaded.chain.vocab_size
-        sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
-        arrival = time.monotonic()
-        seq = TokenSequence(
-            request_id,
-            model,
-            self._zoo.caches[loaded.chain.family],
-            loaded.chain.segments,
-            # unambiguous whatever a scope contains: it comes from the network
-            json.dumps([model if self.config.kv_sharing == "model" else None, scope]),
-            token_ids,
-            arrival,
-            reuse,
-            spans,
-            ends_line=loaded.tokenizer.ends_line if reuse == "approx" else None,
-        )
-        detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
-        max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
-        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
-
-    def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
-        """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""
-        if asked is None:
-            return (
-                "exact" if self.config.kv_reuse == "approx" and not model.plain_rope else self.config.kv_reuse
-            )
-        if asked not in get_args(KVReuse):
-            raise InvalidRequestError(f"kv_reuse is {asked!r}; expected {' or '.join(get_args(KVReuse))}")
-        if self.config.kv_reuse == "off" and asked != "off":
-            raise InvalidRequestError(f"kv_reuse is {asked!r}; this engine reuses no KV: use 'off'")
-        if asked == "approx" and self.config.approximate is None:
-            raise InvalidRequestError(
-                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None; "
-                "zoo-serve --kv-reuse allows it); use 'exact'"
-            )
-        if asked == "approx" and not model.plain_rope:
-            raise InvalidRequestError(
-                f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
-                "supported: use 'exact'"
-            )
-        return asked
+        return self._builder.build(request_id, model, prompt, params, scope, kv_reuse, documents)
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
@@ -242,7 +168,7 @@ class LLMEngine:
     # ---- published documents
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
-        """Compute a document's KV, or load it, for some models (all), for every scope; see `Publisher`."""
+        """Compute or load a document's KV, for some models (all), for every scope: `DocumentPublisher`."""
         return self._publisher.publish(name, text, models)
 
     def withdraw(self, name: str) -> None:
@@ -263,56 +189,63 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests)
+        return bool(self._requests) or self._publisher.is_behind
 
     def step(self) -> list[RequestOutput]:
         """Run one step; what it added to each request, one output per request at most.
 
-        An error in the engines ends the requests of this step with an error output; the others, and
-        the engine, go on.
+        An error in the engines ends the requests that it concerns with an error output; the others, and the
+        engine, go on. Models that came with a reload get the published documents here, one a step.
         """
+        if self._publisher.is_behind:
+            self._publisher.follow()
         outputs = self._expired()
         scheduled = self._scheduler.schedule()
         outputs += [
             self._finish(self._requests[failed.seq.request_id], "error", failed.message)
             for failed in self._scheduler.take_failed()
         ]
-        try:
-            sampled = self._execute(scheduled)
-        except Exception as error:
-            return outputs + [self._fail(item.seq, f"the engine failed: {error}") for item in scheduled]
-        for seq, result in sampled:
-            request = self._requests[seq.request_id]
-            if isinstance(result, RequestError):
-                outputs.append(self._fail(seq, str(result)))
-            else:
-                outputs.append(self._take_token(request, result))
-        if not self._requests:
-            self.check_integrity()
-            for executor in self._zoo.executors.values():
-                executor.release_memory()
-        return outputs
-
-    def _execute(self, scheduled: list[Scheduled]) -> list[tuple[TokenSequence, SampledToken | RequestError]]:
-        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
-        results: list[tuple[TokenSequence, SampledToken | RequestError]] = []
         by_family: dict[Family, list[Scheduled]] = {}
         for item in scheduled:
-            self._note_start(self._requests[item.seq.request_id])
-            family = self._requests[item.seq.request_id].model.chain.family
-            by_family.setdefault(family, []).append(item)
+            request = self._requests[item.seq.request_id]
+            self._note_start(request)
+            by_family.setdefault(request.model.chain.family, []).append(item)
         for family, items in by_family.items():
-            try:
-                step = self._run(self._zoo.executors[family], items)
-            except AdapterUnavailableError as error:  # the others run in the next step
-                broken = [item.seq for item in items if self._chain_index(item.seq) == error.chain]
-                results += [(seq, error) for seq in broken]
-                continue
-            self._recorder.on_step(step.num_calls, step.num_call_rows)
-            for logits, indices in step.logits:
+            for seq, result in self._execute(family, items):
+                if isinstance(result, RequestError):
+                    outputs.append(self._fail(seq, str(result)))
+                else:
+                    outputs.append(self._take_token(self._requests[seq.request_id], result))
+        return outputs
+
+    def rest(self) -> None:
+        """While there is nothing to do: check that every page is accounted for, and give scratch back.
+
+        Raises:
+            IntegrityError: one is not: a bug of ours.
+        """
+        self.check_integrity()
+        for executor in self._zoo.executors.values():
+            executor.release_memory()
+
+    def _execute(
+        self, family: Family, items: list[Scheduled]
+    ) -> list[tuple[TokenSequence, SampledToken | RequestError]]:
+        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
+        results: list[tuple[TokenSequence, SampledToken | RequestError]]
+        try:
+            done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
+            self._recorder.on_step(done.num_calls, done.num_call_rows)
+            results = [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
+            for logits, indices in done.logits:
                 seqs = [items[i].seq for i in indices]
                 states = [self._requests[seq.request_id].sampler for seq in seqs]
-                results += zip(seqs, self._sampler.sample(logits, states), strict=True)
+                tokens = self._sampler.sample(logits, states)
+                sampled = zip(indices, seqs, tokens, strict=True)
+                results += [(seq, token) for i, seq, token in sampled if i not in done.failed]
+        except Exception as error:
+            traceback.print_exc()
+            return [(seq, RequestError(f"the engine failed: {error}")) for seq, _ in items]
         return results
 
     def _note_start(self, request: Request) -> None:
@@ -320,65 +253,6 @@ class LLMEngine:
             request.started = True
             share = request.seq.num_spared / request.seq.prompt_len
             self._recorder.on_started(time.monotonic() - request.arrival, share)
-
-    def _run(self, executor: Executor, items: list[Scheduled]) -> StepResult:
-        """Run the scheduled tokens of one family; logits come with indices into `items`."""
-        batch: list[Rows] = []
-        owners: list[tuple[int, Part]] = []
-        for index, (seq, num_tokens) in enumerate(items):
-            refreshing = self._reuse.before(seq, self._chain_index(seq), executor.kv)
-            for part in refreshing + seq.parts(seq.end_after(num_tokens)):
-                batch.append(self._rows(seq, part))
-                owners.append((index, part))
-        step = executor.run(batch)
-        for index, scores in step.scores.items():
-            self._reuse.add_scores(items[owners[index][0]].seq, owners[index][1], scores)
-        self._scheduler.advance(items)
-        for index, entry, hidden in step.hidden:
-            seq, part = items[owners[index][0]].seq, owners[index][1]
-            if batch[index].exit is not None:
-                self._reuse.keep_hidden(seq, part, hidden)
-                continue
-            segment = seq.segments[self._chain(seq).entries.index(entry)]
-            self._zoo.boundaries.record(seq, segment.boundary, part.start, hidden)
-        for seq, _ in items:
-            self._reuse.after(seq, executor.kv)
-        logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
-        return step._replace(logits=logits)
-
-    def _rows(self, seq: TokenSequence, part: Part) -> Rows:
-        chain, survey = self._chain(seq), seq.survey
-        entry = chain.entries[part.level]
-        hidden = self._zoo.boundaries.entering(seq, part) if part.level else None
-        if survey is not None and survey.enters and part.end <= survey.matched.size:
-            assert chain.check is not None, "the first pass left there"
-            entry, hidden = chain.check, survey.rows_entering(part.start, part.end)
-        return Rows(
-            self._chain_index(seq),
-            seq.token_ids[part.start : part.end],
-            part.start,
-            seq.page_table,
-            wants_logits=part.end == seq.num_tokens and (survey is None or survey.done),
-            entry=entry,
-            hidden=hidden,
-            # not of what stands behind approximate KV: others could not tell
-            keeps_hidden=self._zoo.boundaries.max_bytes > 0
-            and seq.reuse != "off"
-            and seq.reused is None
-            and part.start < seq.num_prompt_pages * PAGE_TOKENS,
-            exit=chain.check if survey is not None and survey.exits else None,
-            score_window=self._reuse.window(seq, part),
-        )
-
-    def _chain_index(self, seq: TokenSequence) -> int:
-        return self._loaded(seq).chain_index
-
-    def _chain(self, seq: TokenSequence) -> ChainPlan:
-        return self._loaded(seq).chain
-
-    def _loaded(self, seq: TokenSequence) -> LoadedModel:
-        request = self._requests.get(seq.request_id)
-        return request.model if request is not None and request.seq is seq else self._publisher.model
 
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1
@@ -440,7 +314,7 @@ class LLMEngine:
             reason,
             time.monotonic() - request.arrival,
             num_prompt_tokens=request.seq.prompt_len,
-            num_cached_tokens=request.seq.num_cached,
+            num_cached_tokens=request.seq.num_cached_told,
         )
         text += request.detokenizer.flush()
         return self._output(request, text, token_ids, logprobs, reason, error)
@@ -464,17 +338,9 @@ class LLMEngine:
             finish_reason=reason,
             error=error,
             num_prompt_tokens=request.seq.prompt_len,
-            num_cached_tokens=request.seq.num_cached,
+            num_cached_tokens=request.seq.num_cached_told,
             num_generated=request.num_generated,
         )
-
-    def _model(self, name: str) -> LoadedModel:
-        model = self._zoo.models.get(name)
-        if model is None:
-            close = get_close_matches(name, self._zoo.models, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(self.models)}"
-            raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
-        return model
 
     def configure_reuse(self, reuse: ReuseConfig) -> None:
         """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
@@ -500,15 +366,15 @@ class LLMEngine:
             if cache.planner is not None:
                 cache.planner.config = reuse
 
-    def refresh(self) -> Refreshed:
+    def reload(self) -> Reloaded:
         """Take over what has changed in the zoo on disk, without touching engines or requests; thread-safe.
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
         """
-        self._zoo, refreshed = self._refresher.refresh(self._zoo)
+        reloaded = self._served.reload()
         self._recorder.add_segments(s for chain in self._zoo.topology.chains for s in chain.segments)
-        return refreshed
+        return reloaded
 
     # ---- looking in
 

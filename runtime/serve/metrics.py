@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from threading import Lock
 from typing import get_args
 
+from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.request import FinishReason
 from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.kv.prefix_cache import CacheStats, KVCache
@@ -92,8 +93,9 @@ class Metrics:
         requests_total: requests ended, by finish reason (all four are always present).
         prompt_tokens_total: prompt tokens of ended requests.
         cached_tokens_total: those of them that the prefix cache spared.
-        copied_tokens_total: tokens whose KV was copied from a page that begins alike.
-        approximate_tokens_total: tokens whose KV was taken from equal words behind other ones.
+        copied_pages_total: pages of which a part was copied, as they begin alike.
+        approximate_tokens_total: tokens whose KV was taken from equal words behind other ones, in whole pages
+            of each request.
         generated_tokens_total: tokens generated, also of requests that still run.
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
@@ -126,7 +128,7 @@ class Metrics:
     requests_total: Mapping[FinishReason, int]
     prompt_tokens_total: int
     cached_tokens_total: int
-    copied_tokens_total: int
+    copied_pages_total: int
     approximate_tokens_total: int
     generated_tokens_total: int
     preemptions_total: int
@@ -243,8 +245,8 @@ class MetricsRecorder:
                 requests_total=dict(self._finished),
                 prompt_tokens_total=self._prompt_tokens,
                 cached_tokens_total=self._cached_tokens,
-                copied_tokens_total=sum(s.copied_tokens for s in stats),
-                approximate_tokens_total=sum(s.approximate_tokens for s in stats),
+                copied_pages_total=sum(s.copied_pages for s in stats),
+                approximate_tokens_total=PAGE_TOKENS * sum(s.approximate_pages for s in stats),
                 generated_tokens_total=self._generated_tokens,
                 preemptions_total=scheduler.num_preemptions,
                 pages_total=sum(s.pages_total for s in stats),

@@ -28,8 +28,8 @@ class RestartNeededError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
-    """What a refresh found changed in the zoo.
+class Reloaded:
+    """What a reload found changed in the zoo.
 
     Attributes:
         added, replaced, removed: names of models, sorted. Requests to a model that was replaced or removed
@@ -44,15 +44,19 @@ class Refreshed:
     waiting: Mapping[str, str] = field(default_factory=dict)
 
 
-class Refresher:
-    """Brings a loaded zoo up to date.
+class ServedZoo:
+    """The zoo that an engine serves, and the one owner of what changes in it.
 
     Args:
         zoo: as it was loaded.
         loaded: from it.
+
+    Attributes:
+        current: what is served now. It is replaced whole, so whoever reads it once sees one state.
     """
 
     def __init__(self, zoo: Zoo, loaded: LoadedZoo) -> None:
+        self.current = loaded
         self._path = zoo.path
         self._served: dict[str, ModelRecord] = dict(zoo.manifest.models)
         # of every chain that was ever loaded, what its models have in common
@@ -60,43 +64,58 @@ class Refresher:
         self._adapters = dict(zoo.manifest.adapters)
         self._tokenizers = {zoo.tokenizer_dir(name): m.tokenizer for name, m in loaded.models.items()}
         self._lock = Lock()
+        self._num_begun = 0
+        self._last: Reloaded | Exception = Reloaded()  # what the latest reload came to
 
-    def refresh(self, loaded: LoadedZoo) -> tuple[LoadedZoo, Refreshed]:
-        """The zoo with the models that can be served now; `loaded` stays as it was, for requests under way.
+    def reload(self) -> Reloaded:
+        """Take over what has changed on disk; thread-safe.
+
+        Who asks while a reload runs waits for the next one, which serves all who wait.
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
         """
+        seen = self._num_begun
         with self._lock:
-            zoo = Zoo.open(self._path)
-            if not zoo.manifest.models:
-                raise StoreError(f"{zoo.path} holds no models any more; what was loaded is still served")
-            models, waiting = dict(loaded.models), {}
-            changed = [n for n, r in zoo.manifest.models.items() if not _same(r, self._served.get(n))]
-            removed = sorted(models.keys() - zoo.manifest.models.keys())
-            topology = loaded.topology
-            self._adapters |= zoo.manifest.adapters  # those of models that are gone may be in use still
-            loaded.adapters.read = Zoo(
-                zoo.path, replace(zoo.manifest, adapters=dict(self._adapters))
-            ).read_adapter
-            for name in changed:
-                record = zoo.manifest.models[name]
+            if self._num_begun <= seen:  # none that began after this was asked for
+                self._num_begun += 1
                 try:
-                    index, topology = join(topology, record, zoo.manifest)
-                except RestartNeededError as error:
-                    waiting[name] = str(error)
-                    continue
-                twin = self._of_chain[_first_of(topology, index)]
-                models[name] = replace(
-                    twin,
-                    name=name,
-                    chain_index=index,
-                    chain=topology.chains[index],
-                    tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
-                    eos_token_ids=record.config.eos_token_ids,
-                    max_len=min(twin.max_len, record.config.max_position_embeddings),
-                )
-            return self._commit(loaded, zoo, topology, models, removed, waiting)
+                    self._last = self._reload()
+                except Exception as error:
+                    self._last = error
+            if isinstance(self._last, Exception):
+                raise self._last
+            return self._last
+
+    def _reload(self) -> Reloaded:
+        loaded, zoo = self.current, Zoo.open(self._path)
+        if not zoo.manifest.models:
+            raise StoreError(f"{zoo.path} holds no models any more; what was loaded is still served")
+        models, waiting = dict(loaded.models), {}
+        changed = [n for n, r in zoo.manifest.models.items() if not _same(r, self._served.get(n))]
+        removed = sorted(models.keys() - zoo.manifest.models.keys())
+        topology = loaded.topology
+        self._adapters |= zoo.manifest.adapters  # those of models that are gone may be in use still
+        manifest = replace(zoo.manifest, adapters=dict(self._adapters))
+        loaded.adapters.read = Zoo(zoo.path, manifest).read_adapter
+        for name in changed:
+            record = zoo.manifest.models[name]
+            try:
+                index, topology = join(topology, record, zoo.manifest)
+            except RestartNeededError as error:
+                waiting[name] = str(error)
+                continue
+            twin = self._of_chain[_first_of(topology, index)]
+            models[name] = replace(
+                twin,
+                name=name,
+                chain_index=index,
+                chain=topology.chains[index],
+                tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
+                eos_token_ids=record.config.eos_token_ids,
+                max_len=min(twin.max_len, record.config.max_position_embeddings),
+            )
+        return self._commit(zoo, topology, models, removed, waiting)
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
         if folder not in self._tokenizers:
@@ -105,28 +124,29 @@ class Refresher:
 
     def _commit(
         self,
-        loaded: LoadedZoo,
         zoo: Zoo,
         topology: Topology,
         models: dict[str, LoadedModel],
         removed: list[str],
         waiting: dict[str, str],
-    ) -> tuple[LoadedZoo, Refreshed]:
+    ) -> Reloaded:
+        loaded = self.current
         for index in range(len(loaded.topology.chains), len(topology.chains)):
             for executor in loaded.executors.values():
-                executor.add_chain(topology.chains[index], _first_of(topology, index))
+                added = executor.add_chain(topology.chains[index], _first_of(topology, index))
+                assert added == index, f"chain {index} of the topology is number {added} of an executor"
         joined = {n for n, model in models.items() if loaded.models.get(n) is not model}
         for name in removed:
             del models[name]
             del self._served[name]
         self._served |= {name: zoo.manifest.models[name] for name in joined}
-        refreshed = Refreshed(
+        self.current = replace(loaded, models=models, topology=topology)
+        return Reloaded(
             tuple(sorted(joined - loaded.models.keys())),
             tuple(sorted(joined & loaded.models.keys())),
             tuple(removed),
             waiting,
         )
-        return replace(loaded, models=models, topology=topology), refreshed
 
 
 def join(topology: Topology, model: ModelRecord, manifest: Manifest) -> tuple[int, Topology]:

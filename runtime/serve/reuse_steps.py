@@ -1,4 +1,4 @@
-"""What approximate reuse does around each step: KV is taken over, looked at, refreshed (`reuse`).
+"""What approximate reuse does around each step: KV is taken over, looked at, refreshed (`approx`).
 
 before(seq)   K and V arrive in the sequence's pages
 rows(...)     which attention a part reports, where it leaves and enters the chain
@@ -10,13 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from blockzoo.engines.arrays import Array
-from blockzoo.runtime.approx.first_pass import RowsLike, relative_deviation
-from blockzoo.runtime.approx.matching import ReuseConfig
-from blockzoo.runtime.exec.kv_pages import KVPages
+from blockzoo.runtime.approx.first_pass import FirstPass, RowsLike, relative_deviation
+from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.kv.sequence import Part, TokenSequence
-
-_CALM_TOKENS = 8  # refreshed in a row with negligible deviations: the queue is given up
-_DECAY = 0.9  # of attention, from one generated token to the next
 
 
 class ReuseSteps:
@@ -30,88 +26,69 @@ class ReuseSteps:
         self._rows_like = rows_like
         self._old_values: dict[TokenSequence, np.ndarray] = {}  # of the tokens that this step refreshes
 
-    def before(self, seq: TokenSequence, chain: int, kv: KVPages) -> list[Part]:
+    def before(self, seq: TokenSequence, kv: KVTensors) -> list[Part]:
         """Copy what `seq` takes over; the parts, a token each, that refresh what it took before."""
         copies = seq.cache.take_copies(seq)
         if copies is not None:
             kv.copy(*copies)
+        approx = seq.approx
+        if approx is None:
+            return []
         borrowed = seq.cache.take_borrowed(seq)
         if borrowed is not None:
-            kv.borrow(chain, borrowed, seq.page_table)
-            if seq.survey is not None and seq.survey.config.uses_check:
-                seq.survey.old_values = _checked_values(seq, kv)
-            if seq.survey is None:
-                _fill_queue(seq)
-        refreshed = seq.stale[: seq.num_refreshing]
-        if refreshed.size and _config(seq).negligible:
+            kv.borrow(seq.chain_index, borrowed, seq.page_table)
+            if approx.first_pass is None:
+                approx.fill_queue(seq.num_tokens)
+            elif approx.config.uses_check:
+                approx.first_pass.old_values = _checked_values(seq, approx.first_pass, kv)
+        refreshed = approx.refreshing()
+        if refreshed.size and approx.config.negligible:
             self._old_values[seq] = kv.values(seq.page_table, refreshed)
         return [Part(position, position + 1, 0) for position in refreshed.tolist()]
 
     def window(self, seq: TokenSequence, part: Part) -> int:
         """How many of a part's last rows report their attention."""
-        if seq.survey is not None:
-            return seq.survey.window(part.start, part.end)
-        new = part.end == seq.num_tokens and part.end - part.start == 1
-        return int(new and seq.stale.size > 0 and _config(seq).refresh_order == "importance")
+        if seq.approx is None:
+            return 0
+        if seq.approx.first_pass is not None:
+            return seq.approx.first_pass.window(part.start, part.end)
+        generated = part.end == seq.num_tokens and part.end - part.start == 1
+        return int(generated and seq.approx.reads_attention())
 
     def add_scores(self, seq: TokenSequence, part: Part, scores: np.ndarray) -> None:
         """Note the attention of a part's rows, float32 [part.end]."""
-        window = self.window(seq, part)
-        if seq.survey is not None:
-            seq.survey.add_scores(scores, window)
-        elif seq.importance is not None:
-            seq.importance *= _DECAY
-            seq.importance += scores[: seq.importance.size]
+        if seq.approx is None:
+            return
+        if seq.approx.first_pass is not None:
+            seq.approx.first_pass.add_scores(scores, self.window(seq, part))
+        else:
+            seq.approx.add_attention(scores)
 
     def keep_hidden(self, seq: TokenSequence, part: Part, rows: Array) -> None:
         """Keep what left the check layers."""
-        assert seq.survey is not None, f"{seq} has no check layers"
-        seq.survey.keep_rows(part.start, rows, self._rows_like)
+        first_pass = None if seq.approx is None else seq.approx.first_pass
+        assert first_pass is not None, f"{seq} has no check layers"
+        first_pass.keep_rows(part.start, rows, self._rows_like)
 
-    def after(self, seq: TokenSequence, kv: KVPages) -> None:
+    def after(self, seq: TokenSequence, kv: KVTensors) -> None:
         """Go on to the next pass where one has ended; put the queue in order."""
-        survey = seq.survey
-        if survey is not None and seq.num_computed >= seq.num_tokens:
-            if survey.done:
-                seq.survey = None
+        approx, old = seq.approx, self._old_values.pop(seq, None)
+        if approx is None:
+            return
+        first_pass = approx.first_pass
+        if first_pass is not None and seq.num_computed >= seq.num_tokens:
+            if first_pass.done:
+                approx.first_pass = None
             else:
-                seq.take_over(survey.conclude(lambda: _checked_values(seq, kv)))
-                if survey.done:
-                    _fill_queue(seq)
-        old = self._old_values.pop(seq, None)
+                seq.num_computed = approx.conclude(lambda: _checked_values(seq, first_pass, kv))
+                seq.num_computed = seq.end_after(0)
         if old is not None:
-            self._give_up_when_calm(seq, relative_deviation(old, kv.values(seq.page_table, seq.refreshed)))
-        if seq.stale.size and seq.importance is not None and _config(seq).refresh_order == "importance":
-            seq.stale = seq.stale[np.argsort(-seq.importance[seq.stale], kind="stable")]
-
-    @staticmethod
-    def _give_up_when_calm(seq: TokenSequence, deviation: np.ndarray) -> None:
-        """`deviation` float [layers, tokens], of what was refreshed."""
-        negligible = deviation.mean(0) <= _config(seq).negligible
-        seq.num_calm = seq.num_calm + negligible.size if negligible.all() else 0
-        if seq.num_calm >= _CALM_TOKENS:
-            seq.stale = seq.stale[:0]
+            deviation = relative_deviation(old, kv.values(seq.page_table, approx.refreshed))
+            approx.give_up_when_calm(deviation)
+        approx.sort_queue()
 
 
-def _checked_values(seq: TokenSequence, kv: KVPages) -> np.ndarray:
+def _checked_values(seq: TokenSequence, first_pass: FirstPass, kv: KVTensors) -> np.ndarray:
     """V of the matched tokens at the last check layer."""
-    assert seq.survey is not None, f"{seq} has no check layers"
-    layer = seq.survey.config.check_layers - 1
-    return kv.values(seq.page_table[layer], np.flatnonzero(seq.survey.matched))
-
-
-def _fill_queue(seq: TokenSequence) -> None:
-    """What is to be refreshed while decoding.
-
-    By importance, what was taken over. In order of position, also what was computed behind it, so over what
-    was not exact: each token is then computed over exact KV, and once the queue is drained all is exact.
-    """
-    assert seq.reused is not None, f"{seq} takes nothing over"
-    seq.stale = np.flatnonzero(seq.reused)
-    if _config(seq).refresh_order == "position" and seq.stale.size:
-        seq.stale = np.arange(seq.stale[0], seq.num_tokens)
-
-
-def _config(seq: TokenSequence) -> ReuseConfig:
-    assert seq.cache.planner is not None, "only sequences of a cache with a planner take KV over"
-    return seq.cache.planner.config
+    layer = first_pass.config.check_layers - 1
+    return kv.values(seq.page_table[layer], np.flatnonzero(first_pass.matched))

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
@@ -199,18 +197,18 @@ class Scheduler:
             if entry is None or entry.seq is not seq:
                 continue  # aborted while the step ran
             seq.num_computed = seq.end_after(num_tokens)
-            if seq.stale.size or seq.refreshed.size:
-                seq.refreshed, seq.stale = np.split(seq.stale, [seq.num_refreshing])
+            if seq.approx is not None:
+                seq.approx.advance()
             seq.cache.commit(seq)
 
     def _schedule_refresh(self, step: _Step) -> None:
         """Beside their new tokens, sequences with approximate KV compute some of it anew."""
         for entry in self._running:
-            seq, planner = entry.seq, entry.seq.cache.planner
-            seq.num_refreshing = 0
-            if entry in step.chosen and planner is not None:
-                seq.num_refreshing = min(seq.stale.size, planner.config.refresh, max(0, step.budget))
-                step.budget -= seq.num_refreshing
+            approx = entry.seq.approx
+            if approx is not None:
+                room = max(0, step.budget) if entry in step.chosen else 0
+                approx.num_refreshing = min(approx.stale.size, approx.config.refresh, room)
+                step.budget -= approx.num_refreshing
 
     def _schedule_prefill(self, step: _Step, entry: _Entry) -> None:
         seq = entry.seq
@@ -220,7 +218,7 @@ class Scheduler:
             end = seq.end_after(rows)
             border = end - end % PAGE_TOKENS
             # not at the price of half the step
-            if seq.reused is None and 2 * (border - seq.num_computed) >= step.budget:
+            if seq.approx is None and 2 * (border - seq.num_computed) >= step.budget:
                 rows, end = border - seq.num_computed, border
         if self._make_room(step, entry, end):
             step.chosen[entry] = rows

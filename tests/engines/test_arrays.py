@@ -9,7 +9,7 @@ import torch
 from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import Precision
 from blockzoo.engines.reference.arrays import TorchArrays
-from blockzoo.runtime.exec.kv_pages import rotation_by
+from blockzoo.runtime.exec.kv_tensors import rotation_by
 from blockzoo.zoo.tensors import bf16_to_f32
 
 RNG = np.random.default_rng(0)

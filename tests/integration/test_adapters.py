@@ -198,7 +198,9 @@ def test_tensorrt_plans_compute_what_peft_computes(
     from onnx_device import onnx_engines
 
     rng = np.random.default_rng(3)
-    monkeypatch.setattr("blockzoo.runtime.engine_loop.make_engines", lambda *_, zoo, **__: onnx_engines(zoo))
+    monkeypatch.setattr(
+        "blockzoo.runtime.serve.llm_engine.make_engines", lambda *_, zoo, **__: onnx_engines(zoo)
+    )
     names = [name for _ in range(2) for name in peft_models]
     prompts = [rng.integers(2, 2048, int(rng.integers(1, 70))).tolist() for _ in names]
     llm = LLM(planned_zoo, backend="tensorrt", kv_cache_bytes=32 << 20, max_num_batched_tokens=96)

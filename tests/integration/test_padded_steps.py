@@ -42,7 +42,7 @@ def test_padding_changes_no_token(demo_zoo: Path, monkeypatch: pytest.MonkeyPatc
     sides = []
     for recorded in (False, True):
         if recorded:
-            monkeypatch.setattr("blockzoo.runtime.engine_loop.make_engines", recording)
+            monkeypatch.setattr("blockzoo.runtime.serve.llm_engine.make_engines", recording)
         llm = LLM(demo_zoo, backend="reference", device="cpu", precision="f32", kv_cache_bytes=16 << 20)
         models = [llm.models[i] for i in (0, 0, 0, 2, 4, 4, 4, 4, 4)]
         rng = np.random.default_rng(3)

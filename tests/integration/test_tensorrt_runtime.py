@@ -59,7 +59,7 @@ def serve_on_onnx(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(onnx_engines(zoo))
         return made[-1]
 
-    monkeypatch.setattr("blockzoo.runtime.engine_loop.make_engines", make)
+    monkeypatch.setattr("blockzoo.runtime.serve.llm_engine.make_engines", make)
     return made
 
 

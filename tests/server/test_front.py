@@ -15,7 +15,7 @@ import pytest
 from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.runtime.serve.metrics import Metrics
-from blockzoo.runtime.serve.reload import Refreshed
+from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 
@@ -115,9 +115,9 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
         self.end_ids = {"chat": (2,)}
-        self.found: Refreshed | Exception = Refreshed(added=("code",))
+        self.found: Reloaded | Exception = Reloaded(added=("code",))
 
-    def refresh(self) -> Refreshed:
+    def reload(self) -> Reloaded:
         if isinstance(self.found, Exception):
             raise self.found
         self.end_ids = {"chat": (2,), "code": (2,)}

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.approx.matching import (
-    Donor,
-    DonorIndex,
-    Donors,
-    ReuseConfig,
-    Run,
-    window_hashes,
-)
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.approx.matching import Donor, DonorIndex, Donors, Run, window_hashes
 from blockzoo.runtime.approx.selection import pieces, reused_positions
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.approx.first_pass import Survey, relative_deviation
-from blockzoo.runtime.approx.matching import ReuseConfig, Selector
+from blockzoo.runtime.approx.config import ReuseConfig, Selector
+from blockzoo.runtime.approx.first_pass import FirstPass, relative_deviation
 from blockzoo.runtime.approx.selection import highest, lines_of_highest
 
 
@@ -59,11 +59,11 @@ def test_lines_around_what_is_pointed_at() -> None:
     assert chosen(1.0) == sorted(line + part + long + [*range(44, 77)])  # nothing that has no score
 
 
-def made(config: ReuseConfig, matched: np.ndarray, start: int) -> Survey:
-    return Survey(config, matched, np.zeros_like(matched), start, np.zeros_like(matched))
+def made(config: ReuseConfig, matched: np.ndarray, start: int) -> FirstPass:
+    return FirstPass(config, matched, np.zeros_like(matched), start, np.zeros_like(matched))
 
 
-def survey(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> Survey:
+def first_pass(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> FirstPass:
     """Of 320 tokens: 10 of an exact prefix, unmatched ones, matched from 20 to 300, a question."""
     matched = np.zeros(320, bool)
     matched[20:300] = True
@@ -72,7 +72,7 @@ def survey(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> Surve
 
 
 def test_the_question_looks_and_nothing_else() -> None:
-    found = survey("query", rounds=2)
+    found = first_pass("query", rounds=2)
     assert [found.window(*rows) for rows in ((10, 20), (280, 310), (300, 320), (315, 320))] == [0, 10, 20, 5]
     scores = np.zeros(320, np.float32)
     scores[100:114] = 40.0
@@ -119,20 +119,20 @@ def test_deviations_are_weighed_by_importance() -> None:
         ("deviation", [25, *range(220, 247)]),
         ("importance*deviation", [*range(220, 248)]),
     ):
-        found = survey(selector)  # type: ignore[arg-type]
+        found = first_pass(selector)  # type: ignore[arg-type]
         found.old_values = old
         scores = np.zeros(320, np.float32)
         scores[220:248] = 1.0
         found.add_scores(scores, 1)
         assert np.flatnonzero(found.conclude(lambda: new)).tolist() == expected
-    calm = survey("deviation")
+    calm = first_pass("deviation")
     calm.old_values = old
     assert not calm.conclude(lambda: old).any()
 
 
 @pytest.mark.parametrize("selector", ["query", "deviation"])
 def test_what_runs_first(selector: Selector) -> None:
-    found = survey(selector)
+    found = first_pass(selector)
     assert int(found.first_reused().sum()) == (280 if selector == "query" else 0)
     assert found.exits == (selector == "deviation")
     assert found.restart == (319 if selector == "query" else 10)

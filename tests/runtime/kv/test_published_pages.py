@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.approx.matching import Donor, ReuseConfig, Run
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.approx.matching import Donor, Run
 from blockzoo.runtime.kv.pool import IntegrityError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap

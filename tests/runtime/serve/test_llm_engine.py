@@ -18,6 +18,7 @@ from blockzoo.runtime.api.errors import (
     RequestError,
     UnknownModelError,
 )
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = "def main(argv):\n    "
@@ -172,6 +173,52 @@ def test_an_engine_that_fails_in_a_step_ends_its_requests_and_goes_on(
         assert "out of luck" in (output.error or "")
     engine.add_request("after", "base", PROMPT, GREEDY)
     assert run(engine)["after"][-1].finish_reason == "length"
+
+
+def test_rows_that_cannot_run_end_their_request_alone(engine: LLMEngine) -> None:
+    engine.add_request("alone", "base", PROMPT, GREEDY)
+    expected = text(run(engine)["alone"])
+    for name in ("good", "bad", "fine"):
+        engine.add_request(name, "base", PROMPT, GREEDY)
+    engine._requests["bad"].seq._tokens[3] = 10**6
+    outputs = run(engine)
+    assert [part.finish_reason for part in outputs["bad"]] == ["error"]
+    assert "token ids" in (outputs["bad"][0].error or "")
+    assert text(outputs["good"]) == text(outputs["fine"]) == expected
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_error_around_a_step_ends_one_request(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = getattr(engine._runner._reuse, where)
+
+    def failing(seq: TokenSequence, *arguments: Any) -> Any:
+        if seq.request_id == "bad":
+            raise RuntimeError("out of luck")
+        return real(seq, *arguments)
+
+    monkeypatch.setattr(engine._runner._reuse, where, failing)
+    for name in ("good", "bad"):
+        engine.add_request(name, "base", PROMPT, GREEDY)
+    outputs = run(engine)
+    assert outputs["bad"][-1].error == "the engine failed: out of luck"
+    assert outputs["good"][-1].finish_reason == "length"
+    assert "out of luck" in capsys.readouterr().err  # and whoever runs the server sees where
+
+
+def test_cached_tokens_are_told_in_whole_pages(engine: LLMEngine) -> None:
+    """Token by token they would spell out what others have asked."""
+    prompt = np.random.default_rng(7).integers(2, 2048, 90).tolist()
+    engine.add_request("first", "base", prompt, GREEDY)
+    run(engine)
+    before = engine.metrics()
+    for count, told in ((4, 0), (30, 0), (33, 32), (50, 32), (80, 64)):
+        engine.add_request("again", "base", [*prompt[:count], 5, 6, 7], GREEDY, kv_reuse="exact")
+        assert {output.num_cached_tokens for output in run(engine)["again"]} == {told}
+    after = engine.metrics()
+    assert after.copied_pages_total > before.copied_pages_total  # parts of pages are used all the same
+    assert after.cached_tokens_total - before.cached_tokens_total == 32 + 32 + 64
 
 
 def test_a_row_of_nan_ends_only_its_request(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""K and V in the pool's pages, as whole pages and as single tokens: copying, moving, looking."""
+"""K and V in the pages of a pool: read and written whole, copied, moved, looked at."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.approx.matching import Borrowed
+from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.zoo.tensors import bf16_to_f32
 
 _MOVED_TOKENS = 512  # at a time: what is rotated then stays in the processor's cache
 
 
-class KVPages:
-    """The tensors of one pool.
+class KVTensors:
+    """The tensors of one pool. A page id out of range is a ValueError, and then nothing was written.
 
     Args:
         pool: "key_cache" and "value_cache", each [num_pages or more, kv_heads, 32, head_dim].
         num_pages: that sequences may have.
         rotation: per chain, cos and sin of the plain rotary embedding, float32 [positions, head_dim].
-        device: made the pool.
+        arrays: made the pool.
     """
 
     def __init__(
@@ -29,18 +29,36 @@ class KVPages:
         pool: Mapping[str, Array],
         num_pages: int,
         rotation: Mapping[int, tuple[np.ndarray, np.ndarray]],
-        device: Arrays,
+        arrays: Arrays,
     ) -> None:
-        self._pool, self._num_pages, self._rotation, self._device = pool, num_pages, rotation, device
+        self._pool, self._num_pages, self._rotation, self._arrays = pool, num_pages, rotation, arrays
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        """[kv_heads, 32, head_dim]."""
+        return tuple(self._pool["key_cache"].shape[1:])
+
+    def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of pages int [...]: each [..., kv_heads, 32, head_dim], bf16 as uint16; a copy."""
+        index = self._checked(pages)
+        keys, values = (
+            self._arrays.to_host(self._pool[name][index]) for name in ("key_cache", "value_cache")
+        )
+        return keys, values
+
+    def write(self, pages: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+        """Set the K and V of pages int [...] to what `read` gave."""
+        index = self._checked(pages)
+        for name, contents in (("key_cache", keys), ("value_cache", values)):
+            pool = self._pool[name]
+            if isinstance(pool, np.ndarray):
+                pool[index] = contents
+            else:
+                pool[index] = self._arrays.activations(_widened(contents))
 
     def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy pages of K and V, int32 [n] each; no page is in both.
-
-        Raises:
-            ValueError: a page id is out of range; nothing was copied.
-        """
-        self._check(source, destination)
-        source, destination = source.astype(np.int64), destination.astype(np.int64)  # as torch wants them
+        """Copy pages of K and V, int32 [n] each; no page is in both."""
+        source, destination = self._checked(source), self._checked(destination)
         for pages in self._pool.values():
             pages[destination] = pages[source]
 
@@ -51,16 +69,12 @@ class KVPages:
             chain: of both, index into the topology's chains; its rotary embedding must be the plain one.
             borrowed: what lies where.
             page_table: int32 [num_layers, pages] of the sequence that takes it.
-
-        Raises:
-            ValueError: a page id is out of range; nothing was copied.
         """
         columns, to_slots = borrowed.positions // PAGE_TOKENS, borrowed.positions % PAGE_TOKENS
-        pages = page_table[:, columns].astype(np.int64)
-        self._check(pages, borrowed.pages)
+        pages, sources = self._checked(page_table[:, columns]), self._checked(borrowed.pages)
         moved = bool(borrowed.shift.any())
         cos, sin = rotation_by(borrowed.shift, *self._rotation[chain])
-        for source, destination in zip(borrowed.pages, pages, strict=True):
+        for source, destination in zip(sources, pages, strict=True):
             for name, pool in self._pool.items():
                 if name != "key_cache" or not moved:
                     pool[destination, :, to_slots] = pool[source, :, borrowed.slots]
@@ -68,7 +82,7 @@ class KVPages:
                 for begin in range(0, columns.size, _MOVED_TOKENS):
                     part = slice(begin, begin + _MOVED_TOKENS)
                     rows = pool[source[part], :, borrowed.slots[part]]  # [n, heads, head_dim]
-                    turned = self._device.rotated(rows, cos[part], sin[part])
+                    turned = self._arrays.rotated(rows, cos[part], sin[part])
                     pool[destination[part], :, to_slots[part]] = turned
 
     def values(self, pages: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -78,18 +92,17 @@ class KVPages:
             pages: int [..., columns], rows of a page table.
             positions: int64 [n], that these columns cover.
         """
-        found = pages[..., positions // PAGE_TOKENS].astype(np.int64)
-        self._check(found)
-        return self._wide(self._pool["value_cache"][found, :, positions % PAGE_TOKENS])
+        found = self._checked(pages[..., positions // PAGE_TOKENS])
+        return _widened(self._arrays.to_host(self._pool["value_cache"][found, :, positions % PAGE_TOKENS]))
 
-    def _wide(self, rows: Array) -> np.ndarray:
-        host = self._device.to_host(rows)
-        return bf16_to_f32(host) if host.dtype == np.uint16 else host
+    def _checked(self, pages: np.ndarray) -> np.ndarray:
+        if pages.size and (int(pages.min()) < 0 or int(pages.max()) >= self._num_pages):
+            raise ValueError(f"page ids {pages.min()} to {pages.max()} in a pool of {self._num_pages}")
+        return pages.astype(np.int64)  # as torch wants them
 
-    def _check(self, *pages: np.ndarray) -> None:
-        for ids in pages:
-            if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._num_pages):
-                raise ValueError(f"page ids {ids.min()} to {ids.max()} in a pool of {self._num_pages}")
+
+def _widened(contents: np.ndarray) -> np.ndarray:
+    return bf16_to_f32(contents) if contents.dtype == np.uint16 else contents
 
 
 def rotation_by(shift: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.api.errors import UnknownModelError
+from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, block_path
 
@@ -85,7 +88,7 @@ def test_loras_come_and_go_under_running_requests(
         engine.add_request(f"early {name}", name, PROMPT, GREEDY)
     before = run(engine, 5)
     add(tmp_path, folders, "qv", "all", "middle", remove=("upper",))
-    found = engine.refresh()
+    found = engine.reload()
     assert (found.added, found.removed, found.replaced) == (("all", "middle", "qv"), ("upper",), ())
     assert not found.waiting
     assert engine.models == ("all", "base", "middle", "qv")
@@ -107,7 +110,7 @@ def test_loras_come_and_go_under_running_requests(
         assert again[name][-1].num_cached_tokens == 64
     after_engines = [id(e) for executor in engine._zoo.executors.values() for e in executor._engines.values()]
     assert after_engines == loaded
-    assert engine.refresh().added == ()
+    assert engine.reload().added == ()
 
 
 def test_a_removed_model_finishes_what_it_has_begun(
@@ -118,10 +121,10 @@ def test_a_removed_model_finishes_what_it_has_begun(
     engine.add_request("qv", "qv", PROMPT, GREEDY)
     before = run(engine, 4)
     add(tmp_path, folders, remove=("qv",))
-    assert engine.refresh().removed == ("qv",)
+    assert engine.reload().removed == ("qv",)
     assert tokens(before["qv"], run(engine)["qv"]) == expected["qv"]
     add(tmp_path, folders, "qv")
-    assert engine.refresh().added == ("qv",)
+    assert engine.reload().added == ("qv",)
     engine.add_request("again", "qv", PROMPT, GREEDY)
     assert tokens(run(engine)["again"]) == expected["qv"]
 
@@ -135,7 +138,7 @@ def test_replaced_adapters_serve_new_requests_only(
     before = run(engine, 4)
     replacing = CompileOptions(verify=False, profile=False, replace=True)
     compile_models({"tenant": folders["all"]}, tmp_path, replacing)
-    assert engine.refresh().replaced == ("tenant",)
+    assert engine.reload().replaced == ("tenant",)
     engine.add_request("new", "tenant", PROMPT, GREEDY)
     after = run(engine)
     assert tokens(before["old"], after["old"]) == expected["qv"]
@@ -146,7 +149,7 @@ def test_what_needs_engines_waits_for_a_restart(folders: dict[str, Path], tmp_pa
     add(tmp_path, folders, "base", "qv")
     llm = LLM(tmp_path, **SETTINGS)
     add(tmp_path, folders, "head", "all")
-    found = llm.refresh()
+    found = llm.reload()
     assert found.added == ()
     assert found.waiting.keys() == {"head", "all"}
     assert "1 of its 8 blocks are not loaded" in found.waiting["head"]
@@ -160,7 +163,7 @@ def test_a_broken_zoo_changes_nothing(folders: dict[str, Path], tmp_path: Path) 
     llm = LLM(tmp_path, **SETTINGS)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ZooError):
-        llm.refresh()
+        llm.reload()
     assert llm.models == ("base",)
     assert len(llm.generate("base", [PROMPT], GREEDY, progress=False)[0].token_ids) == 24
 
@@ -182,7 +185,7 @@ def test_a_damaged_adapter_ends_its_own_requests_alone(
     engine.check_integrity()
 
 
-def test_refresh_beside_the_engine_thread(
+def test_reload_beside_the_engine_thread(
     folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
 ) -> None:
     add(tmp_path, folders, "base")
@@ -191,7 +194,7 @@ def test_refresh_beside_the_engine_thread(
     try:
         thread.submit("base", "base", PROMPT, GREEDY, outputs["base"].append)
         add(tmp_path, folders, "qv")
-        assert thread.refresh().added == ("qv",)
+        assert thread.reload().added == ("qv",)
         thread.submit("qv", "qv", PROMPT, GREEDY, outputs["qv"].append)
         assert thread.drain(60)
     finally:
@@ -205,4 +208,92 @@ def test_a_zoo_that_has_lost_its_folder_is_told(folders: dict[str, Path], tmp_pa
     llm = LLM(zoo, **SETTINGS)
     shutil.rmtree(zoo)
     with pytest.raises(ZooError, match="is not a directory"):
-        llm.refresh()
+        llm.reload()
+
+
+def test_overlapping_reloads_serve_every_model_its_own_adapters(
+    folders: dict[str, Path],
+    expected: dict[str, tuple[int, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add(tmp_path, folders, "base")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS, enable_lora=True))
+    add(tmp_path, folders, "qv")
+    real, reading, slow = Zoo.open, threading.Event(), threading.Event()
+
+    def read(path: Any) -> Zoo:
+        zoo = real(path)
+        if not reading.is_set():  # the first one has seen the zoo as it is now, and is late
+            reading.set()
+            assert slow.wait(30)
+        return zoo
+
+    monkeypatch.setattr("blockzoo.runtime.serve.reload.Zoo.open", read)
+    found: list[Reloaded] = []
+    threads = [threading.Thread(target=lambda: found.append(engine.reload())) for _ in range(4)]
+    threads[0].start()
+    assert reading.wait(30)
+    add(tmp_path, folders, "all", "middle", remove=("base",))
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.1)  # they wait for the first
+    slow.set()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == Reloaded(added=("qv",))
+    assert found[1:] == [Reloaded(added=("all", "middle"), removed=("base",))] * 3  # one for all who waited
+    assert engine.models == ("all", "middle", "qv")
+    for name in engine.models:
+        engine.add_request(name, name, PROMPT, GREEDY)
+    answers = {name: tokens(parts) for name, parts in run(engine).items()}
+    assert answers == {name: expected[name] for name in engine.models}
+    for executor in engine._zoo.executors.values():
+        assert tuple(executor.chains) == engine._zoo.topology.chains
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog barks. " * 12
+
+
+def cached(engine: LLMEngine, model: str) -> int:
+    engine.add_request("q", model, "And so", SamplingParams(max_tokens=1), documents=[TEXT])
+    return run(engine)["q"][-1].num_cached_tokens
+
+
+def test_published_documents_follow_the_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    add(tmp_path, folders, "base", "qv")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS | {"kv_sharing": "model"}, enable_lora=True))
+    document = engine.publish("for all", TEXT)
+    whole = document.num_tokens // 32 * 32
+    assert (whole > 100, document.models) == (True, ("base", "qv"))
+    pages = engine.metrics().document_pages
+    add(tmp_path, folders, "all", remove=("qv",))
+    engine.reload()
+    assert engine.has_unfinished()  # there is something to do, even without requests
+    assert cached(engine, "all") == whole
+    assert set(engine.documents[0].models) == {"all", "base"}
+    assert engine.metrics().document_pages == pages  # those of qv went, as many came
+    add(tmp_path, folders, remove=("all",))
+    engine.reload()
+    run(engine)
+    assert engine.metrics().document_pages < pages
+    engine.withdraw("for all")
+    assert engine.metrics().document_pages == 0
+    engine.check_integrity()
+
+
+def test_a_document_that_does_not_fit_later_models_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    add(tmp_path, folders, "base")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS | {"published_kv_share": 0.05}, enable_lora=True))
+    pages = engine.publish("doc", TEXT).num_pages
+    share = 1.5 * pages / engine.metrics().pages_total
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS | {"published_kv_share": share}, enable_lora=True))
+    engine.publish("doc", TEXT)
+    engine.publish("its own", "# other\n" * 8, ["base"])
+    add(tmp_path, folders, "all")
+    engine.reload()
+    run(engine)
+    document, own = engine.documents
+    assert (document.models, own.models, own.missing) == (("base",), ("base",), {})
+    assert "published_kv_share" in document.missing["all"]
+    assert cached(engine, "all") == 0

@@ -1,0 +1,86 @@
+"""Settings of approximate reuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Selector = Literal["query", "head-of-run", "deviation", "importance*deviation", "random"]
+RefreshOrder = Literal["position", "importance"]
+Unit = Literal["line", "page", "token"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseConfig:
+    """How approximate reuse works.
+
+    Attributes:
+        recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
+        refresh: reused tokens computed anew beside each generated one.
+        refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
+            drained queue leaves that of a full prefill; "importance" what received the most attention first.
+        selector: what is computed anew in the prefill.
+            "query": what the unmatched end of the prompt (the question) attends to: it runs first over the
+            KV as taken, and its attention is read.
+            "head-of-run": the first tokens of each run, whose context differs the most (EPIC, 2410.15332).
+            "deviation": where V differs the most once the first `check_layers` have run in full (CacheBlend,
+            2405.16444).
+            "importance*deviation": that times the attention from the end of the prompt (KVShare).
+            "random": the control.
+        head: tokens at the front of each run that are always computed anew, beside the share: what stood at
+            the front of another prompt draws attention wherever it is put.
+        check_layers: that run in full for the selectors that look at deviations. Models that have no more
+            are computed in full.
+        rounds: of looking ("query"): in each but the first, what was chosen before looks too.
+        unit: what is chosen at a time. "line": the line of text around a token, at most 16 tokens to either
+            side (selectors that do not look take pages). "page": whole pages, which run faster than scattered
+            tokens. "token".
+        min_share: of the tokens to compute; a prompt with fewer matched is computed in full.
+        max_deviation: mean deviation of V at the last check layer, relative to V; beyond it all is computed.
+        negligible: deviation of V, relative to V. Tokens with less are not computed anew by the selectors
+            that look at deviations, and a queue in which several in a row showed less is given up.
+        window: tokens of a window. Runs of 2 * window - 1 are always found, shorter than window never.
+        max_donors: prompts remembered as donors in all; the least recently used go first.
+    """
+
+    recompute: float = 0.07
+    refresh: int = 3
+    refresh_order: RefreshOrder = "importance"
+    selector: Selector = "query"
+    head: int = 0
+    check_layers: int = 2
+    rounds: int = 1
+    unit: Unit = "line"
+    min_share: float = 0.3
+    max_deviation: float = 0.5
+    negligible: float = 0.0
+    window: int = 16
+    max_donors: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the setting that is out of range."""
+        for name in ("recompute", "min_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+        least = {"refresh": 0, "head": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
+        for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+        for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder), ("unit", Unit)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
+
+    @property
+    def uses_check(self) -> bool:
+        """Whether the first layers run in full before it is decided what goes on."""
+        return self.selector in ("deviation", "importance*deviation")
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether engines must tell what attention tokens receive."""
+        return self.selector in ("query", "importance*deviation") or self.refresh_order == "importance"
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether what was taken over must be looked at before it is decided what is computed anew."""
+        return (self.uses_check or self.selector == "query") and self.recompute > 0

@@ -1,0 +1,126 @@
+"""From what a client asks to a request that the engine can queue: every check that needs no engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import get_args
+
+from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError, UnknownModelError
+from blockzoo.runtime.api.request import KVReuse, SamplingParams
+from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.sampling.sampler import SamplerState
+from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
+from blockzoo.runtime.text.detokenizer import Detokenizer
+from blockzoo.runtime.text.prompt import assemble
+
+
+@dataclass(slots=True)
+class Request:
+    """A checked request on its way through the engine."""
+
+    seq: TokenSequence
+    model: LoadedModel
+    params: SamplingParams
+    sampler: SamplerState
+    detokenizer: Detokenizer
+    max_tokens: int  # params.max_tokens, or what the model's length leaves
+    arrival: float
+    started: bool = False
+    last_token_time: float | None = None
+    num_generated: int = field(default=0)
+
+
+class RequestBuilder:
+    """Checks requests. Thread-safe.
+
+    Args:
+        zoo: what is loaded now.
+        config: of the engine.
+    """
+
+    def __init__(self, zoo: Callable[[], LoadedZoo], config: EngineConfig) -> None:
+        self._zoo, self._config = zoo, config
+
+    def model(self, name: str) -> LoadedModel:
+        """A model by its name. Raises UnknownModelError."""
+        return find_model(self._zoo(), name)
+
+    def build(
+        self,
+        request_id: str,
+        model: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        scope: str | None,
+        kv_reuse: KVReuse | None,
+        documents: Sequence[str],
+    ) -> Request:
+        """See `LLMEngine.prepare`."""
+        zoo = self._zoo()
+        loaded = find_model(zoo, model)
+        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; expected at least one token")
+        if len(token_ids) >= loaded.max_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
+                "that one can be generated: shorten it"
+            )
+        reuse = self._allowed_reuse(loaded, kv_reuse)
+        bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
+        vocab = loaded.chain.vocab_size
+        sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
+        arrival = time.monotonic()
+        seq = TokenSequence(
+            request_id,
+            model,
+            zoo.caches[loaded.chain.family],
+            loaded.chain.segments,
+            # unambiguous whatever a scope contains: it comes from the network
+            json.dumps([model if self._config.kv_sharing == "model" else None, scope]),
+            token_ids,
+            arrival,
+            reuse,
+            spans,
+            ends_line=loaded.tokenizer.ends_line if reuse == "approx" else None,
+            chain_index=loaded.chain_index,
+        )
+        detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
+        max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
+        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
+
+    def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
+        """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""
+        default = self._config.kv_reuse
+        if asked is None:
+            return "exact" if default == "approx" and not model.plain_rope else default
+        if asked not in get_args(KVReuse):
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; expected {' or '.join(get_args(KVReuse))}")
+        if default == "off" and asked != "off":
+            raise InvalidRequestError(f"kv_reuse is {asked!r}; this engine reuses no KV: use 'off'")
+        if asked == "approx" and self._config.approximate is None:
+            raise InvalidRequestError(
+                "kv_reuse is 'approx', which this engine does not allow (EngineConfig.approximate is None; "
+                "zoo-serve --kv-reuse allows it); use 'exact'"
+            )
+        if asked == "approx" and not model.plain_rope:
+            raise InvalidRequestError(
+                f"kv_reuse is 'approx'; {model.name} has a scaled rotary embedding, for which it is not "
+                "supported: use 'exact'"
+            )
+        return asked
+
+
+def find_model(zoo: LoadedZoo, name: str) -> LoadedModel:
+    """A model by its name. Raises UnknownModelError."""
+    model = zoo.models.get(name)
+    if model is None:
+        close = get_close_matches(name, zoo.models, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(sorted(zoo.models))}"
+        raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
+    return model
