@@ -1,9 +1,5 @@
 """Paged KV bookkeeping with an exact prefix cache, for one KV geometry.
 
-A node of the tree stands for 32 tokens (and, through its key, all tokens before them) in one segment of
-layers, and holds one page id per layer of that segment. Chains that agree below a boundary name the same
-segments there, so their sequences meet in the same nodes.
-
     page_table of a sequence            columns: pages of 32 tokens
                         0    1    2    3    4
       layers 0..19    [ n    n    n    n  | o ]     n: pages of tree nodes, shared, never written again
@@ -18,7 +14,6 @@ It knows page ids, token counts and keys; no tensor, no engine.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -29,12 +24,12 @@ from blockzoo.engines.base import PAGE_TOKENS, pages_for
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.runtime.kv.boundary import BoundaryCache
-from blockzoo.runtime.kv.integrity import check_lru, check_partition, check_references
-from blockzoo.runtime.kv.nodes import Node, SegmentTree
+from blockzoo.runtime.kv.nodes import Node
 from blockzoo.runtime.kv.pool import PagePool
+from blockzoo.runtime.kv.prefix_tree import PrefixTree
 from blockzoo.runtime.kv.published_pages import Publication, PublishedPages
 from blockzoo.runtime.kv.reuse_plan import ReusePlanner
-from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 
 MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
 _MAX_CANDIDATES = 64  # pages looked at for one that begins alike
@@ -68,8 +63,6 @@ class KVCache:
     - A page is free, in the tree, or owned by one sequence.
     - A sequence that references the node of page i in a segment references those of pages < i there, and
       those of pages <= i in all segments below.
-    - `_lru` holds the unreferenced nodes, oldest use first, and each child before its parent. So its front is
-      always a leaf: eviction needs no search and never cuts a path.
 
     Args:
         num_pages: of the pool.
@@ -90,18 +83,17 @@ class KVCache:
         self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
         self.planner = None if reuse is None else ReusePlanner(reuse)
         self.published = PublishedPages()
-        self.version = 0  # changes whenever a probe's result may have changed
-        self.num_cached_pages = 0
-        self.num_evictable_pages = 0
+        self.tree = PrefixTree(self.pool)
         self.lookups = 0
         self.resumed_tokens = 0
         self.copied_pages = 0
         self.approximate_tokens = 0
         self.approximate_pages = 0
-        self.evictions = 0
-        # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
-        self._trees: dict[Segment, SegmentTree] = {}
-        self._lru: OrderedDict[Node, None] = OrderedDict()
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a probe's result may have changed."""
+        return self.tree.version
 
     # ---- lookups
 
@@ -129,7 +121,7 @@ class KVCache:
         limit = seq.num_tokens // PAGE_TOKENS
         # No node outlives its parent, so presence is monotonic in the page index and bisection is exact.
         for segment in seq.segments:
-            tree = self._trees.get(segment)
+            tree = self.tree.find(segment)
             if tree is None or limit == 0:
                 limit = 0
             else:
@@ -150,12 +142,12 @@ class KVCache:
         """Whether pages for all tokens of a new `seq` can be had now, with `spare_pages` left besides."""
         pinned = 0  # evictable now, but not once the sequence uses them
         need = spare_pages + pages_for(seq.num_tokens) * seq.num_layers
-        for tree, end in zip(self._trees_of(seq), self._match(seq), strict=True):
+        for tree, end in zip(self.tree.of(seq), self._match(seq), strict=True):
             need -= end * tree.num_layers
             for key in seq.page_keys(end)[:end]:
                 node = tree.nodes[key]
                 pinned += node.pages.size if node.refs == 0 else 0
-        return need <= self.pool.num_free + self.num_evictable_pages - pinned
+        return need <= self.pool.num_free + self.tree.num_evictable_pages - pinned
 
     def can_ever_hold(self, seq: TokenSequence) -> bool:
         """Whether all tokens of `seq` would fit if it had all pages to itself."""
@@ -182,13 +174,13 @@ class KVCache:
             return 0
         ends = self._match(seq)
         seq.grow_page_table(ends[0])
-        for path, tree, end in zip(seq.nodes, self._trees_of(seq), ends, strict=True):
+        for path, tree, end in zip(seq.nodes, self.tree.of(seq), ends, strict=True):
             held = len(path)
             if end == held:
                 continue
             nodes = [tree.nodes[key] for key in seq.page_keys(end)[held:end]]
             for node in nodes:
-                self._reference(node)
+                self.tree.reference(node)
             path += nodes
             seq.page_table[tree.rows, held:end] = np.stack([node.pages for node in nodes], axis=1)
             if seq.num_preemptions == 0:
@@ -231,10 +223,10 @@ class KVCache:
         count, donors = self._begin_alike(seq, first, wanted)
         pinned = sum(node.pages.size for node in donors if node.refs == 0)
         need = spare_pages + (pages_for(seq.num_tokens) - first) * seq.num_layers
-        if not donors or need > self.pool.num_free + self.num_evictable_pages - pinned:
+        if not donors or need > self.pool.num_free + self.tree.num_evictable_pages - pinned:
             return 0
         for node, segment in zip(donors, seq.segments, strict=True):
-            self._reference(node)
+            self.tree.reference(node)
             self.boundaries.begin_page(seq, segment.boundary, node.key, start + count)
         seq.copied_from = donors
         seq.num_computed += count
@@ -244,7 +236,7 @@ class KVCache:
 
     def _begin_alike(self, seq: TokenSequence, page: int, wanted: np.ndarray) -> tuple[int, list[Node]]:
         """The page in place of `page` whose tokens agree with `wanted` the longest: how many, its nodes."""
-        *lower, top = self._trees_of(seq)
+        *lower, top = self.tree.of(seq)
         best, donors = MIN_COPIED_TOKENS - 1, []
         public = seq.public_parent_key(page)
         for key, child in chain.from_iterable(
@@ -268,15 +260,15 @@ class KVCache:
         """
         if self.planner is None or seq.reuse != "approx" or not self._reuses(seq):
             return 0
-        plan = self.planner.plan(seq, self._trees_of(seq))
+        plan = self.planner.plan(seq, self.tree.of(seq))
         if plan is None:
             return 0
         pinned = sum(node.pages.size for node in plan.nodes if node.refs == 0)
         need = spare_pages + self.missing_pages(seq, seq.num_tokens)
-        if need > self.pool.num_free + self.num_evictable_pages - pinned:
+        if need > self.pool.num_free + self.tree.num_evictable_pages - pinned:
             return 0
         for node in plan.nodes:
-            self._reference(node)
+            self.tree.reference(node)
         seq.copied_from = list(plan.nodes)
         reserved = self.reserve(seq, seq.num_tokens)
         assert reserved, f"{seq} lacks pages that were counted"
@@ -305,7 +297,7 @@ class KVCache:
 
     def _drop_copies(self, seq: TokenSequence) -> None:
         for node in reversed(seq.copied_from):
-            self._dereference(node)
+            self.tree.dereference(node)
         seq.copied_from = []
 
     def missing_pages(self, seq: TokenSequence, num_tokens: int) -> int:
@@ -326,7 +318,7 @@ class KVCache:
         if end <= first:
             return True
         count = self.missing_pages(seq, num_tokens)
-        if count > self.pool.num_free and not self._evict_until_free(count):
+        if not self.tree.evict_until_free(count):
             return False
         seq.grow_page_table(end)
         columns = seq.page_table[:, first:end].T
@@ -343,7 +335,7 @@ class KVCache:
         full = seq.num_computed // PAGE_TOKENS
         if full <= seq.num_tree_pages or not self._reuses(seq) or seq.approx is not None:
             return  # what is computed from approximate KV is approximate
-        first, keys, trees = seq.num_tree_pages, seq.page_keys(full), self._trees_of(seq)
+        first, keys, trees = seq.num_tree_pages, seq.page_keys(full), self.tree.of(seq)
         public = keys[first : min(full, seq.num_public_pages)]
         if any(key not in tree.nodes for tree in trees for key in public):
             return  # withdrawn and evicted meanwhile: only a sequence that publishes makes public pages
@@ -355,10 +347,9 @@ class KVCache:
                     tokens = seq.token_ids[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS].copy()
                     parent = nodes[page - 1] if page else None
                     node = Node(tree, keys[page], parent, seq.parent_key(page), own.copy(), tokens)
-                    tree.add(node)
-                    self.num_cached_pages += node.pages.size
+                    self.tree.add(node)
                 else:
-                    self._reference(node)
+                    self.tree.reference(node)
                     self.pool.free(own)
                     seq.page_table[tree.rows, page] = node.pages
                     tree.deduped_tokens += PAGE_TOKENS
@@ -367,11 +358,11 @@ class KVCache:
             del seq.entering[page]
         if self.planner is not None and first < seq.num_prompt_pages <= full:
             self.planner.remember(seq)
-        self.version += 1
+        self.tree.version += 1
 
     def pages_to_publish(self, seq: TokenSequence) -> int:
         """Pages that publishing `seq`, a sequence of full pages, would add to those published."""
-        return self.published.missing_pages(seq, self._trees_of(seq))
+        return self.published.missing_pages(seq, self.tree.of(seq))
 
     def publish(self, seq: TokenSequence, num_tokens: int, lead: int) -> Publication:
         """Keep the pages of `seq`, which publishes and is computed, for every scope until `withdraw`.
@@ -382,13 +373,13 @@ class KVCache:
         assert all(len(path) == seq.num_pages for path in seq.nodes), f"{seq} is not all in the tree"
         nodes = tuple(path[page] for page in range(seq.num_pages) for path in seq.nodes)
         for node in nodes:
-            self._reference(node)
+            self.tree.reference(node)
         tokens = seq.token_ids[:num_tokens].copy()
         publication = Publication(seq.segments, tokens, lead, tuple(seq.page_keys(seq.num_pages)), nodes)
         self.published.add(publication)
         if self.planner is not None:
             self.planner.published.add(publication)
-        self.version += 1
+        self.tree.version += 1
         return publication
 
     def withdraw(self, publication: Publication) -> None:
@@ -397,8 +388,8 @@ class KVCache:
             self.planner.published.remove(publication)
         self.published.remove(publication)
         for node in reversed(publication.nodes):
-            self._dereference(node)
-        self.version += 1
+            self.tree.dereference(node)
+        self.tree.version += 1
 
     def release(self, seq: TokenSequence) -> None:
         """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
@@ -409,7 +400,7 @@ class KVCache:
         for page in range(len(seq.nodes[0]) - 1, -1, -1):
             for nodes in reversed(seq.nodes):
                 if page < len(nodes):
-                    self._dereference(nodes[page])
+                    self.tree.dereference(nodes[page])
         for nodes in seq.nodes:
             nodes.clear()
         seq.entering.clear()
@@ -421,58 +412,17 @@ class KVCache:
     def _reuses(self, seq: TokenSequence) -> bool:
         return self.prefix_caching and seq.reuse != "off"
 
-    # ---- nodes
-
-    def _trees_of(self, seq: TokenSequence) -> list[SegmentTree]:
-        trees = self._trees
-        return [trees.get(s) or trees.setdefault(s, SegmentTree(s)) for s in seq.segments]
-
-    def _reference(self, node: Node) -> None:
-        if node.refs == 0:
-            del self._lru[node]
-            self.num_evictable_pages -= node.pages.size
-        node.refs += 1
-
-    def _dereference(self, node: Node) -> None:
-        node.refs -= 1
-        if node.refs == 0:
-            self._lru[node] = None
-            self.num_evictable_pages += node.pages.size
-
-    def _evict_until_free(self, count: int) -> bool:
-        short = count - self.pool.num_free
-        if short > self.num_evictable_pages:
-            return False
-        evicted: list[np.ndarray] = []
-        while short > 0:
-            node, _ = self._lru.popitem(last=False)
-            node.tree.remove(node)
-            evicted.append(node.pages)
-            short -= node.pages.size
-        pages = np.concatenate(evicted)
-        self.pool.free(pages)
-        self.num_cached_pages -= pages.size
-        self.num_evictable_pages -= pages.size
-        self.evictions += len(evicted)
-        self.version += 1
-        return True
-
     # ---- looking in from outside
 
     def stats(self) -> CacheStats:
         """A snapshot of counters and page counts."""
-        hits: dict[str, int] = {}
-        deduped: dict[str, int] = {}
-        for tree in list(self._trees.values()):  # a copy: others may ask while the engine runs
-            key = tree.segment.key
-            hits[key] = hits.get(key, 0) + tree.hit_tokens
-            deduped[key] = deduped.get(key, 0) + tree.deduped_tokens
+        hits, deduped = self.tree.gains()
         return CacheStats(
             pages_total=self.pool.num_pages,
             pages_free=self.pool.num_free,
-            pages_cached=self.num_cached_pages,
-            pages_evictable=self.num_evictable_pages,
-            pages_owned=self.pool.num_pages - self.pool.num_free - self.num_cached_pages,
+            pages_cached=self.tree.num_pages,
+            pages_evictable=self.tree.num_evictable_pages,
+            pages_owned=self.pool.num_pages - self.pool.num_free - self.tree.num_pages,
             lookups=self.lookups,
             resumed_tokens=self.resumed_tokens,
             copied_pages=self.copied_pages,
@@ -480,7 +430,7 @@ class KVCache:
             approximate_pages=self.approximate_pages,
             published_pages=self.published.num_pages,
             published_hit_tokens=self.published.hit_tokens,
-            evictions=self.evictions,
+            evictions=self.tree.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,
         )
@@ -490,8 +440,4 @@ class KVCache:
 
         Raises IntegrityError on the first that does not hold. Takes milliseconds: for idle times and tests.
         """
-        sequences = list(sequences)
-        nodes = [node for tree in self._trees.values() for node in tree.nodes.values()]
-        check_partition(self.pool, sequences, nodes, self.num_cached_pages)
-        check_references(sequences, nodes, self.published.pins())
-        check_lru(nodes, list(self._lru), self.num_evictable_pages)
+        self.tree.check_integrity(sequences, self.published.pins())

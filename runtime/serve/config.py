@@ -14,6 +14,34 @@ from blockzoo.runtime.approx.config import ReuseConfig
 
 _DEFAULT_KV_BYTES = 2 << 30
 
+Policy = Literal["hit-first", "fair"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Bounds and order. With `hit-first` a tenant's wait depends on what others cached; with `fair` not."""
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    policy: Policy = "hit-first"
+    ageing_s: float = 2.0  # who has waited longer goes ahead of any cache hit, in order of arrival
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the setting that is out of range."""
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
+                f"({self.max_num_seqs}): each running sequence needs a token per step; raise it"
+            )
+        if self.policy not in ("hit-first", "fair"):
+            raise ValueError(f"schedule policy is {self.policy!r}, expected 'hit-first' or 'fair'")
+        if not self.ageing_s >= 0:
+            raise ValueError(f"ageing_s is {self.ageing_s}, expected seconds, at least 0")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -75,7 +103,7 @@ class EngineConfig:
     kv_cache_dir_bytes: int = 4 << 30
     approximate: ReuseConfig | None = None
     kv_sharing: Literal["model", "scope"] = "model"
-    schedule: Literal["hit-first", "fair"] = "hit-first"
+    schedule: Policy = "hit-first"
     num_threads: int | None = None
     max_span_layers: int | None = None
 
@@ -95,22 +123,18 @@ class EngineConfig:
             )
         if not 0 <= self.published_kv_share <= 1:
             raise InvalidRequestError(f"published_kv_share is {self.published_kv_share}; expected 0 to 1")
-        for name in ("kv_cache_dir_bytes", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise InvalidRequestError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; expected at least max_num_seqs "
-                f"({self.max_num_seqs}): each running request needs a token per step"
-            )
+        if self.kv_cache_dir_bytes < 1:
+            raise InvalidRequestError(f"kv_cache_dir_bytes is {self.kv_cache_dir_bytes}; expected at least 1")
+        try:
+            self.scheduler()
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
         if self.kv_reuse not in get_args(KVReuse):
             expected = ", ".join(get_args(KVReuse))
             raise InvalidRequestError(f"kv_reuse is {self.kv_reuse!r}; expected {expected}")
         self._resolve_approximate()
         if self.kv_sharing not in ("model", "scope"):
             raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
-        if self.schedule not in ("hit-first", "fair"):
-            raise InvalidRequestError(f"schedule is {self.schedule!r}; expected hit-first or fair")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
 
@@ -128,6 +152,12 @@ class EngineConfig:
                 "approximate reuse needs prefix_caching: allow it, or use kv_reuse exact"
             )
         object.__setattr__(self, "approximate", given)  # frozen for everybody else
+
+    def scheduler(self) -> SchedulerConfig:
+        """The scheduler's part. Raises ValueError naming the setting that is out of range."""
+        return SchedulerConfig(
+            self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, policy=self.schedule
+        )
 
     def resolved_kv_bytes(self) -> int:
         """The pool's size in bytes."""

@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 
 from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
@@ -27,7 +28,7 @@ from blockzoo.runtime.serve.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
 from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
-from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler, SchedulerConfig
+from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
@@ -54,13 +55,9 @@ class LLMEngine:
         progress: Progress | None = None,
     ) -> None:
         self.config = config or EngineConfig()
-        scheduler_config = SchedulerConfig(
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            # those that the next step will admit wait too, until it begins
-            max_waiting=self.config.max_waiting + self.config.max_num_seqs,
-            policy=self.config.schedule,
-        )
+        # those that the next step will admit wait too, until it begins
+        waiting = self.config.max_waiting + self.config.max_num_seqs
+        self._scheduler = Scheduler(replace(self.config.scheduler(), max_waiting=waiting))
         zoo = Zoo.open(zoo_path)
         maker = make_engines(
             self.config.backend,
@@ -71,7 +68,6 @@ class LLMEngine:
         )
         self._served = ServedZoo(zoo, load_zoo(zoo, self.config, maker, progress))
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
-        self._scheduler = Scheduler(scheduler_config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
         self._runner = StepRunner(self._zoo.boundaries, ReuseSteps(maker.arrays.rows_like))

@@ -16,42 +16,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.serve.config import SchedulerConfig
 
 PROBES_PER_STEP = 16  # waiting sequences whose expected cache hits are looked up again in one step
-
-Policy = Literal["hit-first", "fair"]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Bounds and order. With `hit-first` a tenant's wait depends on what others cached; with `fair` not."""
-
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 1024
-    policy: Policy = "hit-first"
-    ageing_s: float = 2.0  # who has waited longer goes ahead of any cache hit, in order of arrival
-
-    def __post_init__(self) -> None:
-        """Raise ValueError naming the setting that is out of range."""
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
-                f"({self.max_num_seqs}): each running sequence needs a token per step; raise it"
-            )
-        if self.policy not in ("hit-first", "fair"):
-            raise ValueError(f"schedule policy is {self.policy!r}, expected 'hit-first' or 'fair'")
-        if not self.ageing_s >= 0:
-            raise ValueError(f"ageing_s is {self.ageing_s}, expected seconds, at least 0")
 
 
 class Scheduled(NamedTuple):

@@ -23,7 +23,8 @@ from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication
 from blockzoo.runtime.kv.sequence import Part, Segment, TokenSequence
-from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler, SchedulerConfig
+from blockzoo.runtime.serve.config import SchedulerConfig
+from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 
 LOW, MIDDLE = Segment(0, 1, "low"), Segment(1, 2, "low+middle", "out of low")
 MODELS = {  # d leaves a and b after one layer, a and b part after two; c has another geometry and cache

@@ -45,13 +45,13 @@ def table(seq: TokenSequence) -> list[list[int]]:
 def evicted_one_by_one(cache: KVCache) -> list[tuple[str, int]]:
     """Grow a sequence of one layer page by page; (segment, first token) of each node it pushes out."""
     label = {}
-    for tree in cache._trees.values():
+    for tree in cache.tree._segments.values():
         for node in tree.nodes.values():
             label[node] = (tree.segment.key, int(node.pages[0]))
     hog = sequence(cache, tokens(*range(cache.pool.num_pages)), ONE_LAYER)
     order, before = [], set(label)
     while before and cache.reserve(hog, (hog.num_pages + 1) * PAGE_TOKENS):
-        now = {node for tree in cache._trees.values() for node in tree.nodes.values()}
+        now = {node for tree in cache.tree._segments.values() for node in tree.nodes.values()}
         order += [label[node] for node in before - now]
         assert len(before - now) <= 1
         before = now
@@ -140,9 +140,9 @@ def test_second_sequence_takes_the_pages_of_the_first():
 def test_probe_touches_nothing():
     cache = KVCache(12)
     cache.release(run(cache, tokens(1, extra=1)))
-    lru, before = list(cache._lru), cache.stats()
+    lru, before = list(cache.tree._lru), cache.stats()
     assert cache.probe(sequence(cache, tokens(1, extra=2))) == 32
-    assert (list(cache._lru), cache.stats()) == (lru, before)
+    assert (list(cache.tree._lru), cache.stats()) == (lru, before)
 
 
 @pytest.mark.parametrize(("extra", "cached"), [(0, 32), (1, 64)])
@@ -424,15 +424,15 @@ def _count_a_reference_too_many(cache, seq):
 
 
 def _be_evictable_in_use(cache, seq):
-    cache._lru[seq.nodes[0][0]] = None
+    cache.tree._lru[seq.nodes[0][0]] = None
 
 
 def _lose_an_evictable_node(cache, seq):
-    cache._lru.popitem()
+    cache.tree._lru.popitem()
 
 
 def _evict_a_parent_first(cache, seq):
-    cache._lru.move_to_end(next(iter(cache._lru)))
+    cache.tree._lru.move_to_end(next(iter(cache.tree._lru)))
 
 
 def _write_into_the_tree(cache, seq):
@@ -444,15 +444,15 @@ def _compute_beyond_the_pages(cache, seq):
 
 
 def _miscount_cached(cache, seq):
-    cache.num_cached_pages += 1
+    cache.tree.num_pages += 1
 
 
 def _miscount_evictable(cache, seq):
-    cache.num_evictable_pages += 1
+    cache.tree.num_evictable_pages += 1
 
 
 def _drop_a_parent(cache, seq):
-    del cache._trees[LOW].nodes[seq._page_keys[0]]
+    del cache.tree._segments[LOW].nodes[seq._page_keys[0]]
 
 
 def _corrupt_an_id(cache, seq):

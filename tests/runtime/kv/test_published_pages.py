@@ -62,7 +62,7 @@ def test_every_scope_finds_a_document_and_its_last_part_of_a_page():
     publish(cache)
     for scope in ("red", "blue", ""):
         assert run(cache, [*DOCUMENT, 7, 8, 9], scope) == 75
-    assert cache.stats().published_hit_tokens == 3 * 75
+    assert cache.stats().published_hit_tokens == 3 * 64
     assert run(cache, DOCUMENT[:64], "green") == 63  # all but the token whose logits are needed
 
 
@@ -96,9 +96,9 @@ def test_a_document_of_one_chain_is_none_of_another():
     prompt = [*FILLED, 7]
     assert run(cache, prompt, "red", MODEL_B) == 0
     assert run(cache, prompt, "blue", MODEL_B) == 0
-    first = cache.num_cached_pages
+    first = cache.tree.num_pages
     publish(cache, segments=MODEL_B)
-    assert cache.num_cached_pages == first + 3  # the lower layers are there
+    assert cache.tree.num_pages == first + 3  # the lower layers are there
     assert run(cache, prompt, "blue", MODEL_B) == 96
 
 
@@ -107,7 +107,7 @@ def test_documents_outlast_everything_else():
     publication = publish(cache)  # 9 pages
     for start in range(1000, 5000, 1000):
         assert run(cache, list(range(start, start + 33)), "red", (Segment(0, 1, "hog"),)) == 0
-    assert cache.evictions > 0
+    assert cache.tree.evictions > 0
     assert run(cache, FILLED[:40], "blue") == 39
     assert cache.published.num_pages == 9
     cache.withdraw(publication)
@@ -164,7 +164,7 @@ def test_a_lost_page_is_noticed():
     leaf = publication.nodes[-1]
     leaf.tree.remove(leaf)
     cache.pool.free(leaf.pages)
-    cache.num_cached_pages -= leaf.pages.size
+    cache.tree.num_pages -= leaf.pages.size
     with pytest.raises(IntegrityError, match="published page has left"):
         cache.check_integrity([])
 

@@ -10,8 +10,9 @@ from blockzoo.engines.arrays import HostArrays
 from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.serve.config import SchedulerConfig
 from blockzoo.runtime.serve.metrics import Histogram, MetricsRecorder
-from blockzoo.runtime.serve.scheduler import Scheduler, SchedulerConfig
+from blockzoo.runtime.serve.scheduler import Scheduler
 
 
 def snapshot(recorder, caches=(), scheduler=None):

@@ -5,7 +5,8 @@ import pytest
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
-from blockzoo.runtime.serve.scheduler import PROBES_PER_STEP, Scheduler, SchedulerConfig
+from blockzoo.runtime.serve.config import SchedulerConfig
+from blockzoo.runtime.serve.scheduler import PROBES_PER_STEP, Scheduler
 
 LAYERS = (Segment(0, 1, "low"), Segment(1, 2, "high"))  # 2 pages per 32 tokens
 
