@@ -30,7 +30,7 @@ from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
-from blockzoo.runtime.prompt import assemble
+from blockzoo.runtime.prompt import Prompt, assemble
 from blockzoo.runtime.publisher import PublishedDocument, Publisher
 from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
@@ -134,7 +134,7 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
@@ -143,7 +143,7 @@ class LLMEngine:
         """Check a request and make it ready to enqueue. Thread-safe.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids as a list or 1-D array of integers.
             scope: requests share cached KV only with those of the same scope, and only within one model
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
@@ -157,7 +157,7 @@ class LLMEngine:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
         loaded = self._model(model)
-        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
+        token_ids, spans = assemble(loaded.tokenizer, loaded.chain.vocab_size, prompt, documents)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:
@@ -219,7 +219,7 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,

@@ -14,6 +14,7 @@ from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine, Request
 from blockzoo.runtime.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.metrics import Metrics
+from blockzoo.runtime.prompt import Prompt
 from blockzoo.runtime.publisher import PublishedDocument
 from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import KVReuse, RequestOutput, SamplingParams
@@ -65,7 +66,7 @@ class EngineThread:
         self,
         request_id: str,
         model: str,
-        prompt: str | AnySequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         on_output: OnOutput,
         scope: str | None = None,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from blockzoo.runtime.config import EngineConfig
 from blockzoo.runtime.engine_loop import LLMEngine
 from blockzoo.runtime.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.prompt import Prompt
 from blockzoo.runtime.publisher import PublishedDocument
 from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
-
-Prompt = str | AnySequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class LLM:
 
         Args:
             model: one model for all prompts, or one per prompt.
-            prompts: texts or lists of token ids; a single text is a list of one.
+            prompts: texts, or lists or 1-D arrays of token ids; a single one is a list of one.
             params: one for all prompts, or one per prompt; None: the defaults.
             scope, documents: of all prompts; see `LLMEngine.prepare`.
             kv_reuse: "off", "exact" or "approx" for all prompts, or one per prompt; see `LLMEngine.prepare`.
@@ -123,12 +125,14 @@ class LLM:
         self.engine.withdraw(name)
 
 
-def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Any]:
+    """A list of prompts, which are checked one by one later."""
+    if isinstance(prompts, np.ndarray):  # of texts, or one prompt of token ids
+        return prompts.tolist() if prompts.ndim == 1 and prompts.dtype.kind in "UO" else [prompts]
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, AnySequence):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    is_ids = bool(prompts) and isinstance(prompts[0], (numbers.Number, np.generic))
+    return [prompts] if is_ids and not isinstance(prompts[0], str) else list(prompts)
 
 
 def _spread(name: str, value: Any, prompts: AnySequence[Prompt]) -> list[Any]:

@@ -243,6 +243,64 @@ def test_generate_takes_one_or_many(demo_zoo: Path) -> None:
     assert not llm.engine.has_unfinished()
 
 
+def test_a_stop_word_that_is_a_special_token(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20)
+    asked = "Q: 3+4\nA:"
+    (end,) = llm.engine.end_ids["solver"]  # </s>
+    (expected,) = llm.generate("solver", asked, SamplingParams(max_tokens=64, temperature=0.0))
+    assert expected.token_ids[-1] == end
+    assert expected.finish_reason == "stop"
+    for fields, text in (
+        ({}, expected.text),
+        ({"skip_special_tokens": False}, expected.text),
+        ({"include_stop": True}, f"{expected.text}</s>"),
+        ({"min_tokens": len(expected.token_ids) - 1}, expected.text),
+    ):
+        params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True, stop=("</s>",), **fields)
+        (found,) = llm.generate("solver", asked, params)
+        assert (found.text, found.token_ids, found.finish_reason) == (text, expected.token_ids, "stop")
+
+
+def test_generate_takes_token_ids_of_any_integer_type(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20)
+    ids = llm.engine.tokenizer("base").encode(PROMPT)
+    (expected,) = llm.generate("base", ids, GREEDY)
+    array = np.array(ids, np.int32)
+    for one in (array, tuple(ids), list(array), array.astype(np.uint64), np.array([PROMPT])):
+        (found,) = llm.generate("base", one, GREEDY)  # type: ignore[arg-type]
+        assert found.token_ids == expected.token_ids
+    found, again = llm.generate("base", [array, PROMPT], GREEDY)
+    assert found.token_ids == again.token_ids == expected.token_ids
+    assert llm.generate("base", [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (np.array([[1, 2], [3, 4]]), r"array of int64 of shape \(2, 2\)"),
+        (np.array([1.5]), "array of float64"),
+        (np.array([], np.int64), "the prompt is empty"),
+        ([np.array([], np.int64)], "the prompt is empty"),
+        ([[]], "the prompt is empty"),
+        ([1.5, 2.5], r"prompt\[0\] is 1.5"),
+        ([True, False], r"prompt\[0\] is True"),
+        (np.array([True]), "array of bool"),
+        (["a", 7], "of type int"),
+        ([7, "a"], r"prompt\[1\] is 'a'"),
+        ([2**70], r"prompt\[0\] is 1180591620717411303424"),
+        (b"bytes", "of type bytes"),
+        ([b"bytes"], "of type bytes"),
+        (7, "of type int"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_generate_refuses_what_is_no_prompt(engine: LLMEngine, prompts: Any, message: str) -> None:
+    llm = LLM.__new__(LLM)
+    llm.engine = engine
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate("base", prompts, GREEDY)
+
+
 # ---- EngineThread
 
 
