@@ -45,8 +45,7 @@ class Detokenizer:
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         words: list[tuple[str, Symbols]] = [(word, tuple(word)) for word in params.stop]
-        if self._hidden:
-            words += [(word, tokenizer.with_special_tokens(word)) for word in params.stop]
+        words += [(word, tokenizer.with_special_tokens(word)) for word in params.stop]
         self._stop_words = _StopWords(words)
         self._held = ""  # characters that may begin a stop word
         shown = (token for token in reversed(prompt_token_ids) if token not in self._hidden)
@@ -60,6 +59,13 @@ class Detokenizer:
         if token_id in self._hidden:
             return self._up_to_stop([token_id])
         return self._up_to_stop(self._characters.push(token_id))
+
+    def end(self, token_id: int) -> str:
+        """Takes the last token, which ends the text and is not shown, but as (the end of) a stop word."""
+        if self.stopped:
+            return ""
+        self._num_tokens += 1
+        return self._up_to_stop([token_id])
 
     def flush(self) -> str:
         """Ends the text: returns what was held back, U+FFFD in place of characters left unfinished."""

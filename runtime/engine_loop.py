@@ -385,9 +385,9 @@ class LLMEngine:
         request.seq.append_token(token.token_id)
         self._record_token(request)
         reason: FinishReason | None = None
-        text = ""
         if token.token_id in request.model.eos_token_ids and not request.params.ignore_eos:
             reason = "stop"
+            text = request.detokenizer.end(token.token_id)
         else:
             text = request.detokenizer.push(token.token_id)
             if request.detokenizer.stopped:

@@ -423,6 +423,24 @@ def test_special_stop_words_count_from_min_tokens_on(tokenizer):
     assert "".join(run(tokenizer, ids, stop=("<|im_end|>",), min_tokens=2)[0]) == "the"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_token_that_ends_the_text_completes_stop_words(tokenizer, byte_ids, skip):
+    for stop, include_stop, text in [
+        ((), False, f"x dog{REPLACEMENT}"),
+        (("</s>",), False, f"x dog{REPLACEMENT}"),
+        (("</s>",), True, f"x dog{REPLACEMENT}</s>"),
+        (("<s>", "dogs"), True, f"x dog{REPLACEMENT}"),
+        (("g</s>",), False, "x do"),
+    ]:
+        params = SamplingParams(stop=stop, include_stop=include_stop, skip_special_tokens=skip)
+        detokenizer = Detokenizer(tokenizer, params)
+        pushes = [detokenizer.push(token) for token in tokenizer.encode("x dog")]
+        if text.endswith((REPLACEMENT, "</s>")):
+            pushes.append(detokenizer.push(byte_ids[0xE4]))
+        pushes += [detokenizer.end(1), detokenizer.flush(), detokenizer.end(1)]
+        assert "".join(pushes) == text
+
+
 def test_white_space_that_a_special_token_takes_along(bpe_tokenizer_dir):
     library = Library.from_file(str(bpe_tokenizer_dir / "tokenizer.json"))
     library.add_special_tokens([AddedToken("<end>", lstrip=True, rstrip=True)])

@@ -259,6 +259,10 @@ def test_a_stop_word_that_is_a_special_token(demo_zoo: Path) -> None:
         params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True, stop=("</s>",), **fields)
         (found,) = llm.generate("solver", asked, params)
         assert (found.text, found.token_ids, found.finish_reason) == (text, expected.token_ids, "stop")
+    # it ends the answer anyway
+    params = SamplingParams(max_tokens=64, temperature=0.0, stop=("</s>",), include_stop=True)
+    (found,) = llm.generate("solver", asked, params)
+    assert (found.text, found.token_ids) == (f"{expected.text}</s>", expected.token_ids)
 
 
 def test_generate_takes_token_ids_of_any_integer_type(demo_zoo: Path) -> None:
