@@ -16,7 +16,7 @@ from blockzoo.runtime.errors import InvalidRequestError, RequestError
 from blockzoo.runtime.prompt import Prompt
 from blockzoo.runtime.publisher import PublishedDocument
 from blockzoo.runtime.refresh import Refreshed
-from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,12 @@ class LLM:
             RequestError: a prompt was refused or failed; nothing is left running.
         """
         all_prompts = _as_prompts(prompts)
-        models = _spread("model", model, all_prompts)
-        all_params = _spread("params", params or SamplingParams(), all_prompts)
-        reuse = _spread("kv_reuse", kv_reuse, all_prompts)
+        models = _spread("model", model, str, all_prompts)
+        default = SamplingParams() if params is None else params
+        all_params = _spread("params", default, SamplingParams, all_prompts)
+        reuse = (
+            [None] * len(all_prompts) if kv_reuse is None else _spread("kv_reuse", kv_reuse, str, all_prompts)
+        )
         requests = [
             self.engine.prepare(str(i), *job, documents=documents)
             for i, job in enumerate(
@@ -135,11 +138,17 @@ def _as_prompts(prompts: Prompt | AnySequence[Prompt]) -> list[Any]:
     return [prompts] if is_ids and not isinstance(prompts[0], str) else list(prompts)
 
 
-def _spread(name: str, value: Any, prompts: AnySequence[Prompt]) -> list[Any]:
-    if value is None or isinstance(value, (str, SamplingParams)):
+def _spread(name: str, value: Any, kind: type, prompts: AnySequence[Prompt]) -> list[Any]:
+    """A list of one value per prompt."""
+    if isinstance(value, kind):
         return [value] * len(prompts)
+    if not isinstance(value, (AnySequence, np.ndarray)):
+        raise InvalidRequestError(f"{name} is {shown(value)}; expected {kind.__name__}, or a list of them")
     if len(value) != len(prompts):
         raise InvalidRequestError(f"{name} has {len(value)} entries for {len(prompts)} prompts")
+    for index, each in enumerate(value):
+        if not isinstance(each, kind):
+            raise InvalidRequestError(f"{name}[{index}] is {shown(each)}; expected {kind.__name__}")
     return list(value)
 
 

@@ -94,7 +94,7 @@ def checked_ids(prompt: AnySequence[int] | npt.NDArray[np.integer], vocab_size: 
     elif not isinstance(prompt, AnySequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise InvalidRequestError(f"the prompt is of type {type(prompt).__name__}; {expected}")
     for index, token in enumerate(prompt):
-        is_int = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+        is_int = type(token) is int or (isinstance(token, numbers.Integral) and not isinstance(token, bool))
         if not is_int or not 0 <= token < vocab_size:
             raise InvalidRequestError(
                 f"prompt[{index}] is {shown(token)} ({type(token).__name__}); {expected}"

@@ -305,6 +305,28 @@ def test_generate_refuses_what_is_no_prompt(engine: LLMEngine, prompts: Any, mes
         llm.generate("base", prompts, GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (5, {}, "model is 5; expected str"),
+        (["base", None], {}, r"model\[1\] is None; expected str"),
+        ("base", {"params": {"max_tokens": 5}}, r"params is \{'max_tokens': 5\}; expected SamplingParams"),
+        ("base", {"params": [GREEDY, "greedy"]}, r"params\[1\] is 'greedy'; expected SamplingParams"),
+        ("base", {"params": []}, "params has 0 entries for 2 prompts"),
+        ("base", {"kv_reuse": ["off", 1]}, r"kv_reuse\[1\] is 1; expected str"),
+        ("base", {"documents": "text"}, "documents is of type str; expected a list"),
+        ("base", {"documents": [[1, 2]]}, "A text to tokenize is of type list"),
+    ],
+)
+def test_generate_refuses_other_arguments_by_name(
+    engine: LLMEngine, model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    llm = LLM.__new__(LLM)
+    llm.engine = engine
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(model, ["a", "b"], **arguments)
+
+
 # ---- EngineThread
 
 
@@ -352,9 +374,18 @@ def test_many_callers_at_once(thread: EngineThread) -> None:
 def test_what_is_wrong_is_raised_where_it_was_submitted(thread: EngineThread) -> None:
     with pytest.raises(UnknownModelError):
         thread.submit("r", "nobody", PROMPT, GREEDY, Sink(1))
+    with pytest.raises(InvalidRequestError, match="array of float64"):
+        thread.submit("r", "base", np.ones(3), GREEDY, Sink(1))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="to tokenize is of type list"):
+        thread.publish("doc", [5, 6])  # type: ignore[arg-type]
     sink = Sink(1)
     thread.submit("r", "base", PROMPT, GREEDY, sink)
     assert sink.done.wait(60)
+    ids = np.array(thread.engine.tokenizer("base").encode(PROMPT), np.uint16)
+    again = Sink(1)
+    thread.submit("s", "base", ids, GREEDY, again)
+    assert again.done.wait(60)
+    assert text(again.outputs["s"]) == text(sink.outputs["r"])
 
 
 def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:
