@@ -48,7 +48,11 @@ class Detokenizer:
         words += [(word, tokenizer.with_special_tokens(word)) for word in params.stop]
         self._stop_words = _StopWords(words)
         self._held = ""  # characters that may begin a stop word
-        shown = (token for token in reversed(prompt_token_ids) if token not in self._hidden)
+        shown = (
+            token
+            for token in reversed(prompt_token_ids)
+            if token not in self._hidden and tokenizer.bytes_of(token) != b""
+        )
         self._characters = Characters(tokenizer, [*islice(shown, _CONTEXT)][::-1])
 
     def push(self, token_id: int) -> str:
@@ -102,14 +106,14 @@ class Characters:
 
     The pushes and the flush together give `decode(prompt + tokens)` without `decode(prompt)`; a character
     that the prompt leaves unfinished is shown where the tokens end it, and U+FFFD where they do not is the
-    prompt's. In one case it is not the decoding of the library: where tokens that
-    stand for single bytes (of a BPE model with byte fallback) are no valid UTF-8, the library turns all of
-    their run to U+FFFD, however long, so that nothing of a run could be shown before its end; here it is
-    those bytes alone that are in no character.
+    prompt's. In one case it is not the decoding of the library: where tokens that stand for single bytes (of
+    a BPE model with byte fallback) are no valid UTF-8, the library turns all of their run to U+FFFD, however
+    long, so that nothing of a run could be shown before its end; here it is those bytes alone that are in no
+    character.
 
     Args:
-        prompt_token_ids: those before; special tokens that are not to be shown must be left out, here and
-            of what is pushed.
+        prompt_token_ids: the last of those before that have a text; special tokens that are not to be shown
+            must be left out, here and of what is pushed.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:

@@ -242,6 +242,16 @@ def test_bytes_that_a_prompt_leaves_broken_are_not_the_answers(spaced, tokenizer
     assert run(tokenizer, [], [byte_ids[byte] for byte in begun])[0] == [""]
 
 
+@pytest.mark.parametrize("nothing", [0, 1000], ids=["special", "unknown"])
+def test_tokens_without_a_text_at_the_end_of_a_prompt_hide_nothing(spaced, tokenizer, byte_ids, nothing):
+    begun, rest = "世".encode()[:2], "世".encode()[2:]
+    prompt = [byte_ids[byte] for byte in begun] + [nothing] * 9
+    assert run(tokenizer, [byte_ids[byte] for byte in rest], prompt)[0] == ["世", ""]
+    nothing = nothing or WORDS.index("<s>")
+    assert run(spaced, spell("▁dog"), spell("▁the") + [nothing] * 9)[0] == [" dog", ""]
+    assert run(spaced, spell("▁dog"), [nothing] * 9)[0] == ["dog", ""]
+
+
 def test_added_tokens_of_any_characters(bpe_tokenizer_dir):
     library = Library.from_file(str(bpe_tokenizer_dir / "tokenizer.json"))
     library.add_tokens(["é", "a b", "你好", "\n"])
