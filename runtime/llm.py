@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
-from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
+from blockzoo.runtime.api.request import (
+    FinishReason,
+    KVReuse,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+    shown,
+)
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine
 from blockzoo.runtime.serve.reload import Reloaded
-
-Prompt = str | Sequence[int]
+from blockzoo.runtime.text.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class LLM:
 
         Args:
             model: one model for all prompts, or one per prompt.
-            prompts: texts or lists of token ids; a single text is a list of one.
+            prompts: texts, or lists or 1-D arrays of token ids; a single one is a list of one.
             params: one for all prompts, or one per prompt; None: the defaults.
             scope, documents: of all prompts; see `LLMEngine.prepare`.
             kv_reuse: "off", "exact" or "approx" for all prompts, or one per prompt; see `LLMEngine.prepare`.
@@ -82,9 +91,12 @@ class LLM:
             RequestError: a prompt was refused or failed; nothing is left running.
         """
         all_prompts = _as_prompts(prompts)
-        models = _spread("model", model, all_prompts)
-        all_params = _spread("params", params or SamplingParams(), all_prompts)
-        reuse = _spread("kv_reuse", kv_reuse, all_prompts)
+        models = _spread("model", model, str, all_prompts)
+        default = SamplingParams() if params is None else params
+        all_params = _spread("params", default, SamplingParams, all_prompts)
+        reuse = (
+            [None] * len(all_prompts) if kv_reuse is None else _spread("kv_reuse", kv_reuse, str, all_prompts)
+        )
         requests = [
             self.engine.prepare(str(i), *job, documents=documents)
             for i, job in enumerate(
@@ -125,19 +137,27 @@ class LLM:
         self.engine.withdraw(name)
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """A list of prompts, which are checked one by one later."""
+    if isinstance(prompts, np.ndarray):  # of texts, or one prompt of token ids
+        return prompts.tolist() if prompts.ndim == 1 and prompts.dtype.kind in "UO" else [prompts]
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    is_ids = bool(prompts) and isinstance(prompts[0], (numbers.Number, np.generic))
+    return [prompts] if is_ids and not isinstance(prompts[0], str) else list(prompts)
 
 
-def _spread(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
-    if value is None or isinstance(value, (str, SamplingParams)):
+def _spread(name: str, value: Any, kind: type, prompts: Sequence[Prompt]) -> list[Any]:
+    """A list of one value per prompt."""
+    if isinstance(value, kind):
         return [value] * len(prompts)
+    if not isinstance(value, (Sequence, np.ndarray)):
+        raise InvalidRequestError(f"{name} is {shown(value)}; expected {kind.__name__}, or a list of them")
     if len(value) != len(prompts):
         raise InvalidRequestError(f"{name} has {len(value)} entries for {len(prompts)} prompts")
+    for index, each in enumerate(value):
+        if not isinstance(each, kind):
+            raise InvalidRequestError(f"{name}[{index}] is {shown(each)}; expected {kind.__name__}")
     return list(value)
 
 

@@ -44,13 +44,14 @@ class SamplingParams:
         frequency_penalty: -2 to 2, taken once per earlier generation of the token.
         seed: 0 to 2^64 - 1. The same seed gives the same tokens whatever else the engine serves;
             None draws from the operating system.
-        stop: at most 64 texts of 1 to 256 characters that end the generation where one is completed.
+        stop: at most 64 texts of 1 to 256 characters that end the generation where one is completed. Special
+            tokens may be (in) such a text, as "<|im_end|>"; they end it whether or not they are shown.
         bad_words: at most 64 texts of 1 to 256 characters never to be generated.
         logprobs: number of top alternatives reported per token, 0 (the chosen token alone) to 20;
             None reports none.
-        ignore_eos: go on past the model's end-of-sequence tokens.
+        ignore_eos: go on past the model's end-of-sequence tokens, but for one named in `stop`.
         min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: leave special tokens out of the text, but for a stop word that is to be in it.
         include_stop: let the text end with the stop word instead of before it.
     """
 
@@ -179,8 +180,14 @@ class RequestOutput:
     num_generated: int
 
 
+def shown(value: object) -> str:
+    """A value of any kind as an error message shows it: at most 80 characters."""
+    try:
+        seen = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        seen = f"an {type(value).__name__} that is too large"
+    return seen if len(seen) <= 80 else f"{seen[:77]}..."
+
+
 def _wrong(field: str, value: Any, expected: str) -> InvalidRequestError:
-    seen = repr(value)
-    if len(seen) > 80:
-        seen = seen[:77] + "..."
-    return InvalidRequestError(f"{field} is {seen}; expected {expected}.")
+    return InvalidRequestError(f"{field} is {shown(value)}; expected {expected}.")

@@ -16,6 +16,7 @@ from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine, Request
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.runtime.text.prompt import Prompt
 
 OnOutput = Callable[[RequestOutput], None]
 Publication = tuple[str, str, Sequence[str] | None]  # arguments of LLMEngine.publish
@@ -64,7 +65,7 @@ class EngineThread:
         self,
         request_id: str,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         on_output: OnOutput,
         scope: str | None = None,

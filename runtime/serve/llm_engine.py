@@ -30,6 +30,7 @@ from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.step_runner import StepRunner
+from blockzoo.runtime.text.prompt import Prompt
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
 
@@ -107,7 +108,7 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
@@ -116,7 +117,7 @@ class LLMEngine:
         """Check a request and make it ready to enqueue. Thread-safe.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids as a list or 1-D array of integers.
             scope: requests share cached KV only with those of the same scope, and only within one model
                 unless EngineConfig.kv_sharing says otherwise. None is one more scope: that of all
                 requests without one.
@@ -141,7 +142,7 @@ class LLMEngine:
         self,
         request_id: str,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
@@ -255,9 +256,9 @@ class LLMEngine:
         request.seq.append_token(token.token_id)
         self._record_token(request)
         reason: FinishReason | None = None
-        text = ""
         if token.token_id in request.model.eos_token_ids and not request.params.ignore_eos:
             reason = "stop"
+            text = request.detokenizer.end(token.token_id)
         else:
             text = request.detokenizer.push(token.token_id)
             if request.detokenizer.stopped:

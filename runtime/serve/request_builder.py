@@ -16,7 +16,7 @@ from blockzoo.runtime.sampling.sampler import SamplerState
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
-from blockzoo.runtime.text.prompt import assemble
+from blockzoo.runtime.text.prompt import Prompt, assemble
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class RequestBuilder:
         self,
         request_id: str,
         model: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         scope: str | None,
         kv_reuse: KVReuse | None,
@@ -63,7 +63,7 @@ class RequestBuilder:
         """See `LLMEngine.prepare`."""
         zoo = self._zoo()
         loaded = find_model(zoo, model)
-        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
+        token_ids, spans = assemble(loaded.tokenizer, loaded.chain.vocab_size, prompt, documents)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:

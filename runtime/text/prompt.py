@@ -6,13 +6,20 @@ of the published document of the same text.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.api.request import shown
 from blockzoo.runtime.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 256
+Prompt = str | Sequence[int] | npt.NDArray[np.integer]
+"""Text, or token ids: integers of any type in a list, or a 1-D array."""
 
 
 class PromptTokens(NamedTuple):
@@ -29,30 +36,38 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
         InvalidRequestError: the text is empty or no valid Unicode.
     """
     lead, _ = tokenizer.around
-    tokens = tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode_part(text)
     if not tokens:
         raise InvalidRequestError("a document is empty; expected at least one character")
     return [*lead, *tokens], len(lead)
 
 
 def assemble(
-    tokenizer: Tokenizer, prompt: str | Sequence[int], documents: Sequence[str] = ()
+    tokenizer: Tokenizer, vocab_size: int, prompt: Prompt, documents: Sequence[str] = ()
 ) -> PromptTokens:
     """The tokens of `documents`, in order, and of `prompt` behind them.
 
+    What the tokenizer puts before a text (such as <s>) begins the whole, once, also where the texts have it;
+    what it puts behind a text ends the whole. Token ids are taken as they are, but for a second <s> behind
+    documents.
+
     Args:
-        prompt: text, or token ids; what the tokenizer puts before a text (such as <s>) is put before the
-            documents instead.
+        vocab_size: of the model: token ids are below it.
 
     Raises:
-        InvalidRequestError: a text is empty or no valid Unicode, or there are too many documents.
+        InvalidRequestError: a text is empty or no valid Unicode, there are too many documents, or what should
+            be token ids is something else.
     """
-    whole = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    if not documents:
+    whole = tokenizer.encode(prompt) if isinstance(prompt, str) else checked_ids(prompt, vocab_size)
+    if isinstance(documents, str) or not isinstance(documents, (Sequence, np.ndarray)):
+        seen = type(documents).__name__
+        raise InvalidRequestError(f"documents is of type {seen}; expected a list of texts")
+    if len(documents) > MAX_DOCUMENTS:
+        raise InvalidRequestError(
+            f"documents is {len(documents)} texts; expected a list of at most {MAX_DOCUMENTS} texts"
+        )
+    if not len(documents):
         return PromptTokens(whole, ())
-    if isinstance(documents, str) or len(documents) > MAX_DOCUMENTS:
-        seen = "a text" if isinstance(documents, str) else f"{len(documents)} texts"
-        raise InvalidRequestError(f"documents is {seen}; expected a list of at most {MAX_DOCUMENTS} texts")
     lead = list(tokenizer.around[0])
     tokens, spans = list(lead), []
     for text in documents:
@@ -61,3 +76,27 @@ def assemble(
         tokens += with_lead[num_lead:]
         spans.append((start, len(tokens)))
     return PromptTokens(tokens + (whole[len(lead) :] if whole[: len(lead)] == lead else whole), tuple(spans))
+
+
+def checked_ids(prompt: Sequence[int] | npt.NDArray[np.integer], vocab_size: int) -> list[int]:
+    """Token ids as a list of int.
+
+    Raises:
+        InvalidRequestError: something else, an id outside [0, vocab_size), or a bool.
+    """
+    expected = f"expected a text, or a list or 1-D array of whole numbers from 0 to {vocab_size - 1}"
+    if isinstance(prompt, np.ndarray):
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            raise InvalidRequestError(
+                f"the prompt is an array of {prompt.dtype} of shape {prompt.shape}; {expected}"
+            )
+        prompt = prompt.tolist()
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise InvalidRequestError(f"the prompt is of type {type(prompt).__name__}; {expected}")
+    for index, token in enumerate(prompt):
+        is_int = type(token) is int or (isinstance(token, numbers.Integral) and not isinstance(token, bool))
+        if not is_int or not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"prompt[{index}] is {shown(token)} ({type(token).__name__}); {expected}"
+            )
+    return [int(token) for token in prompt]

@@ -199,6 +199,25 @@ def test_stop_words_end_the_answer(server):
     assert cut["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("more", [{}, {"skip_special_tokens": False}])
+def test_a_special_token_as_a_stop_word_ends_the_answer(server, more):
+    asked = "Q: 3+4\nA:"
+    whole = server.generate("solver", asked)
+    assert whole["finish_reason"] == "stop"
+    parameters = json.dumps({"ignore_eos": True, **more})
+    for model in ({"model": "solver"}, {}):
+        cut = server.generate(
+            "blockzoo" if model else "solver",
+            asked,
+            stop_words="</s>",
+            sampling_parameters=parameters,
+            **model,
+        )
+        assert {key: cut[key] for key in ("text_output", "token_ids", "finish_reason")} == {
+            key: whole[key] for key in ("text_output", "token_ids", "finish_reason")
+        }
+
+
 def test_tenants_together_get_what_they_get_alone(server):
     jobs = [(tenant, f"{PROMPT} # {i}") for i in range(4) for tenant in TENANTS]
     alone = [server.generate(*job, 24)["token_ids"] for job in jobs]

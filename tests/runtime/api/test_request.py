@@ -46,6 +46,7 @@ def test_bounds_are_inclusive(field, value):
     [
         ("max_tokens", 0),
         ("max_tokens", 1_000_001),
+        pytest.param("max_tokens", 10**5000, id="max_tokens-many digits"),
         ("max_tokens", 1.0),
         ("max_tokens", True),
         ("max_tokens", "16"),

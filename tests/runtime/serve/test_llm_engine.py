@@ -290,6 +290,90 @@ def test_generate_takes_one_or_many(demo_zoo: Path) -> None:
     assert not llm.engine.has_unfinished()
 
 
+def test_a_stop_word_that_is_a_special_token(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20)
+    asked = "Q: 3+4\nA:"
+    (end,) = llm.engine.end_ids["solver"]  # </s>
+    (expected,) = llm.generate("solver", asked, SamplingParams(max_tokens=64, temperature=0.0))
+    assert expected.token_ids[-1] == end
+    assert expected.finish_reason == "stop"
+    for fields, text in (
+        ({}, expected.text),
+        ({"skip_special_tokens": False}, expected.text),
+        ({"include_stop": True}, f"{expected.text}</s>"),
+        ({"min_tokens": len(expected.token_ids) - 1}, expected.text),
+    ):
+        params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True, stop=("</s>",), **fields)
+        (found,) = llm.generate("solver", asked, params)
+        assert (found.text, found.token_ids, found.finish_reason) == (text, expected.token_ids, "stop")
+    # it ends the answer anyway
+    params = SamplingParams(max_tokens=64, temperature=0.0, stop=("</s>",), include_stop=True)
+    (found,) = llm.generate("solver", asked, params)
+    assert (found.text, found.token_ids) == (f"{expected.text}</s>", expected.token_ids)
+
+
+def test_generate_takes_token_ids_of_any_integer_type(demo_zoo: Path) -> None:
+    llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20)
+    ids = llm.engine.tokenizer("base").encode(PROMPT)
+    (expected,) = llm.generate("base", ids, GREEDY)
+    array = np.array(ids, np.int32)
+    for one in (array, tuple(ids), list(array), array.astype(np.uint64), np.array([PROMPT])):
+        (found,) = llm.generate("base", one, GREEDY)  # type: ignore[arg-type]
+        assert found.token_ids == expected.token_ids
+    found, again = llm.generate("base", [array, PROMPT], GREEDY)
+    assert found.token_ids == again.token_ids == expected.token_ids
+    assert llm.generate("base", [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (np.array([[1, 2], [3, 4]]), r"array of int64 of shape \(2, 2\)"),
+        (np.array([1.5]), "array of float64"),
+        (np.array([], np.int64), "the prompt is empty"),
+        ([np.array([], np.int64)], "the prompt is empty"),
+        ([[]], "the prompt is empty"),
+        ([1.5, 2.5], r"prompt\[0\] is 1.5"),
+        ([True, False], r"prompt\[0\] is True"),
+        (np.array([True]), "array of bool"),
+        (["a", 7], "of type int"),
+        ([7, "a"], r"prompt\[1\] is 'a'"),
+        ([2**70], r"prompt\[0\] is 1180591620717411303424"),
+        (b"bytes", "of type bytes"),
+        ([b"bytes"], "of type bytes"),
+        (7, "of type int"),
+        (None, "of type NoneType"),
+    ],
+)
+def test_generate_refuses_what_is_no_prompt(engine: LLMEngine, prompts: Any, message: str) -> None:
+    llm = LLM.__new__(LLM)
+    llm.engine = engine
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate("base", prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (5, {}, "model is 5; expected str"),
+        (["base", None], {}, r"model\[1\] is None; expected str"),
+        ("base", {"params": {"max_tokens": 5}}, r"params is \{'max_tokens': 5\}; expected SamplingParams"),
+        ("base", {"params": [GREEDY, "greedy"]}, r"params\[1\] is 'greedy'; expected SamplingParams"),
+        ("base", {"params": []}, "params has 0 entries for 2 prompts"),
+        ("base", {"kv_reuse": ["off", 1]}, r"kv_reuse\[1\] is 1; expected str"),
+        ("base", {"documents": "text"}, "documents is of type str; expected a list"),
+        ("base", {"documents": [[1, 2]]}, "A text to tokenize is of type list"),
+    ],
+)
+def test_generate_refuses_other_arguments_by_name(
+    engine: LLMEngine, model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    llm = LLM.__new__(LLM)
+    llm.engine = engine
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(model, ["a", "b"], **arguments)
+
+
 # ---- EngineThread
 
 
@@ -337,9 +421,18 @@ def test_many_callers_at_once(thread: EngineThread) -> None:
 def test_what_is_wrong_is_raised_where_it_was_submitted(thread: EngineThread) -> None:
     with pytest.raises(UnknownModelError):
         thread.submit("r", "nobody", PROMPT, GREEDY, Sink(1))
+    with pytest.raises(InvalidRequestError, match="array of float64"):
+        thread.submit("r", "base", np.ones(3), GREEDY, Sink(1))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="to tokenize is of type list"):
+        thread.publish("doc", [5, 6])  # type: ignore[arg-type]
     sink = Sink(1)
     thread.submit("r", "base", PROMPT, GREEDY, sink)
     assert sink.done.wait(60)
+    ids = np.array(thread.engine.tokenizer("base").encode(PROMPT), np.uint16)
+    again = Sink(1)
+    thread.submit("s", "base", ids, GREEDY, again)
+    assert again.done.wait(60)
+    assert text(again.outputs["s"]) == text(sink.outputs["r"])
 
 
 def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.text.tokenizer import Tokenizer, TokenizerError
@@ -46,6 +47,68 @@ def test_post_processors_apply_unless_told_otherwise(bpe_tokenizer_dir):
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = Tokenizer(library)
     assert tokenizer.encode("the") == [0, *tokenizer.encode("the", add_special_tokens=False)]
+
+
+@pytest.fixture(scope="module", params=["<s> $A", "<s> $A </s>", "<s> <|im_end|> $A", "$A </s>", "$A"])
+def around(request, bpe_tokenizer_dir):
+    """A tokenizer that puts something around a text, and the same in transformers."""
+    library = Library.from_file(str(bpe_tokenizer_dir / "tokenizer.json"))
+    special_tokens = [(token, library.token_to_id(token)) for token in ("<s>", "</s>", "<|im_end|>")]
+    library.post_processor = processors.TemplateProcessing(
+        single=request.param, special_tokens=special_tokens
+    )
+    return Tokenizer(library), PreTrainedTokenizerFast(tokenizer_object=library), request.param
+
+
+@pytest.mark.parametrize("text", ["", "the dog", "a<s>b", "the</s>", " <s>", "</s><s>"])
+def test_what_belongs_around_a_text_is_put_there_as_transformers_does(around, text):
+    tokenizer, oracle, _ = around
+    assert tokenizer.encode(text) == oracle(text).input_ids
+
+
+@pytest.mark.parametrize("text", ["<s>", "<s>the dog", "<s><s>", "<s> the"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(around, text):
+    tokenizer, oracle, template = around
+    if template.startswith("<s> <"):  # what is put before a text is two tokens
+        assert tokenizer.encode(text) == oracle(text).input_ids
+        text = text.replace("<s>", "<s><|im_end|>", 1)
+    end = [1] if template.endswith("</s>") else []
+    assert tokenizer.encode(text) == oracle(text, add_special_tokens=False).input_ids + end
+
+
+def test_an_unknown_word_with_the_id_of_bos_is_no_bos():
+    library = Library(models.WordLevel({"<s>": 0, "a": 1}, "<s>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.add_special_tokens(["<s>"])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = Tokenizer(library)
+    assert tokenizer.encode("unknown a") == [0, 0, 1]
+    assert tokenizer.encode("<s> a") == [0, 1]
+
+
+def test_bytes_of_byte_level_tokens_are_those_of_transformers():
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    chars = bytes_to_unicode()
+    library = Library(models.WordLevel({char: byte for byte, char in chars.items()}, chars[0]))
+    library.decoder = decoders.ByteLevel()
+    assert [Tokenizer(library).bytes_of(byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
+    assert Tokenizer(library).bytes_of(256) == b""
+
+
+def test_a_byte_level_decoder_among_others_is_refused(bpe_tokenizer_dir, tmp_path):
+    library = Library.from_file(str(bpe_tokenizer_dir / "tokenizer.json"))
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    assert Tokenizer(library).bytes_of(0) == b"<s>"
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="sequence of ByteLevel, Strip; expected ByteLevel alone"):
+        Tokenizer.load(tmp_path)
+
+
+def test_special_tokens_in_a_text(tokenizer):
+    assert tokenizer.with_special_tokens("a</s><|im_end|>b</s") == ("a", 1, 2, *"b</s")
+    assert tokenizer.with_special_tokens("") == ()
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(bpe_tokenizer_dir, tmp_path):
