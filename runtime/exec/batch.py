@@ -23,6 +23,7 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.runtime.exec.calls import Call, CallGraph, Passed
+from blockzoo.runtime.exec.step_arrays import Buffers, StepArrays
 from blockzoo.runtime.exec.topology import ChainPlan, Span
 
 
@@ -36,56 +37,6 @@ class SeqShape(NamedTuple):
     entry: int = 0  # the first of its chain's span uses that runs
     keeps_hidden: bool = False  # what enters the chain's later entries is kept
     exit: int | None = None  # the first of its chain's span uses that does not run; what enters it is kept
-
-
-@dataclass(slots=True)
-class Buffers:
-    """Preallocated activations of one family, arrays of the engines' device.
-
-    Attributes:
-        hidden: two arrays [max_tokens, hidden]: a call reads one and writes the other.
-        kept: the same for logit rows, [max_seqs, hidden].
-        scratch: two arrays [max_tokens, hidden] for calls whose rows are not neighbours.
-        cos, sin: float32 [max_tokens, 1, 1, head_dim].
-        logits: float32 flat [max_seqs * largest vocabulary].
-    """
-
-    hidden: tuple[Array, Array]
-    kept: tuple[Array, Array]
-    scratch: tuple[Array, Array]
-    cos: Array
-    sin: Array
-    logits: Array
-
-
-@dataclass(slots=True)
-class StepArrays:
-    """Integer inputs of a step, views of one array; S sequences, T token rows, E table entries, L layers."""
-
-    token_ids: Array  # [T] int32
-    positions: Array  # [T] int32
-    past_lens: Array  # [S] int32
-    score_windows: Array  # [S] int32
-    tables: Array  # [L, E] int32, the sequences' page tables side by side
-    max_context_len: Array  # scalar int32
-
-    @classmethod
-    def over(cls, flat: Array, num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> StepArrays:
-        """The views of an array of `size(...)` elements."""
-        ends = np.cumsum([num_rows, num_rows, num_seqs, num_seqs, table_shape[0] * table_shape[1]]).tolist()
-        return cls(
-            token_ids=flat[: ends[0]],
-            positions=flat[ends[0] : ends[1]],
-            past_lens=flat[ends[1] : ends[2]],
-            score_windows=flat[ends[2] : ends[3]],
-            tables=flat[ends[3] : ends[4]].reshape(table_shape),
-            max_context_len=flat[ends[4] :].reshape(()),
-        )
-
-    @staticmethod
-    def size(num_rows: int, num_seqs: int, table_shape: tuple[int, int]) -> int:
-        """Elements of the array that holds them all."""
-        return 2 * num_rows + 2 * num_seqs + table_shape[0] * table_shape[1] + 1
 
 
 class _Range(NamedTuple):

@@ -17,11 +17,12 @@ import numpy as np
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs
-from blockzoo.runtime.exec.batch import Buffers, SeqShape, StepLayout, batch_order
+from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.exec.parallel_calls import CallRunner
 from blockzoo.runtime.exec.rows import RowChecks, Rows
+from blockzoo.runtime.exec.step_arrays import make_buffers
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
@@ -104,7 +105,7 @@ class Executor:
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
             max_tokens = max(max_tokens, max_seqs)
-        self._buffers = _make_buffers(family, arrays, max_tokens, max_seqs, vocab)
+        self._buffers = make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
         self._runner = CallRunner(arrays.call_threads)
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
@@ -307,18 +308,3 @@ def _joined(groups: Sequence[tuple[int, int, slice]]) -> tuple[int, slice]:
 
 def _table_len(rows: Rows) -> int:
     return -(-rows.num_pages // _TABLE_CHUNK) * _TABLE_CHUNK
-
-
-def _make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
-    def pair(rows: int) -> tuple[Array, Array]:
-        shape = (rows, family.hidden_size)
-        return arrays.zeros(shape, "activation"), arrays.zeros(shape, "activation")
-
-    return Buffers(
-        hidden=pair(max_tokens),
-        kept=pair(max_seqs),
-        scratch=pair(max_tokens),
-        cos=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
-        sin=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
-        logits=arrays.zeros((max_seqs * vocab,), "f32"),
-    )

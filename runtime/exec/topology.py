@@ -5,13 +5,13 @@ Ids only; nothing here knows tensors, engines or requests.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import NamedTuple
 
+from blockzoo.runtime.exec.segments import Variant, is_attn, plan_segments
 from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, HeadSpec
 from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest
@@ -91,13 +91,6 @@ class _Limits(NamedTuple):
     check: int | None  # from the bottom of the chain
 
 
-class Variant(NamedTuple):
-    """What tells two models apart."""
-
-    chain: tuple[str, ...]
-    adapters: tuple[tuple[int, str], ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Topology:
     """All spans, and the chains over them; `chains` is sorted so that chains with common spans are
@@ -139,7 +132,7 @@ def plan_topology(
     spans = sorted({run for chain_runs in runs.values() for run in chain_runs})
     index = {run: i for i, run in enumerate(spans)}
     variants.sort(key=lambda variant: ([index[run] for run in runs[variant.chain]], variant.adapters))
-    segments = _segments(variants, manifest.blocks)
+    segments = plan_segments(variants, manifest.blocks)
     if enable_lora:
         lora = {span: _all_projections(span, manifest.blocks) for span in spans}
     else:
@@ -191,12 +184,8 @@ def _all_projections(
     return tuple((i, tuple(sorted(PROJECTIONS[kind]))) for i, kind in enumerate(kinds) if kind in PROJECTIONS)
 
 
-def _is_attn(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
-    return isinstance(blocks[block_id].spec, AttnSpec)
-
-
 def _num_layers(run: Sequence[str], blocks: Mapping[str, BlockRecord]) -> int:
-    return sum(_is_attn(block_id, blocks) for block_id in run)
+    return sum(is_attn(block_id, blocks) for block_id in run)
 
 
 def _cut(
@@ -216,8 +205,8 @@ def _cut(
     runs: list[tuple[str, ...]] = []
     start, layers, depth = 0, 0, 0
     for i, block_id in enumerate(body):
-        layers += _is_attn(block_id, blocks)
-        depth += _is_attn(block_id, blocks)
+        layers += is_attn(block_id, blocks)
+        depth += is_attn(block_id, blocks)
         following = body[i + 1] if i + 1 < len(body) else _EDGE
         splits = len(after[block_id]) > 1 or len(before[following]) > 1 or following == _EDGE
         full = (limits.span is not None and layers >= limits.span) or depth == limits.check
@@ -228,7 +217,7 @@ def _cut(
 
 
 def _starts_layer(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
-    return block_id != _EDGE and _is_attn(block_id, blocks)
+    return block_id != _EDGE and is_attn(block_id, blocks)
 
 
 def _dropping_runs(
@@ -275,60 +264,3 @@ def _chain_plan(
     return ChainPlan(
         family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries, check
     )
-
-
-def _segments(
-    variants: Sequence[Variant], blocks: Mapping[str, BlockRecord]
-) -> dict[Variant, tuple[tuple[Segment, ...], tuple[int, ...]]]:
-    """Per model the maximal layer ranges whose KV is shared by one and the same set of models.
-
-    The KV of a layer depends on every block up to its attention, and on their adapters, so its identity is
-    the hash of that prefix. With each range comes the position in the chain at which its sharers below part.
-    """
-    prefixes = {variant: layer_keys(variant, blocks) for variant in variants}
-    sharers: dict[str, set[Variant]] = defaultdict(set)
-    for variant, keys in prefixes.items():
-        for key in keys:
-            sharers[key].add(variant)
-    result = {}
-    for variant, keys in prefixes.items():
-        starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
-        ends = [*starts[1:], len(keys)]
-        # before them: blocks that all sharers of the layer below have in common
-        boundaries = [1, *(_common_length(sharers[keys[start - 1]]) for start in starts[1:])]
-        result[variant] = (
-            tuple(
-                Segment(start, end, keys[start], _prefix_key(variant, boundary))
-                for start, end, boundary in zip(starts, ends, boundaries, strict=True)
-            ),
-            tuple(boundaries),
-        )
-    return result
-
-
-def steps(variant: Variant) -> list[str]:
-    """What computes, block by block: the block, and its adapter."""
-    adapters = dict(variant.adapters)
-    return [f"{block_id} {adapters.get(i, '')}" for i, block_id in enumerate(variant.chain)]
-
-
-def _common_length(variants: set[Variant]) -> int:
-    """The number of steps that all models begin with."""
-    columns = zip(*map(steps, variants), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _prefix_key(variant: Variant, length: int) -> str:
-    return hashlib.sha256("\n".join(["hidden states after", *steps(variant)[:length]]).encode()).hexdigest()
-
-
-def layer_keys(variant: Variant, blocks: Mapping[str, BlockRecord]) -> list[str]:
-    """Per layer the identity of its K and V: a hash of all that computes them."""
-    digest = hashlib.sha256()
-    adapters = dict(variant.adapters)
-    keys = []
-    for position, block_id in enumerate(variant.chain):
-        digest.update(f"{block_id} {adapters.get(position, '')}\n".encode())
-        if _is_attn(block_id, blocks):
-            keys.append(digest.hexdigest())
-    return keys

@@ -8,7 +8,6 @@ approximately (`reuse`), by requests that ask for it.
 
 from __future__ import annotations
 
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +26,16 @@ from blockzoo.runtime.api.errors import (
     RequestError,
 )
 from blockzoo.runtime.exec.executor import Executor
-from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication, PublishStats
-from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.kv_store import KVPart, KVStore
+from blockzoo.runtime.serve.document_files import DocumentFiles
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.serve.request_builder import find_model
 from blockzoo.runtime.serve.scheduler import Scheduled
 from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.prompt import document_tokens
-from blockzoo.zoo.tensors import Dtype
 
 _FILL = 0  # the token behind a document, up to the end of its last page; no prompt sees it
 
@@ -113,9 +110,9 @@ class DocumentPublisher:
         self._zoo, self._config, self._runner = zoo, config, runner
         self._published: dict[str, _Entry] = {}
         self._loaded = self._computed = 0
-        self._store: KVStore | None = None
+        self._files: DocumentFiles | None = None
         if config.kv_cache_dir is not None:
-            self._store = KVStore(Path(config.kv_cache_dir), config.kv_cache_dir_bytes, zoo().engine_facts)
+            self._files = DocumentFiles(Path(config.kv_cache_dir), config.kv_cache_dir_bytes, zoo)
 
     @property
     def documents(self) -> tuple[PublishedDocument, ...]:
@@ -124,7 +121,7 @@ class DocumentPublisher:
 
     def stats(self) -> PublishStats:
         """A snapshot; from any thread."""
-        rejected = 0 if self._store is None else self._store.num_rejected
+        rejected = 0 if self._files is None else self._files.num_rejected
         return PublishStats(len(self._published), self._loaded, self._computed, rejected)
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
@@ -266,12 +263,13 @@ class DocumentPublisher:
                     f"document {name!r} needs {cache.missing_pages(seq, seq.num_tokens)} pages, and running "
                     "requests hold them: publish it when fewer run, or raise kv_cache_bytes"
                 )
-            if self._load(seq, executor):
+            if self._files is not None and self._files.load(seq, executor):
                 self._loaded += 1
             else:
                 self._compute(seq, executor)
                 self._computed += 1
-                self._save(seq, executor)
+                if self._files is not None:
+                    self._files.save(seq, executor)
             return _InCache(cache, cache.publish(seq, num_tokens, task.lead))
         finally:
             cache.release(seq)
@@ -296,56 +294,8 @@ class DocumentPublisher:
             for problem in done.failed.values():
                 raise RequestError(problem)
 
-    # ---- on disk
-
-    def _parts(self, seq: TokenSequence, executor: Executor) -> list[tuple[Segment, KVPart]]:
-        """What of a document is a file: each segment, so that models share those of their common layers."""
-        zoo, chain = self._zoo(), executor.chains[seq.chain_index]
-        dtype: Dtype = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
-        shape = executor.kv.page_shape
-        parts = []
-        for segment in chain.segments:
-            first, end = segment.first_layer, segment.end_layer
-            blocks_key = kv_identity(zoo.topology, chain, end - 1)
-            parts.append((segment, KVPart(blocks_key, first, end, seq.token_ids, shape, dtype)))
-        return parts
-
-    def _load(self, seq: TokenSequence, executor: Executor) -> bool:
-        """Fill the pages of `seq` that are not in the tree from disk; False, having changed nothing."""
-        if self._store is None:
-            return False
-        found = []
-        for (segment, part), path in zip(self._parts(seq, executor), seq.nodes, strict=True):
-            if len(path) < seq.num_pages:
-                contents = self._store.load(part)
-                if contents is None:
-                    return False
-                found.append((segment, len(path), contents))
-        for segment, first, (keys, values) in found:
-            pages = seq.page_table[segment.first_layer : segment.end_layer, first : seq.num_pages]
-            executor.kv.write(pages, keys[:, first:], values[:, first:])
-        seq.num_computed = seq.num_tokens
-        seq.cache.commit(seq)
-        return True
-
-    def _save(self, seq: TokenSequence, executor: Executor) -> None:
-        if self._store is None:
-            return
-        for segment, part in self._parts(seq, executor):
-            pages = seq.page_table[segment.first_layer : segment.end_layer, : seq.num_pages]
-            self._store.save(part, *executor.kv.read(pages))
-
 
 def _advance(items: Sequence[Scheduled]) -> None:
     for seq, num_tokens in items:
         seq.num_computed += num_tokens
         seq.cache.commit(seq)
-
-
-def kv_identity(topology: Topology, chain: ChainPlan, layer: int) -> str:
-    """What stands, in any process, for all that computes the K and V of a layer: block and adapter ids."""
-    ids = (chain.embed_id, *(i for use in chain.uses for i in topology.spans[use.span].block_ids))
-    adapters = dict(chain.adapters)
-    # embed, then attn and ffn of each layer: its K and V are made in its attn
-    computing = [f"{ids[i]} {adapters.get(i, '')}" for i in range(2 * layer + 2)]
-    return hashlib.sha256("\n".join(["K and V of", *computing]).encode()).hexdigest()

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from blockzoo.runtime.exec.topology import ChainPlan, Topology, Variant, layer_keys, steps
+from blockzoo.runtime.exec.segments import Variant, layer_keys, steps
+from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.tokenizer import Tokenizer

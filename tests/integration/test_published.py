@@ -20,7 +20,7 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.serve.document_publisher import kv_identity
+from blockzoo.runtime.serve.document_files import kv_identity
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=0)
 DOCUMENT = "def parse(line):\n    key, value = line.split('=')\n    return key.strip(), int(value)\n\n" * 3
