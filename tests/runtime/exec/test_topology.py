@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from blockzoo.engines.arrays import HostArrays
 from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
-from blockzoo.runtime.exec.step_arrays import Buffers
 from blockzoo.runtime.exec.calls import Call, CallGraph
+from blockzoo.runtime.exec.step_arrays import Buffers
 from blockzoo.runtime.exec.topology import Topology, plan_topology
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, EmbedSpec, FfnSpec, HeadSpec
 from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord
