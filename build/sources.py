@@ -140,31 +140,31 @@ def _split_base(given: str | Path) -> tuple[Path, str]:
 def _checkpoint_source(name: str, path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     read = checkpoint_reader(checkpoint)
-    tokenizer = _tokenizer(
-        path, checkpoint.tokenizer_files, checkpoint.config.architecture, checkpoint.raw_config
-    )
+    tokenizer = _tokenizer(path, checkpoint.tokenizer_files, checkpoint.raw_config)
     return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint)
 
 
-def _tokenizer(
-    where: Path, files: Mapping[str, bytes], architecture: str | None, config: Mapping[str, Any]
-) -> ModelTokenizer:
-    """`resolve`, with errors that name the folder."""
+def _tokenizer(where: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> ModelTokenizer:
+    """`resolve` with what config.json says, and errors that name the folder."""
     try:
-        return resolve(files, architecture, config.get("tokenizer_class"))
+        return resolve(files, config.get("model_type"), config.get("tokenizer_class"))
     except CheckpointError as error:
         raise type(error)(f"{where}: {error}") from None
+
+
+def model_type(config: ModelConfig) -> str:
+    """As config.json has it."""
+    return config.architecture.removesuffix("ForCausalLM").lower()
 
 
 def _adapted_tokenizer(adapter: LoraAdapter, base: Source) -> ModelTokenizer:
     """The adapter's own tokenizer, or the base's with what the adapter's folder says of it."""
     files, given = adapter.tokenizer_files, base.tokenizer.files
     if "tokenizer.json" in files:
-        architectures = adapter.raw_config.get("architectures") or [None]
-        return _tokenizer(adapter.path, files, architectures[0], adapter.raw_config)
+        return _tokenizer(adapter.path, files, adapter.raw_config)
     if not files.keys() - {"chat_template.jinja", "chat_template.json"}:
         return replace(base.tokenizer, files={**given, **files})
-    found = _tokenizer(adapter.path, {**given, **files}, base.config.architecture, {})
+    found = _tokenizer(adapter.path, {**given, **files}, {"model_type": model_type(base.config)})
     try:
         check_stated_ids(files, found)
     except CheckpointError as error:
@@ -220,7 +220,7 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
 
     folder = zoo.tokenizer_dir(name)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    eos = _tokenizer(folder, files, record.config.architecture, {}).eos_token_id
+    eos = _tokenizer(folder, files, {"model_type": model_type(record.config)}).eos_token_id
     dtype = record.source.converted_to or record.source.dtype
     pairs = _zoo_pairs(record, zoo)
     return Source(name, None, record.config, dtype, read, pairs, ModelTokenizer(files, eos), zoo)

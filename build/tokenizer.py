@@ -15,15 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from blockzoo.build.tokenizer_files import read_object, read_settings, special_tokens_of
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError, ZooError
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 # classes that take tokenizer.json as it is
 _PLAIN = {"TokenizersBackend", "PythonBackend", "PreTrainedTokenizer", "BloomTokenizer"}
 # classes that build a tokenizer from its vocabulary and merges, and the tokens that they have by default
@@ -52,19 +46,20 @@ class ModelTokenizer:
     """Of the tokenizer's eos_token, if it has one."""
 
 
-def resolve(files: Mapping[str, bytes], architecture: str | None, tokenizer_class: Any) -> ModelTokenizer:
+def resolve(files: Mapping[str, bytes], model_type: Any, tokenizer_class: Any) -> ModelTokenizer:
     """The tokenizer that AutoTokenizer makes of a folder's files. Resolving the result gives the same again.
 
     Args:
         files: contents by name, tokenizer.json among them.
-        architecture: of the model, which has a say in the class; None for an adapter's folder on its own.
+        model_type: of config.json, which has a say in the class; None without one.
         tokenizer_class: of config.json, if it has one; that of tokenizer_config.json goes first.
 
     Raises:
         CheckpointError: files that are damaged or contradict each other.
         UnsupportedModelError: what would give other ids, or texts, than AutoTokenizer.
     """
-    return _resolve(tuple(sorted(files.items())), _MODEL_TYPES.get(architecture or ""), tokenizer_class)
+    said = (None if value is None else str(value) for value in (model_type, tokenizer_class))
+    return _resolve(tuple(sorted(files.items())), *said)
 
 
 def check_stated_ids(files: Mapping[str, bytes], tokenizer: ModelTokenizer) -> None:
@@ -73,12 +68,12 @@ def check_stated_ids(files: Mapping[str, bytes], tokenizer: ModelTokenizer) -> N
     For files put over those of another folder: what transformers passes over in silence would be no tokenizer
     that somebody has trained with. Raises CheckpointError.
     """
-    decoder = _read(files, "tokenizer_config.json").get("added_tokens_decoder", {})
+    decoder = read_object(files, "tokenizer_config.json").get("added_tokens_decoder", {})
     stated: list[tuple[str, int | None]] = [
         (token["content"], int(index)) for index, token in decoder.items()
     ]
-    stated += _read(files, "added_tokens.json").items()
-    for value in _read(files, "special_tokens_map.json").values():
+    stated += read_object(files, "added_tokens.json").items()
+    for value in read_object(files, "special_tokens_map.json").values():
         tokens = value if isinstance(value, list) else [value]
         named = [token.get("content") if isinstance(token, dict) else token for token in tokens]
         stated += [(content, None) for content in named if isinstance(content, str)]
@@ -96,7 +91,7 @@ def check_stated_ids(files: Mapping[str, bytes], tokenizer: ModelTokenizer) -> N
 
 @lru_cache(maxsize=4)  # most models of a zoo have the same
 def _resolve(
-    items: tuple[tuple[str, bytes], ...], model_type: str | None, tokenizer_class: Any
+    items: tuple[tuple[str, bytes], ...], model_type: str | None, tokenizer_class: str | None
 ) -> ModelTokenizer:
     files = dict(items)
     try:
@@ -104,7 +99,7 @@ def _resolve(
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"tokenizer.json is not readable ({error}); save it again") from error
     try:
-        settings, added = _settings(files)
+        settings, added = read_settings(files)
         kind = _kind(settings, model_type, tokenizer_class, files["tokenizer.json"])
         _refuse_unsupported(settings, given)
         if given.padding is not None:
@@ -112,11 +107,11 @@ def _resolve(
         before = _text(given)
         tokenizer = given if kind is None else _rebuilt(kind, files["tokenizer.json"], given, settings)
         special = _add_tokens(tokenizer, kind, settings, added)
+        _refuse_stripping_blanks(tokenizer)
         text = _text(tokenizer)
         if text != before:
             files["tokenizer.json"] = text.encode()
-            if _text(Tokenizer.from_str(text)) != text:
-                raise UnsupportedModelError(f"no tokenizer.json can say what the tokenizer files do: {_SAVE}")
+            _check_written(tokenizer, text)
     except ZooError:
         raise
     except Exception as error:  # of the library, or of settings of an unfit type
@@ -134,99 +129,36 @@ def _text(tokenizer: Tokenizer) -> str:
     return tokenizer.to_str()
 
 
-def _read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A JSON object; {} where the file is absent. Raises CheckpointError."""
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name}: expected a JSON object, seen {type(value).__name__}")
-    return value
+def _refuse_stripping_blanks(tokenizer: Tokenizer) -> None:
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if not token.content.strip() and (token.lstrip or token.rstrip):
+            raise UnsupportedModelError(
+                f"added token {token.content!r} is blank and takes blanks beside it (lstrip, rstrip), with "
+                "which the tokenizers library fails on some texts: take the token or the setting out"
+            )
 
 
-def _settings(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[int, AddedToken]]:
-    """What the class is made with, and the tokens added by id, as `from_pretrained` puts them together."""
-    settings = _read(files, "tokenizer_config.json")
-    for name in ("add_bos_token", "add_eos_token"):  # beside a tokenizer.json its post-processor decides
-        settings.pop(name, None)
-    if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
-        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
-    own = {
-        name: settings.pop(name)
-        for name in list(settings)
-        if name.endswith("_token") and name not in _NAMED and isinstance(settings[name], str)
-    }
-    own |= _taken_dict(settings)
-    if own or "model_specific_special_tokens" not in settings:
-        settings["model_specific_special_tokens"] = own
-    added: dict[int, AddedToken] = {}
-    if "added_tokens_decoder" in settings:
-        for index, token in settings.pop("added_tokens_decoder").items():
-            added[int(index)] = _token(token)
-    else:
-        _merge_special_tokens_map(settings, _read(files, "special_tokens_map.json"))
-        specials = {str(settings[name]) for name in _NAMED if settings.get(name)}
-        specials |= {str(token) for token in settings.get("extra_special_tokens") or []}
-        for content, index in _read(files, "added_tokens.json").items():
-            special = content in specials
-            added[index] = AddedToken(content, normalized=not special, special=special)
-        for token in _read(files, "tokenizer.json").get("added_tokens", []):
-            added[token["id"]] = _token(token)
-    settings = {name: _as_added_tokens(value) for name, value in settings.items()}
-    by_content = {str(token): token for token in added.values()}
-    for name in _NAMED:
-        if settings.get(name) is not None:
-            settings[name] = by_content.get(str(settings[name]), settings[name])
-    return settings, added
-
-
-def _taken_dict(settings: dict[str, Any]) -> dict[str, Any]:
-    """`extra_special_tokens`, taken out, where it is an object of named tokens; else {}."""
-    extra = settings.get("extra_special_tokens")
-    if not isinstance(extra, dict):
-        return {}
-    del settings["extra_special_tokens"]
-    return extra
-
-
-def _merge_special_tokens_map(settings: dict[str, Any], special_tokens: dict[str, Any]) -> None:
-    for name, value in special_tokens.items():
-        if name == "extra_special_tokens" and isinstance(value, list):
-            merged = list(settings.get(name) or [])
-            for item in value:
-                token = _token(item, special=True) if isinstance(item, dict) else item
-                if token not in merged:
-                    merged.append(token)
-            settings[name] = merged
-        elif isinstance(value, dict) and name != "extra_special_tokens":
-            settings[name] = _token(value, special=True)
-        else:
-            settings[name] = value
-    settings["model_specific_special_tokens"] |= _taken_dict(settings)
-
-
-def _token(fields: Any, **changed: bool) -> AddedToken:
-    """A token from its JSON, without fields that the library does not know, which it would tell on stdout."""
-    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
-        raise CheckpointError(f"{fields!r:.60} is no token: expected an object with its text as 'content'")
-    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(**{name: fields[name] for name in known if name in fields} | changed)
-
-
-def _as_added_tokens(value: Any) -> Any:
-    """JSON in which objects that say so have become tokens."""
-    if isinstance(value, list):
-        return [_as_added_tokens(item) for item in value]
-    if isinstance(value, dict):
-        if value.get("__type") == "AddedToken":
-            return _token(value)
-        return {name: _as_added_tokens(item) for name, item in value.items()}
-    return value
+def _check_written(tokenizer: Tokenizer, text: str) -> None:
+    """Refuse what is lost on the way through a file, as tokens that are given twice, each time otherwise."""
+    written = Tokenizer.from_str(text)
+    if _text(written) != text:
+        raise UnsupportedModelError(f"no tokenizer.json can say what the tokenizer files do: {_SAVE}")
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        around = f"a {token.content} b{token.content}c"
+        ids = tokenizer.encode(around, add_special_tokens=False).ids
+        same = ids == written.encode(around, add_special_tokens=False).ids
+        for shown in (ids, [*ids, index, index]):
+            same &= tokenizer.decode(shown) == written.decode(shown)
+            same &= tokenizer.decode(shown, False) == written.decode(shown, False)
+        if not same:
+            raise UnsupportedModelError(
+                f"token {token.content!r} is given with different settings in the tokenizer files, which no "
+                "tokenizer.json can say: give it the same everywhere"
+            )
 
 
 def _kind(
-    settings: dict[str, Any], model_type: str | None, config_class: Any, tokenizer_json: bytes
+    settings: dict[str, Any], model_type: str | None, config_class: str | None, tokenizer_json: bytes
 ) -> str | None:
     """The class that rebuilds the tokenizer; None where tokenizer.json is taken as it is."""
     name = settings.pop("tokenizer_class", None) or config_class
@@ -313,7 +245,7 @@ def _add_tokens(
     tokenizer: Tokenizer, kind: str | None, settings: dict[str, Any], added: Mapping[int, AddedToken]
 ) -> dict[str, str | AddedToken]:
     """Add all tokens in the order of transformers, which decides their ids; returns those with names."""
-    special, extra = _special_tokens(settings)
+    special, extra = special_tokens_of(settings)
     tokens: list[Any] = [token for _, token in sorted(added.items())]
     known = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
     for token in [*special.values(), *extra]:
@@ -328,21 +260,3 @@ def _add_tokens(
         again = dict.fromkeys(str(token) for token in [*special.values(), *extra])
         tokenizer.add_tokens([AddedToken(token, special=True) for token in again])
     return special
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> tuple[dict[str, str | AddedToken], list[Any]]:
-    """The special tokens that have names, and the others."""
-    extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens"))
-    own = {
-        name: value
-        for name, value in settings.items()
-        if name.endswith("_token") and name not in _NAMED and isinstance(value, (str, AddedToken))
-    }
-    named = {name: settings[name] for name in _NAMED if settings.get(name) is not None}
-    named |= own | settings["model_specific_special_tokens"]
-    for name, token in named.items():
-        if not isinstance(token, (str, AddedToken)):
-            raise CheckpointError(f"{name} is {token!r:.60}; expected the text of a token, or its fields")
-    if not isinstance(extra, (list, type(None))):
-        raise CheckpointError(f"extra_special_tokens is {extra!r:.60}; expected a list of tokens")
-    return named, extra or []

@@ -20,11 +20,11 @@ from tokenizers import (
     trainers,
 )
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 _TEXTS = [
     "the quick brown fox jumps over the lazy dog. The dog's lazier than the fox's tail, isn't it?",
@@ -112,7 +112,7 @@ class Folder:
 
     base: str
     """Of `tokenizer_json`."""
-    architecture: str | None
+    model_type: str | None
     """None: an adapter's folder, which has no config.json."""
     files: dict[str, Any]
     """JSON by file name, beside tokenizer.json."""
@@ -123,8 +123,8 @@ class Folder:
         """The folder, on disk."""
         path.mkdir(parents=True, exist_ok=True)
         (path / "tokenizer.json").write_text(tokenizer_json(self.base), "utf-8")
-        if self.architecture is not None:
-            config = {"model_type": MODEL_TYPES[self.architecture], "architectures": [self.architecture]}
+        if self.model_type is not None:
+            config = {"model_type": self.model_type, "architectures": [ARCHITECTURES[self.model_type]]}
             (path / "config.json").write_text(json.dumps(config | self.config))
         for name, content in self.files.items():
             (path / name).write_text(json.dumps(content))
@@ -145,7 +145,7 @@ def _tagged(content: str, **flags: Any) -> dict[str, Any]:
     return {"__type": "AddedToken"} | token(content, **flags)
 
 
-_LLAMA, _MISTRAL, _QWEN2, _QWEN3 = MODEL_TYPES
+_LLAMA, _MISTRAL, _QWEN2, _QWEN3 = ARCHITECTURES
 _FAST = "PreTrainedTokenizerFast"
 _DECODER = {
     "added_tokens_decoder": {"380": token("<tool>"), "381": token("word", special=False, normalized=True)}
@@ -236,7 +236,7 @@ FOLDERS: dict[str, Folder] = {
     "clean-up": Folder("gpt2", _LLAMA, _config(_FAST, clean_up_tokenization_spaces=True)),
 }
 
-_SCRIPTS = (
+SCRIPTS = (
     "the quick brown fox's tail, isn't it? I'LL say: 1234567 foxes, word by word.",
     "def answer(x):\n    return x + 1\t# naïve\r\n\r\n\n  \n class A:  pass   ",
     "École école É E\u0301cole ﬁ Ⅷ",
@@ -250,7 +250,7 @@ _SCRIPTS = (
 
 def corpus(special: list[str]) -> list[str]:
     """Texts of many scripts, code and spaces, with each of these tokens in several places."""
-    texts = list(_SCRIPTS)
+    texts = list(SCRIPTS)
     for content in special:
         texts += [
             content,
