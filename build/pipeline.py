@@ -187,7 +187,7 @@ class _Compilation:
             num_reused=reused,
             num_recovered=len(parts.own_blocks),
             rank=max((self.manifest.adapters[i].spec.rank for i in parts.adapters.values()), default=0),
-            notes=(*notes, *parts.notes()),
+            notes=(*notes, *parts.notes(), *source.notes()),
             model_bytes=model_bytes(self.manifest, record),
             new_bytes=new_bytes,
             verification=self.manifest.models[source.name].verification,

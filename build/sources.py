@@ -54,8 +54,16 @@ class Source:
         An eos_token that the model cannot give, as it has no row for it, is none.
         """
         ids, eos = self.config.eos_token_ids, self.tokenizer.eos_token_id
-        more = eos is not None and eos not in ids and eos < self.config.vocab_size
-        return (*ids, eos) if more and eos is not None else ids
+        if eos is None or eos in ids or eos >= self.config.vocab_size:
+            return ids
+        return (*ids, eos)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, for the report."""
+        if self.tokenizer.largest_id < self.config.vocab_size:
+            return ()
+        ids = f"{self.config.vocab_size} to {self.tokenizer.largest_id}"
+        return (f"token ids {ids} of its tokenizer have no embedding: texts with them are refused",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,10 +228,11 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
 
     folder = zoo.tokenizer_dir(name)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    eos = _tokenizer(folder, files, {"model_type": model_type(record.config)}).eos_token_id
+    found = _tokenizer(folder, files, {"model_type": model_type(record.config)})
     dtype = record.source.converted_to or record.source.dtype
     pairs = _zoo_pairs(record, zoo)
-    return Source(name, None, record.config, dtype, read, pairs, ModelTokenizer(files, eos), zoo)
+    tokenizer = replace(found, files=files)  # a zoo from before they were resolved goes on with what it has
+    return Source(name, None, record.config, dtype, read, pairs, tokenizer, zoo)
 
 
 def _zoo_pairs(record: ModelRecord, zoo: Zoo) -> dict[str, tuple[LoraPair, ...]]:

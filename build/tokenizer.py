@@ -44,6 +44,8 @@ class ModelTokenizer:
     """By name. tokenizer.json alone gives the ids; it stays as given where that was so already."""
     eos_token_id: int | None
     """Of the tokenizer's eos_token, if it has one."""
+    largest_id: int
+    """Of any token; the model may have fewer rows."""
 
 
 def resolve(files: Mapping[str, bytes], model_type: Any, tokenizer_class: Any) -> ModelTokenizer:
@@ -120,7 +122,8 @@ def _resolve(
             "into the folder again (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         ) from error
     eos = special.get("eos_token")
-    return ModelTokenizer(files, None if eos is None else tokenizer.token_to_id(str(eos)))
+    eos_id = None if eos is None else tokenizer.token_to_id(str(eos))
+    return ModelTokenizer(files, eos_id, max(tokenizer.get_vocab(with_added_tokens=True).values()))
 
 
 def _text(tokenizer: Tokenizer) -> str:

@@ -195,6 +195,9 @@ def test_an_end_token_without_a_row_in_the_model_ends_nothing(
     _, notes = opened(checkpoints["llama"], adapter)
     assert notes.tokenizer.eos_token_id == 288
     assert notes.end_ids == (257, 258)
+    assert notes.notes() == (
+        "token ids 288 to 288 of its tokenizer have no embedding: texts with them are refused",
+    )
     file = TensorFile(adapter / "adapter_model.safetensors")
     tensors = {name: file.tensor(name) for name in file.names}
     for name in ("model.embed_tokens", "lm_head"):
@@ -203,6 +206,7 @@ def test_an_end_token_without_a_row_in_the_model_ends_nothing(
     (adapter / "new").rename(adapter / "adapter_model.safetensors")
     _, notes = opened(checkpoints["llama"], adapter)
     assert notes.end_ids == (257, 258, 288)
+    assert notes.notes() == ()
 
 
 def test_a_generation_config_of_the_wrong_kind_is_named(adapter: Path, checkpoints: dict[str, Path]) -> None:
