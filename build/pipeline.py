@@ -167,14 +167,15 @@ class _Compilation:
         record = ModelRecord(
             config=source.config,
             chain=tuple(chain),
-            tokenizer=files_id(source.tokenizer_files),
+            tokenizer=files_id(source.tokenizer.files),
             source=self.source_record(source),
             verification=None,
             adapters=parts.adapters,
             recovery=parts.recovery(self.manifest),
+            eos_token_ids=None if source.end_ids == source.config.eos_token_ids else source.end_ids,
         )
         if self.writer is not None:
-            self.writer.add_tokenizer(source.tokenizer_files)
+            self.writer.add_tokenizer(source.tokenizer.files)
         status = self.status(source.name, record)
         if status != "unchanged":
             self.manifest.models[source.name] = record
@@ -186,7 +187,7 @@ class _Compilation:
             num_reused=reused,
             num_recovered=len(parts.own_blocks),
             rank=max((self.manifest.adapters[i].spec.rank for i in parts.adapters.values()), default=0),
-            notes=(*notes, *parts.notes()),
+            notes=(*notes, *parts.notes(), *source.notes()),
             model_bytes=model_bytes(self.manifest, record),
             new_bytes=new_bytes,
             verification=self.manifest.models[source.name].verification,
@@ -430,4 +431,4 @@ def _weights(record: ModelRecord) -> object:
 
 
 def _content(record: ModelRecord) -> object:
-    return record.config, record.tokenizer, _weights(record)
+    return record.config, record.tokenizer, record.end_ids, _weights(record)

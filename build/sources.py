@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from blockzoo.build.partition import chain_names, checkpoint_reader
+from blockzoo.build.tokenizer import ModelTokenizer, check_stated_ids, resolve
 from blockzoo.zoo.adapter import LoraAdapter, LoraPair, is_adapter, open_adapter
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
@@ -40,9 +42,28 @@ class Source:
     read: Callable[[str], BlockTensor]
     pairs: dict[str, tuple[LoraPair, ...]]
     """HF name of a weight -> the LoRAs that are added to it."""
-    tokenizer_files: dict[str, bytes]
+    tokenizer: ModelTokenizer
     origin: "Checkpoint | Adapted | Zoo"
     """What `read` reads: for the oracle, which reads it in its own way."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: those of generation_config.json (else of config.json), and the
+        tokenizer's eos_token, as in vLLM. An adapter's folder may bring either; what it lacks is its base's.
+
+        An eos_token that the model cannot give, as it has no row for it, is none.
+        """
+        ids, eos = self.config.eos_token_ids, self.tokenizer.eos_token_id
+        if eos is None or eos in ids or eos >= self.config.vocab_size:
+            return ids
+        return (*ids, eos)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, for the report."""
+        if self.tokenizer.largest_id < self.config.vocab_size:
+            return ()
+        ids = f"{self.config.vocab_size} to {self.tokenizer.largest_id}"
+        return (f"token ids {ids} of its tokenizer have no embedding: texts with them are refused",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,8 +148,36 @@ def _split_base(given: str | Path) -> tuple[Path, str]:
 def _checkpoint_source(name: str, path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     read = checkpoint_reader(checkpoint)
-    files = checkpoint.tokenizer_files
-    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, files, checkpoint)
+    tokenizer = _tokenizer(path, checkpoint.tokenizer_files, checkpoint.raw_config)
+    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint)
+
+
+def _tokenizer(where: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> ModelTokenizer:
+    """`resolve` with what config.json says, and errors that name the folder."""
+    try:
+        return resolve(files, config.get("model_type"), config.get("tokenizer_class"))
+    except CheckpointError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def model_type(config: ModelConfig) -> str:
+    """As config.json has it."""
+    return config.architecture.removesuffix("ForCausalLM").lower()
+
+
+def _adapted_tokenizer(adapter: LoraAdapter, base: Source) -> ModelTokenizer:
+    """The adapter's own tokenizer, or the base's with what the adapter's folder says of it."""
+    files, given = adapter.tokenizer_files, base.tokenizer.files
+    if "tokenizer.json" in files:
+        return _tokenizer(adapter.path, files, adapter.raw_config)
+    if not files.keys() - {"chat_template.jinja", "chat_template.json"}:
+        return replace(base.tokenizer, files={**given, **files})
+    found = _tokenizer(adapter.path, {**given, **files}, {"model_type": model_type(base.config)})
+    try:
+        check_stated_ids(files, found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter.path}: {error}") from None
+    return found
 
 
 def _find_base(
@@ -179,8 +228,11 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
 
     folder = zoo.tokenizer_dir(name)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    found = _tokenizer(folder, files, {"model_type": model_type(record.config)})
     dtype = record.source.converted_to or record.source.dtype
-    return Source(name, None, record.config, dtype, read, _zoo_pairs(record, zoo), files, zoo)
+    pairs = _zoo_pairs(record, zoo)
+    tokenizer = replace(found, files=files)  # a zoo from before they were resolved goes on with what it has
+    return Source(name, None, record.config, dtype, read, pairs, tokenizer, zoo)
 
 
 def _zoo_pairs(record: ModelRecord, zoo: Zoo) -> dict[str, tuple[LoraPair, ...]]:
@@ -211,17 +263,20 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
                 f"{list(base.read(hf).shape)}: is this adapter's base another model?"
             )
     config = _adapted_config(adapter, base)
-    files = adapter.tokenizer_files or base.tokenizer_files
+    tokenizer = _adapted_tokenizer(adapter, base)
     origin = Adapted(adapter, base)
     read = _adapted_reader(adapter, base)
     pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in adapter.replacements}
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
-    return Source(name, adapter.path, config, base.dtype, read, pairs, files, origin)
+    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, origin)
 
 
 def _adapted_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
-    """The base's configuration with the adapter's vocabulary; untied where it parts head and embedding."""
+    """The base's configuration with the adapter's vocabulary and end tokens.
+
+    Untied where the adapter parts head and embedding.
+    """
     config, replaced = base.config, adapter.replacements
     if config.tie_word_embeddings and (_EMBED in replaced or _HEAD in replaced):
         embed, head = replaced.get(_EMBED), replaced.get(_HEAD)
@@ -229,6 +284,8 @@ def _adapted_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
         config = replace(config, tie_word_embeddings=tied)
     if _EMBED in replaced:
         config = replace(config, vocab_size=replaced[_EMBED].shape[0])
+    if adapter.eos_token_ids is not None:
+        config = replace(config, eos_token_ids=adapter.eos_token_ids)
     return config
 
 

@@ -142,7 +142,7 @@ def encode_texts(source: Source, texts: Sequence[str]) -> list[list[int]]:
 
     where = source.path or source.name
     try:
-        tokenizer = Tokenizer.from_buffer(source.tokenizer_files["tokenizer.json"])
+        tokenizer = Tokenizer.from_buffer(source.tokenizer.files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{where}: tokenizer.json is not readable ({error}); save it again") from error
     prompts = [tokenizer.encode(text).ids or [0] for text in texts]

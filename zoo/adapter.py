@@ -12,6 +12,7 @@ from typing import Any
 
 from blockzoo.zoo.checkpoint import open_tensor_file, read_json, read_tokenizer_files
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
+from blockzoo.zoo.model_config import eos_token_ids
 from blockzoo.zoo.tensors import BlockTensor, TensorFile
 
 _PREFIX = "base_model.model."
@@ -23,6 +24,14 @@ _NEUTRAL = {"task_type", "peft_version", "revision", "inference_mode", "lora_dro
 _NEUTRAL |= {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
 _NEUTRAL |= {"megatron_config", "megatron_core", "qalora_group_size", "eva_config", "lora_ga_config"}
 _NEUTRAL |= {"runtime_config", "ensure_weight_tying", "corda_config"}
+_OTHER_TOKENIZERS = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tiktoken.model",
+    "tekken.json",
+)
 _BIASES = ("none", "all", "lora_only")  # which biases of the base were trained; the file holds their values
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 
@@ -49,8 +58,12 @@ class LoraAdapter:
     """HF name of the changed weight -> its LoRA."""
     replacements: dict[str, BlockTensor]
     """HF name -> the tensor that replaces it (modules_to_save, resized embeddings, trained biases)."""
-    tokenizer_files: dict[str, bytes] | None
-    """The folder's own tokenizer, if it has one."""
+    tokenizer_files: dict[str, bytes]
+    """The folder's own, as they are given; without a tokenizer.json they speak of the base's tokenizer."""
+    raw_config: dict[str, Any]
+    """config.json as it stands, {} where there is none: AutoTokenizer takes the tokenizer's class from it."""
+    eos_token_ids: tuple[int, ...] | None
+    """Of the folder's own generation_config.json, if that names any."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -70,9 +83,27 @@ def open_adapter(path: Path) -> LoraAdapter:
         raise CheckpointError(f"{path}: adapter_model.safetensors is missing; save it as safetensors")
     file = open_tensor_file(weights)
     pairs, replacements = _split(path, config, file)
-    tokenizer = read_tokenizer_files(path) if (path / "tokenizer.json").exists() else None
     base_name = config.get("base_model_name_or_path") or ""
-    return LoraAdapter(path, str(base_name), pairs, replacements, tokenizer)
+    raw_config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    generation = path / "generation_config.json"
+    try:
+        eos = eos_token_ids(read_json(generation), generation.name) if generation.exists() else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    tokenizer = _tokenizer_files(path)
+    return LoraAdapter(path, str(base_name), pairs, replacements, tokenizer, raw_config, eos)
+
+
+def _tokenizer_files(path: Path) -> dict[str, bytes]:
+    files = read_tokenizer_files(path)
+    others = [name for name in _OTHER_TOKENIZERS if (path / name).exists()]
+    if others and "tokenizer.json" not in files:
+        raise CheckpointError(
+            f"{path}: {others[0]} is a tokenizer of the adapter's own, but tokenizer.json is missing: save "
+            "the fast tokenizer into the folder (AutoTokenizer.from_pretrained(...).save_pretrained(...)), "
+            "or take the tokenizer's files out of it to use the base's"
+        )
+    return files
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

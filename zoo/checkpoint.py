@@ -16,6 +16,9 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+_SAVE_TOKENIZER = (
+    "save the fast tokenizer into the folder (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +32,7 @@ class Checkpoint:
     dtype: Dtype
     """The dtype of most weights."""
     tokenizer_files: dict[str, bytes]
+    """As they are given, by name."""
     files: dict[str, TensorFile]
     """Tensor name -> the file that holds it."""
 
@@ -53,7 +57,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
     files = open_tensor_files(path)
-    return Checkpoint(path, config, raw_config, _common_dtype(path, files), read_tokenizer_files(path), files)
+    tokenizer = read_tokenizer_files(path)
+    if "tokenizer.json" not in tokenizer:
+        raise CheckpointError(f"{path}: tokenizer.json is missing; {_SAVE_TOKENIZER}")
+    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, files)
 
 
 def open_tensor_files(path: Path) -> dict[str, TensorFile]:
@@ -105,13 +112,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Contents of the folder's tokenizer files by name. Raises CheckpointError without a tokenizer.json."""
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{path}: tokenizer.json is missing; save the fast tokenizer into the folder "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-        )
-    read_json(path / "tokenizer.json")
+    """Contents of the folder's tokenizer files by name. Raises CheckpointError for one that is no JSON."""
+    if (path / "tokenizer.json").is_file():
+        read_json(path / "tokenizer.json")
     return {name: (path / name).read_bytes() for name in _TOKENIZER_FILES if (path / name).is_file()}
 
 

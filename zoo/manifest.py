@@ -225,6 +225,13 @@ class ModelRecord:
     """Position in the chain -> id of the adapter on the block there."""
     recovery: RecoveryRecord | None = None
     equivalence: EquivalenceRecord | None = None
+    eos_token_ids: tuple[int, ...] | None = field(default=None, metadata={"added": True})
+    """The tokens that end an answer, where they are not those of `config`."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.config.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
 
     def own_chain(self) -> tuple[str, ...]:
         """The chain as it was before equivalent blocks took the place of some."""

@@ -42,6 +42,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    """Of generation_config.json, else of config.json. Where a model ends: `ModelRecord.end_ids`."""
 
     @classmethod
     def from_hf(
@@ -52,6 +53,7 @@ class ModelConfig:
         Raises UnsupportedModelError for what cannot be served, CheckpointError for missing or wrong fields.
         """
         architecture = _architecture(config)
+        generation = eos_token_ids(generation_config or {}, "generation_config.json")
         _refuse_unsupported(config)
         reader = _Reader(config)
         hidden_size, num_heads = reader.count("hidden_size"), reader.count("num_attention_heads")
@@ -90,7 +92,7 @@ class ModelConfig:
             layer_windows=_layer_windows(architecture, reader, num_layers),
             max_position_embeddings=reader.count("max_position_embeddings"),
             bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
-            eos_token_ids=_Reader({**config, **_present(generation_config or {})}).token_ids("eos_token_id"),
+            eos_token_ids=(eos_token_ids(config) or ()) if generation is None else generation,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -163,16 +165,19 @@ def _layer_types(types: Any, num_layers: int) -> list[str] | None:
     return types
 
 
-def _present(config: Mapping[str, Any]) -> dict[str, Any]:
-    eos = config.get("eos_token_id")
-    return {} if eos is None else {"eos_token_id": eos}
+def eos_token_ids(config: Mapping[str, Any], file: str = "config.json") -> tuple[int, ...] | None:
+    """The end-of-text ids that a config.json or generation_config.json names; None: it names none.
+
+    Raises CheckpointError.
+    """
+    return None if config.get("eos_token_id") is None else _Reader(config, file).token_ids("eos_token_id")
 
 
 class _Reader:
     """Typed fields out of `config.json`; messages name the field, the value seen and what was expected."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, config: Mapping[str, Any], file: str = "config.json") -> None:
+        self.config, self.file = config, file
 
     def whole(self, name: str, default: int | None = None) -> int:
         value = self.config.get(name)
@@ -205,5 +210,5 @@ class _Reader:
         value = self.config.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise CheckpointError(f"config.json: {name} must be a token id or a list of them, seen {value!r}")
+            raise CheckpointError(f"{self.file}: {name} must be a token id or a list of them, seen {value!r}")
         return tuple(ids)

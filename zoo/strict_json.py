@@ -1,5 +1,6 @@
 """Strict JSON <-> frozen dataclasses: an unknown or missing field or a wrong type is an error naming it.
 
+A field of metadata {"added": True} came later: files from before lack it, and have its default.
 Dataclasses with a class attribute `kind` carry it in their JSON; a union of such classes is told apart by it.
 """
 
@@ -93,17 +94,22 @@ def _fields(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+@functools.cache
+def _later(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(cls) if field.metadata.get("added"))
+
+
 def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
     fields, given = _fields(cls), dict(_expect(dict, value, where))
     kind = _kind(cls)
     if kind is not None and given.pop("kind", None) != kind:
         raise ManifestError(f"{where}.kind: expected {kind!r}, seen {value.get('kind')!r}")
-    unknown, missing = given.keys() - fields.keys(), fields.keys() - given.keys()
+    unknown, missing = given.keys() - fields.keys(), fields.keys() - given.keys() - _later(cls)
     if unknown or missing:
         said = [f"unknown field {name!r}" for name in sorted(unknown)]
         said += [f"missing field {name!r}" for name in sorted(missing)]
         raise ManifestError(f"{where}: {', '.join(said)}")
-    return cls(**{name: _decode(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
+    return cls(**{name: _decode(fields[name], item, f"{where}.{name}") for name, item in given.items()})
 
 
 def _expect(kind: Any, value: Any, where: str) -> Any:

@@ -234,6 +234,11 @@ class DocumentPublisher:
                     f"document {name!r} has {len(tokens)} tokens; {model_name} takes at most "
                     f"{model.max_len // PAGE_TOKENS * PAGE_TOKENS} of a document: shorten it"
                 )
+            if tokens and max(tokens) >= model.chain.vocab_size:
+                raise InvalidRequestError(
+                    f"document {name!r} holds token id {max(tokens)}; those of {model_name} are 0 to "
+                    f"{model.chain.vocab_size - 1}: its tokenizer has more tokens than the model"
+                )
             task = _Task(model, tuple(tokens), lead)
             tasks.setdefault(task.key, task)
         return tasks

@@ -150,7 +150,7 @@ def _load_model(
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
     plain = record.config.rope.rope_type == "default"
-    return LoadedModel(name, index, chain, tokenizer, record.config.eos_token_ids, min(bounds), plain)
+    return LoadedModel(name, index, chain, tokenizer, record.end_ids, min(bounds), plain)
 
 
 def _compile_spans(

@@ -113,7 +113,7 @@ class ServedZoo:
                 chain_index=index,
                 chain=topology.chains[index],
                 tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
-                eos_token_ids=record.config.eos_token_ids,
+                eos_token_ids=record.end_ids,
                 max_len=min(twin.max_len, record.config.max_position_embeddings),
             )
         return self._commit(zoo, topology, models, removed, waiting)
@@ -209,6 +209,6 @@ def _first_of(topology: Topology, index: int) -> int:
 
 def _same(one: ModelRecord, other: ModelRecord | None) -> bool:
     def content(record: ModelRecord) -> object:
-        return record.config, record.chain, record.adapters, record.tokenizer
+        return record.config, record.chain, record.adapters, record.tokenizer, record.end_ids
 
     return other is not None and content(one) == content(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
-from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.zoo.store import Zoo
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
@@ -208,3 +210,35 @@ def test_tensorrt_plans_compute_what_peft_computes(
         whole = [*done.prompt, *done.token_ids]
         expected = logits_of(peft_models[name], whole[:-1])[len(done.prompt) - 1 :].argmax(-1)
         assert tuple(expected.tolist()) == done.token_ids, name
+
+
+def test_an_adapters_own_end_tokens_end_its_answers(
+    tenants: dict[str, Path], zoo: Path, tmp_path: Path
+) -> None:
+    """Named in its folder, by id or as the tokenizer's eos_token; from the start, and after a reload."""
+    prompt = list(range(2, 40))
+    (free,) = LLM(zoo, precision="f32").generate("qv", [prompt], GREEDY, progress=False)
+    end = free.token_ids[4]
+    assert end not in free.token_ids[:4]
+    text = Tokenizer.from_file(str(tenants["base"] / "tokenizer.json")).id_to_token(end)
+    says: dict[str, tuple[str, dict[str, Any]]] = {
+        "by-id": ("generation_config.json", {"eos_token_id": [end]}),
+        "by-name": ("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend", "eos_token": text}),
+    }
+    for name, (file, content) in says.items():
+        shutil.copytree(tenants["qv"], tmp_path / name)
+        (tmp_path / name / file).write_text(json.dumps(content))
+    fast = CompileOptions(verify=False, profile=False)
+    compile_models({"base": tenants["base"], "by-id": tmp_path / "by-id"}, tmp_path / "zoo", fast)
+    engine = LLMEngine(tmp_path / "zoo", EngineConfig(precision="f32", kv_cache_bytes=32 << 20))
+    compile_models({"by-name": tmp_path / "by-name"}, tmp_path / "zoo", fast)
+    assert engine.reload().added == ("by-name",)
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    for name in ("base", *says):
+        engine.enqueue(engine.prepare(name, name, prompt, greedy))
+    answers: dict[str, list[int]] = {name: [] for name in ("base", *says)}
+    while engine.has_unfinished():
+        for output in engine.step():
+            answers[output.request_id] += output.token_ids
+    assert len(answers["base"]) == 12
+    assert [tuple(answers[name]) for name in says] == [free.token_ids[:5]] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.api.errors import (
     InvalidRequestError,
@@ -370,3 +373,21 @@ def test_kv_on_disk_is_named_after_all_that_computes_it(engine: LLMEngine) -> No
             key = next(s.key for s in one.segments if s.first_layer <= layer < s.end_layer)
             same = kv_identity(topology, one, layer) == kv_identity(topology, other, layer)
             assert same == (key in shared)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(
+    demo_family: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(demo_family["base"], tmp_path / "base"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    compile_models({"base": folder}, tmp_path / "zoo", CompileOptions(verify=False, profile=False))
+    engine = serve(tmp_path / "zoo")
+    assert engine.tokenizer("base").encode("<pad>") == [2048]
+    for prompt, documents in (("a <pad>", []), ("a", ["a <pad>"])):
+        with pytest.raises(InvalidRequestError, match="to 2048; the model's are 0 to 2047"):
+            engine.prepare("r", "base", prompt, GREEDY, documents=documents)
+    with pytest.raises(InvalidRequestError, match="'doc' holds token id 2048; those of base are 0 to 2047"):
+        engine.publish("doc", DOCUMENT + "<pad>" + DOCUMENT)
+    engine.check_integrity()
+    assert ask(engine, QUESTION)[1]

@@ -71,6 +71,14 @@ def test_round_trip() -> None:
     assert read.blocks["attn"].latency_us == {1: 5.0, 8: 7.5}
 
 
+def test_a_manifest_from_before_end_tokens_is_read() -> None:
+    data = encode(make())
+    assert data["models"]["m"].pop("eos_token_ids") is None
+    model = Manifest.from_text(json.dumps(data)).models["m"]
+    assert model.end_ids == model.config.eos_token_ids
+    assert replace(model, eos_token_ids=(5,)).end_ids == (5,)
+
+
 def test_config_round_trip() -> None:
     assert ModelConfig.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
     with pytest.raises(ManifestError, match=r"config: missing field 'rope'"):
