@@ -127,6 +127,10 @@ class Tokenizer:
             raise InvalidRequestError(
                 "The text has lone surrogates, which are no characters; expected valid Unicode."
             ) from error
+        except BaseException as error:  # the library's panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InvalidRequestError(f"The tokenizer cannot take this text: {error}") from error
 
     @cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

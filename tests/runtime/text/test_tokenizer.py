@@ -2,8 +2,8 @@ import json
 import shutil
 
 import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from blockzoo.runtime.api.errors import InvalidRequestError
@@ -181,3 +181,13 @@ def test_which_tokens_end_a_line(tokenizer):
     assert [bool(end) for end in tokenizer.ends_line[ids]] == ["\n" in tokenizer.decode([i]) for i in ids]
     assert tokenizer.ends_line[ids].any()
     assert not tokenizer.ends_line[ids].all()
+
+
+def test_a_text_on_which_the_library_panics_is_refused():
+    """Compiling refuses such tokenizers; an older zoo may hold one."""
+    made = Library(models.WordLevel({"b": 0, "?": 1}, unk_token="?"))
+    made.add_tokens([AddedToken(" ", lstrip=True), AddedToken("<s>", lstrip=True, rstrip=True)])
+    tokenizer = Tokenizer(made)
+    assert tokenizer.encode("b") == [0]
+    with pytest.raises(InvalidRequestError, match="cannot take this text: AddedVocabulary bad split"):
+        tokenizer.encode("<s>  ")
