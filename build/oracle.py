@@ -131,7 +131,7 @@ def _window(config: Mapping[str, Any], layer: int) -> int | None:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = settings.get("rope_type") or settings.get("type") or "default"
     return settings, kind, settings.get("rope_theta") or config.get("rope_theta") or 10000.0
 
@@ -271,23 +271,28 @@ def _hf_config(source: Source) -> dict[str, Any]:
 def _adapted_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
     settings = json.loads((folder / "adapter_config.json").read_text())
     file = TensorFile(folder / "adapter_model.safetensors")
-    names = {n: n.removeprefix("base_model.model.").replace("base_layer.bias", "bias") for n in file.names}
-    lora = {name: file.tensor(saved).to_f32() for saved, name in names.items()}
+    lora = {_plain_name(saved): file.tensor(saved).to_f32() for saved in file.names}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    parted = bool(base.config.get("tie_word_embeddings")) and (embed in lora or head in lora)
+    was_tied = bool(base.config.get("tie_word_embeddings"))
+    ends = [(name, name.removesuffix(".weight")) for name in (embed, head) if name in lora]
+    own = [name for name, module in ends if any(map(module.endswith, settings.get("modules_to_save") or []))]
+    parted = was_tied and bool(own or len(ends) == 2)
+    if was_tied and len(ends) == 1 and not own:  # loaded into the one tensor that both share
+        lora[embed] = lora[head] = lora[ends[0][0]]
 
     def setting(field: str, patterns: str, module: str) -> float:
         for pattern, value in (settings.get(patterns) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
-        return float(settings[field])
+        return float(settings.get(field, 8))
 
     def weight(name: str) -> np.ndarray | None:
         saved = base.weight(embed if parted and name == head else name)
         module = name.removesuffix(".weight")
         if name in lora:
-            replaced = embed if name == head and base.config.get("tie_word_embeddings") else name
-            return _round(lora[name], base.dtype(replaced)) if rounded else lora[name]
+            saved = lora[name]
+            if rounded:
+                saved = _round(saved, base.dtype(embed if name == head and was_tied else name))
         if f"{module}.lora_A.weight" in lora and saved is not None:
             rank = setting("r", "rank_pattern", module)
             scale = setting("lora_alpha", "alpha_pattern", module)
@@ -296,8 +301,13 @@ def _adapted_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
             saved = saved + np.float32(scale) * product
         return saved
 
-    tied = bool(base.config.get("tie_word_embeddings")) and not parted
-    return Oracle({**base.config, "tie_word_embeddings": tied}, weight, base.dtype)
+    return Oracle({**base.config, "tie_word_embeddings": was_tied and not parted}, weight, base.dtype)
+
+
+def _plain_name(saved: str) -> str:
+    """As the base calls the tensor, or .lora_A.weight and .lora_B.weight behind the module's name."""
+    name = saved.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight", name)
 
 
 def _round(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -70,10 +70,10 @@ def verify(
     the tolerance, CheckpointError for a tokenizer that does not fit the model.
     """
     config = source.config
-    room = config.max_position_embeddings - NUM_GENERATED
+    room = config.max_length - NUM_GENERATED
     if room < 1:
         raise CheckpointError(
-            f"{source.name}: max_position_embeddings is {config.max_position_embeddings}: verification needs "
+            f"{source.name}: the model takes {config.max_length} tokens: verification needs "
             f"at least {NUM_GENERATED + 1}; --no-verify leaves it out"
         )
     _check_memory(source.name, [*blocks, *adapters.values()])

@@ -138,6 +138,7 @@ def test_an_adapter_may_bring_more_tokens(
     tensors["base_model.model.lm_head.weight"] = from_f32(np.full((290, 64), 2.0), "bf16")
     write_tensor_file(adapter / "new", tensors, {})
     (adapter / "new").rename(adapter / "adapter_model.safetensors")
+    edit(adapter, modules_to_save=["embed_tokens", "lm_head"])
     compile_models({"base": checkpoints["llama"], "notes": adapter}, tmp_path / "z", FAST)
     config = Zoo.open(tmp_path / "z").manifest.models["notes"].config
     assert (config.vocab_size, config.tie_word_embeddings) == (290, False)

@@ -1,0 +1,383 @@
+"""What is read out of folders: the tensors and settings that transformers and PEFT take from the same files.
+
+Verification cannot see a misreading that the oracle shares, so the oracle's weights are compared too.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.build.oracle import oracle_for
+from blockzoo.build.partition import chain_names
+from blockzoo.build.sources import Source, open_sources
+from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
+from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, write_tensor_file
+
+PREFIX = "base_model.model."
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Q = "model.layers.0.self_attn.q_proj"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
+
+
+def edit(path: Path, **changes: Any) -> None:
+    kept = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not ...}))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, BlockTensor]], dict[str, BlockTensor]]) -> None:
+    file = TensorFile(path)
+    write_tensor_file(
+        path.with_name("new"), change({n: file.tensor(n) for n in file.names}), {"format": "pt"}
+    )
+    path.with_name("new").rename(path)
+
+
+def assert_reads_as(model: Any, source: Source) -> None:
+    """All weights of the source, LoRAs added, and those of its oracle, are the transformers model's."""
+    theirs = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    oracle = oracle_for(source, False, None)
+    names = {hf for block in chain_names(source.config) for hf in block.values()}
+    assert names <= theirs.keys()
+    assert source.config.tie_word_embeddings == ("lm_head.weight" not in names)
+    if source.config.tie_word_embeddings:
+        np.testing.assert_array_equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
+    for name in names:
+        own = source.read(name).to_f32()
+        for pair in source.pairs.get(name, ()):
+            own = own + np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
+        np.testing.assert_allclose(own, theirs[name], rtol=0, atol=1e-6, err_msg=name)
+        judged = oracle.weight(name)
+        assert judged is not None
+        np.testing.assert_allclose(judged, theirs[name], rtol=0, atol=1e-6, err_msg=name)
+    head = oracle.weight(EMBED if oracle.config.get("tie_word_embeddings") else HEAD)
+    assert head is not None
+    np.testing.assert_allclose(head, theirs[HEAD], rtol=0, atol=1e-6)
+
+
+def from_transformers(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def open_one(folder: Path) -> Source:
+    return open_sources({"m": folder}, None)[0]
+
+
+@pytest.fixture
+def shards(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint in shards."""
+    from_transformers(checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    shutil.copyfile(checkpoint / "tokenizer.json", tmp_path / "shards/tokenizer.json")
+    return tmp_path / "shards"
+
+
+def test_an_index_beside_the_single_file_is_stale(
+    checkpoint: Path, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_model("llama", 99).save_pretrained(tmp_path / "old", max_shard_size="50KB")
+    for stale in (tmp_path / "old").glob("model*safetensors*"):
+        shutil.copyfile(stale, checkpoint / stale.name)
+    assert (checkpoint / "model.safetensors.index.json").exists()
+    assert_reads_as(from_transformers(checkpoint), open_one(checkpoint))
+    (checkpoint / "model.safetensors").unlink()
+    assert_reads_as(from_transformers(checkpoint), open_one(checkpoint))
+    np.testing.assert_array_equal(
+        open_one(checkpoint).read("model.norm.weight").to_f32(),
+        make_model("llama", 99).model.norm.weight.detach().float().numpy(),
+    )
+
+
+def test_what_the_index_does_not_list_is_read_from_the_shards(shards: Path) -> None:
+    index = shards / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    assert len(set(listed.values())) > 1
+    del listed["model.norm.weight"]
+    edit(index, weight_map=listed)
+    assert_reads_as(from_transformers(shards), open_one(shards))
+
+
+def test_a_tensor_in_two_shards_is_refused(shards: Path) -> None:
+    listed = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(shard for shard in listed.values() if shard != listed["model.norm.weight"])
+    norm = {"model.norm.weight": from_f32(np.ones(64, np.float32), "f32")}
+    rewrite(shards / other, lambda tensors: tensors | norm)
+    with pytest.raises(CheckpointError, match="both hold model"):
+        open_one(shards)
+
+
+def test_a_snapshot_of_the_hub_cache_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name/snapshots/0123"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert_reads_as(from_transformers(snapshot), open_one(snapshot))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0}
+LINEAR = {"type": "linear", "factor": 2.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "both": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": LINEAR},
+    "both-thetas": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 7e4},
+    "theta-outside": {"rope_parameters": ..., "rope_theta": 7e4, "rope_scaling": LINEAR},
+    "both-types": {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+    "two-windows": {
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 64,
+    },
+    "window-outside": {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+    "no-window": {"rope_parameters": YARN},
+    "linear-window": {"rope_parameters": {**LINEAR, "original_max_position_embeddings": 128}},
+    "no-factor": {
+        "rope_parameters": {**YARN, "factor": None, "original_max_position_embeddings": 128},
+    },
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rotary_settings_are_those_that_transformers_takes(case: str, checkpoint: Path) -> None:
+    import torch
+
+    edit(checkpoint / "config.json", **ROPES[case])
+    source = open_one(checkpoint)
+    theirs = from_transformers(checkpoint).model.rotary_emb
+    cos, sin = theirs(torch.zeros(1, dtype=torch.float32), torch.arange(600)[None])
+    dim = source.config.head_dim
+    for ours, expected in zip(source.config.rope.tables(dim, 600), (cos, sin), strict=True):
+        np.testing.assert_allclose(ours, expected[0].numpy(), rtol=0, atol=1e-4)
+    # the oracle's own reading of it
+    from blockzoo.build import oracle
+
+    config = oracle_for(source, False, None).config
+    angles = np.outer(np.arange(600), oracle._frequencies(config, dim))
+    factor = oracle._attention_factor(config)
+    np.testing.assert_allclose(np.cos(angles) * factor, cos[0, :, : dim // 2].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_no_number_of_kv_heads_means_one_each(
+    variant: str, make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save(make_model(variant, 1, num_key_value_heads=4), tmp_path / "m")
+    edit(folder / "config.json", num_key_value_heads=None)
+    assert_reads_as(from_transformers(folder), open_one(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' contradicts architectures 'LlamaForCausalLM'"),
+        ({"architectures": ["MistralForCausalLM"]}, "model_type 'llama' contradicts"),
+        ({"text_config": {"num_hidden_layers": 1}}, "text_config"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta"),
+        ({"rope_parameters": ..., "rope_theta": None}, "rope_theta"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ],
+)
+def test_settings_that_mean_another_model_are_refused(
+    changes: dict[str, Any], said: str, checkpoint: Path
+) -> None:
+    edit(checkpoint / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=said):
+        open_one(checkpoint)
+
+
+@pytest.fixture
+def adapter(checkpoints: dict[str, Path], make_adapter: Callable[..., Any], tmp_path: Path) -> Path:
+    make_adapter(checkpoints["llama"], tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def from_peft(base: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(from_transformers(base), adapter).merge_and_unload()
+
+
+def from_load_adapter(base: Path, adapter: Path) -> Any:
+    model = from_transformers(base)
+    model.load_adapter(str(adapter))
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_base_layer"):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    return model
+
+
+def open_adapted(base: Path, adapter: Path) -> Source:
+    return open_sources({"base": base, "notes": f"{adapter}@base"}, None)[1]
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, BlockTensor]], dict[str, BlockTensor]]:
+    return lambda tensors: {change(name): tensor for name, tensor in tensors.items()}
+
+
+NAMES: dict[str, tuple[Callable[[str], str], Callable[[Path, Path], Any]]] = {
+    "as PEFT saves": (lambda n: n, from_peft),
+    "adapter's name": (lambda n: n.replace(".weight", ".default.weight"), from_peft),
+    "no prefix": (lambda n: n.removeprefix(PREFIX), from_load_adapter),
+    "mixed": (lambda n: n.removeprefix(PREFIX) if "layers.1" in n else n, from_load_adapter),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_adapter_tensors_that_are_read(
+    case: str, checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    change, load = NAMES[case]
+    rewrite(adapter / "adapter_model.safetensors", renamed(change))
+    source = open_adapted(checkpoints["llama"], adapter)
+    assert len(source.pairs) == 6
+    assert_reads_as(load(checkpoints["llama"], adapter), source)
+
+
+REFUSED: dict[str, tuple[Callable[[str], str], str]] = {
+    "layers": (lambda n: n.replace(PREFIX + "model.", ""), "belong to no weight"),
+    "twice": (lambda n: PREFIX + n, "belong to no weight"),
+    "transformer": (lambda n: n.replace(PREFIX + "model", "transformer"), "belong to no weight"),
+    "another name": (lambda n: n.replace(".weight", ".other.weight"), "no part of a plain LoRA"),
+    "no weight": (lambda n: n.removesuffix(".weight"), "no part of a plain LoRA"),
+    "kohya": (lambda n: n.replace("lora_A", "lora_down").replace("lora_B", "lora_up"), "no part of a plain"),
+    "embedding": (lambda n: n.replace("lora_A", "lora_embedding_A"), "no part of a plain LoRA"),
+    "A missing": (lambda n: n.replace("lora_A.weight", "A"), "has lora_B, but no lora_A"),
+    "B missing": (lambda n: n.replace("lora_B.weight", "B"), "has lora_A, but no lora_B"),
+    "empty": (lambda n: n.replace(PREFIX + Q, ""), "no part of a plain LoRA|a LoRA of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_names_of_adapter_tensors_are_refused(
+    case: str, checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    change, said = REFUSED[case]
+    rewrite(adapter / "adapter_model.safetensors", renamed(change))
+    with pytest.raises(CheckpointError, match=said):
+        open_adapted(checkpoints["llama"], adapter)
+
+
+def test_the_same_tensor_under_two_names_is_refused(checkpoints: dict[str, Path], adapter: Path) -> None:
+    def add(tensors: dict[str, BlockTensor]) -> dict[str, BlockTensor]:
+        return tensors | {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+    rewrite(adapter / "adapter_model.safetensors", add)
+    with pytest.raises(CheckpointError, match="twice, under different names"):
+        open_adapted(checkpoints["llama"], adapter)
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "list": {"target_modules": ["q_proj", "self_attn.v_proj"]},
+    "pattern": {"target_modules": r".*self_attn\.(q|v)_proj"},
+    "default": {"target_modules": None},
+    "more than the file": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+    "all layers": {"layers_to_transform": [0, 1, 2]},
+    "no r and alpha": {"r": ..., "lora_alpha": ..., "rank_pattern": {"q_proj": 4, r"layers\.\d+.*": 4}},
+    "patterns": {
+        "alpha_pattern": {r"layers.[01].self_attn.q_proj": 3, "^model.layers.2.self_attn.v_proj": 5}
+    },
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_settings_of_adapters_mean_what_they_mean_to_peft(
+    case: str, checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    edit(adapter / "adapter_config.json", **TARGETS[case])
+    assert_reads_as(from_peft(checkpoints["llama"], adapter), open_adapted(checkpoints["llama"], adapter))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["v_proj"]},
+        {"target_modules": r".*\.v_proj"},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 2, "layers_pattern": "layers"},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r".*layers\.1\..*"},
+        {"modules_to_save": ["self_attn"]},
+    ],
+)
+def test_tensors_that_peft_would_not_load_are_refused(
+    changes: dict[str, Any], checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    edit(adapter / "adapter_config.json", **changes)
+    with pytest.raises(CheckpointError, match="leaves out"):
+        open_adapted(checkpoints["llama"], adapter)
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("given", [(EMBED,), (HEAD,), (EMBED, HEAD)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_embeddings_part_where_peft_parts_them(
+    saved: list[str] | None,
+    given: tuple[str, ...],
+    equal: bool,
+    checkpoints: dict[str, Path],
+    adapter: Path,
+) -> None:
+    values = {EMBED: 1.0, HEAD: 1.0 if equal else 2.0}
+    extra = {PREFIX + n: from_f32(np.full((288, 64), values[n], np.float32), "f32") for n in given}
+    rewrite(adapter / "adapter_model.safetensors", lambda tensors: tensors | extra)
+    edit(adapter / "adapter_config.json", modules_to_save=saved)
+    if saved is None and len(given) == 2 and not equal:
+        with pytest.raises(CheckpointError, match="which one is meant"):
+            open_adapted(checkpoints["llama"], adapter)
+        return
+    if saved is not None and not all(any(s in n for n in given) for s in saved):
+        with pytest.raises(KeyError):
+            from_peft(checkpoints["llama"], adapter)
+        return
+    assert_reads_as(from_peft(checkpoints["llama"], adapter), open_adapted(checkpoints["llama"], adapter))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (f"{PREFIX}{Q}.weight", (64, 64)),  # of a module with a LoRA, which PEFT calls base_layer
+        (f"{PREFIX}model.layers.0.self_attn.k_proj.base_layer.weight", (32, 64)),
+    ],
+)
+def test_replaced_tensors_that_peft_would_not_load_are_refused(
+    name: str, shape: tuple[int, ...], checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    extra = {name: from_f32(np.ones(shape, np.float32), "f32")}
+    rewrite(adapter / "adapter_model.safetensors", lambda tensors: tensors | extra)
+    with pytest.raises(CheckpointError, match="would not be loaded by PEFT"):
+        open_adapted(checkpoints["llama"], adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(f"{Q}.base_layer.weight", (64, 64)), ("model.norm.weight", (64,))]
+)
+def test_replaced_tensors_are_read_as_peft_reads_them(
+    name: str, shape: tuple[int, ...], checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    extra = {PREFIX + name: from_f32(np.full(shape, 0.5, np.float32), "f32")}
+    rewrite(adapter / "adapter_model.safetensors", lambda tensors: tensors | extra)
+    assert_reads_as(from_peft(checkpoints["llama"], adapter), open_adapted(checkpoints["llama"], adapter))
+
+
+def test_a_folder_with_a_checkpoint_and_an_adapter_is_refused(checkpoint: Path, adapter: Path) -> None:
+    for file in adapter.glob("adapter_*"):
+        shutil.copyfile(file, checkpoint / file.name)
+    with pytest.raises(CheckpointError, match="a full checkpoint and an adapter"):
+        open_one(checkpoint)
+
+
+def test_configurations_of_another_method_are_unsupported_not_broken(
+    checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    edit(adapter / "adapter_config.json", layers_to_transform=[0], layers_pattern=["blocks"])
+    with pytest.raises(UnsupportedModelError, match="layers_pattern"):
+        open_adapted(checkpoints["llama"], adapter)
