@@ -94,7 +94,7 @@ class Refresher:
                     chain=topology.chains[index],
                     tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
                     eos_token_ids=record.config.eos_token_ids,
-                    max_len=min(twin.max_len, record.config.max_position_embeddings),
+                    max_len=min(twin.max_len, record.config.max_length),
                 )
             return self._commit(loaded, zoo, topology, models, removed, waiting)
 
