@@ -85,6 +85,30 @@ def test_another_model_of_the_same_name_needs_replace(
     assert len(list((zoo / "blocks").iterdir())) == 8
 
 
+def test_a_replaced_base_says_which_adapters_stay_on_the_old_one(
+    zoo: Path,
+    checkpoints: dict[str, Path],
+    make_model: Callable[..., Any],
+    save: Callable[..., Path],
+    make_adapter: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = tmp_path / "adapter"
+    make_adapter(checkpoints["llama"], adapter)
+    of_base = [f"{name}={adapter}@base" for name in ("follows", "stays")]
+    assert main([*of_base, f"second={adapter}@stays", "-o", str(zoo), *FAST]) == 0
+    assert "stay on the old" not in capsys.readouterr().out
+    old = Zoo.open(zoo).manifest.models["base"].chain
+    given = [f"base={save(make_model('llama', 77), tmp_path / 'new')}", of_base[0]]
+    assert main([*given, "-o", str(zoo), "--replace", *FAST]) == 0
+    said = "adapters that stay on the old base (compile them too): stays, second\n"
+    assert said in capsys.readouterr().out
+    models = Zoo.open(zoo).manifest.models
+    assert models["follows"].chain == models["base"].chain != old
+    assert models["stays"].chain == models["second"].chain == old
+
+
 def test_remove_collects_garbage(
     zoo: Path, checkpoints: dict[str, Path], tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockzoo.build.oracle import oracle_for
+from blockzoo.build import oracle
+from blockzoo.build.originals import oracle_for
 from blockzoo.build.partition import chain_names
 from blockzoo.build.sources import Source, open_sources
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
@@ -40,7 +41,7 @@ def rewrite(path: Path, change: Callable[[dict[str, BlockTensor]], dict[str, Blo
 def assert_reads_as(model: Any, source: Source) -> None:
     """All weights of the source, LoRAs added, and those of its oracle, are the transformers model's."""
     theirs = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-    oracle = oracle_for(source, False, None)
+    judge = oracle_for(source, False, None)
     names = {hf for block in chain_names(source.config) for hf in block.values()}
     assert names <= theirs.keys()
     assert source.config.tie_word_embeddings == ("lm_head.weight" not in names)
@@ -51,10 +52,10 @@ def assert_reads_as(model: Any, source: Source) -> None:
         for pair in source.pairs.get(name, ()):
             own = own + np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
         np.testing.assert_allclose(own, theirs[name], rtol=0, atol=1e-6, err_msg=name)
-        judged = oracle.weight(name)
+        judged = judge.weight(name)
         assert judged is not None
         np.testing.assert_allclose(judged, theirs[name], rtol=0, atol=1e-6, err_msg=name)
-    head = oracle.weight(EMBED if oracle.config.get("tie_word_embeddings") else HEAD)
+    head = judge.weight(EMBED if judge.config.get("tie_word_embeddings") else HEAD)
     assert head is not None
     np.testing.assert_allclose(head, theirs[HEAD], rtol=0, atol=1e-6)
 
@@ -154,9 +155,6 @@ def test_rotary_settings_are_those_that_transformers_takes(case: str, checkpoint
     dim = source.config.head_dim
     for ours, expected in zip(source.config.rope.tables(dim, 600), (cos, sin), strict=True):
         np.testing.assert_allclose(ours, expected[0].numpy(), rtol=0, atol=1e-4)
-    # the oracle's own reading of it
-    from blockzoo.build import oracle
-
     config = oracle_for(source, False, None).config
     angles = np.outer(np.arange(600), oracle._frequencies(config, dim))
     factor = oracle._attention_factor(config)
