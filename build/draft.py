@@ -14,7 +14,8 @@ from blockzoo.zoo.manifest import (
     ModelRecord,
     VerificationRecord,
 )
-from blockzoo.zoo.store import Zoo, ZooWriter
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.writer import ZooWriter
 
 
 class Draft:

@@ -86,7 +86,7 @@ def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
             problems.append(str(error))
     for name in zoo.manifest.models:
         try:
-            zoo.check_tokenizer(name)
+            zoo.tokenizer_dir(name)
         except StoreError as error:
             problems.append(f"{name}: {error}")
     progress("checking blocks", 1, 1)

@@ -27,7 +27,7 @@ from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
-from blockzoo.zoo.store import ZooWriter
+from blockzoo.zoo.writer import ZooWriter
 
 Sharing = Literal["exact", "adapter", "equivalent"]
 """What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks

@@ -7,7 +7,6 @@ base's, so that the blocks they belong to are the model's own.
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
 from blockzoo.zoo.errors import CheckpointError, ZooError
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.names import RESERVED_NAMES, is_name
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import BlockTensor, from_f32
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -101,8 +100,13 @@ def parse_models(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_name(name: str) -> None:
-    """Refuse model names that could not be file names and URL parts. Raises ZooError."""
-    if not _NAME.fullmatch(name):
+    """Refuse model names that could not be file names and URL parts, or are the server's. Raises ZooError."""
+    if name in RESERVED_NAMES:
+        raise ZooError(
+            f"model name {name!r} is one of zoo-serve's own ({', '.join(RESERVED_NAMES)}): give another as "
+            "NAME=PATH"
+        )
+    if not is_name(name):
         raise ZooError(
             f"model name {name!r}: expected up to 128 letters, digits, '.', '_' or '-' (as NAME=PATH)"
         )

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from blockzoo.build.cli import main
-from blockzoo.zoo.store import Zoo, ZooWriter
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.writer import ZooWriter
 
 FAST = ["--no-verify", "--no-profile"]
 Tree = Callable[[Path], dict[str, str]]

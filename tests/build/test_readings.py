@@ -280,6 +280,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "more than the file": {"target_modules": ["q_proj", "v_proj", "o_proj"]},
     "all layers": {"layers_to_transform": [0, 1, 2]},
     "no r and alpha": {"r": ..., "lora_alpha": ..., "rank_pattern": {"q_proj": 4, r"layers\.\d+.*": 4}},
+    "half a pattern": {"alpha_pattern": {r"model)|((.+)+!": 3}},  # which an anchored match would hang on
     "patterns": {
         "alpha_pattern": {r"layers.[01].self_attn.q_proj": 3, "^model.layers.2.self_attn.v_proj": 5}
     },
@@ -379,3 +380,54 @@ def test_configurations_of_another_method_are_unsupported_not_broken(
     edit(adapter / "adapter_config.json", layers_to_transform=[0], layers_pattern=["blocks"])
     with pytest.raises(UnsupportedModelError, match="layers_pattern"):
         open_adapted(checkpoints["llama"], adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+        ({"lora_alpha": -float("inf")}, "lora_alpha=-inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"lora_alpha": 1e300}, "beyond float32"),
+        ({"lora_alpha": True}, "lora_alpha=True"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "lora_alpha=nan"),
+        ({"r": 10**400}, r"lora_A \[4, 64\]"),
+        ({"r": 0}, "r=0"),
+        ({"r": -1}, "r=-1"),
+        ({"r": True}, "r=True"),
+        ({"r": 1e300}, r"r=1e\+300"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: .* is no regular expression"),
+        ({"rank_pattern": {r"([a-z_.0-9]+)+!": 4}}, "rank_pattern: .* takes more than 2 s"),
+        ({"target_modules": r"((a+)+)+$|(.+)+!"}, "target_modules: .* takes more than 2 s"),
+        ({"target_modules": [["q_proj"]]}, "target_modules must be a list of names"),
+        ({"modules_to_save": "q_proj"}, "modules_to_save must be a list of names"),
+    ],
+)
+def test_hostile_settings_of_adapters_are_named_errors(
+    changes: dict[str, Any], said: str, checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    edit(adapter / "adapter_config.json", **changes)
+    with pytest.raises(CheckpointError, match=said):
+        open_adapted(checkpoints["llama"], adapter)
+
+
+def test_a_lora_larger_than_its_weight_is_refused(
+    checkpoints: dict[str, Path], make_adapter: Callable[..., Any], adapter: Path, tmp_path: Path
+) -> None:
+    make_adapter(checkpoints["llama"], tmp_path / "large", r=22, target_modules=["v_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"has rank 22 and is larger than the weight it changes, \[32, 64"
+    ):
+        open_adapted(checkpoints["llama"], tmp_path / "large")
+    make_adapter(checkpoints["llama"], tmp_path / "fits", r=20, target_modules=["v_proj"])
+    assert open_adapted(checkpoints["llama"], tmp_path / "fits").pairs
+    with pytest.raises(CheckpointError, match="has rank 24 with those of its base"):
+        open_sources(
+            {
+                "base": checkpoints["llama"],
+                "first": f"{adapter}@base",
+                "second": f"{tmp_path / 'fits'}@first",
+            },
+            None,
+        )

@@ -45,6 +45,16 @@ def test_parse_models() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"])
+def test_names_of_the_server_are_refused(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{name}={checkpoints['llama']}", "-o", str(tmp_path / "z")]) == 2
+    assert f"model name '{name}' is one of zoo-serve's own" in capsys.readouterr().err
+    with pytest.raises(ZooError, match="zoo-serve's own"):
+        open_sources({name: checkpoints["llama"]}, None)
+
+
 @pytest.mark.parametrize("named", ["base", "org/base", "", "path"])
 def test_the_base_is_found_among_the_models_given(
     named: str, adapter: Path, checkpoints: dict[str, Path]
