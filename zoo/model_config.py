@@ -53,6 +53,7 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Read a parsed `config.json` (and `generation_config.json` for the end-of-text ids).
 
+        Where the latter is there and names none, transformers would never end: those of `config.json` hold.
         Raises UnsupportedModelError for what cannot be served, CheckpointError for missing or wrong fields.
         """
         architecture = _architecture(config)

@@ -281,6 +281,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "all layers": {"layers_to_transform": [0, 1, 2]},
     "no r and alpha": {"r": ..., "lora_alpha": ..., "rank_pattern": {"q_proj": 4, r"layers\.\d+.*": 4}},
     "half a pattern": {"alpha_pattern": {r"model)|((.+)+!": 3}},  # which an anchored match would hang on
+    "rank-stabilized": {"use_rslora": True},
     "patterns": {
         "alpha_pattern": {r"layers.[01].self_attn.q_proj": 3, "^model.layers.2.self_attn.v_proj": 5}
     },
@@ -313,6 +314,49 @@ def test_tensors_that_peft_would_not_load_are_refused(
     edit(adapter / "adapter_config.json", **changes)
     with pytest.raises(CheckpointError, match="leaves out"):
         open_adapted(checkpoints["llama"], adapter)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("qwen2", {"bias": "all"}),
+        ("llama-bias", {"bias": "lora_only", "target_modules": ["o_proj", "down_proj"]}),
+        ("llama", {"modules_to_save": ["norm", "mlp"], "target_modules": ["q_proj", "up_proj"]}),
+        ("qwen3", {"modules_to_save": ["lm_head", "q_norm"], "layers_to_transform": [1]}),
+        ("mistral", {"exclude_modules": "model.layers.2.*", "target_modules": "all-linear"}),
+    ],
+)
+def test_what_peft_saves_is_read_as_peft_reads_it(
+    variant: str,
+    settings: dict[str, Any],
+    checkpoints: dict[str, Path],
+    make_adapter: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    make_adapter(checkpoints[variant], tmp_path / "adapter", **settings)
+
+    def train_biases(tensors: dict[str, BlockTensor]) -> dict[str, BlockTensor]:
+        bias = {n: from_f32(t.to_f32() + 0.25, "bf16") for n, t in tensors.items() if n.endswith(".bias")}
+        return tensors | bias
+
+    rewrite(tmp_path / "adapter/adapter_model.safetensors", train_biases)
+    source = open_adapted(checkpoints[variant], tmp_path / "adapter")
+    assert_reads_as(from_peft(checkpoints[variant], tmp_path / "adapter"), source)
+
+
+@pytest.mark.parametrize("in_config", [5, [5, 6], None])
+@pytest.mark.parametrize("in_generation", [..., 7, [7, 8]])
+def test_end_tokens_are_those_that_transformers_stops_at(
+    in_config: Any, in_generation: Any, checkpoint: Path
+) -> None:
+    edit(checkpoint / "config.json", eos_token_id=in_config)
+    if in_generation is ...:
+        (checkpoint / "generation_config.json").unlink()
+    else:
+        edit(checkpoint / "generation_config.json", eos_token_id=in_generation)
+    theirs = from_transformers(checkpoint).generation_config.eos_token_id
+    expected = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    assert open_one(checkpoint).config.eos_token_ids == tuple(expected)
 
 
 @pytest.mark.parametrize("saved", [None, ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
