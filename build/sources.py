@@ -6,7 +6,6 @@ base's, so that the blocks they belong to are the model's own.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from blockzoo.zoo.names import RESERVED_NAMES, is_name
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import BlockTensor, from_f32
 
+MAX_RANK = 512
+"""Of a LoRA, as in vLLM: a call computes the ranks of all its rows, so that others pay for a large one."""
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -230,10 +231,10 @@ def _check_lora(
             "another model?"
         )
     rank = sum(lora.a.shape[0] for lora in together)
-    if rank * sum(shape) > math.prod(shape):
+    if rank > MAX_RANK:
         raise CheckpointError(
-            f"{what} has rank {rank}{' with those of its base' if len(together) > 1 else ''} and is larger "
-            f"than the weight it changes, {list(shape)}: merge it with PEFT and compile the result"
+            f"{what} has rank {rank}{' with those of its base' if len(together) > 1 else ''}, and adapters "
+            f"have at most rank {MAX_RANK}: merge it with PEFT and compile the result"
         )
 
 
