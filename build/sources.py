@@ -214,7 +214,9 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
         _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], base.read(hf).shape, base.name)
-    vocab_size = replaced[_EMBED].shape[0] if _EMBED in replaced else base.config.vocab_size
+    vocab_size = base.config.vocab_size
+    if _EMBED in replaced and len(replaced[_EMBED].shape) == 2:  # others do not fit, as will be told
+        vocab_size = replaced[_EMBED].shape[0]
     config = replace(base.config, tie_word_embeddings=tied, vocab_size=vocab_size)
     files = adapter.tokenizer_files or base.tokenizer_files
     read = _adapted_reader(replaced, base)

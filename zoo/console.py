@@ -20,9 +20,11 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             try:
                 return main(*args, **kwargs)
             finally:
-                sys.stdout.flush()  # here, not when Python ends
+                if sys.stdout is not None:  # as it is where it was closed before the start
+                    sys.stdout.flush()  # here, not when Python ends
         except BrokenPipeError:
-            gone = [file for file in (sys.stdout, sys.stderr) if _reader_is_gone(file.fileno())]
+            ours = [file for file in (sys.stdout, sys.stderr) if file is not None]
+            gone = [file for file in ours if _reader_is_gone(file.fileno())]
             if not gone:
                 raise  # another pipe
             nowhere = os.open(os.devnull, os.O_WRONLY)

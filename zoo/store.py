@@ -82,7 +82,9 @@ class Zoo:
                 raise StoreError(f"{folder}: {odd[0]!r} is no regular file; {advice}")
             seen = files_id({file.name: file.read_bytes() for file in folder.iterdir()})
             if seen != tokenizer:
-                raise StoreError(f"{folder}: not what was compiled (its content has the id {seen}); {advice}")
+                raise StoreError(
+                    f"{folder}: the tokenizer files are not what was compiled (their id is {seen}); {advice}"
+                )
             with self._lock:
                 self._verified.add(tokenizer)
         return folder

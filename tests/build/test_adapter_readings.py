@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from readings import EMBED, HEAD, assert_reads_as, edit, from_transformers, rewrite
 
+from blockzoo.build.partition import cut
+from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.sources import Source, open_sources
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
 from blockzoo.zoo.tensors import BlockTensor, from_f32
@@ -236,6 +238,42 @@ def test_configurations_of_another_method_are_unsupported_not_broken(
     edit(adapter / "adapter_config.json", layers_to_transform=[0], layers_pattern=["blocks"])
     with pytest.raises(UnsupportedModelError, match="layers_pattern"):
         open_adapted(checkpoints["llama"], adapter)
+
+
+@pytest.mark.parametrize("shape", [(), (288,), (288, 32), (0, 64), (288, 64, 1)])
+def test_an_embedding_of_another_shape_is_refused(
+    shape: tuple[int, ...], checkpoints: dict[str, Path], adapter: Path
+) -> None:
+    extra = {PREFIX + EMBED: BlockTensor("f32", np.ones(shape, np.float32))}
+    rewrite(adapter / "adapter_model.safetensors", lambda tensors: tensors | extra)
+    given: dict[str, str | Path] = {"base": checkpoints["llama"], "notes": f"{adapter}@base"}
+    with pytest.raises(CheckpointError, match=r"has shape|vocab_size is 0"):
+        compile_models(given, adapter.parent / "zoo", CompileOptions(verify=False, profile=False))
+
+
+PARTS = ["", PREFIX, "model.", "layers.0.", "self_attn.", "q_proj", "mlp.", "up_proj", ".base_layer", "norm"]
+PARTS += ["lm_head", "embed_tokens", ".lora_A", ".lora_B", ".lora_", ".default", ".weight", ".bias", ".", "x"]
+
+
+def test_any_name_and_shape_is_read_or_refused(checkpoints: dict[str, Path], adapter: Path) -> None:
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        names = {"".join(rng.choice(PARTS, rng.integers(1, 8))) for _ in range(rng.integers(1, 4))}
+        names |= {f"{PREFIX}{Q}.lora_{which}.weight" for which in "AB" if rng.random() < 0.5}
+        names |= {name for name in (PREFIX + EMBED, PREFIX + HEAD) if rng.random() < 0.2}
+        shapes: list[tuple[int, ...]] = [(), (0, 64), (4,), (4, 64), (64, 4), (288, 64), (64, 64)]
+        tensors = {
+            name: BlockTensor("f32", np.ones(shapes[rng.integers(len(shapes))], np.float32)) for name in names
+        }
+        rewrite(adapter / "adapter_model.safetensors", lambda _, given=tensors: given)
+        try:
+            source = open_sources({"base": checkpoints["llama"], "notes": f"{adapter}@base"}, None)[1]
+            for _ in cut(source.config, source.read, None, "here"):
+                pass
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_a_report_to_a_reader_that_is_gone(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (READER_GONE, b"")
 
 
+def test_no_output_at_all() -> None:
+    program = "import sys; from blockzoo.build.cli import main; sys.exit(main(['--help']))"
+    shell = ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
 def test_other_broken_pipes_are_told() -> None:
     @command
     def main() -> int:
