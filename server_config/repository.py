@@ -31,10 +31,10 @@ from blockzoo.server_config.tensors import (
     TensorField,
 )
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.names import RESERVED_NAMES
 from blockzoo.zoo.store import Zoo
 
-ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = "blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"
-RESERVED_NAMES = (ENGINE, UNARY, PREPROCESSING, POSTPROCESSING)
+ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = RESERVED_NAMES
 _POSTPROCESSING_INPUTS = (TensorField("text", "STRING"), TensorField("token_ids", "INT32", (-1,)), MODEL)
 _VALID_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _ONE_BY_ONE = "max_batch_size: 1\n"  # clients of the TensorRT-LLM backend send a batch dimension

@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from blockzoo.zoo.console import command
+
 if TYPE_CHECKING:
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess
@@ -111,6 +113,7 @@ def _amount(text: str) -> float:
     return value
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run zoo-serve; the exit status."""
     args = build_parser().parse_args(argv)
