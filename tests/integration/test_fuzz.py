@@ -154,7 +154,9 @@ class Fuzz:
         self.count += 1
         how = self.draw.choice(["exact", "exact", "approx", "off"])
         name = self.draw.choice(list(self.names))
-        asked = Live(self.names[name], self.prompt(), self.draw.choice([1, 3, 12, 40]), how)
+        prompt, num_tokens = self.prompt(), self.draw.choice([1, 3, 12, 40])
+        left = max(1, self.engine.max_model_len(name) - len(prompt))  # the pool may be small
+        asked = Live(self.names[name], prompt, min(num_tokens, left), how)
         scope = self.draw.choice([None, "a"])
         try:
             self.engine.add_request(
