@@ -287,11 +287,15 @@ class LLMEngine:
                 outputs.append(self._fail(seq, str(result)))
             else:
                 outputs.append(self._take_token(request, result))
+        return outputs
+
+    def rest(self) -> None:
+        """Between steps, once the outputs are handed out: where nothing is left to do, check that every page
+        is accounted for and give memory back. Raises IntegrityError: a bug of ours."""
         if not self._requests:
             self.check_integrity()
             for executor in self._zoo.executors.values():
                 executor.release_memory()
-        return outputs
 
     def _execute(self, scheduled: list[Scheduled]) -> list[tuple[Sequence, SampledToken | RequestError]]:
         """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""

@@ -103,6 +103,7 @@ class LLM:
                         if output.finish_reason == "error":
                             raise RequestError(f"prompt {output.request_id}: {output.error}")
                         bar.advance(output)
+                self.engine.rest()
         finally:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
