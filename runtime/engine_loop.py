@@ -30,7 +30,7 @@ from blockzoo.runtime.executor import Executor, Rows, StepResult
 from blockzoo.runtime.loading import LoadedModel, Progress, load_zoo
 from blockzoo.runtime.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.pool import PAGE_TOKENS
-from blockzoo.runtime.prompt import assemble
+from blockzoo.runtime.prompt import assemble, max_prompt_bytes
 from blockzoo.runtime.publisher import PublishedDocument, Publisher
 from blockzoo.runtime.refresh import Refreshed, Refresher
 from blockzoo.runtime.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
@@ -124,6 +124,11 @@ class LLMEngine:
         return self._model(model).max_len
 
     @property
+    def max_prompt_bytes(self) -> dict[str, int]:
+        """Bytes of text, by model name, beyond which a prompt with its documents is refused unread."""
+        return {n: max_prompt_bytes(m.tokenizer, m.max_len - 1) for n, m in self._zoo.models.items()}
+
+    @property
     def engine_facts(self) -> dict[str, object]:
         """Backend, version, precision and target."""
         return dict(self._zoo.engine_facts)
@@ -157,7 +162,7 @@ class LLMEngine:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
         loaded = self._model(model)
-        token_ids, spans = assemble(loaded.tokenizer, prompt, documents)
+        token_ids, spans = assemble(loaded.tokenizer, prompt, documents, loaded.max_len - 1)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:

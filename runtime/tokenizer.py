@@ -63,6 +63,11 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's logits may be wider (padding)."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token as the file writes it, at least those of a text that it stands for."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, by default with what the tokenizer puts around it (such as <s>).
 

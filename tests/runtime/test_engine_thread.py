@@ -21,7 +21,7 @@ LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 WAIT_S = 30
 
 
-class Boom(RuntimeError):
+class BoomError(RuntimeError):
     pass
 
 
@@ -69,7 +69,7 @@ def raising(real: Callable[..., Any], *, after: bool = False, from_call: int = 1
             return real(*args, **kwargs)
         if after:
             real(*args, **kwargs)
-        raise Boom("broken here")
+        raise BoomError("broken here")
 
     return method
 
@@ -104,7 +104,7 @@ def test_wherever_the_engine_dies_every_request_ends_once(thread, monkeypatch, m
     assert not thread.alive
     assert receiver.finals == dict.fromkeys(everybody, 1)
     assert thread.drain(0)
-    assert isinstance(thread.error, Boom)
+    assert isinstance(thread.error, BoomError)
     with pytest.raises(RequestError, match="the engine has stopped: broken here"):
         thread.submit("late", "base", "x", SHORT, receiver)
     with pytest.raises(RequestError, match="the engine has stopped: broken here"):
@@ -117,7 +117,7 @@ def test_answers_come_before_what_a_check_finds(thread, monkeypatch):
     thread.submit("r", "base", "def f", SHORT, receiver)
     assert receiver.wait("r")
     thread._thread.join(WAIT_S)
-    assert isinstance(thread.error, Boom)
+    assert isinstance(thread.error, BoomError)
     assert receiver.errors == {"r": None}
 
 
