@@ -73,6 +73,11 @@ class EngineThread:
         """End-of-sequence token ids by model name."""
         return self.engine.end_ids
 
+    @property
+    def max_prompt_bytes(self) -> dict[str, int]:
+        """As `LLMEngine.max_prompt_bytes`."""
+        return self.engine.max_prompt_bytes
+
     def submit(
         self,
         request_id: str,

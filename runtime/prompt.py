@@ -14,8 +14,8 @@ from blockzoo.runtime.errors import InvalidRequestError, PromptTooLongError
 from blockzoo.runtime.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 256
-# A normalizer may compose characters (NFC: at most 9 bytes to 3, NFKC: 4 to 1). Some tokenizers also drop text,
-# such as runs of white space, without any bound: of that as much is allowed, and more is refused.
+# A normalizer may compose characters (NFC: at most 9 bytes to 3, NFKC: 4 to 1). Some tokenizers also drop
+# text, such as runs of white space, without any bound: of that as much is allowed, and more is refused.
 _SHRINKS = 4
 
 
@@ -54,8 +54,8 @@ def check_size(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> N
             size += len(text) if len(text) > limit else len(text.encode("utf-8", "surrogatepass"))
         if size > limit:
             raise PromptTooLongError(
-                f"the prompt has over {limit} bytes, more than the {max_tokens} tokens that the model takes at "
-                f"most can hold (the longest has {tokenizer.longest_token} bytes): shorten it"
+                f"the prompt has over {limit} bytes; the model takes at most {max_tokens} tokens, which hold "
+                f"less (the longest has {tokenizer.longest_token} bytes): shorten it"
             )
 
 

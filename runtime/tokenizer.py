@@ -77,7 +77,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidRequestError(f"A text to tokenize is of type {type(text).__name__}; expected str.")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # unlike `encode` it lets other threads run meanwhile, and makes no offsets
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoding.ids
         except TypeError as error:  # the library's answer to str that is not valid Unicode
             raise InvalidRequestError(
                 "The text has lone surrogates, which are no characters; expected valid Unicode."

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blockzoo.server_config.tensors import (
+    HEALTH_INPUT,
     INPUT_IDS,
     INPUTS,
     MODEL,
@@ -35,7 +36,12 @@ from blockzoo.zoo.store import Zoo
 
 ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = "blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"
 RESERVED_NAMES = (ENGINE, UNARY, PREPROCESSING, POSTPROCESSING)
-_POSTPROCESSING_INPUTS = (TensorField("text", "STRING"), TensorField("token_ids", "INT32", (-1,)), MODEL)
+_POSTPROCESSING_INPUTS = (
+    TensorField("text", "STRING"),
+    TensorField("token_ids", "INT32", (-1,)),
+    MODEL,
+    HEALTH_INPUT,
+)
 _VALID_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _ONE_BY_ONE = "max_batch_size: 1\n"  # clients of the TensorRT-LLM backend send a batch dimension
 _DECOUPLED = "model_transaction_policy { decoupled: true }\n"
@@ -154,7 +160,7 @@ def configurations(
 ) -> dict[str, str]:
     """The text of each model's config.pbtxt; `inputs`: tenants that preprocessing knows, None: the same."""
     known = tenants if inputs is None else inputs
-    tenant_inputs = [TensorField(tenant_input(tenant), "STRING") for tenant in known]
+    tenant_inputs = [*(TensorField(tenant_input(tenant), "STRING") for tenant in known), HEALTH_INPUT]
     return {
         ENGINE: _python_model(ENGINE, INPUTS, OUTPUTS, _ONE_BY_ONE + _DECOUPLED, settings),
         UNARY: _python_model(UNARY, INPUTS, OUTPUTS, _ONE_BY_ONE, settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import signal
 import sys
 import time
@@ -178,6 +179,7 @@ def _write_only(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from blockzoo.server_config.control import SECRET_VARIABLE
     from blockzoo.server_config.environment import find_tritonserver, free_ports
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
@@ -196,9 +198,13 @@ def _serve(args: argparse.Namespace) -> int:
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
-        watchdog = Watchdog(endpoints.http, "")
+        secret = secrets.token_urlsafe(32)
+        watchdog = Watchdog(endpoints.http, "", secret)
         follower = Follower(settings, repository, watchdog.refresh)
         server = find_tritonserver(folder)
+        server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
+        # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
+        server.environment["TOKENIZERS_PARALLELISM"] = "false"
         arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:

@@ -12,7 +12,7 @@ import urllib.request
 from typing import Any
 
 from blockzoo.server_config.environment import ServerError
-from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY, tenant_input
+from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY
 
 _PROBE_TIMEOUT_S = 3.0
 _TIMEOUTS_ALLOWED = 3  # in a row: one may only mean that the machine is slow
@@ -37,10 +37,11 @@ class Watchdog:
     Args:
         http: base URL.
         tenant: any model served; set again when that one is no longer.
+        secret: what the models know the launcher by.
     """
 
-    def __init__(self, http: str, tenant: str) -> None:
-        self._http = http
+    def __init__(self, http: str, tenant: str, secret: str = "") -> None:
+        self._http, self._secret = http, secret
         self.tenant = tenant
         self._timeouts = 0
 
@@ -77,8 +78,8 @@ class Watchdog:
         probes: tuple[tuple[str, dict[str, Any]], ...] = (
             (ENGINE, {"health": True}),
             (UNARY, {"health": True}),
-            (PREPROCESSING, {tenant_input(self.tenant): "a"}),
-            (POSTPROCESSING, {"text": "a"}),
+            (PREPROCESSING, {"health": True}),
+            (POSTPROCESSING, {"health": True}),
         )
         for model, request in probes:
             try:
@@ -105,10 +106,12 @@ class Watchdog:
             OSError: no answer.
             UnhealthyError: it could not.
         """
-        return json.loads(self._post(ENGINE, {"refresh": True}, _REFRESH_S)["text_output"])
+        asked = {"refresh": True, "secret": self._secret}
+        return json.loads(self._post(ENGINE, asked, _REFRESH_S)["text_output"])
 
     def _engine_status(self, timeout_s: float, sample: dict[str, Any] | None = None) -> dict[str, Any]:
-        return json.loads(self._post(ENGINE, {"health": True, **(sample or {})}, timeout_s)["text_output"])
+        asked = {"health": True, "secret": self._secret, **(sample or {})}
+        return json.loads(self._post(ENGINE, asked, timeout_s)["text_output"])
 
     def _post(self, model: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         url = f"{self._http}/v2/models/{model}/generate"

@@ -75,7 +75,9 @@ def test_a_text_that_cannot_fit_is_not_tokenized(byte_level, monkeypatch):
     limit = max_prompt_bytes(byte_level, 10)
     monkeypatch.setattr(Tokenizer, "encode", lambda *args, **kwargs: pytest.fail("it was tokenized"))
     for prompt, documents in (("x" * (limit + 1), ()), ("x", ("x" * limit,)), ("é" * (limit // 2 + 1), ())):
-        with pytest.raises(PromptTooLongError, match=f"over {limit} bytes, more than the 10 tokens"):
+        with pytest.raises(
+            PromptTooLongError, match=f"over {limit} bytes; the model takes at most 10 tokens"
+        ):
             assemble(byte_level, prompt, documents, 10)
     with pytest.raises(InvalidRequestError, match="257 texts"):
         assemble(byte_level, "x", ["x"] * 257, 10)

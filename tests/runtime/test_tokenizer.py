@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from tokenizers import Tokenizer as Library
@@ -118,3 +120,22 @@ def test_which_tokens_end_a_line(tokenizer):
     assert [bool(end) for end in tokenizer.ends_line[ids]] == ["\n" in tokenizer.decode([i]) for i in ids]
     assert tokenizer.ends_line[ids].any()
     assert not tokenizer.ends_line[ids].all()
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(tokenizer):
+    turns, over = 0, False
+
+    def take_turns() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    before = turns
+    tokenizer.encode("the quick brown fox " * 20_000)
+    taken = turns - before
+    over = True
+    other.join()
+    assert taken > 20  # none to three where the library keeps the interpreter to itself

@@ -250,7 +250,7 @@ BAD_BODIES = [
     ({"text_input": "x", "max_tokens": 0}, "max_tokens is 0; expected"),
     ({"text_input": "x", "max_tokens": -7}, "max_tokens is -7; expected"),
     ({"text_input": "x", "max_tokens": 2_000_000_000}, "max_tokens is 2000000000; expected"),
-    ({"text_input": "x", "stop_words": ["w"] * 1000}, "stop has 1000 texts"),
+    ({"text_input": "x", "stop_words": ["w"] * 1000}, "stop_words has 1000 texts"),
     ({"text_input": "x", "top_p": 7.0}, "top_p is 7.0; expected"),
     ({"text_input": "x", "sampling_parameters": '{"temperature": NaN}'}, "temperature is nan"),
     ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters is not JSON"),
