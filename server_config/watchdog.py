@@ -1,7 +1,7 @@
 """Is the server really serving? Asked with inferences, because a dead Python model leaves Triton "ready".
 
-Health requests are answered by the models at once, beside the engine's queue, so a busy server is not taken
-for a dead one.
+Health requests are answered by the models at once, beside the engine's queue, and where one comes late, what
+the model has taken meanwhile tells a busy server from a dead one.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
+from blockzoo.server_config.beacon import BeaconReader
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY
 
@@ -38,10 +40,12 @@ class Watchdog:
         http: base URL.
         tenant: any model served; set again when that one is no longer.
         secret: what the models know the launcher by.
+        control_dir: where they show that they take requests; None: nowhere.
     """
 
-    def __init__(self, http: str, tenant: str, secret: str = "") -> None:
+    def __init__(self, http: str, tenant: str, secret: str = "", control_dir: Path | None = None) -> None:
         self._http, self._secret = http, secret
+        self._beacons = None if control_dir is None else BeaconReader(control_dir)
         self.tenant = tenant
         self._timeouts = 0
 
@@ -87,6 +91,8 @@ class Watchdog:
             except UnhealthyError as error:
                 return f"{model}: {error}"
             except OSError as error:  # no answer in time, or no connection
+                if self._beacons is not None and self._beacons.moved(model):
+                    continue  # busy: the probe waits its turn in Triton's queue
                 self._timeouts += 1
                 return f"{model}: {error}" if self._timeouts >= _TIMEOUTS_ALLOWED else None
         self._timeouts = 0

@@ -9,6 +9,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.beacon import Beacon
 from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.documents import publish_documents
 from blockzoo.server_config.front import EngineFront
@@ -30,9 +31,11 @@ class TritonPythonModel:
             raise
         self._front = EngineFront(engine, pb_utils, control_dir, os.environ.get(SECRET_VARIABLE))
         self._drain_s = settings.drain_s
+        self._beacon = Beacon(settings.control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests; responses follow from another thread."""
+        self._beacon.taken += len(requests)
         for request in requests:
             self._front.handle(request)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from blockzoo.server_config.beacon import Beacon
+from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.text_steps import Postprocessor, Tokenizers
 
 
@@ -15,7 +17,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the zoo's tokenizers."""
         self._step = Postprocessor(Tokenizers.of_model(args), pb_utils)
+        self._beacon = Beacon(ServerSettings.of_model(args).control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests."""
+        self._beacon.taken += len(requests)
         return [self._step.respond(request) for request in requests]

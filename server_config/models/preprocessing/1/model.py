@@ -6,6 +6,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from blockzoo.server_config.beacon import Beacon
+from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.text_steps import Preprocessor, Tokenizers
 
 
@@ -15,9 +17,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the zoo's tokenizers."""
         self._step = Preprocessor(Tokenizers.of_model(args), pb_utils)
+        self._beacon = Beacon(ServerSettings.of_model(args).control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests; responses follow from other threads."""
+        self._beacon.taken += len(requests)
         for request in requests:
             self._step.handle(request)
 
