@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,24 @@ class Answer:
             tensors["output_log_probs"] = np.array([[values]], np.float32)  # [1, beam, num_tokens]
         self._texts, self._token_ids, self._logprobs = [], [], []
         return tensors
+
+
+def send(pb: Any, sender: Any, response: Response, status: str = "INTERNAL") -> None:
+    """Send a response.
+
+    Args:
+        pb: the `triton_python_backend_utils` module.
+        status: of an error, a name of `pb.TritonError`.
+    """
+    flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.final else 0
+    if response.error is not None:
+        error = pb.TritonError(response.error, getattr(pb.TritonError, status))
+        sender.send(pb.InferenceResponse([], error=error), flags=flags)
+    elif response.tensors:
+        tensors = [pb.Tensor(name, array) for name, array in response.tensors.items()]
+        sender.send(pb.InferenceResponse(tensors), flags=flags)
+    else:
+        sender.send(flags=flags)
 
 
 def strings(text: str) -> np.ndarray:

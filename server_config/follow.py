@@ -61,7 +61,11 @@ class Follower:
         return self.tenants
 
     def follow(self) -> Change | None:
-        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked."""
+        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked.
+
+        Raises:
+            OSError: the repository cannot be written; the next call tries again.
+        """
         seen = manifest_stamp(self._zoo)
         if seen in (None, self._seen):
             return None
@@ -72,7 +76,6 @@ class Follower:
             return Change(self.tenants, (str(error),))
         except OSError:  # it is asked again; if it is dead, the watchdog sees to it
             return None
-        self._seen = seen
         self.tenants, problems = _fit_names(answer["serving"])
         self._inputs = tuple(sorted({*self._inputs, *self.tenants}))
         update_repository(self._repository, self._settings, self.tenants, self._inputs)
@@ -85,6 +88,7 @@ class Follower:
             if self._waiting.get(name) != why
         ]
         self._waiting = answer["waiting"]
+        self._seen = seen
         return Change(self.tenants, (*changes, *problems, *waiting))
 
 

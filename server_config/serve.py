@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import secrets
 import sys
-import time
-from collections import deque
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from blockzoo.zoo.console import command
 
 if TYPE_CHECKING:
-    from blockzoo.server_config.follow import Follower
-    from blockzoo.server_config.launcher import Endpoints, TritonProcess
-    from blockzoo.server_config.watchdog import Watchdog
-
-_PROBE_EVERY_S = 1.0
-_MAX_RESTARTS, _RESTART_WINDOW_S = 3, 300.0
+    from blockzoo.server_config.launcher import Endpoints
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,10 +173,12 @@ def _write_only(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from blockzoo.server_config.control import SECRET_VARIABLE
     from blockzoo.server_config.environment import find_tritonserver, free_ports
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
     from blockzoo.server_config.repository import ServerSettings
+    from blockzoo.server_config.supervisor import Supervisor
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
@@ -199,85 +193,21 @@ def _serve(args: argparse.Namespace) -> int:
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
-        watchdog = Watchdog(endpoints.http, "")
+        secret = secrets.token_urlsafe(32)
+        watchdog = Watchdog(endpoints.http, "", secret, control_dir)
         follower = Follower(settings, repository, watchdog.refresh)
         server = find_tritonserver(folder)
+        server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
+        # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
+        server.environment["TOKENIZERS_PARALLELISM"] = "false"
         arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:
             watchdog.tenant = follower.prepare()[0]
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
-        supervisor = _Supervisor(start, watchdog, follower, args.drain_seconds)
+        supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)
         return supervisor.run(lambda: _print_endpoints(args.zoo, follower.tenants, endpoints))
-
-
-class _Supervisor:
-    """Keeps one server up until a signal comes; runs in the main thread."""
-
-    def __init__(self, start: Any, watchdog: Watchdog, follower: Follower, drain_s: float) -> None:
-        self._start = start
-        self._watchdog, self._follower = watchdog, follower
-        self._drain_s = drain_s
-        self._stop = Event()
-
-    def run(self, on_ready: Any) -> int:
-        """Serve; the exit status. Raises ServerError when the server cannot be (kept) up."""
-        from blockzoo.server_config.environment import ServerError
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-        restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-        process: TritonProcess = self._start()
-        try:
-            self._wait_until_serving(process)
-            if not self._stop.is_set():
-                on_ready()
-            while not self._stop.wait(_PROBE_EVERY_S):
-                problem = self._watchdog.problem() if process.running else process.failure()
-                if problem is None:
-                    self._follow()
-                    continue
-                now = time.monotonic()
-                if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
-                    raise ServerError(f"{problem}\nrestarted {_MAX_RESTARTS} times already; giving up")
-                restarts.append(now)
-                _say(f"{problem}\nrestarting the server")
-                process.kill()
-                process = self._start()
-                self._wait_until_serving(process)
-                _say(f"serving again after {time.monotonic() - now:.1f} s")
-            _say("stopping: running requests finish first, a second signal ends them")
-            drained = process.stop(self._drain_s, self._watchdog.unfinished)
-            return 0 if drained else 1
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            process.kill()
-
-    def _follow(self) -> None:
-        """Take over what has changed in the zoo."""
-        change = self._follower.follow()
-        if change is not None:
-            self._watchdog.tenant = change.tenants[0] if change.tenants else ""
-            for message in change.messages:
-                _say(message)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop.is_set():
-            raise KeyboardInterrupt
-        self._stop.set()
-
-    def _wait_until_serving(self, process: TritonProcess) -> None:
-        from blockzoo.server_config.environment import ServerError
-
-        while not self._watchdog.ready():
-            if not process.running:
-                raise ServerError(process.failure())
-            if self._stop.wait(0.1):
-                return
-        self._watchdog.self_test()
-        process.forward_errors = True
 
 
 def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
@@ -292,10 +222,6 @@ def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -
         '-d \'{"text_input": "Hello", "max_tokens": 16}\'',
         flush=True,
     )
-
-
-def _say(message: str) -> None:
-    print(f"zoo-serve: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from blockzoo.server_config.beacon import Beacon
+from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.unary import UnaryFront
 
 
@@ -15,9 +17,11 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads that wait for answers."""
         self._front = UnaryFront(pb_utils)
+        self._beacon = Beacon(ServerSettings.of_model(args).control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Pass requests on; responses follow from other threads."""
+        self._beacon.taken += len(requests)
         for request in requests:
             self._front.handle(request)
 

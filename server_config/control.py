@@ -1,0 +1,115 @@
+"""Requests about the server itself, answered beside any queue: `health` and `refresh`.
+
+Who knows the launcher's secret, sent as the parameter `secret`, gets details and may ask for a refresh.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.server_config.answer import Response, integers, send, strings
+
+SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
+
+
+class Control:
+    """Answers them for the engine model.
+
+    Args:
+        pb: the `triton_python_backend_utils` module.
+        secret: None: nobody has it.
+        problem: why the process should be replaced; None while it is well.
+        refresh: takes over what has changed in the zoo; what to tell of it.
+        unfinished: requests under way.
+    """
+
+    def __init__(
+        self,
+        pb: Any,
+        secret: str | None,
+        problem: Callable[[], str | None],
+        refresh: Callable[[], Mapping[str, Any]],
+        unfinished: Callable[[], int],
+    ) -> None:
+        self._pb, self._secret = pb, secret
+        self._problem, self._refresh, self._unfinished = problem, refresh, unfinished
+        self._lock = threading.Lock()
+        self._waiting: list[Any] = []  # senders of refresh requests
+        self._refreshing = False
+
+    def answer(self, sender: Any, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
+        """Answer a request here, now or later; False: it is none of these.
+
+        Raises:
+            InvalidRequestError: a client asks for what is the launcher's.
+        """
+        if "health" in inputs and inputs["health"].any():
+            self._answer_health(sender, inputs, self._from_launcher(parameters))
+        elif "refresh" in inputs and inputs["refresh"].any():
+            if not self._from_launcher(parameters):
+                raise InvalidRequestError("refresh is not for clients; it needs the launcher's secret")
+            self._queue_refresh(sender)
+        else:
+            return False
+        return True
+
+    def _from_launcher(self, parameters: Mapping[str, Any]) -> bool:
+        given = parameters.get("secret")
+        return (
+            self._secret is not None
+            and isinstance(given, str)
+            and hmac.compare_digest(given.encode(), self._secret.encode())
+        )
+
+    def _answer_health(self, sender: Any, inputs: Mapping[str, np.ndarray], details: bool) -> None:
+        """Say how the process is. With `details` also give back what was sent, so that the launcher can check
+        that tensors come through whole (numpy 2 reads them wrongly)."""
+        problem = self._problem()
+        if problem is not None:
+            send(self._pb, sender, Response(error=problem, final=True), "UNAVAILABLE")
+            return
+        said = "ok"
+        if details:
+            echo = {name: array.reshape(-1).tolist() for name, array in inputs.items()}
+            for name, values in echo.items():
+                echo[name] = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
+            said = json.dumps({"unfinished": self._unfinished(), "echo": echo})
+        send(
+            self._pb, sender, Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
+        )
+
+    def _queue_refresh(self, sender: Any) -> None:
+        """Those that come while one is under way are answered together by the next one."""
+        with self._lock:
+            self._waiting.append(sender)
+            if self._refreshing:
+                return
+            self._refreshing = True
+        threading.Thread(target=self._run_refreshes, name="blockzoo-refresh", daemon=True).start()
+
+    def _run_refreshes(self) -> None:
+        """A thread of its own: reading the zoo takes a while, and other requests come in."""
+        while True:
+            with self._lock:
+                senders, self._waiting = self._waiting, []
+                if not senders:
+                    self._refreshing = False
+                    return
+            try:
+                said = json.dumps(self._refresh())
+                response = Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
+            except Exception as error:  # the zoo cannot be read; or a bug of ours
+                self._pb.Logger.log_error(traceback.format_exc())
+                response = Response(error=f"the zoo was not refreshed: {error}", final=True)
+            for sender in senders:
+                with suppress(Exception):  # one that is gone keeps it from nobody else
+                    send(self._pb, sender, response)

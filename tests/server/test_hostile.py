@@ -1,0 +1,112 @@
+"""One client's large or forbidden requests beside the others, on a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+LARGE = ("The quick brown fox jumps over the lazy dog; 12345 def main(x):\n" * 17_000)[: 1 << 20]
+
+
+@pytest.fixture(scope="module")
+def server(serve_zoo, demo_zoo):
+    return serve_zoo(demo_zoo)
+
+
+class Bystander(threading.Thread):
+    """A stream that goes on while others do what they do, and health probes beside it."""
+
+    TOKENS = 300
+
+    def __init__(self, server) -> None:
+        super().__init__()
+        self.server, self.over = server, False
+        self.probes: list[tuple[int, float]] = []
+        body = {"text_input": "def f", "stream": True, "max_tokens": self.TOKENS}
+        body["sampling_parameters"] = '{"ignore_eos": true}'
+        self.connection = server.open("solver", body, timeout=120)
+        self.response = self.connection.getresponse()
+        self.first = self.response.read1(10)
+
+    def run(self) -> None:
+        while not self.over:
+            asked = time.monotonic()
+            for model in ("blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"):
+                self.probes.append((self.server.post(model, {"health": True}, timeout=3)[0], asked))
+            time.sleep(0.1)
+
+    def finish(self) -> list[dict]:
+        text = (self.first + self.response.read()).decode()
+        self.over = True
+        self.join()
+        self.connection.close()
+        return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event.strip()]
+
+
+def attack(server, model: str, body: dict) -> tuple[int, dict]:
+    return server.post(model, body, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "clients", "message"),
+    [
+        (
+            "blockzoo",
+            {"model": "base", "text_input": "x", "documents": [LARGE] * 24},
+            4,
+            "the request has 25",
+        ),
+        ("blockzoo", {"model": "base", "text_input": "x", "documents": [LARGE]}, 8, "tokens"),
+        ("base", {"text_input": LARGE}, 8, "tokens"),
+        ("preprocessing", {"text_input@base": LARGE}, 8, None),
+    ],
+)
+def test_large_requests_cost_nobody_else_an_answer(server, model, body, clients, message):
+    bystander = Bystander(server)
+    bystander.start()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda _: attack(server, model, {**body, "max_tokens": 1}), range(clients)))
+    events = bystander.finish()
+    if message is not None:
+        assert {status for status, _ in answers} == {400}
+        assert all(message in answer["error"] for _, answer in answers), answers
+    assert (
+        sum(len(event["token_ids"]) if isinstance(event["token_ids"], list) else 1 for event in events) == 300
+    )
+    assert events[-1]["finish_reason"] == "length"
+    assert bystander.probes
+    assert {status for status, _ in bystander.probes} == {200}
+    assert not any("restarting" in line for line in server.err), server.err
+
+
+def test_what_is_the_launchers_is_refused_to_clients(server):
+    for model in ("blockzoo", "blockzoo_unary"):
+        status, answer = server.post(model, {"refresh": True})
+        assert (status, "refresh is not for clients" in answer["error"]) == (400, True)
+        status, answer = server.post(model, {"refresh": True, "secret": "a guess"})
+        assert (status, "refresh is not for clients" in answer["error"]) == (400, True)
+    assert server.post("blockzoo", {"health": True})[1]["text_output"] == "ok"
+
+
+def test_the_secret_shows_nowhere_but_in_the_environment(server):
+    environment = Path(f"/proc/{server.server_pid()}/environ").read_bytes().split(b"\0")
+    (secret,) = (v.partition(b"=")[2] for v in environment if v.startswith(b"BLOCKZOO_SECRET="))
+    assert len(secret) > 30
+    for pid in (server.process.pid, server.server_pid(), server.model_pid("blockzoo")):
+        assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    said = "".join(server.out + server.err)
+    for model in ("blockzoo", "preprocessing", "base"):
+        connection = server.open(model, b"{}")
+        connection.getresponse().read()
+        connection.close()
+        connection = server.open(model, b"", "config")
+        said += connection.getresponse().read().decode()
+        connection.close()
+    assert secret.decode() not in said + "".join(server.out + server.err)
+    status, answer = server.post("blockzoo", {"health": True, "secret": secret.decode()})
+    assert (status, "unfinished" in answer["text_output"]) == (200, True)
