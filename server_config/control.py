@@ -19,6 +19,12 @@ from blockzoo.runtime.errors import InvalidRequestError
 from blockzoo.server_config.answer import Response, integers, send, strings
 
 SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
+INTERNAL = "internal"  # parameter of requests that a model of this server sends for a client
+
+
+def internal_mark(secret: str) -> str:
+    """What a model of this server shows to be told more of errors; gives no right to what the secret does."""
+    return hmac.new(secret.encode(), INTERNAL.encode(), "sha256").hexdigest()
 
 
 class Control:
@@ -62,20 +68,22 @@ class Control:
             return False
         return True
 
+    def take_internal(self, parameters: dict[str, Any]) -> bool:
+        """Whether a model of this server sent a request with these parameters; its mark is taken out."""
+        if self._secret is None or not _same(parameters.get(INTERNAL), internal_mark(self._secret)):
+            return False
+        del parameters[INTERNAL]
+        return True
+
     def _from_launcher(self, parameters: Mapping[str, Any]) -> bool:
-        given = parameters.get("secret")
-        return (
-            self._secret is not None
-            and isinstance(given, str)
-            and hmac.compare_digest(given.encode(), self._secret.encode())
-        )
+        return self._secret is not None and _same(parameters.get("secret"), self._secret)
 
     def _answer_health(self, sender: Any, inputs: Mapping[str, np.ndarray], details: bool) -> None:
         """Say how the process is. With `details` also give back what was sent, so that the launcher can check
         that tensors come through whole (numpy 2 reads them wrongly)."""
         problem = self._problem()
         if problem is not None:
-            send(self._pb, sender, Response(error=problem, final=True), "UNAVAILABLE")
+            send(self._pb, sender, Response(error=problem, final=True, status="UNAVAILABLE"))
             return
         said = "ok"
         if details:
@@ -113,3 +121,7 @@ class Control:
             for sender in senders:
                 with suppress(Exception):  # one that is gone keeps it from nobody else
                     send(self._pb, sender, response)
+
+
+def _same(given: object, expected: str) -> bool:
+    return isinstance(given, str) and hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())

@@ -118,6 +118,11 @@ def parse_request(
     return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, documents, timeout)
 
 
+def num_bytes(array: np.ndarray) -> int:
+    """What was sent for a tensor."""
+    return sum(map(len, array.reshape(-1))) if array.dtype == object else array.nbytes
+
+
 def checked_text(value: bytes, name: str) -> str:
     """Text of a STRING element. Raises InvalidRequestError when it is too long or not UTF-8."""
     if len(value) > MAX_TEXT_BYTES:

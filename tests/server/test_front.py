@@ -17,11 +17,13 @@ from blockzoo.runtime.errors import OverloadedError
 from blockzoo.runtime.metrics import Metrics
 from blockzoo.runtime.refresh import Refreshed
 from blockzoo.runtime.request import RequestOutput
+from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
 SECRET = "of the launcher"
+MARK = internal_mark(SECRET)
 
 
 class RecordingTriton:
@@ -348,11 +350,11 @@ def test_a_refresh_that_fails_is_told(front, engine, triton):
 
 
 def hold(front, engine, *requests) -> None:
-    """Keep the threads of the queue busy until `engine.gate` is set, with requests in wait behind them."""
+    """Keep the model's thread of the queue busy until `engine.gate` is set, with requests in wait."""
     engine.gate = threading.Event()
-    for i in range(2):
-        front.handle(Request(text_input=f"busy {i}"))
-    wait_for(lambda: len(engine.order) == 2)
+    before = len(engine.order)
+    front.handle(Request(text_input="busy"))
+    wait_for(lambda: len(engine.order) == before + 1)
     for request in requests:
         front.handle(request)
 
@@ -361,7 +363,7 @@ def test_health_is_answered_while_texts_are_tokenized(front, engine):
     hold(front, engine, *(Request(text_input="x") for _ in range(20)))
     probe = Request({"secret": SECRET}, health=True)
     front.handle(probe)
-    assert json.loads(texts(probe.sender)[0])["unfinished"] == 22
+    assert json.loads(texts(probe.sender)[0])["unfinished"] == 21
     engine.gate.set()
 
 
@@ -386,9 +388,9 @@ def test_requests_given_up_while_they_wait_never_reach_the_engine(front, engine)
     assert late.sender.sent[0].error.message == "the request took longer than its timeout of 0.01 s"
     assert cancelled.sender.sent == []
     engine.gate.set()
-    wait_for(lambda: len(engine.requests) == 2)
+    wait_for(lambda: len(engine.requests) == 1)
     assert front._short.drain(10)
-    assert sorted(engine.order) == ["busy 0", "busy 1"]
+    assert engine.order == ["busy"]
 
 
 def test_a_request_given_up_while_it_is_tokenized_is_aborted_there(front, engine):
@@ -453,7 +455,10 @@ def test_a_front_thread_that_dies_ends_every_request(engine, triton, tmp_path, m
 # ---- what is the launcher's
 
 
-@pytest.mark.parametrize("parameters", [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}])
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}, {"secret": "\ud800"}, {"internal": MARK}],
+)
 def test_a_refresh_is_not_for_clients(front, engine, parameters):
     request = Request(parameters, refresh=True)
     front.handle(request)
@@ -491,3 +496,16 @@ def test_refreshes_that_come_together_are_answered_together(front, engine, monke
     gate.set()
     wait_for(lambda: all(request.sender.final for request in requests))
     assert len(calls) == 2  # what came while the first ran may have seen a later zoo
+
+
+def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):
+    late, bad = Request({"internal": MARK, "timeout": 10_000}, text_input="x"), Request({"internal": MARK})
+    take(front, engine, late)
+    front.handle(bad)
+    wait_for(lambda: late.sender.final)
+    said = [request.sender.sent[0].error.message for request in (late, bad)]
+    assert said[0] == "UNAVAILABLE:the request took longer than its timeout of 0.01 s"
+    assert said[1].startswith("INVALID_ARG:the prompt is missing")
+    guess = Request({"internal": "guess"}, text_input="x")
+    front.handle(guess)
+    assert "there is no input 'internal'" in guess.sender.sent[0].error.message

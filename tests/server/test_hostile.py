@@ -8,7 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
 
 LARGE = ("The quick brown fox jumps over the lazy dog; 12345 def main(x):\n" * 17_000)[: 1 << 20]
 
@@ -110,3 +114,41 @@ def test_the_secret_shows_nowhere_but_in_the_environment(server):
     assert secret.decode() not in said + "".join(server.out + server.err)
     status, answer = server.post("blockzoo", {"health": True, "secret": secret.decode()})
     assert (status, "unfinished" in answer["text_output"]) == (200, True)
+
+
+def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
+    """Its generate endpoint answers every error of a model with 400, its gRPC streams carry no status."""
+    small = serve_zoo(demo_zoo, "--max-num-seqs", "1", "--max-waiting", "1", "--kv-cache-gb", "0.05")
+    values = {"text_input": "x", "model": "base", "max_tokens": 300}
+    values["sampling_parameters"] = '{"ignore_eos": true}'
+    client = tritonclient.grpc.InferenceServerClient(small.grpc)
+    http = tritonclient.http.InferenceServerClient(f"127.0.0.1:{small.http_port}", concurrency=8)
+
+    def infer(protocol, asked) -> str:
+        try:
+            asked.infer("blockzoo_unary", inputs(protocol, **values))
+        except InferenceServerException as error:
+            return f"{error.status()}: {error.message()}"
+        return "answered"
+
+    refusal = "2 requests are running or waiting; send it again later"
+    with client, http, ThreadPoolExecutor(6) as pool:
+        said = list(pool.map(lambda _: infer(tritonclient.grpc, client), range(6)))
+        assert set(said) == {"answered", f"StatusCode.UNAVAILABLE: {refusal}"}
+        said = list(pool.map(lambda _: infer(tritonclient.http, http), range(6)))
+        assert set(said) == {"answered", f"503: {refusal}"}
+        said = list(pool.map(lambda _: small.post("blockzoo", values), range(6)))
+    assert {answer["error"] for status, answer in said if status != 200} == {refusal}
+    small.stop()
+
+
+def inputs(protocol, **values):
+    """Inputs of a Triton client."""
+    made = []
+    for name, value in values.items():
+        text = isinstance(value, str)
+        tensor = protocol.InferInput(name, [1, 1], "BYTES" if text else "INT32")
+        array = np.array([[value.encode()]], object) if text else np.array([[value]], np.int32)
+        tensor.set_data_from_numpy(array)
+        made.append(tensor)
+    return made
