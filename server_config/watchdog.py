@@ -57,6 +57,14 @@ class Watchdog:
         except OSError:
             return False
 
+    def version(self) -> str:
+        """What Triton says it is; "unknown" where it does not say."""
+        try:
+            with urllib.request.urlopen(f"{self._http}/v2", timeout=_PROBE_TIMEOUT_S) as response:
+                return str(json.load(response)["version"])
+        except (OSError, ValueError, KeyError):
+            return "unknown"
+
     def self_test(self) -> None:
         """Send tensors of every type there and back, and generate a token through all steps.
 
