@@ -180,7 +180,7 @@ def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
     from blockzoo.server_config.repository import ServerSettings
-    from blockzoo.server_config.supervisor import Supervisor
+    from blockzoo.server_config.supervisor import Supervisor, say
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
@@ -207,6 +207,8 @@ def _serve(args: argparse.Namespace) -> int:
 
         def start() -> TritonProcess:
             watchdog.tenant = follower.prepare()[0]
+            for why in follower.left_out:
+                say(f"left out: {why}")
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
         supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)

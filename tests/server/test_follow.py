@@ -117,6 +117,24 @@ def test_a_name_that_triton_cannot_serve_is_told(zoo, engine, tmp_path):
     assert "has the name of a server model" in change.messages[1]
 
 
+def test_a_model_that_triton_cannot_serve_keeps_no_other_from_a_start(zoo, engine, tmp_path):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    text = (zoo / "manifest.json").read_text()
+    manifest = json.loads(text)
+    manifest["models"]["blockzoo"] = manifest["models"].pop("notes")
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    assert follower.prepare() == tuple(sorted(manifest["models"].keys() - {"blockzoo"}))
+    (why,) = follower.left_out
+    assert "model 'blockzoo' has the name of a server model; compile it under another name" in why
+    manifest["models"] = {"blockzoo": manifest["models"]["blockzoo"]}
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ZooError, match="has the name of a server model"):
+        follower.prepare()
+    (zoo / "manifest.json").write_text(text)
+    assert "notes" in follower.prepare()
+    assert follower.left_out == ()
+
+
 def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_path):
     follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
     follower.prepare()
