@@ -24,6 +24,7 @@ class Response:
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     error: str | None = None
     final: bool = False
+    status: str = "INTERNAL"  # of an error: a name of `pb_utils.TritonError`
 
 
 class Answer:
@@ -77,16 +78,11 @@ class Answer:
         return tensors
 
 
-def send(pb: Any, sender: Any, response: Response, status: str = "INTERNAL") -> None:
-    """Send a response.
-
-    Args:
-        pb: the `triton_python_backend_utils` module.
-        status: of an error, a name of `pb.TritonError`.
-    """
+def send(pb: Any, sender: Any, response: Response) -> None:
+    """Send a response; `pb` is the `triton_python_backend_utils` module."""
     flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.final else 0
     if response.error is not None:
-        error = pb.TritonError(response.error, getattr(pb.TritonError, status))
+        error = pb.TritonError(response.error, getattr(pb.TritonError, response.status))
         sender.send(pb.InferenceResponse([], error=error), flags=flags)
     elif response.tensors:
         tensors = [pb.Tensor(name, array) for name, array in response.tensors.items()]

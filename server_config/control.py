@@ -1,6 +1,6 @@
-"""Requests about the server itself, answered beside any queue: `health` and `refresh`.
+"""Requests about the server itself, answered beside any queue: `health` and `reload`.
 
-Who knows the launcher's secret, sent as the parameter `secret`, gets details and may ask for a refresh.
+Who knows the launcher's secret, sent as the parameter `secret`, gets details and may ask for a reload.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.server_config.answer import Response, integers, send, strings
 
 SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
+INTERNAL = "internal"  # parameter of requests that a model of this server sends for a client
+
+
+def internal_mark(secret: str) -> str:
+    """What a model of this server shows to be told more of errors; gives no right to what the secret does."""
+    return hmac.new(secret.encode(), INTERNAL.encode(), "sha256").hexdigest()
 
 
 class Control:
@@ -28,7 +34,7 @@ class Control:
         pb: the `triton_python_backend_utils` module.
         secret: None: nobody has it.
         problem: why the process should be replaced; None while it is well.
-        refresh: takes over what has changed in the zoo; what to tell of it.
+        reload: takes over what has changed in the zoo; what to tell of it.
         unfinished: requests under way.
     """
 
@@ -37,14 +43,14 @@ class Control:
         pb: Any,
         secret: str | None,
         problem: Callable[[], str | None],
-        refresh: Callable[[], Mapping[str, Any]],
+        reload: Callable[[], Mapping[str, Any]],
         unfinished: Callable[[], int],
     ) -> None:
         self._pb, self._secret = pb, secret
-        self._problem, self._refresh, self._unfinished = problem, refresh, unfinished
+        self._problem, self._reload, self._unfinished = problem, reload, unfinished
         self._lock = threading.Lock()
-        self._waiting: list[Any] = []  # senders of refresh requests
-        self._refreshing = False
+        self._waiting: list[Any] = []  # senders of reload requests
+        self._reloading = False
 
     def answer(self, sender: Any, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
         """Answer a request here, now or later; False: it is none of these.
@@ -54,28 +60,30 @@ class Control:
         """
         if "health" in inputs and inputs["health"].any():
             self._answer_health(sender, inputs, self._from_launcher(parameters))
-        elif "refresh" in inputs and inputs["refresh"].any():
+        elif "reload" in inputs and inputs["reload"].any():
             if not self._from_launcher(parameters):
-                raise InvalidRequestError("refresh is not for clients; it needs the launcher's secret")
-            self._queue_refresh(sender)
+                raise InvalidRequestError("reload is not for clients; it needs the launcher's secret")
+            self._queue_reload(sender)
         else:
             return False
         return True
 
+    def take_internal(self, parameters: dict[str, Any]) -> bool:
+        """Whether a model of this server sent a request with these parameters; its mark is taken out."""
+        if self._secret is None or not _same(parameters.get(INTERNAL), internal_mark(self._secret)):
+            return False
+        del parameters[INTERNAL]
+        return True
+
     def _from_launcher(self, parameters: Mapping[str, Any]) -> bool:
-        given = parameters.get("secret")
-        return (
-            self._secret is not None
-            and isinstance(given, str)
-            and hmac.compare_digest(given.encode(), self._secret.encode())
-        )
+        return self._secret is not None and _same(parameters.get("secret"), self._secret)
 
     def _answer_health(self, sender: Any, inputs: Mapping[str, np.ndarray], details: bool) -> None:
         """Say how the process is. With `details` also give back what was sent, so that the launcher can check
         that tensors come through whole (numpy 2 reads them wrongly)."""
         problem = self._problem()
         if problem is not None:
-            send(self._pb, sender, Response(error=problem, final=True), "UNAVAILABLE")
+            send(self._pb, sender, Response(error=problem, final=True, status="UNAVAILABLE"))
             return
         said = "ok"
         if details:
@@ -87,29 +95,33 @@ class Control:
             self._pb, sender, Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
         )
 
-    def _queue_refresh(self, sender: Any) -> None:
+    def _queue_reload(self, sender: Any) -> None:
         """Those that come while one is under way are answered together by the next one."""
         with self._lock:
             self._waiting.append(sender)
-            if self._refreshing:
+            if self._reloading:
                 return
-            self._refreshing = True
-        threading.Thread(target=self._run_refreshes, name="blockzoo-refresh", daemon=True).start()
+            self._reloading = True
+        threading.Thread(target=self._run_reloads, name="blockzoo-reload", daemon=True).start()
 
-    def _run_refreshes(self) -> None:
+    def _run_reloads(self) -> None:
         """A thread of its own: reading the zoo takes a while, and other requests come in."""
         while True:
             with self._lock:
                 senders, self._waiting = self._waiting, []
                 if not senders:
-                    self._refreshing = False
+                    self._reloading = False
                     return
             try:
-                said = json.dumps(self._refresh())
+                said = json.dumps(self._reload())
                 response = Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
             except Exception as error:  # the zoo cannot be read; or a bug of ours
                 self._pb.Logger.log_error(traceback.format_exc())
-                response = Response(error=f"the zoo was not refreshed: {error}", final=True)
+                response = Response(error=f"the zoo was not reloaded: {error}", final=True)
             for sender in senders:
                 with suppress(Exception):  # one that is gone keeps it from nobody else
                     send(self._pb, sender, response)
+
+
+def _same(given: object, expected: str) -> bool:
+    return isinstance(given, str) and hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())

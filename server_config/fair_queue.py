@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 from blockzoo.runtime.api.errors import OverloadedError
@@ -23,15 +23,18 @@ class FairQueue:
     Args:
         name: of the threads.
         num_threads: pieces of work done at the same time.
-        capacity: cost of what may wait. An owner may wait with as much as is left to others, so that a flood
-            fills half of the queue and a newcomer always finds room.
+        capacity: cost of what may wait.
+
+    Of both, threads and capacity, a model may have as much as it leaves free: a flood gets half of them, and
+    a newcomer always finds room.
     """
 
     def __init__(self, name: str, num_threads: int, capacity: int) -> None:
         self._capacity = capacity
+        self._num_threads = num_threads
         self._waiting: OrderedDict[str, OrderedDict[str | None, deque[tuple[int, Work]]]] = OrderedDict()
         self._cost_of: dict[str, int] = {}
-        self._busy = 0
+        self._running: Counter[str] = Counter()
         self._stopped = False
         self._changed = threading.Condition()
         self._threads = [
@@ -66,7 +69,7 @@ class FairQueue:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             return self._changed.wait_for(
-                lambda: not self._waiting and not self._busy, max(0.0, deadline - time.monotonic())
+                lambda: not self._waiting and not self._running, max(0.0, deadline - time.monotonic())
             )
 
     def close(self) -> None:
@@ -80,21 +83,28 @@ class FairQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopped)
-                if self._stopped:
+                self._changed.wait_for(lambda: self._stopped or self._next() is not None)
+                model = self._next()
+                if self._stopped or model is None:
                     return
-                work = self._take()
-                self._busy += 1
+                work = self._take(model)
+                self._running[model] += 1
             try:
                 work()
             finally:
                 with self._changed:
-                    self._busy -= 1
+                    self._running[model] -= 1
+                    self._running += Counter()  # forgets those at zero
                     self._changed.notify_all()
 
-    def _take(self) -> Work:
-        """The next piece of work; its model, and its scope within that, go to the end of the round."""
-        model, scopes = next(iter(self._waiting.items()))
+    def _next(self) -> str | None:
+        """The model whose turn it is."""
+        free = self._num_threads - self._running.total()
+        return next((model for model in self._waiting if self._running[model] < free), None)
+
+    def _take(self, model: str) -> Work:
+        """Its next piece of work; it, and its scope within it, go to the end of the round."""
+        scopes = self._waiting[model]
         scope, works = next(iter(scopes.items()))
         cost, work = works.popleft()
         self._cost_of[model] -= cost

@@ -23,12 +23,10 @@ import time
 import traceback
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from blockzoo.runtime.api.errors import (
     OverloadedError,
@@ -41,7 +39,7 @@ from blockzoo.server_config.answer import Answer, Response, send
 from blockzoo.server_config.control import Control
 from blockzoo.server_config.exporter import MetricsExporter
 from blockzoo.server_config.fair_queue import FairQueue
-from blockzoo.server_config.schema import ParsedRequest, parse_request
+from blockzoo.server_config.schema import ParsedRequest, num_bytes, parse_request
 
 if TYPE_CHECKING:
     from blockzoo.runtime import EngineThread
@@ -65,6 +63,7 @@ class _Stream:
     answer: Answer
     arrival: float
     deadline: float | None
+    internal: bool  # of `blockzoo_unary`
     submitted: float | None = None  # when the engine got it
     last_token: float | None = None
     cancelled: bool = False
@@ -78,7 +77,7 @@ class EngineFront:
         engine: started; closed by `close`.
         pb: the `triton_python_backend_utils` module.
         control_dir: where the launcher's drain file appears; None without a launcher.
-        secret: of the launcher, who alone may ask for details and `refresh`; None: nobody may.
+        secret: of the launcher, who alone may ask for details and `reload`; None: nobody may.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class EngineFront:
     ) -> None:
         self._engine = engine
         self._pb = pb
-        self._control = Control(pb, secret, self._problem, self._refresh, lambda: len(self._streams))
+        self._control = Control(pb, secret, self._problem, self._reload, lambda: len(self._streams))
         self._learn_models()
         self._drain_file = None if control_dir is None else control_dir / DRAIN_FILE
         self._exporter = MetricsExporter(pb)
@@ -111,16 +110,15 @@ class EngineFront:
     def handle(self, request: Any) -> None:
         """Take one request; whatever happens, its sender gets exactly one final flag, here or later."""
         sender = request.get_response_sender()
+        internal = False
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             parameters = json.loads(request.parameters() or "{}")
+            internal = self._control.take_internal(parameters)
             if not self._control.answer(sender, inputs, parameters):
-                self._start(request, inputs, parameters, sender)
-        except RequestError as error:
-            self._send(sender, Response(error=str(error), final=True), _status(error))
-        except Exception as error:  # a bug of ours: this request ends, the server goes on
-            self._log(traceback.format_exc())
-            self._send(sender, Response(error=f"internal error: {error}", final=True), "INTERNAL")
+                self._start(request, inputs, parameters, sender, internal)
+        except Exception as error:
+            self._send(sender, self._refusal(error), internal)
 
     def close(self, timeout_s: float) -> None:
         """Let requests finish for up to `timeout_s`, end the others, stop all threads."""
@@ -134,7 +132,7 @@ class EngineFront:
         self._closing = True
         self._thread.join(timeout=10)
 
-    def _refresh(self) -> dict[str, Any]:
+    def _reload(self) -> dict[str, Any]:
         found = self._engine.reload()
         self._learn_models()
         return {**asdict(found), "serving": sorted(self._end_ids)}
@@ -143,10 +141,12 @@ class EngineFront:
         self._end_ids = self._engine.end_ids
         self._max_bytes = max(self._engine.max_prompt_bytes.values(), default=0) + _OTHER_BYTES
 
-    def _start(self, request: Any, inputs: dict[str, Any], parameters: dict[str, Any], sender: Any) -> None:
+    def _start(
+        self, request: Any, inputs: dict[str, Any], parameters: dict[str, Any], sender: Any, internal: bool
+    ) -> None:
         if self._drain_deadline is not None:
             raise OverloadedError("the server is shutting down; send the request elsewhere")
-        size = sum(map(_num_bytes, inputs.values()))
+        size = sum(map(num_bytes, inputs.values()))
         if size > self._max_bytes:
             raise PromptTooLongError(
                 f"the request has {size} bytes; no model here takes more than {self._max_bytes}: shorten it"
@@ -156,7 +156,7 @@ class EngineFront:
         parsed = parse_request(inputs, parameters, self._end_ids)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
-        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline)
+        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline, internal)
         waiting = self._short if size <= _SHORT_BYTES else self._long
         with self._lock:  # the front thread sees it once it cannot be refused here any more
             if self._ended:
@@ -216,7 +216,7 @@ class EngineFront:
             for stream in left:
                 self._engine.abort(stream.request_id)
                 with suppress(Exception):
-                    self._send(stream.sender, Response(error=why, final=True), "UNAVAILABLE")
+                    self._answer(stream, Response(error=why, final=True, status="UNAVAILABLE"))
 
     def _serve(self) -> None:
         next_poll = 0.0
@@ -246,25 +246,27 @@ class EngineFront:
             self._streams.pop(stream.request_id, None)
             self._engine.abort(stream.request_id)
             with suppress(Exception):
-                self._send(stream.sender, Response(error=f"internal error: {error}", final=True))
+                self._answer(stream, Response(error=f"internal error: {error}", final=True))
 
     def _refuse(self, stream: _Stream, error: BaseException) -> None:
         """The engine did not take it."""
         del self._streams[stream.request_id]
+        self._answer(stream, self._refusal(error))
+
+    def _refusal(self, error: BaseException) -> Response:
         if isinstance(error, RequestError):
-            self._send(stream.sender, Response(error=str(error), final=True), _status(error))
-            return
+            return Response(error=str(error), final=True, status=_STATUS.get(type(error), "INVALID_ARG"))
+        # a bug of ours: this request ends, the server goes on
         self._log("".join(traceback.format_exception(error)))
-        self._send(stream.sender, Response(error=f"internal error: {error}", final=True))
+        return Response(error=f"internal error: {error}", final=True)
 
     def _give_up(self, stream: _Stream) -> None:
         """End a request before its time: through the engine, or at once where it has not got there."""
         self._engine.abort(stream.request_id)
         if stream.submitted is None:  # should it get there at this moment, it is aborted there
             self._streams.pop(stream.request_id, None)
-            self._send(
-                stream.sender, Response(error=None if stream.cancelled else stream.problem, final=True)
-            )
+            problem = None if stream.cancelled else stream.problem
+            self._answer(stream, Response(error=problem, final=True, status="UNAVAILABLE"))
 
     def _pass_on(self, stream: _Stream, output: RequestOutput, when: float) -> None:
         if output.token_ids:
@@ -282,7 +284,9 @@ class EngineFront:
         else:
             response = stream.answer.push(output, problem)
         if response is not None:
-            self._send(stream.sender, response)
+            if problem is not None:  # not of its own: the same request may succeed elsewhere, or later
+                response = replace(response, status="UNAVAILABLE")
+            self._answer(stream, response)
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -321,16 +325,13 @@ class EngineFront:
 
     # ---- both threads
 
-    def _send(self, sender: Any, response: Response, status: str = "INTERNAL") -> None:
-        send(self._pb, sender, response, status)
+    def _answer(self, stream: _Stream, response: Response) -> None:
+        self._send(stream.sender, response, stream.internal)
+
+    def _send(self, sender: Any, response: Response, internal: bool) -> None:
+        if internal and response.error is not None:  # the status is lost on the way through Triton
+            response = replace(response, error=f"{response.status}:{response.error}")
+        send(self._pb, sender, response)
 
     def _log(self, message: str) -> None:
         self._pb.Logger.log_error(message)
-
-
-def _status(error: RequestError) -> str:
-    return _STATUS.get(type(error), "INVALID_ARG")
-
-
-def _num_bytes(array: np.ndarray) -> int:
-    return sum(map(len, array.reshape(-1))) if array.dtype == object else array.nbytes

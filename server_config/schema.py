@@ -18,7 +18,7 @@ import numpy as np
 from blockzoo.runtime.api.errors import InvalidRequestError, UnknownModelError
 from blockzoo.runtime.api.request import MAX_WORDS, KVReuse, SamplingParams
 from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
-from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS, REFRESH_INPUT
+from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS, RELOAD_INPUT
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_SCOPE_CHARS = 256
@@ -118,6 +118,11 @@ def parse_request(
     return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, documents, timeout)
 
 
+def num_bytes(array: np.ndarray) -> int:
+    """What was sent for a tensor."""
+    return sum(map(len, array.reshape(-1))) if array.dtype == object else array.nbytes
+
+
 def checked_text(value: bytes, name: str) -> str:
     """Text of a STRING element. Raises InvalidRequestError when it is too long or not UTF-8."""
     if len(value) > MAX_TEXT_BYTES:
@@ -153,7 +158,7 @@ def did_you_mean(name: str, known: tuple[str, ...]) -> str:
 def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
     for name in parameters:
         if name not in TRITON_PARAMETERS:
-            known = tuple(field.name for field in INPUTS if field not in (HEALTH_INPUT, REFRESH_INPUT))
+            known = tuple(field.name for field in INPUTS if field not in (HEALTH_INPUT, RELOAD_INPUT))
             raise InvalidRequestError(f"there is no input {name!r:.200}; {did_you_mean(name, known)}")
 
 

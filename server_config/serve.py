@@ -24,6 +24,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
     network = parser.add_argument_group("network (port 0 takes a free one)")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    network.add_argument(
+        "--insecure",
+        action="store_true",
+        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes",
+    )
     network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
     network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
@@ -174,11 +179,11 @@ def _write_only(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.control import SECRET_VARIABLE
-    from blockzoo.server_config.environment import find_tritonserver, free_ports
+    from blockzoo.server_config.environment import check_host, find_tritonserver, free_ports
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
     from blockzoo.server_config.repository import ServerSettings
-    from blockzoo.server_config.supervisor import Supervisor
+    from blockzoo.server_config.supervisor import Supervisor, say
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
@@ -195,8 +200,9 @@ def _serve(args: argparse.Namespace) -> int:
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
         secret = secrets.token_urlsafe(32)
         watchdog = Watchdog(endpoints.http, "", secret, control_dir)
-        follower = Follower(settings, repository, watchdog.refresh)
+        follower = Follower(settings, repository, watchdog.reload)
         server = find_tritonserver(folder)
+        check_host(args.host, server, args.insecure)
         server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
         # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
         server.environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -204,19 +210,27 @@ def _serve(args: argparse.Namespace) -> int:
 
         def start() -> TritonProcess:
             watchdog.tenant = follower.prepare()[0]
+            for why in follower.left_out:
+                say(f"left out: {why}")
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
         supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)
-        return supervisor.run(lambda: _print_endpoints(args.zoo, follower.tenants, endpoints))
+
+        def on_ready() -> None:
+            version = f"{watchdog.version()}{' of nvidia-pytriton' if server.bundled else ''}"
+            _print_endpoints(args.zoo, follower.tenants, endpoints, version)
+
+        return supervisor.run(on_ready)
 
 
-def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
+def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints, version: str) -> None:
     host = endpoints.client_host
     print(
         f"serving {len(tenants)} models of {zoo}: {', '.join(tenants)}\n"
         f"  HTTP     {endpoints.http}\n"
         f"  gRPC     {host}:{endpoints.grpc_port}\n"
         f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"
+        f"  server   tritonserver {version}\n"
         "try\n"
         f"  curl -s {endpoints.http}/v2/models/{tenants[0]}/generate "
         '-d \'{"text_input": "Hello", "max_tokens": 16}\'',

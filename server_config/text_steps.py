@@ -208,7 +208,7 @@ def _deadline(request: Any) -> float:
 def _fail(pb: Any, sender: Any, error: BaseException) -> None:
     message, status = _explain(pb, error)
     with suppress(Exception):  # who asked is gone
-        send(pb, sender, Response(error=message, final=True), status)
+        send(pb, sender, Response(error=message, final=True, status=status))
 
 
 def _explain(pb: Any, error: BaseException) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESS
 _PROBE_TIMEOUT_S = 3.0
 _TIMEOUTS_ALLOWED = 3  # in a row: one may only mean that the machine is slow
 _FIRST_INFERENCE_S = 600.0
-_REFRESH_S = 60.0
+_RELOAD_S = 60.0
 _SAMPLE = {
     "text_input": "żółw 🐢",
     "max_tokens": 123456789,
@@ -56,6 +56,14 @@ class Watchdog:
                 return True
         except OSError:
             return False
+
+    def version(self) -> str:
+        """What Triton says it is; "unknown" where it does not say."""
+        try:
+            with urllib.request.urlopen(f"{self._http}/v2", timeout=_PROBE_TIMEOUT_S) as response:
+                return str(json.load(response)["version"])
+        except (OSError, ValueError, KeyError):
+            return "unknown"
 
     def self_test(self) -> None:
         """Send tensors of every type there and back, and generate a token through all steps.
@@ -105,15 +113,15 @@ class Watchdog:
         except (OSError, UnhealthyError):
             return None
 
-    def refresh(self) -> dict[str, Any]:
+    def reload(self) -> dict[str, Any]:
         """Let the engine take over what has changed in the zoo: the fields of `Reloaded`, and `serving`.
 
         Raises:
             OSError: no answer.
             UnhealthyError: it could not.
         """
-        asked = {"refresh": True, "secret": self._secret}
-        return json.loads(self._post(ENGINE, asked, _REFRESH_S)["text_output"])
+        asked = {"reload": True, "secret": self._secret}
+        return json.loads(self._post(ENGINE, asked, _RELOAD_S)["text_output"])
 
     def _engine_status(self, timeout_s: float, sample: dict[str, Any] | None = None) -> dict[str, Any]:
         asked = {"health": True, "secret": self._secret, **(sample or {})}

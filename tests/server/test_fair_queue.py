@@ -75,6 +75,35 @@ def test_a_flood_leaves_room_for_a_newcomer():
     held.put("flood", None, "again")  # what is done gives its room back
 
 
+def test_a_flood_leaves_threads_to_a_newcomer():
+    queue, gate, running, lock = FairQueue("test", 8, 100 * PLACE), threading.Event(), [], threading.Lock()
+
+    def work(label: str) -> None:
+        with lock:
+            running.append(label)
+        assert gate.wait(10)
+
+    def wait_until(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(running) < count:
+            assert time.monotonic() < deadline, running
+            time.sleep(0.001)
+
+    for _ in range(20):
+        queue.put("flood", None, 1, lambda: work("flood"))
+    wait_until(4)
+    for _ in range(5):
+        queue.put("second", None, 1, lambda: work("second"))
+    wait_until(6)
+    queue.put("third", None, 1, lambda: work("third"))
+    wait_until(7)
+    assert sorted(running) == ["flood"] * 4 + ["second"] * 2 + ["third"]
+    gate.set()
+    assert queue.drain(10)
+    assert len(running) == 26
+    queue.close()
+
+
 def test_work_larger_than_the_queue_is_taken_alone(held):
     held.put("a", None, "huge", cost=1000 * PLACE)
     with pytest.raises(OverloadedError):

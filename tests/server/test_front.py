@@ -17,11 +17,13 @@ from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
 SECRET = "of the launcher"
+MARK = internal_mark(SECRET)
 
 
 class RecordingTriton:
@@ -320,26 +322,26 @@ def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monke
     assert "Traceback" in triton.logged.pop()
 
 
-def test_a_refresh_brings_in_models(front, engine, triton):
+def test_a_reload_brings_in_models(front, engine, triton):
     early = Request(text_input="hi", model="code")
     front.handle(early)
     assert "no model 'code'" in early.sender.sent[0].error.message
-    refresh = Request({"secret": SECRET}, refresh=True)
-    front.handle(refresh)
-    wait_for(lambda: refresh.sender.final)
-    said = json.loads(refresh.sender.sent[0].tensors["text_output"].flat[0])
+    reload = Request({"secret": SECRET}, reload=True)
+    front.handle(reload)
+    wait_for(lambda: reload.sender.final)
+    said = json.loads(reload.sender.sent[0].tensors["text_output"].flat[0])
     assert (said["added"], said["serving"]) == (["code"], ["chat", "code"])
     take(front, engine, Request(text_input="hi", model="code"))
     assert [request.model for request in engine.requests.values()] == ["code"]
     engine.emit("x", "stop")
 
 
-def test_a_refresh_that_fails_is_told(front, engine, triton):
+def test_a_reload_that_fails_is_told(front, engine, triton):
     engine.found = ManifestError("manifest.json: not JSON")
-    refresh = Request({"secret": SECRET}, refresh=True)
-    front.handle(refresh)
-    wait_for(lambda: refresh.sender.final)
-    assert refresh.sender.sent[0].error.message == "the zoo was not refreshed: manifest.json: not JSON"
+    reload = Request({"secret": SECRET}, reload=True)
+    front.handle(reload)
+    wait_for(lambda: reload.sender.final)
+    assert reload.sender.sent[0].error.message == "the zoo was not reloaded: manifest.json: not JSON"
     assert len(triton.logged) == 1
     triton.logged.clear()
 
@@ -348,11 +350,11 @@ def test_a_refresh_that_fails_is_told(front, engine, triton):
 
 
 def hold(front, engine, *requests) -> None:
-    """Keep the threads of the queue busy until `engine.gate` is set, with requests in wait behind them."""
+    """Keep the model's thread of the queue busy until `engine.gate` is set, with requests in wait."""
     engine.gate = threading.Event()
-    for i in range(2):
-        front.handle(Request(text_input=f"busy {i}"))
-    wait_for(lambda: len(engine.order) == 2)
+    before = len(engine.order)
+    front.handle(Request(text_input="busy"))
+    wait_for(lambda: len(engine.order) == before + 1)
     for request in requests:
         front.handle(request)
 
@@ -361,7 +363,7 @@ def test_health_is_answered_while_texts_are_tokenized(front, engine):
     hold(front, engine, *(Request(text_input="x") for _ in range(20)))
     probe = Request({"secret": SECRET}, health=True)
     front.handle(probe)
-    assert json.loads(texts(probe.sender)[0])["unfinished"] == 22
+    assert json.loads(texts(probe.sender)[0])["unfinished"] == 21
     engine.gate.set()
 
 
@@ -386,9 +388,9 @@ def test_requests_given_up_while_they_wait_never_reach_the_engine(front, engine)
     assert late.sender.sent[0].error.message == "the request took longer than its timeout of 0.01 s"
     assert cancelled.sender.sent == []
     engine.gate.set()
-    wait_for(lambda: len(engine.requests) == 2)
+    wait_for(lambda: len(engine.requests) == 1)
     assert front._short.drain(10)
-    assert sorted(engine.order) == ["busy 0", "busy 1"]
+    assert engine.order == ["busy"]
 
 
 def test_a_request_given_up_while_it_is_tokenized_is_aborted_there(front, engine):
@@ -453,12 +455,15 @@ def test_a_front_thread_that_dies_ends_every_request(engine, triton, tmp_path, m
 # ---- what is the launcher's
 
 
-@pytest.mark.parametrize("parameters", [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}])
-def test_a_refresh_is_not_for_clients(front, engine, parameters):
-    request = Request(parameters, refresh=True)
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}, {"secret": "\ud800"}, {"internal": MARK}],
+)
+def test_a_reload_is_not_for_clients(front, engine, parameters):
+    request = Request(parameters, reload=True)
     front.handle(request)
     assert request.sender.sent[0].error.code == "INVALID_ARG"
-    assert "refresh is not for clients" in request.sender.sent[0].error.message
+    assert "reload is not for clients" in request.sender.sent[0].error.message
     assert "code" not in engine.end_ids
     probe = Request(parameters, health=True, text_input="x")
     front.handle(probe)
@@ -468,13 +473,13 @@ def test_a_refresh_is_not_for_clients(front, engine, parameters):
 def test_without_a_secret_nobody_is_the_launcher(engine, triton):
     front = EngineFront(engine, triton)
     for given in ("", "None", SECRET):
-        request = Request({"secret": given}, refresh=True)
+        request = Request({"secret": given}, reload=True)
         front.handle(request)
-        assert "refresh is not for clients" in request.sender.sent[0].error.message
+        assert "reload is not for clients" in request.sender.sent[0].error.message
     front.close(0)
 
 
-def test_refreshes_that_come_together_are_answered_together(front, engine, monkeypatch):
+def test_reloads_that_come_together_are_answered_together(front, engine, monkeypatch):
     calls, gate, real = [], threading.Event(), engine.reload
 
     def slow() -> Reloaded:
@@ -483,7 +488,7 @@ def test_refreshes_that_come_together_are_answered_together(front, engine, monke
         return real()
 
     monkeypatch.setattr(engine, "reload", slow)
-    requests = [Request({"secret": SECRET}, refresh=True) for _ in range(9)]
+    requests = [Request({"secret": SECRET}, reload=True) for _ in range(9)]
     front.handle(requests[0])
     wait_for(lambda: calls)
     for request in requests[1:]:
@@ -491,3 +496,16 @@ def test_refreshes_that_come_together_are_answered_together(front, engine, monke
     gate.set()
     wait_for(lambda: all(request.sender.final for request in requests))
     assert len(calls) == 2  # what came while the first ran may have seen a later zoo
+
+
+def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):
+    late, bad = Request({"internal": MARK, "timeout": 10_000}, text_input="x"), Request({"internal": MARK})
+    take(front, engine, late)
+    front.handle(bad)
+    wait_for(lambda: late.sender.final)
+    said = [request.sender.sent[0].error.message for request in (late, bad)]
+    assert said[0] == "UNAVAILABLE:the request took longer than its timeout of 0.01 s"
+    assert said[1].startswith("INVALID_ARG:the prompt is missing")
+    guess = Request({"internal": "guess"}, text_input="x")
+    front.handle(guess)
+    assert "there is no input 'internal'" in guess.sender.sent[0].error.message

@@ -156,13 +156,13 @@ def test_it_says_who_it_is(dog, models):
     real = models.answer
     models.answer = lambda model, body: asked.append(body) or real(model, body)
     known.unfinished()
-    known.refresh()
+    known.reload()
     assert [body["secret"] for body in asked] == ["a secret"] * 2
 
 
-def test_a_refresh_gives_what_the_engine_found(dog, models):
+def test_a_reload_gives_what_the_engine_found(dog, models):
     models.broken["blockzoo"] = (200, {"text_output": '{"added": ["a"], "serving": ["a", "chat"]}'})
-    assert dog.refresh() == {"added": ["a"], "serving": ["a", "chat"]}
-    models.broken["blockzoo"] = (400, {"error": "the zoo was not refreshed"})
-    with pytest.raises(watchdog.UnhealthyError, match="not refreshed"):
-        dog.refresh()
+    assert dog.reload() == {"added": ["a"], "serving": ["a", "chat"]}
+    models.broken["blockzoo"] = (400, {"error": "the zoo was not reloaded"})
+    with pytest.raises(watchdog.UnhealthyError, match="not reloaded"):
+        dog.reload()
