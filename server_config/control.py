@@ -48,9 +48,6 @@ class Control:
     ) -> None:
         self._pb, self._secret = pb, secret
         self._problem, self._reload, self._unfinished = problem, reload, unfinished
-        self._lock = threading.Lock()
-        self._waiting: list[Any] = []  # senders of reload requests
-        self._reloading = False
 
     def answer(self, sender: Any, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
         """Answer a request here, now or later; False: it is none of these.
@@ -63,7 +60,9 @@ class Control:
         elif "reload" in inputs and inputs["reload"].any():
             if not self._from_launcher(parameters):
                 raise InvalidRequestError("reload is not for clients; it needs the launcher's secret")
-            self._queue_reload(sender)
+            threading.Thread(
+                target=self._run_reload, args=(sender,), name="blockzoo-reload", daemon=True
+            ).start()
         else:
             return False
         return True
@@ -95,32 +94,17 @@ class Control:
             self._pb, sender, Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
         )
 
-    def _queue_reload(self, sender: Any) -> None:
-        """Those that come while one is under way are answered together by the next one."""
-        with self._lock:
-            self._waiting.append(sender)
-            if self._reloading:
-                return
-            self._reloading = True
-        threading.Thread(target=self._run_reloads, name="blockzoo-reload", daemon=True).start()
-
-    def _run_reloads(self) -> None:
-        """A thread of its own: reading the zoo takes a while, and other requests come in."""
-        while True:
-            with self._lock:
-                senders, self._waiting = self._waiting, []
-                if not senders:
-                    self._reloading = False
-                    return
-            try:
-                said = json.dumps(self._reload())
-                response = Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
-            except Exception as error:  # the zoo cannot be read; or a bug of ours
-                self._pb.Logger.log_error(traceback.format_exc())
-                response = Response(error=f"the zoo was not reloaded: {error}", final=True)
-            for sender in senders:
-                with suppress(Exception):  # one that is gone keeps it from nobody else
-                    send(self._pb, sender, response)
+    def _run_reload(self, sender: Any) -> None:
+        """In a thread of its own: reading the zoo takes a while. The engine runs those that come together as
+        one."""
+        try:
+            said = json.dumps(self._reload())
+            response = Response({"text_output": strings(said), "token_ids": integers([])}, final=True)
+        except Exception as error:  # the zoo cannot be read; or a bug of ours
+            self._pb.Logger.log_error(traceback.format_exc())
+            response = Response(error=f"the zoo was not reloaded: {error}", final=True)
+        with suppress(Exception):  # who asked is gone
+            send(self._pb, sender, response)
 
 
 def _same(given: object, expected: str) -> bool:

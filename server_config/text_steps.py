@@ -78,8 +78,7 @@ class Tokenizers:
 
     def _max_tokens(self, model: ModelRecord) -> int:
         """At least what the engine takes, which knows it exactly."""
-        scaled = model.config.max_position_embeddings * max(1.0, model.config.rope.factor)
-        return max(math.ceil(scaled), self._max_model_len or 0)
+        return min(model.config.max_length, self._max_model_len or model.config.max_length)
 
     def __getitem__(self, model: str) -> ServedText:
         if manifest_stamp(self._path) != self._seen:

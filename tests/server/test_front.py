@@ -479,25 +479,6 @@ def test_without_a_secret_nobody_is_the_launcher(engine, triton):
     front.close(0)
 
 
-def test_reloads_that_come_together_are_answered_together(front, engine, monkeypatch):
-    calls, gate, real = [], threading.Event(), engine.reload
-
-    def slow() -> Reloaded:
-        calls.append(1)
-        assert gate.wait(10)
-        return real()
-
-    monkeypatch.setattr(engine, "reload", slow)
-    requests = [Request({"secret": SECRET}, reload=True) for _ in range(9)]
-    front.handle(requests[0])
-    wait_for(lambda: calls)
-    for request in requests[1:]:
-        front.handle(request)
-    gate.set()
-    wait_for(lambda: all(request.sender.final for request in requests))
-    assert len(calls) == 2  # what came while the first ran may have seen a later zoo
-
-
 def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):
     late, bad = Request({"internal": MARK, "timeout": 10_000}, text_input="x"), Request({"internal": MARK})
     take(front, engine, late)
