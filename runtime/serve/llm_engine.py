@@ -71,7 +71,11 @@ class LLMEngine:
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
-        self._runner = StepRunner(self._zoo.boundaries, ReuseSteps(maker.arrays.rows_like))
+        self._runner = StepRunner(
+            self._zoo.boundaries,
+            ReuseSteps(maker.arrays.rows_like),
+            shares_models=self.config.kv_sharing == "scope",
+        )
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
