@@ -29,10 +29,13 @@ from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
 from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
+from blockzoo.runtime.serve.sparing import Sparing
 from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.prompt import Prompt
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
+
+_CHECK_SHARE = 0.01  # of the time may go into checks at rest
 
 
 class LLMEngine:
@@ -77,6 +80,7 @@ class LLMEngine:
             shares_models=self.config.kv_sharing == "scope",
         )
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._check = Sparing(self.check_integrity, _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
     @property
@@ -220,12 +224,13 @@ class LLMEngine:
         return outputs
 
     def rest(self) -> None:
-        """While there is nothing to do: check that every page is accounted for, and give scratch back.
+        """While there is nothing to do: give scratch back, and now and then check that every page is
+        accounted for (`check_integrity`): with many cached, that would keep the next request waiting.
 
         Raises:
             IntegrityError: one is not: a bug of ours.
         """
-        self.check_integrity()
+        self._check.offer()
         for executor in self._zoo.executors.values():
             executor.release_memory()
 
