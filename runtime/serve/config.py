@@ -51,7 +51,8 @@ class EngineConfig:
         backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU), "tensorrt" (the
             zoo's plans on an NVIDIA GPU); None: openvino.
         device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
-        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
+        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware. What a seed
+            promises depends on it (`SamplingParams`).
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             memory that is available (to its control group) where that is less. Split between KV geometries
             by what a token takes in all layers of their models.
@@ -74,12 +75,14 @@ class EngineConfig:
         kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
             can write there decides what the models read: guard it like the zoo.
         kv_cache_dir_bytes: of its files; those used longest ago go first.
-        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
-            refuses such requests, unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig`
-            in a mapping are taken too. Needs prefix_caching.
+        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones: those of
+            whoever asked before in their scope, who thereby can change answers. None refuses such requests,
+            unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig` in a mapping are taken
+            too. Needs prefix_caching.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
-            scope; with "scope" also those to other models, which saves memory and time where models share
-            layers, and lets their users find out (by timing) what others of the scope asked.
+            scope (which is a claim of the client, unless a gateway sets it); with "scope" also those to other
+            models, which saves memory and time where models share layers, and lets their users find out (by
+            timing) what others of the scope asked.
         schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
             no tenant can tell from its own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.

@@ -131,7 +131,7 @@ class LLMEngine:
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
                 takes also the KV of equal words behind other ones (see `runtime.approx`), which changes
-                answers a little. None: as EngineConfig.kv_reuse says.
+                answers a little, and lets others of its scope change them. None: as EngineConfig says.
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
 
