@@ -127,6 +127,9 @@ class EngineMaker(Protocol):
     precision: Precision
     arrays: Arrays
 
+    def expect(self, num_spans: int) -> None:
+        """Say how many spans will be compiled, before the first: memory that engines keep is shared out."""
+
     def span(
         self,
         blocks: Sequence[Block],

@@ -181,6 +181,7 @@ def _compile_spans(
     topology: Topology, blocks: Mapping[str, Block], maker: EngineMaker, progress: Progress | None
 ) -> dict[int, Engine]:
     engines: dict[int, Engine] = {}
+    maker.expect(len(topology.spans))
     for index, span in enumerate(topology.spans):
         engines[index] = maker.span(
             [blocks[i] for i in span.block_ids],
