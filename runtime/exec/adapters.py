@@ -123,9 +123,8 @@ class _Bank:
             for name in names:
                 for which, features in zip("ba", tensor_shapes(specs[index])[name], strict=True):
                     self._features[f"lora_{which}.{index}.{name}"] = features
-        self._slots: OrderedDict[int, slice] = (
-            OrderedDict()
-        )  # chain -> its ranks; least recently needed first
+        # chain -> its ranks; the least recently needed first
+        self._slots: OrderedDict[int, slice] = OrderedDict()
         self._versions = np.zeros(0, np.int64)  # by rank that there is room for
         self._matrices = self._zeros(0)
         self._none = self._shown(0)
@@ -227,8 +226,9 @@ class _Bank:
         room = len(self._versions)
         if rank <= room:
             return
-        old, self._matrices = self._matrices, self._zeros(1 << (rank - 1).bit_length())
-        self._versions = np.pad(self._versions, (0, (1 << (rank - 1).bit_length()) - room))
+        larger = 1 << (rank - 1).bit_length()  # at least doubled, so that growing is rare
+        old, self._matrices = self._matrices, self._zeros(larger)
+        self._versions = np.pad(self._versions, (0, larger - room))
         for name, matrix in self._matrices.items():
             matrix[:room] = old[name]
 
@@ -238,10 +238,9 @@ class _Bank:
             matrix[slot] = 0
         for index, pairs in loaded.items():
             for name, pair in pairs.items():
+                rows = slice(slot.start, slot.start + len(pair[0]))
                 for which, matrix in zip("ab", pair, strict=True):
-                    self._matrices[f"lora_{which}.{index}.{name}"][slot.start : slot.start + len(matrix)] = (
-                        matrix
-                    )
+                    self._matrices[f"lora_{which}.{index}.{name}"][rows] = matrix
         self._stamp(slot)
 
     def _stamp(self, slot: slice) -> None:
