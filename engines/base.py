@@ -85,8 +85,10 @@ class Engine(Protocol):
         lora_mask       precision  [T, Q]       1 where a row uses that part of an adapter, else 0
         lora_a.<i>.<projection>    precision [Q, in]    of block i of the span; rows of zeros where an
         lora_b.<i>.<projection>    precision [Q, out]   adapter leaves the projection alone
-        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B. What is bound to these inputs
-        keeps its contents: engines may hold packed copies of it)
+        lora_versions   int64 [Q], numpy: a number that changes when what lies at a rank does
+        (y = x W^T + ((x A^T) * mask) B; an adapter's scale is folded into B. Engines may hold packed copies,
+        and tell by the versions whether they are those of what is bound: the matrices of ranks that no mask
+        has may be written to between two runs)
     Outputs:
         hidden_out      precision  [T or R, hidden], or
         logits          float32    [T or R, vocab]   when the span ends in a head
@@ -124,6 +126,9 @@ class EngineMaker(Protocol):
     name: str
     precision: Precision
     arrays: Arrays
+
+    def expect(self, num_spans: int) -> None:
+        """Say how many spans will be compiled, before the first: memory that engines keep is shared out."""
 
     def span(
         self,

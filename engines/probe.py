@@ -120,6 +120,7 @@ def _bind_adapter(
         for which, matrix, features in (("a", a, in_features), ("b", b, out_features)):
             values = engines.arrays.activations(padded(matrix, rank, features))
             engine.bind(f"lora_{which}.{index}.{name}", values)
+    engine.bind("lora_versions", np.zeros(rank, np.int64))
 
 
 class _ProbeAttention:

@@ -43,18 +43,15 @@ def read_documents(paths: Iterable[Path]) -> list[Document]:
     return list(documents.values())
 
 
-def publish_documents(engine: EngineThread, paths: Iterable[str], pb: Any) -> None:
-    """Publish what the files hold, and pass what the runtime warns of on to Triton's log.
-
-    Args:
-        pb: the `triton_python_backend_utils` module.
-
-    Raises:
-        RequestError: a file, or a document, is not as expected.
-    """
-    logging.getLogger("blockzoo").addHandler(_TritonLog(pb))
+def publish_documents(engine: EngineThread, paths: Iterable[str]) -> None:
+    """Publish what the files hold. Raises RequestError: a file, or a document, is not as expected."""
     for document in read_documents(map(Path, paths)):
         engine.publish(*document)
+
+
+def pass_warnings_on(pb: Any) -> None:
+    """Pass what the runtime warns of on to Triton's log; `pb`: the `triton_python_backend_utils` module."""
+    logging.getLogger("blockzoo").addHandler(_TritonLog(pb))
 
 
 class _TritonLog(logging.Handler):

@@ -41,6 +41,7 @@ _COUNTERS = {
     "preemptions_total": "Requests set back because pages ran out",
     "adapter_loads_total": "Adapters of blocks read from the zoo",
     "adapter_evictions_total": "Those dropped to stay within their budget",
+    "adapter_reloads_total": "Those read again after that: many mean that the budget is too small",
     "steps_total": "Engine steps",
     "engine_calls_total": "Engine calls",
 }

@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-reuse",
         choices=("off", "exact", "on-request", "approx"),
         help="what KV requests reuse: none, that of equal prefixes (default), or also that of equal words "
-        "behind other ones (approximate: it changes answers a little), for requests with kv_reuse approx or "
-        "for all that do not say otherwise",
+        "behind other ones (approximate: it changes answers a little, and lets other clients of the scope "
+        "change them), for requests with kv_reuse approx or for all that do not say otherwise",
     )
     engine.add_argument(
         "--publish",

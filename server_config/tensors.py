@@ -29,7 +29,7 @@ SAMPLING_INPUTS = (
     TensorField("repetition_penalty", "FP32"),
     TensorField("presence_penalty", "FP32"),
     TensorField("frequency_penalty", "FP32"),
-    TensorField("random_seed", "UINT64"),
+    TensorField("random_seed", "UINT64"),  # what it promises: SamplingParams
     TensorField("stop_words", "STRING", (-1,)),
     TensorField("bad_words", "STRING", (-1,)),
     TensorField("min_length", "INT32"),
@@ -43,9 +43,11 @@ SAMPLING_INPUTS = (
     TensorField("return_generation_logits", "BOOL"),
     TensorField("exclude_input_in_output", "BOOL"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
-    TensorField("kv_reuse", "STRING"),  # ours: "off", "exact" or "approx"
+    # ours: "off", "exact" or "approx" (with which others of the scope can change answers)
+    TensorField("kv_reuse", "STRING"),
     TensorField("documents", "STRING", (-1,)),  # ours: texts put before text_input, each tokenized on its own
-    TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
+    # ours: only requests of one model and scope share cached KV; a claim, unless a gateway sets it
+    TensorField("kv_scope", "STRING"),
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
 RELOAD_INPUT = TensorField("reload", "BOOL")  # ours: take over what has changed in the zoo

@@ -18,7 +18,7 @@ from openvino import Model, PartialShape, Tensor, Type
 from openvino.op import Constant, Parameter, _PagedAttentionExtension
 
 from blockzoo.engines.base import Precision, SpanSpec
-from blockzoo.engines.openvino.adapters import products
+from blockzoo.engines.openvino.tiles import products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both

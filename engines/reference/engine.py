@@ -151,6 +151,9 @@ class ReferenceEngines:
             target = platform.processor() or platform.machine()
         return {"backend": self.name, "version": self.version, "precision": self.precision, "target": target}
 
+    def expect(self, num_spans: int) -> None:
+        """Nothing to share out: engines keep their weights alone."""
+
     def embedding(self, block: Block) -> TorchEmbedding:
         """The look-up of an embed block, on the device."""
         return TorchEmbedding(self.weights.load(block, "weight"))

@@ -42,8 +42,11 @@ class SamplingParams:
             1 is off.
         presence_penalty: -2 to 2, taken once from tokens generated before.
         frequency_penalty: -2 to 2, taken once per earlier generation of the token.
-        seed: 0 to 2^64 - 1. The same seed gives the same tokens whatever else the engine serves;
-            None draws from the operating system.
+        seed: 0 to 2^64 - 1; None draws from the operating system. The same seed draws the same token from
+            the same logits. These depend in their last bits on the other rows of a step and on what was
+            cached: in f32 answers are the same whatever else the engine serves, but where two tokens are
+            alike to rounding; in bf16, whose rounding is coarse, the same where the same requests come in
+            the same steps to the same cache, as one at a time with kv_reuse "off". So are greedy answers.
         stop: at most 64 texts of 1 to 256 characters that end the generation where one is completed. Special
             tokens may be (in) such a text, as "<|im_end|>"; they end it whether or not they are shown.
         bad_words: at most 64 texts of 1 to 256 characters never to be generated.

@@ -2,14 +2,15 @@
 
 The base's engines take the adapters of a call as inputs (`engines.base.Engine`), so loading one, or dropping
 it, touches nothing else. Per span there is a *bank*: the matrices of the adapters in use there, one below the
-other. It is put together again when an adapter that is not in it is needed, or when most of it has fallen
-idle, and stays as it is in between.
+other. An adapter that joins goes where room is, or in the place of one that has fallen idle; those that run
+stay as they are. Only when most of the bank has fallen idle the rest is put together again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from blockzoo.zoo.errors import StoreError
 
 Pairs = dict[str, tuple[Array, Array]]  # by projection: A [rank, in], B [rank, out], as activations
 
-_MAX_IDLE = 2  # a bank of more than this many times the rank in use is put together again
+_NEW_VERSION = count(1)  # no two banks give out the same: a span may stand in two places
+_MAX_IDLE = 2  # a bank has at most this many times the ranks in use
 
 
 class AdapterUnavailableError(RequestError):
@@ -49,7 +51,8 @@ class AdapterCache:
         self.arrays = arrays
         self.read, self._budget = read, budget
         self._loaded: OrderedDict[str, Pairs] = OrderedDict()
-        self.num_bytes = self.num_loads = self.num_evictions = 0
+        self._dropped: set[str] = set()
+        self.num_bytes = self.num_loads = self.num_reloads = self.num_evictions = 0
 
     def get(self, adapter_id: str) -> Pairs:
         """The adapter's matrices. Raises StoreError when its file is damaged."""
@@ -63,9 +66,11 @@ class AdapterCache:
         adapter.drop_pages()
         self._loaded[adapter_id] = pairs
         self.num_loads += 1
+        self.num_reloads += adapter_id in self._dropped
         self.num_bytes += _num_bytes(pairs)
         while self.num_bytes > self._budget:
-            _, oldest = self._loaded.popitem(last=False)
+            oldest_id, oldest = self._loaded.popitem(last=False)
+            self._dropped.add(oldest_id)
             self.num_bytes -= _num_bytes(oldest)
             self.num_evictions += 1
         return pairs
@@ -101,20 +106,34 @@ class AdapterInputs:
         adapters = {chain: self.chains[chain].adapters for chain, _ in call.parts}
         return self._banks[key].inputs(call.parts, adapters)
 
+    def stamp(self, call: Call) -> tuple[int, ...]:
+        """Changes when the inputs that a call was given are no longer those of its adapters."""
+        bank = self._banks.get((call.span, call.position))
+        return () if bank is None else tuple(bank.version(chain) for chain, _ in call.parts)
+
 
 class _Bank:
-    """The adapters in use at one place of the chains."""
+    """The adapters in use at one place of the chains, each in a slot of ranks."""
 
     def __init__(self, span: Span, specs: Sequence[BlockSpec], position: int, cache: AdapterCache) -> None:
         self._cache, self._arrays = cache, cache.arrays
         self._places = range(position, position + len(span.block_ids))
-        self._shapes = {  # (index in the span, projection) -> (out, in)
-            (index, name): tensor_shapes(specs[index])[name] for index, names in span.lora for name in names
-        }
-        self._slots: dict[int, slice] = {}  # chain -> its part of the ranks
-        self._rank = 0
-        self._none = self._packed({}, 0)
+        self._features: dict[str, int] = {}  # by input, columns of the matrix
+        for index, names in span.lora:
+            for name in names:
+                for which, features in zip("ba", tensor_shapes(specs[index])[name], strict=True):
+                    self._features[f"lora_{which}.{index}.{name}"] = features
+        # chain -> its ranks; the least recently needed first
+        self._slots: OrderedDict[int, slice] = OrderedDict()
+        self._versions = np.zeros(0, np.int64)  # by rank that there is room for
+        self._matrices = self._zeros(0)
+        self._none = self._shown(0)
         self._inputs = self._none
+
+    def version(self, chain: int) -> int:
+        """Of what lies in a chain's slot; -1 where it has none."""
+        slot = self._slots.get(chain)
+        return -1 if slot is None else int(self._versions[slot.start])
 
     def inputs(
         self, parts: Sequence[tuple[int, int]], adapters: dict[int, tuple[tuple[int, str], ...]]
@@ -125,52 +144,125 @@ class _Bank:
             for chain, found in adapters.items()
         }
         here = {chain: found for chain, found in here.items() if found}
-        num_rows = sum(count for _, count in parts)
+        num_rows = sum(rows for _, rows in parts)
         if not here:
             return self._none | {"lora_mask": self._arrays.zeros((num_rows, 0), "activation")}
         self._bring_in(here)
-        mask = np.zeros((num_rows, self._rank), np.float32)
+        mask = np.zeros((num_rows, len(self._inputs["lora_versions"])), np.float32)
         row = 0
-        for chain, count in parts:
+        for chain, rows in parts:
             if chain in here:
-                mask[row : row + count, self._slots[chain]] = 1
-            row += count
+                mask[row : row + rows, self._slots[chain]] = 1
+            row += rows
         return self._inputs | {"lora_mask": self._arrays.activations(mask)}
 
     def _bring_in(self, needed: dict[int, dict[int, str]]) -> None:
-        """Put the bank together again if a chain is missing or too many are idle; by chain and index, ids."""
-        in_use = sum(slot.stop - slot.start for chain, slot in self._slots.items() if chain in needed)
-        if needed.keys() <= self._slots.keys() and self._rank <= _MAX_IDLE * in_use:
-            return
-        loaded: dict[int, dict[int, Pairs]] = {}
+        """Have the adapters of chains in slots; by chain and index of a block, ids."""
+        joining: dict[int, dict[int, Pairs]] = {}
         for chain, found in needed.items():
+            if chain in self._slots:
+                self._slots.move_to_end(chain)
+                continue
             try:
-                loaded[chain] = {index: self._cache.get(key) for index, key in found.items()}
+                joining[chain] = {index: self._cache.get(key) for index, key in found.items()}
             except StoreError as error:
                 raise AdapterUnavailableError(chain, str(error)) from error
-        self._slots, self._rank = {}, 0
-        for chain, matrices in loaded.items():
-            rank = max(len(a) for pairs in matrices.values() for a, _ in pairs.values())
-            self._slots[chain] = slice(self._rank, self._rank + rank)
-            self._rank += rank
-        if self._arrays.records:  # few shapes, so that steps repeat them
-            self._rank = 1 << (self._rank - 1).bit_length()
-        self._inputs = self._packed(loaded, self._rank)
+        ranks = {chain: slot.stop - slot.start for chain, slot in self._slots.items() if chain in needed}
+        for chain, loaded in joining.items():
+            ranks[chain] = max(len(a) for pairs in loaded.values() for a, _ in pairs.values())
+        limit = _MAX_IDLE * sum(ranks.values())
+        if not joining and self._end <= limit:
+            return
+        slots = None if self._end > limit else self._place({c: ranks[c] for c in joining}, needed, limit)
+        if slots is None:  # too far apart: side by side
+            self._move({chain: rank for chain, rank in ranks.items() if chain not in joining})
+            slots = self._place({c: ranks[c] for c in joining}, needed, limit)
+            assert slots is not None, "what is side by side leaves the rest of the limit free"
+        self._make_room(max([self._end, *(slot.stop for slot in slots.values())]))
+        for chain, slot in slots.items():
+            self._write(slot, joining[chain])
+            self._slots[chain] = slot
+        end = self._end
+        self._inputs = self._shown(1 << (end - 1).bit_length() if self._arrays.records else end)
 
-    def _packed(self, loaded: dict[int, dict[int, Pairs]], rank: int) -> dict[str, Array]:
-        """Every A and B of the span with the chains' matrices in their slots."""
-        packed = {}
-        for (index, name), (out_features, in_features) in self._shapes.items():
-            a = self._arrays.zeros((rank, in_features), "activation")
-            b = self._arrays.zeros((rank, out_features), "activation")
-            for chain, found in loaded.items():
-                pair = found.get(index, {}).get(name)
-                if pair is not None:
-                    begin = self._slots[chain].start
-                    end = begin + len(pair[0])
-                    a[begin:end], b[begin:end] = pair
-            packed[f"lora_a.{index}.{name}"], packed[f"lora_b.{index}.{name}"] = a, b
-        return packed
+    @property
+    def _end(self) -> int:
+        """Behind the last slot."""
+        return max((slot.stop for slot in self._slots.values()), default=0)
+
+    def _place(
+        self, joining: dict[int, int], needed: dict[int, dict[int, str]], limit: int
+    ) -> dict[int, slice] | None:
+        """Slots below `limit` for chains by their ranks, idle ones dropped as that needs; None: no room."""
+        taken = dict(self._slots)
+        placed = {}
+        idle = [chain for chain in self._slots if chain not in needed]
+        for chain, rank in joining.items():
+            while (start := _gap(taken.values(), rank, limit)) is None:
+                if not idle:
+                    return None
+                del taken[idle.pop(0)]
+            placed[chain] = taken[chain] = slice(start, start + rank)
+        for chain in self._slots.keys() - taken.keys():
+            del self._slots[chain]
+        return placed
+
+    def _move(self, ranks: dict[int, int]) -> None:
+        """Put the slots of chains side by side, in new matrices, and drop the others."""
+        old, old_slots = self._matrices, self._slots
+        ends = np.cumsum([0, *ranks.values()]).tolist()
+        self._slots = OrderedDict(
+            (chain, slice(begin, end)) for chain, begin, end in zip(ranks, ends, ends[1:], strict=False)
+        )
+        self._matrices, self._versions = self._zeros(0), np.zeros(0, np.int64)
+        self._make_room(ends[-1])
+        for chain, slot in self._slots.items():
+            for name, matrix in self._matrices.items():
+                matrix[slot] = old[name][old_slots[chain]]
+            self._stamp(slot)
+
+    def _make_room(self, rank: int) -> None:
+        """Have matrices of at least so many ranks; those that are too small are copied to larger ones."""
+        room = len(self._versions)
+        if rank <= room:
+            return
+        larger = 1 << (rank - 1).bit_length()  # at least doubled, so that growing is rare
+        old, self._matrices = self._matrices, self._zeros(larger)
+        self._versions = np.pad(self._versions, (0, larger - room))
+        for name, matrix in self._matrices.items():
+            matrix[:room] = old[name]
+
+    def _write(self, slot: slice, loaded: dict[int, Pairs]) -> None:
+        """Write the adapters of a chain's blocks, by index, into its slot."""
+        for matrix in self._matrices.values():
+            matrix[slot] = 0
+        for index, pairs in loaded.items():
+            for name, pair in pairs.items():
+                rows = slice(slot.start, slot.start + len(pair[0]))
+                for which, matrix in zip("ab", pair, strict=True):
+                    self._matrices[f"lora_{which}.{index}.{name}"][rows] = matrix
+        self._stamp(slot)
+
+    def _stamp(self, slot: slice) -> None:
+        self._versions[slot] = next(_NEW_VERSION)
+
+    def _zeros(self, rank: int) -> dict[str, Array]:
+        return {name: self._arrays.zeros((rank, n), "activation") for name, n in self._features.items()}
+
+    def _shown(self, rank: int) -> dict[str, Array]:
+        """The inputs of the first ranks."""
+        views = {name: matrix[:rank] for name, matrix in self._matrices.items()}
+        return views | {"lora_versions": self._versions[:rank].copy()}
+
+
+def _gap(taken: Iterable[slice], length: int, limit: int) -> int | None:
+    """Where the first gap of a length begins that ends at `limit` or before; None: nowhere."""
+    begin = 0
+    for slot in sorted(taken, key=lambda slot: slot.start):
+        if slot.start - begin >= length:
+            break
+        begin = slot.stop
+    return begin if begin + length <= limit else None
 
 
 def _num_bytes(pairs: Pairs) -> int:

@@ -42,6 +42,10 @@ Program = Callable[[], list[Hidden] | None]
 """Runs a filled layout; None where a recording runs in its place: nothing is kept there."""
 
 
+Stamps = tuple[tuple[int, ...], ...]
+"""Of a layout's calls, which versions of adapters they are bound to (`AdapterInputs.stamp`)."""
+
+
 class StepResult(NamedTuple):
     """What a step gave.
 
@@ -106,7 +110,7 @@ class Executor:
             max_seqs *= 2
             max_tokens = max(max_tokens, max_seqs)
         self._buffers = make_buffers(family, arrays, max_tokens, max_seqs, vocab)
-        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program]] = {}
+        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program, Stamps]] = {}
         self._runner = CallRunner(arrays.call_threads)
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
@@ -216,7 +220,7 @@ class Executor:
             for rows, length in zip(batch, lens, strict=True)
         )
         kept = self._layouts.pop(shapes, None)
-        if kept is None:
+        if kept is None or kept[2] != self._stamps(kept[0]):
             layout = StepLayout(shapes, self.chains, self._spans, self._buffers, self._device)
             if self._adapters is not None:
                 for call in layout.calls:
@@ -224,11 +228,15 @@ class Executor:
             program: Program = partial(self._launch, layout)
             if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
                 program = self._device.recorded(program)
-            kept = layout, program
+            kept = layout, program, self._stamps(layout)
             while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
                 self._layouts.pop(next(iter(self._layouts)))
         self._layouts[shapes] = kept  # the last one used is the last to go
-        return kept
+        return kept[:2]
+
+    def _stamps(self, layout: StepLayout) -> Stamps:
+        """Change when adapters that the layout's calls are bound to have given way to others."""
+        return () if self._adapters is None else tuple(map(self._adapters.stamp, layout.calls))
 
     def _launch(self, layout: StepLayout) -> list[Hidden]:
         self._gather(layout)

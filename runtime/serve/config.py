@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,6 +10,7 @@ from blockzoo.engines.choose import Backend
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.serve.memory import available_memory
 
 _DEFAULT_KV_BYTES = 2 << 30
 
@@ -51,9 +51,11 @@ class EngineConfig:
         backend: "openvino" (the CPU), "reference" (torch, on the CPU or a GPU), "tensorrt" (the
             zoo's plans on an NVIDIA GPU); None: openvino.
         device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
-        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware.
+        precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware. What a seed
+            promises depends on it (`SamplingParams`).
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
-            free memory where that is less. Split between KV geometries in proportion to their models.
+            memory that is available (to its control group) where that is less. Split between KV geometries
+            by what a token takes in all layers of their models.
         adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
             first; those of running requests come on top.
         enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
@@ -65,19 +67,22 @@ class EngineConfig:
         max_request_seconds: a request that takes longer ends with an error; None: no limit.
         prefix_caching: keep and reuse the KV of finished prompts.
         boundary_cache_bytes: of hidden states kept where models part, so that a prompt that another model
-            has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills.
+            has run starts there (needs prefix_caching); 0 keeps none. Touched only as it fills: with
+            kv_sharing "model" by published documents alone.
         kv_reuse: what requests get that do not say (`LLMEngine.prepare`). With "off" none may ask for more.
         published_kv_share: of the KV pool, 0 to 1, that published documents may hold: their pages are never
             evicted, so the rest is what requests have.
         kv_cache_dir: folder that keeps the KV of published documents for the next start; None: nowhere. Who
             can write there decides what the models read: guard it like the zoo.
         kv_cache_dir_bytes: of its files; those used longest ago go first.
-        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones; None
-            refuses such requests, unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig`
-            in a mapping are taken too. Needs prefix_caching.
+        approximate: how requests with kv_reuse="approx" reuse KV of equal words behind other ones: those of
+            whoever asked before in their scope, who thereby can change answers. None refuses such requests,
+            unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig` in a mapping are taken
+            too. Needs prefix_caching.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
-            scope; with "scope" also those to other models, which saves memory and time where models share
-            layers, and lets their users find out (by timing) what others of the scope asked.
+            scope (which is a claim of the client, unless a gateway sets it); with "scope" also those to other
+            models, which saves memory and time where models share layers, and lets their users find out (by
+            timing) what others of the scope asked.
         schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
             no tenant can tell from its own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
@@ -163,5 +168,4 @@ class EngineConfig:
         """The pool's size in bytes."""
         if self.kv_cache_bytes is not None:
             return self.kv_cache_bytes
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(_DEFAULT_KV_BYTES, available // 4)
+        return min(_DEFAULT_KV_BYTES, available_memory() // 4)

@@ -29,10 +29,13 @@ from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
 from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
+from blockzoo.runtime.serve.sparing import Sparing
 from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
+
+_CHECK_SHARE = 0.01  # of the time may go into checks at rest
 
 
 class LLMEngine:
@@ -71,8 +74,13 @@ class LLMEngine:
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
-        self._runner = StepRunner(self._zoo.boundaries, ReuseSteps(maker.arrays.rows_like))
+        self._runner = StepRunner(
+            self._zoo.boundaries,
+            ReuseSteps(maker.arrays.rows_like),
+            shares_models=self.config.kv_sharing == "scope",
+        )
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._check = Sparing(self.check_integrity, _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
     @property
@@ -128,7 +136,7 @@ class LLMEngine:
                 requests without one.
             kv_reuse: "exact" uses the KV of equal prefixes and leaves its own; "off" does neither; "approx"
                 takes also the KV of equal words behind other ones (see `runtime.approx`), which changes
-                answers a little. None: as EngineConfig.kv_reuse says.
+                answers a little, and lets others of its scope change them. None: as EngineConfig says.
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
 
@@ -221,14 +229,15 @@ class LLMEngine:
         return outputs
 
     def rest(self) -> None:
-        """Between steps, once the outputs are handed out: where nothing is left to do, check that every page
-        is accounted for, and give scratch back.
+        """Between steps, once the outputs are handed out: where nothing is left to do, give scratch back, and
+        now and then check that every page is accounted for: with many cached, that would keep the next
+        request waiting.
 
         Raises:
             IntegrityError: one is not: a bug of ours.
         """
         if not self.has_unfinished():
-            self.check_integrity()
+            self._check.offer()
             for executor in self._zoo.executors.values():
                 executor.release_memory()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,8 @@ from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.store import Zoo
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # engines done, engines in all
 
@@ -70,12 +73,13 @@ def load_zoo(
         check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
         scores=reuse is not None and reuse.uses_scores,
     )
-    num_pages = _pages_per_family(topology, config, maker)
+    num_pages = pages_per_family(topology, config, maker)
     load_tokenizer = cache(Tokenizer.load)  # models of a family share one folder, so one tokenizer
     models = {
         name: _load_model(name, record, topology, load_tokenizer(zoo.tokenizer_dir(name)), config, num_pages)
         for name, record in zoo.manifest.models.items()
     }
+    _warn_of_short_pools(zoo, config, models)
     embeds = {chain.embed_id: zoo.read_block(chain.embed_id) for chain in topology.chains}
     embeddings = {embed_id: maker.embedding(block) for embed_id, block in embeds.items()}
     blocks = {i: zoo.read_block(i) for span in topology.spans for i in span.block_ids}
@@ -113,26 +117,46 @@ def load_zoo(
     return LoadedZoo(models, topology, executors, caches, boundaries, adapters, maker.facts())
 
 
-def _pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
-    """Split the budget between families by their number of models."""
+def pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
+    """Split the budget between families by what a token takes in all layers of their models together."""
+    itemsize = activation_dtype(maker.precision).itemsize
+    page_bytes: dict[Family, int] = {}
     shares: dict[Family, int] = {}
     for chain_index in topology.chain_of_model.values():
-        family = topology.chains[chain_index].family
-        shares[family] = shares.get(family, 0) + 1
-    budget = config.resolved_kv_bytes()
+        chain = topology.chains[chain_index]
+        family = chain.family
+        page_bytes[family] = 2 * PAGE_TOKENS * family.num_kv_heads * family.head_dim * itemsize
+        shares[family] = shares.get(family, 0) + chain.num_layers * page_bytes[family]
+    budget, total = config.resolved_kv_bytes(), sum(shares.values())
     pages = {}
     for family, share in shares.items():
-        tokens_bytes = family.num_kv_heads * family.head_dim * activation_dtype(maker.precision).itemsize
-        page_bytes = 2 * PAGE_TOKENS * tokens_bytes
-        pages[family] = budget * share // (len(topology.chain_of_model) * page_bytes)
+        pages[family] = budget * share // (total * page_bytes[family])
         layers = max(chain.num_layers for chain in topology.chains if chain.family == family)
         if pages[family] < layers:
-            need = layers * page_bytes * len(topology.chain_of_model) // share
+            need = -(-layers * page_bytes[family] * total // share)
             raise InvalidRequestError(
                 f"kv_cache_bytes is {budget}; one page of {PAGE_TOKENS} tokens in each of {layers} layers "
                 f"needs {need}: raise it"
             )
     return pages
+
+
+def _warn_of_short_pools(zoo: Zoo, config: EngineConfig, models: Mapping[str, LoadedModel]) -> None:
+    """Say which models the pool and not their own (or the configured) length bounds."""
+    short: dict[tuple[int, int], list[str]] = {}  # by tokens that fit, and the model's own
+    for name, model in models.items():
+        own = zoo.manifest.models[name].config.max_position_embeddings
+        if model.max_len < min(own, config.max_model_len or own):
+            short.setdefault((model.max_len, own), []).append(name)
+    for (fits, own), names in sorted(short.items()):
+        _LOG.warning(
+            "the KV pool holds %d tokens of one sequence of %s, which could take %d: longer requests are "
+            "refused; raise kv_cache_bytes (zoo-serve --kv-cache-gb), or set max_model_len (--max-model-len) "
+            "to what you need",
+            fits,
+            ", ".join(names),
+            own,
+        )
 
 
 def _load_model(
@@ -157,6 +181,7 @@ def _compile_spans(
     topology: Topology, blocks: Mapping[str, Block], maker: EngineMaker, progress: Progress | None
 ) -> dict[int, Engine]:
     engines: dict[int, Engine] = {}
+    maker.expect(len(topology.spans))
     for index, span in enumerate(topology.spans):
         engines[index] = maker.span(
             [blocks[i] for i in span.block_ids],

@@ -109,6 +109,8 @@ class Metrics:
         adapter_bytes: adapters kept ready within their budget, copies in use not counted.
         adapter_loads_total: times that the adapter of a block was read from the zoo.
         adapter_evictions_total: times that one was dropped to stay within the budget.
+        adapter_reloads_total: loads of one that had been dropped. Where most are, the adapters that come and
+            go do not fit in `adapter_cache_bytes`; those of running requests stay where they are.
         prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
         steps_total: executor runs.
         engine_calls_total: calls of engines in them.
@@ -145,6 +147,7 @@ class Metrics:
     adapter_bytes: int
     adapter_loads_total: int
     adapter_evictions_total: int
+    adapter_reloads_total: int
     prefix_hit_tokens: Mapping[str, int]
     steps_total: int
     engine_calls_total: int
@@ -262,6 +265,7 @@ class MetricsRecorder:
                 adapter_bytes=adapters.num_bytes,
                 adapter_loads_total=adapters.num_loads,
                 adapter_evictions_total=adapters.num_evictions,
+                adapter_reloads_total=adapters.num_reloads,
                 prefix_hit_tokens=self._hits_by_layers(stats),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,

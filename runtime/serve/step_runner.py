@@ -60,10 +60,12 @@ class StepRunner:
     Args:
         boundaries: where hidden states are kept at which other models' prefills start.
         reuse: what approximate reuse does around steps.
+        shares_models: whether a request's KV, so its hidden states too, are of use to other models; those of
+            published documents always are.
     """
 
-    def __init__(self, boundaries: BoundaryCache, reuse: ReuseSteps) -> None:
-        self._boundaries, self._reuse = boundaries, reuse
+    def __init__(self, boundaries: BoundaryCache, reuse: ReuseSteps, shares_models: bool) -> None:
+        self._boundaries, self._reuse, self._shares_models = boundaries, reuse, shares_models
 
     def run(self, executor: Executor, items: Sequence[Scheduled], advance: Advance) -> StepOutcome:
         """Write the KV of the scheduled tokens.
@@ -166,6 +168,7 @@ class StepRunner:
             hidden=hidden,
             # not of what stands behind approximate KV: others could not tell
             keeps_hidden=self._boundaries.max_bytes > 0
+            and (self._shares_models or seq.publishes)
             and seq.reuse != "off"
             and seq.approx is None
             and part.start < seq.num_prompt_pages * PAGE_TOKENS,

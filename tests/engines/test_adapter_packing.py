@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from blockzoo.engines.base import SpanSpec
-from blockzoo.engines.openvino.adapters import AdapterPacker, products
+from blockzoo.engines.openvino.adapters import AdapterPacker
+from blockzoo.engines.openvino.tiles import products
 from blockzoo.zoo.blocks import AttnSpec, FfnSpec
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import f32_to_bf16
@@ -46,6 +47,7 @@ def bank(seed: int) -> dict[str, np.ndarray]:
             matrix = np.zeros((8, features), np.float32)
             matrix[ranks] = rng.standard_normal((len(ranks), features))
             arrays[f"lora_{which}.{projection}"] = matrix
+    arrays["lora_versions"] = np.repeat([3, 4, 5, 6], [3, 3, 1, 1]) + 10 * seed
     return arrays
 
 
@@ -89,7 +91,7 @@ MIXES: list[tuple[list[int | None], list[int]]] = [
 
 @pytest.mark.parametrize("tile_ranks", [1, 4, 32])
 def test_the_packed_inputs_compute_the_same(monkeypatch: pytest.MonkeyPatch, tile_ranks: int) -> None:
-    monkeypatch.setattr("blockzoo.engines.openvino.adapters.TILE_RANKS", tile_ranks)
+    monkeypatch.setattr("blockzoo.engines.openvino.tiles.TILE_RANKS", tile_ranks)
     graph = Graph()
     packer = AdapterPacker(SPEC, graph)
     given = bank(0)
@@ -102,7 +104,7 @@ def test_the_packed_inputs_compute_the_same(monkeypatch: pytest.MonkeyPatch, til
 
 
 def test_rows_meet_the_ranks_of_their_own_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blockzoo.engines.openvino.adapters.TILE_RANKS", 4)
+    monkeypatch.setattr("blockzoo.engines.openvino.tiles.TILE_RANKS", 4)
     graph = Graph()
     give(AdapterPacker(SPEC, graph), bank(0), [0, 0, 1, 1, 2, None], [5])  # ranks 3, 3 and 1
     assert graph.inputs["lora_a.0.qkv"].shape == (2, 6, 8)  # adapters 0 and 2 on q and v; 1 leaves them alone
@@ -134,6 +136,67 @@ def test_only_what_changed_is_packed_again() -> None:
     assert all(graph.inputs[name] is matrix for name, matrix in matrices.items())
 
 
+@pytest.mark.parametrize("tile_ranks", [4, 32])
+def test_adapters_that_come_and_go_are_packed_as_anew(
+    monkeypatch: pytest.MonkeyPatch, tile_ranks: int
+) -> None:
+    """Slots of a bank written over in place, between calls: exactly, as all numbers are small integers."""
+    monkeypatch.setattr("blockzoo.engines.openvino.tiles.TILE_RANKS", tile_ranks)
+    rng = np.random.default_rng(2)
+    graph = Graph()
+    packer = AdapterPacker(SPEC, graph)
+    sizes = [1, 3, 2, 7, 1, 4, 2, 5, 3, 1, 6, 2]
+    ends = np.cumsum([0, *sizes])
+    given = {
+        f"lora_{w}.{p}": np.zeros((ends[-1], 6 if w == "a" else 5), np.float32) for w in "ab" for p in RANKS
+    }
+    given["lora_versions"] = np.zeros(ends[-1], np.int64)
+    widths = []
+    for step in range(200):
+        given = dict(given, lora_versions=given["lora_versions"].copy())
+        for slot in rng.permutation(len(sizes))[: int(rng.integers(0, 4))].tolist() if step else range(12):
+            own = slice(ends[slot], ends[slot + 1])
+            for projection in RANKS:
+                used = rng.random() < 0.7
+                for which in "ab":
+                    matrix = given[f"lora_{which}.{projection}"]
+                    matrix[own] = rng.integers(1, 5, matrix[own].shape) if used else 0
+            given["lora_versions"][own] = given["lora_versions"].max() + 1
+        length = int(rng.integers(1, 13)) if step % 20 else 1
+        slots = rng.permutation([*range(12), *[-1] * 4])[:length].tolist()
+        mask = np.zeros((length, ends[-1]), np.float32)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                mask[row, ends[slot] : ends[slot + 1]] = 1
+        kept = rng.permutation(length)[: int(rng.integers(1, length + 1))]
+        fresh = Graph()
+        for one, into in ((packer, graph), (AdapterPacker(SPEC, fresh), fresh)):
+            for name, array in (given | {"lora_mask": mask, "rows": kept.astype(np.int32)}).items():
+                one.give(name, array)
+            one.pack()
+            x = np.random.default_rng(step).integers(-3, 4, (length, 6)).astype(np.float32)
+            for projection in RANKS:
+                expected = ((x @ given[f"lora_a.{projection}"].T) * mask) @ given[f"lora_b.{projection}"]
+                expected = expected[kept] if projection == "1.gate" else expected
+                np.testing.assert_array_equal(into.delta(x, projection, kept), expected)
+        widths.append([len(side.inputs["lora_a.0.qkv"]) for side in (graph, fresh)])
+    found, anew = np.mean(widths, axis=0)
+    assert found <= 3 * anew  # tiles of those that have left are given up
+
+
+def test_one_that_joins_leaves_other_tiles_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockzoo.engines.openvino.tiles.TILE_RANKS", 3)
+    graph = Graph()
+    packer = AdapterPacker(SPEC, graph)
+    given = bank(0)
+    give(packer, given, [0, 1], [0, 1])
+    for name in ("lora_a.0.q", "lora_b.0.q"):
+        given[name][OWN[0]] = np.nan  # would be seen if it were packed again
+    give(packer, given, [0, 1, 2], [0, 1])
+    assert not np.isnan(graph.inputs["lora_a.0.qkv"]).any()
+    assert len(graph.inputs["lora_a.0.qkv"]) == 3
+
+
 def test_products_of_the_same_ranks_share_a_mask() -> None:
     graph = Graph()
     spec = SpanSpec((ATTN, FFN), drops_rows=False, lora=((1, ("gate", "up")),))
@@ -144,6 +207,7 @@ def test_products_of_the_same_ranks_share_a_mask() -> None:
         packer.give(f"lora_a.1.{name}", wide)
         packer.give(f"lora_b.1.{name}", matrix)
     packer.give("lora_mask", f32_to_bf16(mask_of([0, 1])))
+    packer.give("lora_versions", bank(0)["lora_versions"])
     packer.pack()
     assert graph.inputs["lora_mask.1.gate"] is graph.inputs["lora_mask.1.up"]
     assert graph.inputs["lora_mask.1.gate"].dtype == np.uint16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,32 @@ def test_rows_of_all_adapters_in_one_batch(
         ids = [*done.prompt, *done.token_ids]
         expected = logits_of(peft_models[name], ids[:-1])[len(done.prompt) - 1 :].argmax(-1)
         assert tuple(expected.tolist()) == done.token_ids, name
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "reference", "device": "cpu"}])
+def test_adapters_that_come_and_go_change_no_token(zoo: Path, settings: dict[str, Any]) -> None:
+    """Beside running ones, with a cache that holds none of them."""
+    rng = np.random.default_rng(4)
+    config = {"precision": "f32", "kv_cache_bytes": 32 << 20, "prefix_caching": False} | settings
+    engine = LLMEngine(zoo, EngineConfig(**config, adapter_cache_bytes=1))
+    models = [engine.models[i] for i in rng.integers(0, len(engine.models), 40)]
+    jobs = [
+        (model, rng.integers(2, 2048, int(rng.integers(1, 20))).tolist(), replace(GREEDY, max_tokens=length))
+        for model, length in zip(models, rng.integers(1, 20, len(models)).tolist(), strict=True)
+    ]
+    alone = LLM(zoo, **config)
+    expected = [alone.generate(*job, progress=False)[0].token_ids for job in jobs]
+    found: list[tuple[int, ...]] = [()] * len(jobs)
+    waiting = list(range(len(jobs)))
+    while waiting or engine.has_unfinished():
+        for index in waiting[: int(rng.integers(0, 3)) if engine.num_waiting == 0 else 0]:
+            engine.add_request(str(index), *jobs[index])
+            waiting.remove(index)
+        for output in engine.step():
+            assert output.error is None
+            found[int(output.request_id)] += output.token_ids
+    assert found == expected
+    assert engine.metrics().adapter_reloads_total > 0
 
 
 def test_base_and_adapted_rows_go_through_one_engine(zoo: Path) -> None:

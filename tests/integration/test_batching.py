@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,40 @@ def test_a_cached_prefix_gives_the_same_tokens_across_models(demo_zoo: Path) -> 
     for model in llm.models:
         assert warm[model].num_cached_tokens == 192
         assert warm[model].token_ids == cold[model].token_ids
+
+
+def arrivals(engine: LLMEngine, jobs: list[tuple], seed: int) -> list[tuple[int, ...]]:
+    """Answers of jobs that arrive in a random order, at random steps."""
+    rng = np.random.default_rng(seed)
+    waiting = rng.permutation(len(jobs)).tolist()
+    tokens: list[tuple[int, ...]] = [()] * len(jobs)
+    while waiting or engine.has_unfinished():
+        for index in waiting[: int(rng.integers(0, 5))]:
+            engine.add_request(str(index), *jobs[index])
+            waiting.remove(index)
+        for output in engine.step():
+            assert output.error is None
+            tokens[int(output.request_id)] += output.token_ids
+    return tokens
+
+
+def test_a_seed_gives_the_same_tokens_in_f32_whoever_arrives_when(
+    demo_zoo: Path, jobs: tuple, alone: list[tuple[int, ...]]
+) -> None:
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=32 << 20))
+    everything = list(zip(*jobs, strict=True))
+    for seed in range(6):
+        assert arrivals(engine, everything, seed) == alone
+    engine.check_integrity()
+
+
+def test_equal_batches_give_the_same_tokens_in_bf16(demo_zoo: Path, jobs: tuple) -> None:
+    if OpenVINOEngines().precision != "bf16":
+        pytest.skip("this CPU does not compute bf16 in hardware")
+    config = EngineConfig(precision="bf16", kv_cache_bytes=32 << 20, prefix_caching=False)
+    everything = list(zip(*jobs, strict=True))
+    found = [arrivals(LLMEngine(demo_zoo, config), everything, seed) for seed in (1, 1)]
+    assert found[0] == found[1]
+    engine = LLMEngine(demo_zoo, config)
+    alone = [[arrivals(engine, [job], 0)[0] for job in everything] for _ in range(2)]
+    assert alone[0] == alone[1]

@@ -103,9 +103,28 @@ def test_a_page_that_begins_alike_is_copied(demo_zoo: Path, cold: LLM) -> None:
     known = prompt_of(128)
     ask(llm, "base", known)
     again = ask(llm, "base", known)
-    assert again.num_cached_tokens in (96, 127)  # 96: the last page enters at the boundary
-    for prompt, cached in ((known[:80] + prompt_of(40, 8), 80), (known[:98] + prompt_of(40, 9), 96)):
+    assert again.num_cached_tokens == 96  # told in whole pages; the last one enters at the boundary
+    for prompt, told, copied in (
+        (known[:80] + prompt_of(40, 8), 64, 1),
+        (known[:98] + prompt_of(40, 9), 96, 0),
+    ):
+        before = llm.engine.metrics().copied_pages_total
         found = ask(llm, "base", prompt)
-        assert found.num_cached_tokens == cached
+        assert found.num_cached_tokens == told
+        assert llm.engine.metrics().copied_pages_total - before == copied
         assert_same(found, ask(cold, "base", prompt))
         assert_same(ask(llm, "solver", prompt), ask(cold, "solver", prompt))
+
+
+def test_nothing_is_kept_that_no_other_model_may_use(demo_zoo: Path) -> None:
+    llm = serve(demo_zoo, kv_sharing="model")
+    boundaries = llm.engine._zoo.boundaries
+    for model in llm.models:
+        ask(llm, model, prompt_of(128))
+    assert len(boundaries) == boundaries.num_bytes == 0
+
+
+def test_a_published_document_is_kept_for_the_other_models(demo_zoo: Path) -> None:
+    llm = serve(demo_zoo, kv_sharing="model")
+    llm.publish("numbers", " ".join(map(str, range(100))), ["base"])
+    assert len(llm.engine._zoo.boundaries) > 0

@@ -52,7 +52,7 @@ def test_padding_changes_no_token(demo_zoo: Path, monkeypatch: pytest.MonkeyPatc
     assert max(launches) > 3  # shapes repeat, so that a recorded step is replayed
     (executor,) = llm.engine._zoo.executors.values()
     keeping = [
-        layout for layout, _ in executor._layouts.values() if any(call.passed for call in layout.calls)
+        layout for layout, *_ in executor._layouts.values() if any(call.passed for call in layout.calls)
     ]
     assert keeping
     assert not [layout for layout in keeping if layout in layouts]  # a replay would hand nothing out

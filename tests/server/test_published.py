@@ -56,6 +56,15 @@ def test_documents_are_published_and_kept_for_the_next_start(serve_zoo, demo_zoo
     assert "documents has 300 texts; expected at most 256" in answer["error"]
 
 
+def test_what_loading_warns_of_reaches_who_starts_the_server(serve_zoo, demo_zoo):
+    served = serve_zoo(demo_zoo, "--kv-cache-gb", "0.001", "--threads", "1")
+    warned = [line for line in served.err if "the KV pool holds" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("zoo-serve: ")
+    assert "notes-merged" in warned[0]
+    assert "--kv-cache-gb" in warned[0]
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from blockzoo.engines.arrays import HostArrays
-from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
 from blockzoo.runtime.exec.batch import Call
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.zoo.blocks import Adapter, AdapterSpec, BlockSpec, FfnSpec, LoraSpec
+from blockzoo.zoo.errors import StoreError
 from blockzoo.zoo.tensors import from_f32
 
 FFN = FfnSpec(4, 8, 1e-5, False)
@@ -82,6 +83,88 @@ def test_a_bank_is_put_together_again_only_when_it_must() -> None:
     alone = made.of(call((1, 1)))
     assert alone["lora_a.0.up"].shape == (1, 4)  # 1 of 3: the idle ones go
     assert made.of(call((1, 1), (4, 1)))["lora_mask"].tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 1, 1]]
+
+
+def many(reader: Reader, budget: int, records: bool = False) -> tuple[AdapterInputs, dict[int, str]]:
+    """Twenty chains with adapters of ranks 1 to 9, and one without; the adapter by chain."""
+    names = {i: f"{chr(ord('a') + i)}{1 + i * 5 % 9}" for i in range(20)}
+    chains = [*(chain((2, name)) for name in names.values()), chain()]
+    arrays = HostArrays("f32")
+    arrays.records = records
+    spec: BlockSpec = FFN
+    span = Span(("f1",), 0, False, ((0, ("gate", "up")),))
+    return AdapterInputs(AdapterCache(reader, arrays, budget), chains, [span], [[spec]]), names
+
+
+def deltas(found: dict[str, np.ndarray]) -> np.ndarray:
+    """What a row of ones gets: all numbers are small integers, so there is nothing to round."""
+    x = np.ones((len(found["lora_mask"]), 4), np.float32)
+    return ((x @ found["lora_a.0.up"].T) * found["lora_mask"]) @ found["lora_b.0.up"]
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_adapters_that_come_and_go_compute_what_a_new_bank_does(budget: int, records: bool) -> None:
+    rng = np.random.default_rng(1)
+    reader = Reader()
+    made, names = many(reader, budget, records)
+    running: set[int] = set()
+    kept: list[tuple[Call, tuple[int, ...], dict[str, np.ndarray], np.ndarray]] = []
+    for _ in range(300):
+        for index in rng.integers(0, 20, int(rng.integers(0, 4))).tolist():
+            running ^= {index}
+        if rng.random() < 0.05:  # a wave leaves
+            running = set(sorted(running)[:1])
+        step = call(*((index, int(rng.integers(1, 3))) for index in (*sorted(running), 20)))
+        before, loads = {i: made.stamp(call((i, 1))) for i in running}, len(reader.read)
+        found = made.of(step)
+        new, _ = many(Reader(), 1 << 20, records)
+        np.testing.assert_array_equal(deltas(found), deltas(new.of(step)))
+        in_use = sum(int(names[i][1:]) for i in running)
+        room = max(1, 2 * in_use)
+        assert found["lora_mask"].shape[1] <= (1 << (room - 1).bit_length() if records else room)
+        joined = sum(stamp in ((), (-1,)) for stamp in before.values())
+        assert len(reader.read) - loads <= joined  # those that run are never read again
+        kept.append((step, made.stamp(step), found, deltas(found)))
+        for old, stamp, given, expected in kept[-8:]:
+            if made.stamp(old) == stamp:  # what was bound then still holds
+                np.testing.assert_array_equal(deltas(given), expected)
+
+
+def test_one_that_joins_leaves_the_others_in_place() -> None:
+    made, _ = many(Reader(), 1)
+    made.of(call(*((i, 1) for i in range(10))))
+    stamps = [made.stamp(call((i, 1))) for i in range(10)]
+    for i in range(10, 20):
+        made.of(call(*((j, 1) for j in range(i + 1))))
+        assert [made.stamp(call((j, 1))) for j in range(10)] == stamps
+
+
+def test_a_call_that_fails_changes_nothing() -> None:
+    reader = Reader()
+    made, _ = many(reader, 1)
+    both = made.of(call((0, 1), (1, 1)))
+    stamp, expected = made.stamp(call((0, 1), (1, 1))), deltas(both)
+
+    def broken(name: str) -> Adapter:
+        raise StoreError(f"{name} is damaged")
+
+    made._cache.read = broken
+    with pytest.raises(AdapterUnavailableError, match="d7 is damaged") as failed:
+        made.of(call((0, 1), (3, 1)))
+    assert failed.value.chain == 3
+    assert made.stamp(call((0, 1), (1, 1))) == stamp
+    np.testing.assert_array_equal(deltas(both), expected)
+
+
+def test_loads_of_what_was_dropped_are_told() -> None:
+    cache = AdapterCache(Reader(), ARRAYS, 3 * 4 * (4 + 8))
+    for name in ("a1", "b1", "c1", "a1"):
+        cache.get(name)
+    assert (cache.num_loads, cache.num_reloads) == (3, 0)
+    for name in ("d1", "b1", "c1", "b1"):  # d1 drops b1, that drops c1, that drops a1
+        cache.get(name)
+    assert (cache.num_loads, cache.num_reloads) == (6, 2)
 
 
 def test_the_least_recently_used_are_dropped_beyond_the_budget() -> None:
