@@ -178,7 +178,10 @@ class _Compilation:
     def source_record(self, source: Source) -> SourceRecord:
         base = source.origin.base.name if isinstance(source.origin, Adapted) else None
         folder = source.path.resolve().name if source.path is not None else source.name
-        return SourceRecord("hf" if base is None else "peft", folder, source.dtype, self.options.dtype, base)
+        given: Literal["hf", "gguf", "peft"] = "hf" if base is None else "peft"
+        if base is None and source.path is not None and source.path.is_file():
+            given = "gguf"
+        return SourceRecord(given, folder, source.dtype, self.options.dtype, base)
 
     def status(self, name: str, record: ModelRecord) -> Status:
         old = self.manifest.models.get(name)
