@@ -43,6 +43,9 @@ def tokenizer_files(metadata: Metadata) -> dict[str, bytes]:
             f"{metadata.path}: tokenizer {kind!r:.40} (tokenizer.ggml.model) is not supported (supported: "
             "gpt2 and llama)"
         )
+    for cleans in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.values.get(f"tokenizer.ggml.{cleans}"):
+            raise UnsupportedModelError(f"{metadata.path}: tokenizer.ggml.{cleans} is not supported")
     tokens, types = _tokens(metadata)
     named = _named_tokens(metadata, tokens, types)
     special = [token for token, type_id in zip(tokens, types, strict=True) if type_id == _CONTROL]

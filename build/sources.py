@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from blockzoo.build.gguf_checkpoint import is_gguf, open_gguf
-from blockzoo.build.partition import chain_names, checkpoint_reader
+from blockzoo.build.partition import chain_names, checkpoint_reader, weight_shapes
 from blockzoo.build.tokenizer import ModelTokenizer, check_stated_ids, resolve
 from blockzoo.zoo.adapter import LoraAdapter, LoraPair, is_adapter, open_adapter
 from blockzoo.zoo.blocks import Dtype
@@ -265,9 +265,10 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
         )
     replaced, tied = _replacements(adapter, base)
     pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in replaced}
+    shapes = weight_shapes(base.config)
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
-        _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], base.read(hf).shape, base.name)
+        _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], shapes[hf], base.name)
     vocab_size = base.config.vocab_size
     if _EMBED in replaced and len(replaced[_EMBED].shape) == 2:  # others do not fit, as will be told
         vocab_size = replaced[_EMBED].shape[0]

@@ -181,7 +181,10 @@ class _Header:
         """Check magic and version; the number of tensors."""
         magic = self._take(4, "magic")
         if magic != _MAGIC:
-            raise CheckpointError(f"{self.path} is no GGUF file: it begins with {magic!r}")
+            raise CheckpointError(
+                f"{self.path} is no GGUF file (it begins with {magic!r}): expected one, or the folder of an "
+                "HF checkpoint"
+            )
         (version,) = self._unpack("I", "version")
         if version & 0xFFFF == 0:
             raise UnsupportedModelError(f"{self.path}: big-endian GGUF files are not supported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from gguf_files import K_KINDS, PLAIN, byte_vocabulary, write_gguf
 from readings import assert_reads_as
 
 from blockzoo.build.gguf_checkpoint import open_gguf
+from blockzoo.build.partition import cut
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.sources import Source, open_sources, parse_models
 from blockzoo.zoo.checkpoint import open_checkpoint
@@ -146,6 +148,39 @@ def test_files_with_equal_tensors_share_blocks(make_model: Callable[..., Any], t
     assert (report.models[1].num_blocks, report.models[1].num_reused) == (6, 5)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_model_is_never_whole_in_memory(
+    dry_run: bool, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_model("llama", 7, **WIDE | {"num_hidden_layers": 12})
+    file = write_gguf(tmp_path / "a.gguf", model, "llama", "Q8_0")
+    options = CompileOptions(verify=False, profile=False, dry_run=dry_run)
+    compile_models({"a": file}, tmp_path / "warm", options)  # imports, caches
+    tracemalloc.start()
+    report = compile_models({"b": file}, tmp_path / "zoo", options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.models[0].new_bytes > 20 << 20
+    assert peak < report.models[0].new_bytes / 2
+
+
+def test_what_a_dry_run_says_of_files_is_what_happens(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    files = {
+        name: write_gguf(tmp_path / f"{name}.gguf", make_model("llama", seed, **WIDE), "llama", "Q8_0")
+        for name, seed in (("a", 7), ("b", 8), ("c", 7))
+    }
+    said, done = (
+        compile_models(files, tmp_path / "zoo", CompileOptions(verify=False, profile=False, dry_run=dry))
+        for dry in (True, False)
+    )
+    for dry, stored in zip(said.models, done.models, strict=True):
+        assert (dry.num_reused, dry.num_recovered, dry.new_bytes) == (
+            stored.num_reused,
+            stored.num_recovered,
+            stored.new_bytes,
+        )
+
+
 def test_a_lora_over_a_file(
     checkpoints: dict[str, Path],
     make_adapter: Callable[..., Any],
@@ -196,6 +231,31 @@ def test_end_tokens_context_and_names(make_file: Callable[..., Path]) -> None:
         open_sources({"m": f"{file}@base"}, None)
 
 
+def test_the_chat_template_goes_into_the_zoo(make_file: Callable[..., Path], tmp_path: Path) -> None:
+    template = "{% for m in messages %}<s>{{ m.content }}</s>\n{% endfor %}"
+    extra = {"tokenizer.chat_template": template}
+    file = make_file("llama", "llama", {"vocab_size": 300}, extra=extra)
+    compile_models({"m": file}, tmp_path / "zoo", CompileOptions(verify=False, profile=False))
+    folder = Zoo.open(tmp_path / "zoo").tokenizer_dir("m")
+    assert (folder / "chat_template.jinja").read_text() == template
+
+
+def test_infinite_scales_are_told(make_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf_files
+
+    def infinite(values: np.ndarray, kind: str) -> np.ndarray:
+        blocks = packed(values, kind)
+        if kind == "Q8_0":
+            blocks[0, :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+        return blocks
+
+    packed = gguf_files.packed
+    monkeypatch.setattr(gguf_files, "packed", infinite)
+    source = open_one(make_file("llama", "llama", {"vocab_size": 300}, kind="Q8_0"))
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values"):
+        list(cut(source.config, source.read, None, "m"))
+
+
 def test_what_the_file_leaves_out_is_as_in_llama_cpp(make_file: Callable[..., Path]) -> None:
     names = ("vocab_size", "rope.freq_base", "rope.dimension_count", "attention.head_count_kv")
     absent = {f"llama.{name}": None for name in (*names, "attention.key_length", "attention.value_length")}
@@ -219,6 +279,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "split": ({"split.count": 3}, "one of 3 parts .* llama-gguf-split --merge"),
     "adapter": ({"general.type": "adapter"}, "general.type 'adapter'"),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert'"),
+    "normalizer": ({"tokenizer.ggml.remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "chatglm-bpe"}, "tokenizer.ggml.pre 'chatglm-bpe'"),
 }
 DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
