@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "models",
         nargs="*",
         metavar="[NAME=]PATH[@BASE]",
-        help="an HF checkpoint folder, or a PEFT LoRA folder whose base is given too, is in the zoo, or is "
-        "named by @BASE; NAME is the folder's name unless given",
+        help="an HF checkpoint folder, a GGUF file, or a PEFT LoRA folder whose base is given too, is in the "
+        "zoo, or is named by @BASE; NAME is that of the folder or file unless given",
     )
     parser.add_argument("-o", "--output", required=True, metavar="ZOO", help="the zoo to make or to extend")
     parser.add_argument(

@@ -1,5 +1,6 @@
-"""The manifest of a compilation as it grows, and its blocks: in the zoo, or in memory for a dry run."""
+"""The manifest of a compilation as it grows, and its blocks: in the zoo, or read anew for a dry run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +33,18 @@ class Draft:
         )
         self.old = Zoo(path, old)
         self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
-        self._unstored: dict[str, CutBlock] = {}  # new blocks of a dry run
+        # new blocks of a dry run, as what reads them: the values of a quantized model may not fit into memory
+        self._unstored: dict[str, Callable[[], dict[str, BlockTensor]]] = {}
 
-    def store(self, block: CutBlock) -> None:
-        """Store a block unless it is there, and enter it into the manifest."""
+    def store(self, block: CutBlock, read: Callable[[], dict[str, BlockTensor]]) -> None:
+        """Store a block unless it is there, and enter it into the manifest.
+
+        `read` gives its tensors again, for a dry run.
+        """
         if self.writer is not None:
             self.writer.add_block(block.id, block.tensors, {"kind": block.spec.kind})
         elif block.id not in self.old.manifest.blocks:
-            self._unstored[block.id] = block
+            self._unstored[block.id] = read
         if block.id in self.manifest.blocks:
             return
         plan = profiles.plan_for(block.spec, block.dtype)
@@ -64,7 +69,7 @@ class Draft:
     def tensors_of(self, block_id: str) -> dict[str, BlockTensor]:
         """The tensors of a block of the manifest."""
         if block_id in self._unstored:
-            return self._unstored[block_id].tensors
+            return self._unstored[block_id]()
         return self.zoo.read_block(block_id).tensors
 
     def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from blockzoo.build.oracle import Oracle
 from blockzoo.build.sources import Adapted, Source
-from blockzoo.zoo.checkpoint import Checkpoint
+from blockzoo.zoo.checkpoint import Checkpoint, NamedTensors
 from blockzoo.zoo.tensors import TensorFile
 
 
@@ -71,7 +71,7 @@ def _with_pairs(base: Oracle, source: Source) -> Oracle:
 
 
 def _reader(
-    files: Mapping[str, TensorFile],
+    files: Mapping[str, NamedTensors],
 ) -> tuple[Callable[[str], np.ndarray | None], Callable[[str], str]]:
     def weight(name: str) -> np.ndarray | None:
         return files[name].tensor(name).to_f32() if name in files else None

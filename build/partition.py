@@ -132,15 +132,29 @@ def cut(config: ModelConfig, read: TensorReader, dtype: Dtype | None, where: str
     names the model in messages. Raises CheckpointError for wrong shapes and for NaN or infinite weights.
     """
     embed = ""
-    for spec, names in zip(chain_specs(config), chain_names(config), strict=True):
-        tensors = {
-            name: _canonical(read(names[name]), shape, dtype, f"{where}: tensor {names[name]}")
-            for name, shape in tensor_shapes(spec).items()
-        }
+    for position, spec in enumerate(chain_specs(config)):
+        tensors = block_tensors(config, read, dtype, where, position)
         tied_to = embed if isinstance(spec, HeadSpec) and spec.tied else None
         block = CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to)
         embed = embed or block.id
         yield block
+
+
+def block_tensors(
+    config: ModelConfig, read: TensorReader, dtype: Dtype | None, where: str, position: int
+) -> dict[str, BlockTensor]:
+    """The canonical tensors of one block of the chain; arguments and errors as of `cut`."""
+    spec, names = chain_specs(config)[position], chain_names(config)[position]
+    return {
+        name: _canonical(read(names[name]), shape, dtype, f"{where}: tensor {names[name]}")
+        for name, shape in tensor_shapes(spec).items()
+    }
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of every tensor of a model."""
+    named = zip(chain_specs(config), chain_names(config), strict=True)
+    return {names[tensor]: shape for spec, names in named for tensor, shape in tensor_shapes(spec).items()}
 
 
 def _canonical(tensor: BlockTensor, shape: tuple[int, ...], dtype: Dtype | None, what: str) -> BlockTensor:

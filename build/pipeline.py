@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from blockzoo.build import equivalence, profiles
 from blockzoo.build.draft import Draft, weights
-from blockzoo.build.partition import cut, cut_adapters
+from blockzoo.build.partition import block_tensors, cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
 from blockzoo.build.report import (
     CompileReport,
@@ -136,7 +137,10 @@ class _Compilation:
             if base is None:
                 known = block.id in self.manifest.blocks
                 new_bytes += 0 if known else block.num_bytes
-                self.draft.store(block)
+                dtype, position = self.options.dtype, len(chain)
+                self.draft.store(
+                    block, partial(block_tensors, source.config, source.read, dtype, where, position)
+                )
             reused += base is not None or known
             chain.append(base or block.id)
         for position, adapter in cut_adapters(source.config, source.pairs):
@@ -178,7 +182,10 @@ class _Compilation:
     def source_record(self, source: Source) -> SourceRecord:
         base = source.origin.base.name if isinstance(source.origin, Adapted) else None
         folder = source.path.resolve().name if source.path is not None else source.name
-        return SourceRecord("hf" if base is None else "peft", folder, source.dtype, self.options.dtype, base)
+        given: Literal["hf", "gguf", "peft"] = "hf" if base is None else "peft"
+        if base is None and source.path is not None and source.path.is_file():
+            given = "gguf"
+        return SourceRecord(given, folder, source.dtype, self.options.dtype, base)
 
     def status(self, name: str, record: ModelRecord) -> Status:
         old = self.manifest.models.get(name)

@@ -1,4 +1,4 @@
-"""What the user names (HF folders, PEFT folders, models of the zoo) as models whose tensors can be read.
+"""What the user names (HF folders, GGUF files, PEFT folders, models of the zoo) as models to be read.
 
 Adapters find their base among the models given and those in the zoo. Their LoRAs stay apart from the base's
 weights; only tensors that an adapter replaces (modules_to_save, trained biases) are read in the place of the
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from blockzoo.build.partition import chain_names, checkpoint_reader
+from blockzoo.build.gguf_checkpoint import is_gguf, open_gguf
+from blockzoo.build.partition import chain_names, checkpoint_reader, weight_shapes
 from blockzoo.build.tokenizer import ModelTokenizer, check_stated_ids, resolve
 from blockzoo.zoo.adapter import LoraAdapter, LoraPair, is_adapter, open_adapter
 from blockzoo.zoo.blocks import Dtype
@@ -87,7 +88,7 @@ def open_sources(models: Mapping[str, str | Path], zoo: Zoo | None) -> list[Sour
         path, base = _split_base(given)
         if is_adapter(path):
             adapters[name] = (open_adapter(path), base)
-        elif base and path.is_dir():
+        elif base and path.exists():
             raise ZooError(f"{name}={given}: '@{base}' is for PEFT adapters, and {path} is none")
         else:
             opened[name] = _checkpoint_source(name, path)
@@ -111,7 +112,8 @@ def parse_models(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, given = argument.partition("=")
         if not equals or "/" in name:
             given = argument
-            name = _split_base(given)[0].resolve().name
+            path = _split_base(given)[0].resolve()
+            name = path.stem if is_gguf(path) else path.name
         check_name(name)
         if name in models:
             raise ZooError(f"two models are named {name}: {models[name]} and {given}; give one as NAME=PATH")
@@ -152,7 +154,7 @@ def _split_base(given: str | Path) -> tuple[Path, str]:
 
 
 def _checkpoint_source(name: str, path: Path) -> Source:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     read = checkpoint_reader(checkpoint)
     tokenizer = _tokenizer(path, checkpoint.tokenizer_files, checkpoint.raw_config)
     return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint)
@@ -263,9 +265,10 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
         )
     replaced, tied = _replacements(adapter, base)
     pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in replaced}
+    shapes = weight_shapes(base.config)
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
-        _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], base.read(hf).shape, base.name)
+        _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], shapes[hf], base.name)
     vocab_size = base.config.vocab_size
     if _EMBED in replaced and len(replaced[_EMBED].shape) == 2:  # others do not fit, as will be told
         vocab_size = replaced[_EMBED].shape[0]

@@ -26,7 +26,7 @@ _REBUILT: dict[str, dict[str, Any]] = {
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
 }
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
@@ -234,7 +234,7 @@ def _rebuilt(kind: str, tokenizer_json: bytes, given: Tokenizer, settings: dict[
         tokenizer.decoder = decoders.ByteLevel()
         if kind == "Qwen2Tokenizer":
             tokenizer.normalizer = normalizers.NFC()
-            split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")
+            split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
             byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         else:

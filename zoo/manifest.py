@@ -170,9 +170,9 @@ class EquivalenceRecord:
 class SourceRecord:
     """Where a model came from."""
 
-    format: Literal["hf", "peft"]
+    format: Literal["hf", "gguf", "peft"]
     folder: str
-    """Name of the folder (not its place on the machine)."""
+    """Name of the folder or file (not its place on the machine)."""
     dtype: Dtype
     """The dtype in which the weights were given (f32 weights may be stored as bf16 without loss)."""
     converted_to: Dtype | None
