@@ -14,7 +14,7 @@ from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.zoo.store import Zoo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NEW_TOKENS = 32
 ASKED = (
     *("What is the capital of France?", "Write a haiku about the sea.", "Explain gravity to a child."),
