@@ -80,7 +80,7 @@ class LLMEngine:
             shares_models=self.config.kv_sharing == "scope",
         )
         self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
-        self._check = Sparing(self.check_integrity, _CHECK_SHARE)
+        self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
     @property

@@ -15,6 +15,8 @@ from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError
 from blockzoo.runtime.text.prompt import assemble, check_size, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 
+VOCAB = 350
+
 
 @pytest.fixture(scope="module")
 def byte_level(bpe_tokenizer_dir):
@@ -78,30 +80,30 @@ def test_a_text_that_cannot_fit_is_not_tokenized(byte_level, monkeypatch):
         with pytest.raises(
             PromptTooLongError, match=f"over {limit} bytes; the model takes at most 10 tokens"
         ):
-            assemble(byte_level, prompt, documents, 10)
+            assemble(byte_level, VOCAB, prompt, documents, 10)
     with pytest.raises(InvalidRequestError, match="257 texts"):
-        assemble(byte_level, "x", ["x"] * 257, 10)
+        assemble(byte_level, VOCAB, "x", ["x"] * 257, 10)
 
 
 def test_documents_are_tokenized_no_further_than_they_fit(byte_level, monkeypatch):
     seen = []
-    real = Tokenizer.encode
+    real = Tokenizer._encode
     monkeypatch.setattr(
         Tokenizer,
-        "encode",
+        "_encode",
         lambda self, text, *args, **kw: seen.append(text) or real(self, text, *args, **kw),
     )
     documents = [f"{i} {i} {i}" for i in range(100)]
     with pytest.raises(
         PromptTooLongError, match=r"tokens with 3 of its 100 documents; the model takes at most 14"
     ):
-        assemble(byte_level, "x", documents, 14)
+        assemble(byte_level, VOCAB, "x", documents, 14)
     assert [text for text in seen if text in documents] == documents[:3]
 
 
 def test_documents_that_just_fit_do(byte_level):
     documents = ["one two", "three"]
-    tokens = assemble(byte_level, "four", documents).token_ids
-    assert assemble(byte_level, "four", documents, len(tokens)).token_ids == tokens
+    tokens = assemble(byte_level, VOCAB, "four", documents).token_ids
+    assert assemble(byte_level, VOCAB, "four", documents, len(tokens)).token_ids == tokens
     with pytest.raises(PromptTooLongError):
-        assemble(byte_level, "four", documents, len(tokens) - 1)
+        assemble(byte_level, VOCAB, "four", documents, len(tokens) - 1)
