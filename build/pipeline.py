@@ -173,6 +173,7 @@ class _Compilation:
             adapters=parts.adapters,
             recovery=parts.recovery(self.manifest),
             eos_token_ids=None if source.end_ids == source.config.eos_token_ids else source.end_ids,
+            generation_defaults=dict(source.generation_defaults) or None,
         )
         if self.writer is not None:
             self.writer.add_tokenizer(source.tokenizer.files)
@@ -431,4 +432,4 @@ def _weights(record: ModelRecord) -> object:
 
 
 def _content(record: ModelRecord) -> object:
-    return record.config, record.tokenizer, record.end_ids, _weights(record)
+    return record.config, record.tokenizer, record.end_ids, record.generation_defaults, _weights(record)

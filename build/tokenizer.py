@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from blockzoo.build.tokenizer_files import read_settings, special_tokens_of
-from blockzoo.zoo.chat_files import SPECIAL_TOKENS, read_object, templates
+from blockzoo.zoo.chat_files import SPECIAL_TOKENS, read_object, special_tokens_file, templates
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError, ZooError
 
 # classes that take tokenizer.json as it is
@@ -48,6 +48,8 @@ class ModelTokenizer:
     """Of the tokenizer's eos_token, if it has one."""
     largest_id: int
     """Of any token; the model may have fewer rows."""
+    special_tokens: dict[str, str]
+    """Texts of those with names, such as bos_token."""
 
 
 def resolve(files: Mapping[str, bytes], model_type: Any, tokenizer_class: Any) -> ModelTokenizer:
@@ -123,12 +125,13 @@ def _resolve(
             f"the tokenizer files do not fit together ({type(error).__name__}: {error}); save the tokenizer "
             "into the folder again (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         ) from error
+    named = read_object(files, SPECIAL_TOKENS)  # of files resolved before, by the class that they had
+    named |= {name: str(token) for name, token in special.items()}
     if templates(files):
-        named = {name: str(token) for name, token in special.items()}
-        files[SPECIAL_TOKENS] = json.dumps(named, indent=2, ensure_ascii=False).encode()
+        files[SPECIAL_TOKENS] = special_tokens_file(named)
     eos = special.get("eos_token")
     eos_id = None if eos is None else tokenizer.token_to_id(str(eos))
-    return ModelTokenizer(files, eos_id, max(tokenizer.get_vocab(with_added_tokens=True).values()))
+    return ModelTokenizer(files, eos_id, max(tokenizer.get_vocab(with_added_tokens=True).values()), named)
 
 
 def _text(tokenizer: Tokenizer) -> str:

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockzoo.zoo.checkpoint import open_tensor_file, read_json, read_tokenizer_files
+from blockzoo.zoo.checkpoint import (
+    open_tensor_file,
+    read_generation_config,
+    read_json,
+    read_tokenizer_files,
+)
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import eos_token_ids
 from blockzoo.zoo.tensors import BlockTensor, TensorFile
 
@@ -64,6 +70,8 @@ class LoraAdapter:
     """config.json as it stands, {} where there is none: AutoTokenizer takes the tokenizer's class from it."""
     eos_token_ids: tuple[int, ...] | None
     """Of the folder's own generation_config.json, if that names any."""
+    generation_defaults: dict[str, float | int]
+    """Of that file too."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -85,13 +93,14 @@ def open_adapter(path: Path) -> LoraAdapter:
     pairs, replacements = _split(path, config, file)
     base_name = config.get("base_model_name_or_path") or ""
     raw_config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    generation = path / "generation_config.json"
+    generation = read_generation_config(path) or {}
     try:
-        eos = eos_token_ids(read_json(generation), generation.name) if generation.exists() else None
+        eos = eos_token_ids(generation, "generation_config.json")
+        defaults = generation_defaults(generation)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tokenizer = _tokenizer_files(path)
-    return LoraAdapter(path, str(base_name), pairs, replacements, tokenizer, raw_config, eos)
+    return LoraAdapter(path, str(base_name), pairs, replacements, tokenizer, raw_config, eos, defaults)
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:

@@ -63,23 +63,20 @@ def special_tokens(folder: Path | Mapping[str, bytes]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
-def with_base_templates(own: Mapping[str, bytes], base: Mapping[str, bytes]) -> dict[str, bytes]:
-    """An adapter's tokenizer files over those of its base: its templates, or where it has none, its base's.
+def special_tokens_file(named: Mapping[str, str]) -> bytes:
+    """The content of the file SPECIAL_TOKENS."""
+    return json.dumps(named, indent=2, ensure_ascii=False).encode()
 
-    Templates are replaced as a whole: a base's for tools beside an adapter's own would be another chat.
-    Raises CheckpointError.
-    """
-    files = {**base, **own}
-    if templates(own):
-        return {name: data for name, data in files.items() if not is_template_file(name) or name in own}
-    found = templates(base)
-    if not found or templates(files) == found:
-        return files
-    config = read_object(files, _CONFIG)
-    config["chat_template"] = [{"name": name, "template": text} for name, text in found.items()]
-    if found.keys() == {"default"}:
-        config["chat_template"] = found["default"]
-    return {**files, _CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+
+def with_templates_of(base: Mapping[str, bytes], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """`files` with all chat templates of `base` in the place of their own. Raises CheckpointError."""
+    kept = {name: data for name, data in files.items() if not is_template_file(name)}
+    kept |= {name: data for name, data in base.items() if is_template_file(name)}
+    config, given = read_object(files, _CONFIG), read_object(base, _CONFIG).get("chat_template")
+    if config.pop("chat_template", None) != given:
+        named = {} if given is None else {"chat_template": given}
+        kept[_CONFIG] = json.dumps(config | named, indent=2).encode()
+    return kept
 
 
 def _contents(folder: Path | Mapping[str, bytes]) -> Mapping[str, bytes]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockzoo.zoo.chat_files import MORE_TEMPLATES, TEMPLATE
 from blockzoo.zoo.errors import CheckpointError
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    TEMPLATE,
 )
 _SAVE_TOKENIZER = (
     "save the fast tokenizer into the folder (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
@@ -33,6 +35,8 @@ class Checkpoint:
     """The dtype of most weights."""
     tokenizer_files: dict[str, bytes]
     """As they are given, by name."""
+    generation_defaults: dict[str, float | int]
+    """Of generation_config.json."""
     files: dict[str, TensorFile]
     """Tensor name -> the file that holds it."""
 
@@ -51,16 +55,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: expected a local HF checkpoint or PEFT adapter")
     raw_config = read_json(path / "config.json")
-    generation = path / "generation_config.json"
+    generation = read_generation_config(path)
     try:
-        config = ModelConfig.from_hf(raw_config, read_json(generation) if generation.exists() else None)
+        config = ModelConfig.from_hf(raw_config, generation)
+        defaults = generation_defaults(generation or {})
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
     files = open_tensor_files(path)
     tokenizer = read_tokenizer_files(path)
     if "tokenizer.json" not in tokenizer:
         raise CheckpointError(f"{path}: tokenizer.json is missing; {_SAVE_TOKENIZER}")
-    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, files)
+    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, defaults, files)
 
 
 def open_tensor_files(path: Path) -> dict[str, TensorFile]:
@@ -111,11 +116,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json of a folder, if it has one. Raises CheckpointError."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.exists() else None
+
+
 def read_tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Contents of the folder's tokenizer files by name. Raises CheckpointError for one that is no JSON."""
+    """Contents of the folder's tokenizer files by name, chat templates among them.
+
+    Raises CheckpointError for a tokenizer.json that is no JSON.
+    """
     if (path / "tokenizer.json").is_file():
         read_json(path / "tokenizer.json")
-    return {name: (path / name).read_bytes() for name in _TOKENIZER_FILES if (path / name).is_file()}
+    more = sorted(f"{MORE_TEMPLATES}/{file.name}" for file in (path / MORE_TEMPLATES).glob("*.jinja"))
+    return {
+        name: (path / name).read_bytes() for name in (*_TOKENIZER_FILES, *more) if (path / name).is_file()
+    }
 
 
 def _common_dtype(path: Path, files: dict[str, TensorFile]) -> Dtype:

@@ -15,7 +15,8 @@ from blockzoo.zoo.blocks import (
     chain_specs,
     tensor_shapes,
 )
-from blockzoo.zoo.errors import ManifestError
+from blockzoo.zoo.errors import CheckpointError, ManifestError
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.strict_json import decode, encode
 
@@ -227,6 +228,8 @@ class ModelRecord:
     equivalence: EquivalenceRecord | None = None
     eos_token_ids: tuple[int, ...] | None = field(default=None, metadata={"added": True})
     """The tokens that end an answer, where they are not those of `config`."""
+    generation_defaults: dict[str, float] | None = field(default=None, metadata={"added": True})
+    """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -295,6 +298,10 @@ class Manifest:
     def _check_model(self, here: str, model: ModelRecord) -> None:
         if len(model.config.layer_windows) != model.config.num_layers:
             raise ManifestError(f"{here}.config.layer_windows: expected {model.config.num_layers} entries")
+        try:
+            generation_defaults(model.generation_defaults or {}, here)
+        except CheckpointError as error:
+            raise ManifestError(str(error)) from None
         specs = chain_specs(model.config)
         if len(model.chain) != len(specs):
             raise ManifestError(f"{here}.chain: expected {len(specs)} blocks, seen {len(model.chain)}")

@@ -84,10 +84,16 @@ class Zoo:
             raise StoreError(f"{folder}: tokenizer.json of model {model} is missing; compile the model again")
         return folder
 
+    def read_tokenizer(self, model: str) -> dict[str, bytes]:
+        """Contents of the model's tokenizer files by their names in its folder. Raises StoreError."""
+        folder = self.tokenizer_dir(model)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
     def check_tokenizer(self, model: str) -> None:
         """Verify the checksum of a model's tokenizer files. Raises StoreError."""
         folder = self.tokenizer_dir(model)
-        seen = files_id({file.name: file.read_bytes() for file in folder.iterdir()})
+        seen = files_id(self.read_tokenizer(model))
         if seen != folder.name:
             raise StoreError(f"{folder}: the tokenizer files are not what was compiled (checksum {seen})")
 
@@ -245,8 +251,10 @@ class ZooWriter:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             _write_synced(temporary / name, content)
-        _sync_directory(temporary)
+        for written in {temporary, *((temporary / name).parent for name in files)}:
+            _sync_directory(written)
         temporary.rename(folder)
         return tokenizer
 
