@@ -8,7 +8,7 @@ base's, so that the blocks they belong to are the model's own.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ class Source:
     pairs: dict[str, tuple[LoraPair, ...]]
     """HF name of a weight -> the LoRAs that are added to it."""
     tokenizer: ModelTokenizer
-    generation_defaults: Mapping[str, float | int]
-    """Sampling settings of generation_config.json; an adapter's own before its base's."""
     origin: "Checkpoint | Adapted | Zoo"
     """What `read` reads: for the oracle, which reads it in its own way."""
+    generation_defaults: Mapping[str, float | int] = field(default_factory=dict)
+    """Sampling settings of generation_config.json; an adapter's own before its base's."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def _checkpoint_source(name: str, path: Path) -> Source:
     read = checkpoint_reader(checkpoint)
     tokenizer = _tokenizer(path, checkpoint.tokenizer_files, checkpoint.raw_config)
     defaults = checkpoint.generation_defaults
-    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, defaults, checkpoint)
+    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint, defaults)
 
 
 def _tokenizer(where: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> ModelTokenizer:
@@ -252,7 +252,7 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
     pairs = _zoo_pairs(record, zoo)
     tokenizer = replace(found, files=files)  # a zoo from before they were resolved goes on with what it has
     defaults = record.generation_defaults or {}
-    return Source(name, None, record.config, dtype, read, pairs, tokenizer, defaults, zoo)
+    return Source(name, None, record.config, dtype, read, pairs, tokenizer, zoo, defaults)
 
 
 def _zoo_pairs(record: ModelRecord, zoo: Zoo) -> dict[str, tuple[LoraPair, ...]]:
@@ -290,7 +290,7 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
     defaults = {**base.generation_defaults, **adapter.generation_defaults}
-    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, defaults, origin)
+    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, origin, defaults)
 
 
 def _adapted_config(adapter: LoraAdapter, base: Source) -> ModelConfig:

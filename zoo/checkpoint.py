@@ -4,7 +4,7 @@ copied: tensors are views of the mapped files.
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ class Checkpoint:
     """The dtype of most weights."""
     tokenizer_files: dict[str, bytes]
     """As they are given, by name."""
-    generation_defaults: dict[str, float | int]
-    """Of generation_config.json."""
     files: dict[str, TensorFile]
     """Tensor name -> the file that holds it."""
+    generation_defaults: dict[str, float | int] = field(default_factory=dict)
+    """Of generation_config.json."""
 
     def tensor(self, name: str) -> BlockTensor:
         """A tensor by its HF name, zero-copy. Raises CheckpointError (missing, or of another dtype)."""
@@ -65,7 +65,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tokenizer = read_tokenizer_files(path)
     if "tokenizer.json" not in tokenizer:
         raise CheckpointError(f"{path}: tokenizer.json is missing; {_SAVE_TOKENIZER}")
-    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, defaults, files)
+    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, files, defaults)
 
 
 def open_tensor_files(path: Path) -> dict[str, TensorFile]:
