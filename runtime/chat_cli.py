@@ -118,6 +118,11 @@ class Chat:
         return answer
 
 
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not act on."""
+    return text.translate(_CONTROLS)
+
+
 class Terminal:
     """What is typed, and what is told beside the answers, on standard error."""
 
@@ -270,7 +275,7 @@ def _run(args: argparse.Namespace) -> int:
         engine,
         args.model or _first_model(engine),
         lambda model: sampling_params(args, engine.generation_defaults(model)),
-        lambda text: print(text.translate(_CONTROLS) if shown else text, end="", flush=True),
+        lambda text: print(printable(text) if shown else text, end="", flush=True),
         lambda: stop.seen,
         kwargs,
         args.system,

@@ -323,6 +323,10 @@ def test_ctrl_c_ends_an_answer_between_two_steps(
     assert capsys.readouterr().err.count("[ended]") == 2
 
 
+def test_a_terminal_does_not_act_on_what_a_model_writes() -> None:
+    assert chat_cli.printable("a\x1b[2J\r\n\tb\x9b\x7fé😀") == "a\ufffd[2J\ufffd\n\tb\ufffd\ufffdé😀"
+
+
 def test_generate_takes_a_message(zoo: Path, llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--precision", "f32", "--max-tokens", "6"]
     assert generate.main([str(zoo), "base", "one", "--chat", "--system", "Be brief.", *options]) == 0
