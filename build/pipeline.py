@@ -159,6 +159,7 @@ class _Compilation:
             adapters=parts.adapters,
             recovery=parts.recovery(self.manifest),
             eos_token_ids=None if source.end_ids == source.config.eos_token_ids else source.end_ids,
+            generation_defaults=dict(source.generation_defaults) or None,
         )
         if self.writer is not None:
             self.writer.add_tokenizer(source.tokenizer.files)
@@ -314,4 +315,5 @@ class _Compilation:
 
 
 def _content(record: ModelRecord) -> object:
-    return record.config, record.tokenizer, record.end_ids, weights(record)
+    defaults = record.generation_defaults
+    return record.config, record.tokenizer, record.end_ids, defaults, weights(record)

@@ -7,7 +7,7 @@ base's, so that the blocks they belong to are the model's own.
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ from blockzoo.build.partition import chain_names, checkpoint_reader, weight_shap
 from blockzoo.build.tokenizer import ModelTokenizer, check_stated_ids, resolve
 from blockzoo.zoo.adapter import LoraAdapter, LoraPair, is_adapter, open_adapter
 from blockzoo.zoo.blocks import Dtype
+from blockzoo.zoo.chat_files import (
+    SPECIAL_TOKENS,
+    is_template_file,
+    special_tokens_file,
+    templates,
+    with_templates_of,
+)
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
 from blockzoo.zoo.errors import CheckpointError, ZooError
 from blockzoo.zoo.manifest import ModelRecord
@@ -47,6 +54,8 @@ class Source:
     tokenizer: ModelTokenizer
     origin: "Checkpoint | Adapted | Zoo"
     """What `read` reads: for the oracle, which reads it in its own way."""
+    generation_defaults: Mapping[str, float | int] = field(default_factory=dict)
+    """Sampling settings of generation_config.json; an adapter's own before its base's."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -157,7 +166,8 @@ def _checkpoint_source(name: str, path: Path) -> Source:
     checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     read = checkpoint_reader(checkpoint)
     tokenizer = _tokenizer(path, checkpoint.tokenizer_files, checkpoint.raw_config)
-    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint)
+    defaults = checkpoint.generation_defaults
+    return Source(name, path, checkpoint.config, checkpoint.dtype, read, {}, tokenizer, checkpoint, defaults)
 
 
 def _tokenizer(where: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> ModelTokenizer:
@@ -174,13 +184,23 @@ def model_type(config: ModelConfig) -> str:
 
 
 def _adapted_tokenizer(adapter: LoraAdapter, base: Source) -> ModelTokenizer:
-    """The adapter's own tokenizer, or the base's with what the adapter's folder says of it."""
+    """The adapter's own tokenizer, or the base's with what the adapter's folder says of it.
+
+    So it is with chat templates: the adapter's own, all of them, or where it has none those of the base.
+    """
     files, given = adapter.tokenizer_files, base.tokenizer.files
+    try:
+        chat = files if templates(files) else given
+        own, over_base = (with_templates_of(chat, each) for each in (files, {**given, **files}))
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter.path}: {error}") from None
     if "tokenizer.json" in files:
-        return _tokenizer(adapter.path, files, adapter.raw_config)
-    if not files.keys() - {"chat_template.jinja", "chat_template.json"}:
-        return replace(base.tokenizer, files={**given, **files})
-    found = _tokenizer(adapter.path, {**given, **files}, {"model_type": model_type(base.config)})
+        return _tokenizer(adapter.path, own, adapter.raw_config)
+    if all(is_template_file(name) for name in files):
+        if chat is files:
+            over_base[SPECIAL_TOKENS] = special_tokens_file(base.tokenizer.special_tokens)
+        return replace(base.tokenizer, files=over_base)
+    found = _tokenizer(adapter.path, over_base, {"model_type": model_type(base.config)})
     try:
         check_stated_ids(files, found)
     except CheckpointError as error:
@@ -234,13 +254,13 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
         found = zoo.read_block(block_id).tensors[tensor]
         return BlockTensor("f32", found.to_f32()) if widen else found
 
-    folder = zoo.tokenizer_dir(name)
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    found = _tokenizer(folder, files, {"model_type": model_type(record.config)})
+    files = zoo.read_tokenizer(name)
+    found = _tokenizer(zoo.tokenizer_dir(name), files, {"model_type": model_type(record.config)})
     dtype = record.source.converted_to or record.source.dtype
     pairs = _zoo_pairs(record, zoo)
     tokenizer = replace(found, files=files)  # a zoo from before they were resolved goes on with what it has
-    return Source(name, None, record.config, dtype, read, pairs, tokenizer, zoo)
+    defaults = record.generation_defaults or {}
+    return Source(name, None, record.config, dtype, read, pairs, tokenizer, zoo, defaults)
 
 
 def _zoo_pairs(record: ModelRecord, zoo: Zoo) -> dict[str, tuple[LoraPair, ...]]:
@@ -277,7 +297,8 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
         config = replace(config, eos_token_ids=adapter.eos_token_ids)
     tokenizer = _adapted_tokenizer(adapter, base)
     read = _adapted_reader(replaced, base)
-    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, Adapted(adapter, base))
+    origin, defaults = Adapted(adapter, base), {**base.generation_defaults, **adapter.generation_defaults}
+    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, origin, defaults)
 
 
 def _check_lora(

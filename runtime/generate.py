@@ -1,10 +1,13 @@
-"""zoo-generate: one prompt, one model, the answer streamed to the terminal."""
+"""zoo-generate: one prompt or message, one model, the answer streamed to the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+from blockzoo.runtime.api.request import CHAT_TOKENS, SamplingParams
 from blockzoo.zoo.console import command
 
 
@@ -15,18 +18,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("zoo", metavar="ZOO", help="zoo directory")
     parser.add_argument("model", metavar="MODEL", help="name of a model in the zoo")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; '-' reads standard input")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="PROMPT is a message: it goes through the model's chat template, and sampling is as the model's "
+        "generation_config.json has it",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser)
+    return parser
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `sampling_params` reads."""
+    parser.add_argument("--max-tokens", type=int, help=f"default: 64, in a chat {CHAT_TOKENS}")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; the default but in a chat")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given repeatedly")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--backend, --device, --precision."""
     parser.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
     )
     parser.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: what the CPU does best")
-    return parser
+
+
+def sampling_params(args: argparse.Namespace, defaults: Mapping[str, float | int]) -> SamplingParams:
+    """What the command line says, else `defaults`, else as in a chat. Raises InvalidRequestError."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings: dict[str, Any] = {"max_tokens": CHAT_TOKENS, **defaults, **said}
+    return SamplingParams(**settings, stop=tuple(args.stop))
 
 
 @command
@@ -48,21 +78,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-    from blockzoo.runtime.api.errors import RequestError
+    from blockzoo.runtime import EngineConfig, LLMEngine
+    from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        stop=tuple(args.stop),
-    )
+    if args.system is not None and not args.chat:
+        raise InvalidRequestError("--system is for --chat")
+    sampling_params(args, {})  # a setting out of range is told before the engines are loaded
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     config = EngineConfig(backend=args.backend, device=args.device, precision=args.precision, max_num_seqs=1)
     engine = LLMEngine(args.zoo, config)
-    engine.add_request("cli", args.model, prompt, params)
+    defaults: Mapping[str, float | int] = {"max_tokens": 64, "temperature": 0.0}
+    if args.chat:
+        defaults = engine.generation_defaults(args.model)
+        messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+        messages.append({"role": "user", "content": prompt})
+        prompt = engine.tokenizer(args.model).chat_template_of(args.model).render(messages)
+    engine.add_request("cli", args.model, prompt, sampling_params(args, defaults))
     while engine.has_unfinished():
         for output in engine.step():
             if output.finish_reason == "error":

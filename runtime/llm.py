@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
 from blockzoo.runtime.api.request import (
+    CHAT_TOKENS,
     FinishReason,
     KVReuse,
     RequestOutput,
@@ -24,6 +25,9 @@ from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine
 from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.runtime.text.prompt import Prompt
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,64 @@ class LLM:
             self.engine.rest()
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
 
+    def chat(
+        self,
+        model: str | Sequence[str],
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        scope: str | None = None,
+        kv_reuse: KVReuse | Sequence[KVReuse] | None = None,
+        documents: Sequence[str] = (),
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Answer conversations, all in one batch.
+
+        Args:
+            model: one model for all conversations, or one per conversation.
+            messages: a conversation, [{"role": ..., "content": ...}, ...], or a list of them.
+            params: one for all, or one per conversation; None: as each model's generation_config.json has it,
+                and at most 1024 tokens.
+            tools, chat_template_kwargs: of all conversations; see `ChatTemplate.render`.
+            continue_final_message: go on within the last message instead of answering it.
+            scope, kv_reuse, documents, progress: as in `generate`.
+
+        Returns:
+            One completion per conversation, in order; its prompt is the text that the template made.
+
+        Raises:
+            RequestError: a conversation was refused or failed, or a model has no chat template.
+        """
+        conversations = _as_conversations(messages)
+        models = _spread("model", model, str, conversations)
+        prompts = [
+            self.engine.tokenizer(name)
+            .chat_template_of(name)
+            .render(
+                conversation,
+                tools=tools,
+                kwargs=chat_template_kwargs,
+                add_generation_prompt=not continue_final_message,
+                continue_final_message=continue_final_message,
+            )
+            for name, conversation in zip(models, conversations, strict=True)
+        ]
+        if params is None:
+            defaults = [self.engine.generation_defaults(name) for name in models]
+            params = [_chat_params(each) for each in defaults]
+        return self.generate(
+            models,
+            prompts,
+            params,
+            scope=scope,
+            kv_reuse=kv_reuse,
+            documents=documents,
+            progress=progress,
+        )
+
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Compute the KV of a document once, for every prompt of some models (all) that begins with it.
 
@@ -147,7 +209,19 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     return [prompts] if is_ids and not isinstance(prompts[0], str) else list(prompts)
 
 
-def _spread(name: str, value: Any, kind: type, prompts: Sequence[Prompt]) -> list[Any]:
+def _as_conversations(messages: Any) -> list[Any]:
+    """A list of conversations, which are checked when they are rendered."""
+    if isinstance(messages, Sequence) and messages and isinstance(messages[0], Sequence):
+        return list(messages) if not isinstance(messages[0], (str, bytes)) else [messages]
+    return [messages]
+
+
+def _chat_params(defaults: Mapping[str, float | int]) -> SamplingParams:
+    settings: dict[str, Any] = {"max_tokens": CHAT_TOKENS, **defaults}
+    return SamplingParams(**settings)
+
+
+def _spread(name: str, value: Any, kind: type, prompts: Sequence[Any]) -> list[Any]:
     """A list of one value per prompt."""
     if isinstance(value, kind):
         return [value] * len(prompts)

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockzoo.zoo.checkpoint import INDEX, SINGLE, open_tensor_file, read_tokenizer_files
+from blockzoo.zoo.checkpoint import (
+    INDEX,
+    SINGLE,
+    open_tensor_file,
+    read_generation_config,
+    read_tokenizer_files,
+)
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
 from blockzoo.zoo.folder import find_file, read_json
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import eos_token_ids
 from blockzoo.zoo.patterns import How, first_match
 from blockzoo.zoo.tensors import BlockTensor, TensorFile
@@ -72,6 +79,8 @@ class LoraAdapter:
     """config.json as it stands, {} where there is none: AutoTokenizer takes the tokenizer's class from it."""
     eos_token_ids: tuple[int, ...] | None
     """Of the folder's own generation_config.json, if that names any."""
+    generation_defaults: dict[str, float | int]
+    """Of that file too."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -95,18 +104,22 @@ def open_adapter(path: Path) -> LoraAdapter:
         if weights is None:
             raise CheckpointError(f"{_WEIGHTS} is missing; save it as safetensors")
         pairs, replacements = _split(config, _read_tensors(open_tensor_file(weights)))
-        eos = _end_ids(path)
+        generation = read_generation_config(path) or {}
+        eos = eos_token_ids(generation, "generation_config.json")
+        defaults = generation_defaults(generation)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
-    base_name = str(config.get("base_model_name_or_path") or "")
-    raw_config = read_json(path, "config.json") if find_file(path, "config.json") is not None else {}
-    saved = _names(config, "modules_to_save")
-    return LoraAdapter(path, base_name, pairs, replacements, saved, _tokenizer_files(path), raw_config, eos)
-
-
-def _end_ids(path: Path) -> tuple[int, ...] | None:
-    name = "generation_config.json"
-    return None if find_file(path, name) is None else eos_token_ids(read_json(path, name), name)
+    return LoraAdapter(
+        path,
+        str(config.get("base_model_name_or_path") or ""),
+        pairs,
+        replacements,
+        _names(config, "modules_to_save"),
+        _tokenizer_files(path),
+        read_json(path, "config.json") if find_file(path, "config.json") is not None else {},
+        eos,
+        defaults,
+    )
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:

@@ -4,19 +4,21 @@ copied: tensors are views of the mapped files.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from blockzoo.zoo.chat_files import MORE_TEMPLATES, TEMPLATE
 from blockzoo.zoo.errors import CheckpointError
 from blockzoo.zoo.folder import find_file, read_json
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    TEMPLATE,
 )
 _SAVE_TOKENIZER = (
     "save the fast tokenizer into the folder (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
@@ -47,6 +49,8 @@ class Checkpoint:
     """As they are given, by name."""
     files: Mapping[str, NamedTensors]
     """Tensor name -> the file that holds it."""
+    generation_defaults: dict[str, float | int] = field(default_factory=dict)
+    """Of generation_config.json."""
 
     def tensor(self, name: str) -> BlockTensor:
         """A tensor by its HF name, zero-copy unless it was quantized.
@@ -69,18 +73,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if ggufs and find_file(path, "config.json") is None:
         raise CheckpointError(f"{path}: config.json is missing (found {ggufs[0]}: give that file's own path)")
     raw_config = read_json(path, "config.json")
-    generation = None
-    if find_file(path, "generation_config.json") is not None:
-        generation = read_json(path, "generation_config.json")
+    generation = read_generation_config(path)
     try:
         config = ModelConfig.from_hf(raw_config, generation)
+        defaults = generation_defaults(generation or {})
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
     files = open_tensor_files(path)
     tokenizer = read_tokenizer_files(path)
     if "tokenizer.json" not in tokenizer:
         raise CheckpointError(f"{path}: tokenizer.json is missing; {_SAVE_TOKENIZER}")
-    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, files)
+    return Checkpoint(path, config, raw_config, _common_dtype(path, files), tokenizer, files, defaults)
 
 
 def open_tensor_files(path: Path) -> dict[str, TensorFile]:
@@ -131,11 +134,21 @@ def open_tensor_file(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: {error}; copy or download it again") from error
 
 
+def read_generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json of a folder, if it has one. Raises CheckpointError."""
+    name = "generation_config.json"
+    return None if find_file(path, name) is None else read_json(path, name)
+
+
 def read_tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Contents of the folder's tokenizer files by name. Raises CheckpointError for one that is no JSON."""
+    """Contents of the folder's tokenizer files by name, chat templates among them.
+
+    Raises CheckpointError for a tokenizer.json that is no JSON.
+    """
     if find_file(path, "tokenizer.json") is not None:
         read_json(path, "tokenizer.json")
-    found = {name: find_file(path, name) for name in _TOKENIZER_FILES}
+    more = sorted(f"{MORE_TEMPLATES}/{file.name}" for file in (path / MORE_TEMPLATES).glob("*.jinja"))
+    found = {name: find_file(path, name) for name in (*_TOKENIZER_FILES, *more)}
     return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 

@@ -15,7 +15,8 @@ from blockzoo.zoo.blocks import (
     chain_specs,
     tensor_shapes,
 )
-from blockzoo.zoo.errors import ManifestError
+from blockzoo.zoo.errors import CheckpointError, ManifestError
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.names import is_name
 from blockzoo.zoo.strict_json import decode, encode
@@ -228,6 +229,8 @@ class ModelRecord:
     equivalence: EquivalenceRecord | None = None
     eos_token_ids: tuple[int, ...] | None = field(default=None, metadata={"added": True})
     """The tokens that end an answer, where they are not those of `config`."""
+    generation_defaults: dict[str, float] | None = field(default=None, metadata={"added": True})
+    """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -302,6 +305,10 @@ class Manifest:
             raise ManifestError(f"{here}.tokenizer: {model.tokenizer!r:.160} is no name of a file")
         if len(model.config.layer_windows) != model.config.num_layers:
             raise ManifestError(f"{here}.config.layer_windows: expected {model.config.num_layers} entries")
+        try:
+            generation_defaults(model.generation_defaults or {}, here)
+        except CheckpointError as error:
+            raise ManifestError(str(error)) from None
         specs = chain_specs(model.config)
         if len(model.chain) != len(specs):
             raise ManifestError(f"{here}.chain: expected {len(specs)} blocks, seen {len(model.chain)}")

@@ -77,10 +77,10 @@ class Zoo:
         with self._lock:
             known = tokenizer in self._verified
         if not known:
-            odd = [file.name for file in folder.iterdir() if not file.is_file()]
+            odd = [path.name for path in folder.rglob("*") if not (path.is_file() or path.is_dir())]
             if odd:
                 raise StoreError(f"{folder}: {odd[0]!r} is no regular file; {advice}")
-            seen = files_id({file.name: file.read_bytes() for file in folder.iterdir()})
+            seen = files_id(_contents(folder))
             if seen != tokenizer:
                 raise StoreError(
                     f"{folder}: the tokenizer files are not what was compiled (their id is {seen}); {advice}"
@@ -88,6 +88,10 @@ class Zoo:
             with self._lock:
                 self._verified.add(tokenizer)
         return folder
+
+    def read_tokenizer(self, model: str) -> dict[str, bytes]:
+        """Contents of the model's tokenizer files by their names in its folder. Raises StoreError."""
+        return _contents(self.tokenizer_dir(model))
 
     def _read_tensors(
         self, block_id: str, spec: BlockSpec | AdapterSpec, tied_to: str | None
@@ -139,3 +143,8 @@ def tensorrt_plan_path(zoo: Path, key: str) -> Path:
 def timing_cache_name(library: str, version: str, target: str) -> str:
     """The file, beside the plans, of the timings that a library measured on a target."""
     return f"timing-{library}-{version}-{target}"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

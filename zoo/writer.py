@@ -130,8 +130,10 @@ class ZooWriter:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             _write_synced(temporary / name, content)
-        _sync_directory(temporary)
+        for written in {temporary, *((temporary / name).parent for name in files)}:
+            _sync_directory(written)
         temporary.rename(folder)
         return tokenizer
 

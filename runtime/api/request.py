@@ -18,6 +18,8 @@ KVReuse = Literal["off", "exact", "approx"]
 behind other ones."""
 
 MAX_TOKENS_LIMIT = 1_000_000
+CHAT_TOKENS = 1024
+"""Of an answer in a chat at most, where a request does not say."""
 MAX_LOGPROBS = 20
 MAX_WORDS = 64
 MAX_WORD_CHARS = 256

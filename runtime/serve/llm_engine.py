@@ -101,6 +101,13 @@ class LLMEngine:
         """End-of-sequence token ids by model name."""
         return {name: model.eos_token_ids for name, model in self._zoo.models.items()}
 
+    def generation_defaults(self, model: str) -> dict[str, float | int]:
+        """What the model's maker set in generation_config.json, as fields of `SamplingParams`.
+
+        Raises UnknownModelError.
+        """
+        return dict(self._builder.model(model).generation_defaults)
+
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
         return self._builder.model(model).max_len

@@ -19,6 +19,7 @@ from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.store import Zoo
@@ -39,6 +40,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     max_len: int  # tokens of prompt and answer together
     plain_rope: bool  # rotating a key by a difference of positions moves it there
+    generation_defaults: Mapping[str, float | int]  # of its maker, as fields of SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,8 @@ def _load_model(
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
     plain = record.config.rope.rope_type == "default"
-    return LoadedModel(name, index, chain, tokenizer, record.end_ids, min(bounds), plain)
+    defaults = generation_defaults(record.generation_defaults or {})
+    return LoadedModel(name, index, chain, tokenizer, record.end_ids, min(bounds), plain, defaults)
 
 
 def _compile_spans(

@@ -20,6 +20,7 @@ from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.errors import StoreError
+from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
@@ -114,6 +115,7 @@ class ServedZoo:
                 chain=topology.chains[index],
                 tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
                 eos_token_ids=record.end_ids,
+                generation_defaults=generation_defaults(record.generation_defaults or {}),
                 max_len=min(twin.max_len, record.config.max_length),
             )
         return self._commit(zoo, topology, models, removed, waiting)
@@ -209,6 +211,7 @@ def _first_of(topology: Topology, index: int) -> int:
 
 def _same(one: ModelRecord, other: ModelRecord | None) -> bool:
     def content(record: ModelRecord) -> object:
-        return record.config, record.chain, record.adapters, record.tokenizer, record.end_ids
+        text = record.tokenizer, record.end_ids, record.generation_defaults
+        return record.config, record.chain, record.adapters, text
 
     return other is not None and content(one) == content(other)

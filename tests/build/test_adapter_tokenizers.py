@@ -143,7 +143,8 @@ def test_a_base_in_the_zoo_gives_the_same_tokenizer_as_one_given(
 def test_a_chat_template_alone_leaves_the_tokens(adapter: Path, checkpoints: dict[str, Path]) -> None:
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     base, notes = opened(checkpoints["llama"], adapter)
-    assert notes.tokenizer.files == {**base.tokenizer.files, "chat_template.jinja": b"{{ messages }}"}
+    added = {"chat_template.jinja": b"{{ messages }}", "chat_special_tokens.json": b"{}"}
+    assert notes.tokenizer.files == {**base.tokenizer.files, **added}
 
 
 END_IDS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
