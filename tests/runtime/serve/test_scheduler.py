@@ -5,8 +5,9 @@ import pytest
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.serve.admission_order import PROBES_PER_STEP
 from blockzoo.runtime.serve.config import SchedulerConfig
-from blockzoo.runtime.serve.scheduler import PROBES_PER_STEP, Scheduler
+from blockzoo.runtime.serve.scheduler import Scheduler
 
 LAYERS = (Segment(0, 1, "low"), Segment(1, 2, "high"))  # 2 pages per 32 tokens
 
