@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-step-seconds",
         type=_amount,
         metavar="S",
-        help="most that a chunk of a prompt makes others wait, where 32 tokens take less (default 0.5)",
+        help="most that a chunk of a prompt makes others wait, where 32 tokens take less (default 0.25)",
     )
     engine.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt with its answer")
     engine.add_argument("--max-request-seconds", type=_amount, metavar="S", help="limit per request (600)")

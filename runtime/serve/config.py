@@ -117,7 +117,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    max_step_seconds: float | None = 0.5
+    max_step_seconds: float | None = 0.25
     max_model_len: int | None = None
     max_request_seconds: float | None = None
     prefix_caching: bool = True

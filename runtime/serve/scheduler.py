@@ -348,9 +348,11 @@ class Scheduler:
         return rows >= (PAGE_TOKENS if step.prefills else 1)
 
     def _comes_later(self, step: _Step, tenant: Tenant) -> bool:
-        """Whether another tenant, which may still get something in this step, comes before it."""
+        """Whether others, which may still get something in this step, come before it for what there is."""
         others = (t for t in self._tenants.values() if t.num_waiting and t not in step.idle)
-        return any(_slot_order(other) < _slot_order(tenant) for other in others)
+        before = [other for other in others if _slot_order(other) < _slot_order(tenant)]
+        free = self.config.max_num_seqs - len(self._running)
+        return len(before) >= max(1, free) or any(other.lacks_pages for other in before)
 
     def _admit_one(self, step: _Step, tenant: Tenant, goal: int) -> bool:
         """Admit the tenant's next sequence that can be, and run some of it; False where none can be."""
@@ -377,6 +379,7 @@ class Scheduler:
                 self._preempt(step, other)
             elif any(each.seq.cache is cache for each in self._running):
                 step.full.add(cache)  # who comes later must not overtake it
+                tenant.lacks_pages = True
                 return False
             else:
                 self._forget(entry)  # what is not free now is published and will not be
@@ -396,6 +399,7 @@ class Scheduler:
         insort(tenant.running, entry)
         self._num_admitted += 1
         tenant.last_admitted = self._num_admitted
+        tenant.lacks_pages = False
         cache.begin(seq)
         if not cache.borrow(seq, spare_pages):
             cache.copy_partial(seq, spare_pages)

@@ -296,18 +296,21 @@ def test_cached_prompts_go_first_among_those_of_their_tenant_only() -> None:
     )
 )
 def test_fair_is_the_same_whatever_is_cached(load: list[tuple[str, int, int, int]]) -> None:
-    """Who is admitted and preempted for slots, and when, does not tell what the cache holds."""
+    """Who is admitted and gives way, and when, does not tell what the cache holds.
+
+    Prompts of a page, of which 31 tokens are known or not: what they take of a step is in nobody's way.
+    """
 
     def course(known: bool) -> list[object]:
         bench = Bench(max_num_seqs=4, max_num_batched_tokens=2048, policy="fair")
         for prefix in range(4):
             if known:
-                bench.add("a", [prefix] * 96 + [9], 1)
+                bench.add("a", [prefix] * 32, 1)
                 bench.step()
         bench.firsts.clear()
         seen: list[object] = []
         for number, (tenant, prefix, max_tokens, steps) in enumerate(load):
-            bench.add(tenant, [prefix] * 96 + [100 + number], max_tokens, f"{tenant}{number} in {steps}")
+            bench.add(tenant, [prefix] * 31 + [100 + number], max_tokens, f"{tenant}{number} in {steps}")
             for _ in range(steps):
                 bench.step()
                 seen.append([seq.request_id for seq in bench.scheduler.running])
