@@ -15,9 +15,10 @@ Tenants share by weight what they all want; what one leaves is lent to the other
   in at the next step whatever others run, and no two tenants ever take from each other in turn.
 - **Prefill rows**, by deficit round robin (Shreedhar and Varghese, 1996), a step being a round: each tenant
   that has prompts to compute gets its share of the step's rows and keeps what it has not used, up to a step's
-  and a page; without work it keeps nothing. What is left goes to whom most is owed, on account where others
-  want it too. Where the prompt of a tenant ends that runs less than another, the other does not make the
-  step longer for it, unless a whole step is owed to it.
+  and a page (and owes no more); without work it keeps nothing. What is left goes to whom most is owed, on
+  account where others want it too.
+- **First tokens.** A step in which a prompt of a tenant ends leaves out those that run more than it and have
+  more waiting, so that it is short; but never two steps in a row.
 
 Counting service at the end of each token for all time (VTC: Sheng et al., "Fairness in Serving LLMs", 2024)
 would make a tenant wait for having used what nobody else wanted. Under "fair" nothing above looks at what is
@@ -70,9 +71,7 @@ class _Step:
     tenants: dict[Tenant, TokenSequence] = field(default_factory=dict)  # who has prefill, and one of it
     unfilled: dict[Tenant, list[Entry]] = field(default_factory=dict)  # by tenant, what runs and has prefill
     rows: Counter[Tenant] = field(default_factory=Counter)  # of prefill
-    endings: list[tuple[Tenant, float, int]] = field(
-        default_factory=list
-    )  # of prompts: whose, `served`, rows
+    endings: list[tuple[Tenant, float]] = field(default_factory=list)  # of prompts: whose, and its `served`
     queues: dict[Tenant, Iterator[Entry]] = field(default_factory=dict)  # candidates not yet tried
     idle: set[Tenant] = field(default_factory=set)  # who can use no more in this step
     full: set[KVCache] = field(default_factory=set)  # caches that admit no one more in this step
@@ -98,6 +97,7 @@ class Scheduler:
         self._tenants: dict[str, Tenant] = {}  # those that have sequences
         self._num_added = 0
         self._num_admitted = 0
+        self._left_out = False  # whether the step before was one without some tenants
 
     @property
     def num_running(self) -> int:
@@ -188,7 +188,10 @@ class Scheduler:
             if tenant.deficit >= min(PAGE_TOKENS, step.budget):  # less than a page is not worth a row
                 self._take_turn(step, tenant, tenant.deficit)
         self._lend(step)
-        chosen = step.decodes | step.prefills
+        left_out = {tenant for tenant in self._tenants.values() if self._is_left_out(step, tenant)}
+        decodes = {entry: rows for entry, rows in step.decodes.items() if entry.tenant not in left_out}
+        self._left_out = bool(left_out)
+        chosen = decodes | step.prefills
         return [Scheduled(entry.seq, num_tokens) for entry, num_tokens in chosen.items()]
 
     def advance(self, scheduled: Iterable[Scheduled]) -> None:
@@ -226,9 +229,8 @@ class Scheduler:
         weights = sum(tenant.weight for tenant in step.tenants)
         for tenant, seq in step.tenants.items():
             rows = min(step.budget, self._rows_within(step, seq))
-            deficit = tenant.deficit + rows * tenant.weight / weights
-            tenant.deficit = min(deficit, rows + PAGE_TOKENS)
-            tenant.owed = deficit >= rows and len(step.tenants) > 1
+            deficit, bound = tenant.deficit + rows * tenant.weight / weights, rows + PAGE_TOKENS
+            tenant.deficit = max(-bound, min(deficit, bound))
 
     def _lend(self, step: _Step) -> None:
         """Give out what is left of the step, first to whom most is owed."""
@@ -249,32 +251,38 @@ class Scheduler:
         """
         before = step.rows[tenant]
         in_time = self._rows_within(step, step.tenants[tenant])
-        goal = before + min(int(limit), step.budget, in_time, self._unhurried_rows(step, tenant))
+        goal = before + min(int(limit), step.budget, in_time)
+        if self._is_left_out(step, tenant):
+            goal = before
         for entry in step.unfilled.get(tenant, ()):
             if entry.running and step.rows[tenant] < goal:
                 if entry not in step.prefills:
                     entry.seq.cache.extend(entry.seq)
                 self._schedule_prefill(step, entry, goal - step.rows[tenant])
-        while self._is_worth_a_row(step, goal - step.rows[tenant]) and tenant.num_waiting:
+        while (
+            self._is_worth_a_row(step, goal - step.rows[tenant])
+            and tenant.num_waiting
+            and self._may_have_a_slot(tenant)
+        ):
             if self._comes_later(step, tenant):
                 last = False
                 break
             if not self._admit_one(step, tenant, goal):
                 break
         used = step.rows[tenant] - before
-        others = step.tenants.keys() - step.idle - {tenant}
-        floor = -math.inf if others else min(0.0, tenant.deficit)  # what nobody else wants is free
+        rivals = (t for t in step.tenants if t is not tenant)
+        is_wanted = any(t not in step.idle or self._is_left_out(step, t) for t in rivals)
+        floor = -math.inf if is_wanted else min(0.0, tenant.deficit)  # what nobody else wants is free
         tenant.deficit = max(floor, tenant.deficit - used)
         if last and used <= 0:
             step.idle.add(tenant)
         return used > 0 or tenant in step.idle
 
-    def _unhurried_rows(self, step: _Step, tenant: Tenant) -> int:
-        """Rows that make nobody wait who runs less and has a first token coming."""
-        ends = [rows for t, served, rows in step.endings if t is not tenant and served < tenant.served]
-        if tenant.owed or not ends:
-            return step.budget
-        return max(0, max(PAGE_TOKENS, min(ends)) - step.rows[tenant])
+    def _is_left_out(self, step: _Step, tenant: Tenant) -> bool:
+        """Whether the step goes without a tenant, for the first token of one that runs less."""
+        if self._left_out or not tenant.num_waiting:
+            return False
+        return any(other is not tenant and served < tenant.served for other, served in step.endings)
 
     def _rows_within(self, step: _Step, seq: TokenSequence) -> int:
         """Rows of `seq` that the step still has time for: never less than a page of progress."""
@@ -302,7 +310,7 @@ class Scheduler:
         step.budget -= rows - before
         step.rows[entry.tenant] += rows - before
         if end == seq.num_tokens:
-            step.endings.append((entry.tenant, entry.tenant.served, step.rows[entry.tenant]))
+            step.endings.append((entry.tenant, entry.tenant.served))
 
     # ---- pages
 
@@ -347,6 +355,11 @@ class Scheduler:
         # Beside other prefills a scrap of a page is not worth a row in the batch.
         return rows >= (PAGE_TOKENS if step.prefills else 1)
 
+    def _may_have_a_slot(self, tenant: Tenant) -> bool:
+        if len(self._running) < self.config.max_num_seqs:
+            return True
+        return any(tenant.may_take_from(other) for other in self._tenants.values() if other is not tenant)
+
     def _comes_later(self, step: _Step, tenant: Tenant) -> bool:
         """Whether others, which may still get something in this step, come before it for what there is."""
         others = (t for t in self._tenants.values() if t.num_waiting and t not in step.idle)
@@ -356,8 +369,6 @@ class Scheduler:
 
     def _admit_one(self, step: _Step, tenant: Tenant, goal: int) -> bool:
         """Admit the tenant's next sequence that can be, and run some of it; False where none can be."""
-        if len(self._running) >= self.config.max_num_seqs and self._who_gives_way(tenant, None) is None:
-            return False
         if step.full and {e.seq.cache for e in (*tenant.preempted, *tenant.waiting)} <= step.full:
             return False
         if tenant not in step.queues:

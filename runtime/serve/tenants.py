@@ -39,7 +39,6 @@ class Tenant:
     preempted: list[Entry] = field(default_factory=list)  # by age; admitted before any of `waiting`
     waiting: OrderedDict[Entry, None] = field(default_factory=OrderedDict)  # whose probe is oldest first
     deficit: float = 0.0  # rows of prefill that it may have before others have more
-    owed: bool = False  # a whole step of rows
     lacks_pages: bool = False  # its first waiting sequence did when it was last tried
 
     @property

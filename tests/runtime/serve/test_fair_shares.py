@@ -232,11 +232,31 @@ def test_a_flood_does_not_make_the_step_long_in_which_another_has_its_first_toke
     while bench.running()["flood"] < 4:
         bench.step()
     polite = bench.add("polite", 48, 2)
-    rows = bench.step()
-    assert rows.pop(polite) == 48
-    assert sum(count for count in rows.values() if count > 1) <= 48
-    bench.step()
+    assert bench.step() == {polite: 48}
     assert sum(bench.step().values()) > 400, "and all is as before"
+
+
+def test_first_tokens_of_others_hold_up_a_flood_every_other_step_at_most() -> None:
+    bench = Bench(max_num_seqs=8)
+    for _ in range(20):
+        bench.add("flood", 5)
+    bench.step()
+    generated = sum(seq.num_tokens for seq in bench.seqs.values())
+    for number in range(20):
+        polite = bench.add("polite", 10, 1)
+        rows = bench.step()
+        assert rows.pop(polite) == 10
+        assert len(rows) == (0 if number % 2 == 0 else 7)
+    del bench.left[polite]
+    assert sum(seq.num_tokens for seq in bench.seqs.values() if seq.model == "flood") == generated + 70
+
+
+def test_a_tenant_that_has_nothing_waiting_is_not_held_up() -> None:
+    bench = Bench(max_num_seqs=8)
+    busy = [bench.add("busy", 5) for _ in range(6)]
+    bench.step()
+    polite = bench.add("polite", 10)
+    assert bench.step() == dict.fromkeys(busy, 1) | {polite: 10}
 
 
 def test_many_tenants_take_turns_with_pages() -> None:
