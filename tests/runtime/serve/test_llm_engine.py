@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.serve.step_pace import measured_pace
+from blockzoo.zoo.store import Zoo
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = "def main(argv):\n    "
@@ -137,6 +140,27 @@ def test_a_newcomer_is_served_at_once_and_nobody_loses_a_token(demo_zoo: Path, p
     assert {found[f"polite {number}"] for number in range(6)} == {polite}
     assert engine.metrics().preemptions_total >= 5
     engine.check_integrity()
+
+
+def test_the_pace_of_prefill_is_seeded_by_the_zoo_and_learnt_from_steps(demo_zoo: Path) -> None:
+    manifest = Zoo.open(demo_zoo).manifest
+    times = {1: 7.0, 256: 512.0}  # us a block
+    blocks = {i: block.with_latency(i, times) for i, block in manifest.blocks.items()}
+    model = manifest.models["base"]
+    layers = len(model.chain) - 2  # attention and feed-forward, without embedding and head
+    assert measured_pace(replace(manifest, blocks=blocks), "base") == pytest.approx(layers * 2e-6)
+    blocks[model.chain[1]] = blocks[model.chain[1]].with_latency(None, None)
+    assert measured_pace(replace(manifest, blocks=blocks), "base") is None
+    assert measured_pace(manifest, "nobody") is None
+
+    engine = LLMEngine(demo_zoo, CONFIG)
+    before = engine._pace.seconds_per_token("base")
+    engine.add_request("r", "base", list(range(5, 105)), GREEDY)
+    run(engine)
+    learnt = engine._pace.seconds_per_token("base")
+    assert learnt is not None
+    assert learnt > 0
+    assert learnt != before
 
 
 def test_max_tokens_is_cut_where_the_context_ends(demo_zoo: Path) -> None:

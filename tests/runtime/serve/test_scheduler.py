@@ -432,6 +432,11 @@ def test_abort_while_the_step_runs():
         ({"max_num_batched_tokens": 31}, "less than max_num_seqs"),
         ({"policy": "random"}, "'random'"),
         ({"ageing_s": float("nan")}, "ageing_s is nan"),
+        ({"tenant_weights": {"m": 0}}, r"tenant_weights\['m'\] is 0, expected a number from 0.001 to 1000"),
+        ({"tenant_weights": {"m": float("nan")}}, r"tenant_weights\['m'\] is nan"),
+        ({"tenant_weights": {"m": True}}, r"tenant_weights\['m'\] is True"),
+        ({"tenant_weights": [1]}, r"tenant_weights is \[1\], expected a weight by tenant"),
+        ({"max_step_seconds": 0.0}, "max_step_seconds is 0.0, expected above 0, or None"),
     ],
 )
 def test_config_bounds(wrong, message):
