@@ -50,13 +50,14 @@ class LLM:
     Args:
         zoo_path: a zoo directory.
         settings: fields of `EngineConfig`. All prompts come from one caller here, so that unlike there
-            the default of `kv_sharing` is "scope".
+            the default of `kv_sharing` is "scope" and that of `max_step_seconds` None.
 
     Raises: as `LLMEngine`.
     """
 
     def __init__(self, zoo_path: str | os.PathLike[str], **settings: Any) -> None:
-        self.engine = LLMEngine(zoo_path, EngineConfig(**{"kv_sharing": "scope", **settings}))
+        defaults = {"kv_sharing": "scope", "max_step_seconds": None}
+        self.engine = LLMEngine(zoo_path, EngineConfig(**{**defaults, **settings}))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -48,6 +48,11 @@ _COUNTERS = {
 _LABELLED = {  # field -> (metric, label, description)
     "requests_total": ("requests_total", "finish_reason", "Requests ended"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
+    "model_requests_refused_total": ("model_requests_refused_total", "model", "Requests refused: too many"),
+}
+_LABELLED_GAUGES = {
+    "model_requests_running": ("model_requests_running", "model", "Requests that hold pages now, by model"),
+    "model_requests_waiting": ("model_requests_waiting", "model", "Requests that wait, by model"),
 }
 _WAIT_P99 = "wait_p99_seconds"
 
@@ -70,8 +75,9 @@ class MetricsExporter:
         for name, description in _COUNTERS.items():
             self._metrics[name, ""] = self._family(name, description, kinds.COUNTER).Metric(labels={})
         self._labelled = {
-            field: self._family(name, description, kinds.COUNTER)
-            for field, (name, _, description) in _LABELLED.items()
+            field: self._family(name, description, kind)
+            for fields, kind in ((_LABELLED, kinds.COUNTER), (_LABELLED_GAUGES, kinds.GAUGE))
+            for field, (name, _, description) in fields.items()
         }
         self._labelled[_WAIT_P99] = self._family(
             _WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
@@ -96,10 +102,10 @@ class MetricsExporter:
             self._update(name, "", getattr(metrics, name), counter=False)
         for name in _COUNTERS:
             self._update(name, "", getattr(metrics, name), counter=True)
-        for field in _LABELLED:
+        for field in _LABELLED | _LABELLED_GAUGES:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
-                self._update(field, label, value, counter=True)
+                self._update(field, label, value, counter=field in _LABELLED)
         for label, waits in metrics.wait_seconds.items():
             self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
 
@@ -109,7 +115,8 @@ class MetricsExporter:
         if value == seen:
             return
         if key not in self._metrics:
-            label_name = _LABELLED[name][1] if name in _LABELLED else "cached_percent"
+            labelled = _LABELLED | _LABELLED_GAUGES
+            label_name = labelled[name][1] if name in labelled else "cached_percent"
             self._metrics[key] = self._labelled[name].Metric(labels={label_name: label})
         metric = self._metrics[key]
         if counter:

@@ -47,7 +47,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
-    engine.add_argument("--max-waiting", type=int, metavar="N", help="requests that may wait")
+    engine.add_argument(
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help="requests that may wait; beyond it each tenant has its share (default 1024)",
+    )
+    engine.add_argument(
+        "--tenant-weight",
+        type=_weight,
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="how much more (or less) than 1 a model gets where others want the engine too; may be repeated",
+    )
+    engine.add_argument(
+        "--max-step-seconds",
+        type=_amount,
+        metavar="S",
+        help="most that a chunk of a prompt makes others wait, where 32 tokens take less (default 0.25)",
+    )
     engine.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt with its answer")
     engine.add_argument("--max-request-seconds", type=_amount, metavar="S", help="limit per request (600)")
     engine.add_argument(
@@ -110,6 +129,16 @@ def _amount(text: str) -> float:
     return value
 
 
+def _weight(text: str) -> tuple[str, float]:
+    name, equals, weight = text.rpartition("=")
+    try:
+        if name and equals:
+            return name, float(weight)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no weight; expected a model and a number, as legal=2")
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run zoo-serve; the exit status."""
@@ -137,6 +166,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "max_waiting": args.max_waiting,
+        "tenant_weights": dict(args.tenant_weight) or None,
+        "max_step_seconds": args.max_step_seconds,
         "max_model_len": args.max_model_len,
         # an ensemble's cancelled requests run on unnoticed: something must bound them
         "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
@@ -152,6 +183,15 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)
     return settings
+
+
+def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:
+    """Name weights of models that are not there (yet: a LoRA may come later)."""
+    from blockzoo.server_config.supervisor import say
+
+    for name, _ in args.tenant_weight:
+        if name not in tenants:
+            say(f"--tenant-weight {name}: {args.zoo} has no such model now; it has {', '.join(tenants)}")
 
 
 def _publish(args: argparse.Namespace) -> tuple[str, ...]:
@@ -173,6 +213,7 @@ def _write_only(args: argparse.Namespace) -> int:
     tenants = write_repository(folder, settings)
     endpoints = Endpoints(args.host, args.http_port, args.grpc_port, args.metrics_port)
     command = ["tritonserver", *server_arguments(folder, endpoints, args.drain_seconds)]
+    _check_weights(args, tenants)
     print(f"wrote {folder} for {', '.join(tenants)}; serve it with\n\n  " + " \\\n    ".join(command))
     return 0
 
@@ -219,6 +260,7 @@ def _serve(args: argparse.Namespace) -> int:
         def on_ready() -> None:
             version = f"{watchdog.version()}{' of nvidia-pytriton' if server.bundled else ''}"
             _print_endpoints(args.zoo, follower.tenants, endpoints, version)
+            _check_weights(args, follower.tenants)
 
         return supervisor.run(on_ready)
 

@@ -69,6 +69,14 @@ def test_memory(workdir: Path) -> None:
         assert results["genai, a process each"]["pss"] > results["genai, one process"]["pss"]
 
 
+def test_fairness(workdir: Path) -> None:
+    results = run("fairness", workdir, "--probes", "2", "--patience", "0.5")
+    assert {case["refused"] for case in results.values()} == {0}
+    assert results["1100, more than may wait"]["flood_refused"] > 0
+    assert all(case["polite"]["samples"] == case["flood"]["samples"] == 2 for case in results.values())
+    assert not results["600 x 64 tokens"]["together_came"], "it waits behind them all"
+
+
 @pytest.mark.slow
 def test_stitch(tmp_path: Path) -> None:
     sizes = [

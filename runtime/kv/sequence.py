@@ -81,6 +81,7 @@ class TokenSequence:
         "reuse",
         "scope",
         "segments",
+        "tenant",
         "unfinished",
     )
 
@@ -98,16 +99,18 @@ class TokenSequence:
         publishes: bool = False,
         ends_line: np.ndarray | None = None,
         chain_index: int = -1,
+        tenant: str | None = None,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
         Only sequences of one `scope` share KV, but for what an operator's sequence `publishes`: it leaves its
         pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces. `ends_line`, bool
         [vocabulary], tells which tokens end a line of text. `chain_index`, into the topology's chains, is how
-        executors know the chain.
+        executors know the chain. `tenant` is whose share of the engine it takes; None: the model's.
         """
         self.request_id = request_id
         self.model = model
+        self.tenant = model if tenant is None else tenant
         self.chain_index = chain_index
         self.cache = cache
         self.segments = tuple(segments)

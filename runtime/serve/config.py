@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
@@ -13,19 +13,25 @@ from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.serve.memory import available_memory
 
 _DEFAULT_KV_BYTES = 2 << 30
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 1000
 
 Policy = Literal["hit-first", "fair"]
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Bounds and order. With `hit-first` a tenant's wait depends on what others cached; with `fair` not."""
+    """Bounds, shares and order; see `EngineConfig`.
+
+    With `hit-first` a request's wait depends on what others of its tenant cached; with `fair` not.
+    """
 
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
     policy: Policy = "hit-first"
     ageing_s: float = 2.0  # who has waited longer goes ahead of any cache hit, in order of arrival
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # by tenant; 1 where there is none
+    max_step_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the setting that is out of range."""
@@ -41,6 +47,17 @@ class SchedulerConfig:
             raise ValueError(f"schedule policy is {self.policy!r}, expected 'hit-first' or 'fair'")
         if not self.ageing_s >= 0:
             raise ValueError(f"ageing_s is {self.ageing_s}, expected seconds, at least 0")
+        if not isinstance(self.tenant_weights, Mapping):
+            raise ValueError(f"tenant_weights is {self.tenant_weights!r}, expected a weight by tenant")
+        for name, weight in self.tenant_weights.items():
+            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not is_number or not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+                raise ValueError(
+                    f"tenant_weights[{name!r}] is {weight!r}, expected a number from {_LEAST_WEIGHT} to "
+                    f"{_MOST_WEIGHT}"
+                )
+        if self.max_step_seconds is not None and not self.max_step_seconds > 0:
+            raise ValueError(f"max_step_seconds is {self.max_step_seconds}, expected above 0, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,13 @@ class EngineConfig:
             later can be served by `LLMEngine.reload`. False: where the zoo has some.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
-        max_waiting: requests that may wait; beyond it they are refused as overloaded.
+        max_waiting: requests that may wait. Beyond it a tenant's are refused as overloaded once its share of
+            as many wait: a newcomer's never are because of others' (`tenants.check_queue`).
+        tenant_weights: how much more than 1 (or less, 0.001 to 1000) of the engine a tenant gets where
+            others want it too: of slots, pages, prefill and the waiting queue. A tenant is a model's name,
+            or what `LLMEngine.prepare` is told.
+        max_step_seconds: how long a step may take in which a prompt is computed while others decode or other
+            tenants have prompts: it then takes fewer tokens, but at least 32. None: no limit.
         max_model_len: prompt and generated tokens of a request; None: what the model and the pool allow.
         max_request_seconds: a request that takes longer ends with an error; None: no limit.
         prefix_caching: keep and reuse the KV of finished prompts.
@@ -83,8 +106,8 @@ class EngineConfig:
             scope (which is a claim of the client, unless a gateway sets it); with "scope" also those to other
             models, which saves memory and time where models share layers, and lets their users find out (by
             timing) what others of the scope asked.
-        schedule: "hit-first" prefers waiting requests with cached prefixes; "fair" goes by arrival (then
-            no tenant can tell from its own waiting time what others have cached).
+        schedule: of a tenant's waiting requests "hit-first" prefers those with cached prefixes; "fair" goes
+            by arrival (then nobody can tell from the own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
     """
@@ -98,6 +121,8 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_waiting: int = 1024
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    max_step_seconds: float | None = 0.25
     max_model_len: int | None = None
     max_request_seconds: float | None = None
     prefix_caching: bool = True
@@ -161,7 +186,12 @@ class EngineConfig:
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's part. Raises ValueError naming the setting that is out of range."""
         return SchedulerConfig(
-            self.max_num_seqs, self.max_num_batched_tokens, self.max_waiting, policy=self.schedule
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_waiting,
+            policy=self.schedule,
+            tenant_weights=self.tenant_weights,
+            max_step_seconds=self.max_step_seconds,
         )
 
     def resolved_kv_bytes(self) -> int:

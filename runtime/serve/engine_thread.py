@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,6 +18,7 @@ from blockzoo.runtime.serve.document_publisher import PublishedDocument
 from blockzoo.runtime.serve.llm_engine import LLMEngine, Request
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.runtime.serve.tenants import check_queue
 from blockzoo.runtime.text.prompt import Prompt
 
 OnOutput = Callable[[RequestOutput], None]
@@ -48,6 +49,7 @@ class EngineThread:
         self.engine = LLMEngine(zoo_path, config)
         self.error: BaseException | None = None
         self._pending: dict[str, _Pending] = {}
+        self._held: Counter[str] = Counter()  # of these, by tenant
         self._inbox: deque[Request] = deque()
         self._aborts: deque[str] = deque()
         self._publications: deque[tuple[Future[PublishedDocument], Publication]] = deque()
@@ -88,13 +90,14 @@ class EngineThread:
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
+        tenant: str | None = None,
     ) -> None:
         """Check a request in the calling thread, which tokenizes there, and hand it to the engine.
 
         Raises:
             RequestError: of the kind that fits; `on_output` is then never called.
         """
-        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse, documents)
+        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse, documents, tenant)
         with self._wake:
             if self.error is not None:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")
@@ -102,12 +105,21 @@ class EngineThread:
                 raise OverloadedError("the server is shutting down; send the request elsewhere")
             if request_id in self._pending:
                 raise InvalidRequestError(f"request id {request_id!r} is in use: give each request its own")
-            limit = self.engine.config.max_num_seqs + self.engine.config.max_waiting
-            if len(self._pending) >= limit:
-                raise OverloadedError(f"{limit} requests are running or waiting; send it again later")
+            self._check_queue(request)
             self._pending[request_id] = _Pending(request, on_output)
+            self._held[request.seq.tenant] += 1
             self._inbox.append(request)
             self._wake.notify()
+
+    def _check_queue(self, request: Request) -> None:
+        """As the scheduler does, which sees at most these requests: what passes here passes there."""
+        config = self.engine.config
+        limit = config.max_num_seqs + config.max_waiting
+        try:
+            check_queue(request.seq.tenant, self._held, limit, config.tenant_weights, "waiting or running")
+        except OverloadedError:
+            self.engine.count_refusal(request)
+            raise
 
     def abort(self, request_id: str) -> None:
         """Ask for the end of a request; its last output says "abort". Unknown ids are ignored."""
@@ -230,7 +242,12 @@ class EngineThread:
 
     def _forget(self, request_id: str) -> None:
         with self._wake:
-            self._pending.pop(request_id, None)
+            pending = self._pending.pop(request_id, None)
+            if pending is not None:
+                tenant = pending.request.seq.tenant
+                self._held[tenant] -= 1
+                if not self._held[tenant]:
+                    del self._held[tenant]
             if not self._pending:
                 self._wake.notify_all()
 

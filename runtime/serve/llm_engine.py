@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from blockzoo.engines.choose import make_engines
-from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.topology import Family
@@ -30,6 +31,7 @@ from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.sparing import Sparing
+from blockzoo.runtime.serve.step_pace import StepPace, measured_pace
 from blockzoo.runtime.serve.step_runner import StepRunner
 from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
@@ -61,8 +63,9 @@ class LLMEngine:
         self.config = config or EngineConfig()
         # those that the next step will admit wait too, until it begins
         waiting = self.config.max_waiting + self.config.max_num_seqs
-        self._scheduler = Scheduler(replace(self.config.scheduler(), max_waiting=waiting))
         zoo = Zoo.open(zoo_path)
+        self._pace = StepPace(lambda model: measured_pace(zoo.manifest, model))
+        self._scheduler = Scheduler(replace(self.config.scheduler(), max_waiting=waiting), pace=self._pace)
         maker = make_engines(
             self.config.backend,
             self.config.precision,
@@ -133,6 +136,7 @@ class LLMEngine:
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
+        tenant: str | None = None,
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -146,17 +150,22 @@ class LLMEngine:
                 answers a little, and lets others of its scope change them. None: as EngineConfig says.
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
+            tenant: whose share of the engine the request takes; None: the model's.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
-        return self._builder.build(request_id, model, prompt, params, scope, kv_reuse, documents)
+        return self._builder.build(request_id, model, prompt, params, scope, kv_reuse, documents, tenant)
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
-        self._scheduler.add(request.seq)
+        try:
+            self._scheduler.add(request.seq)
+        except OverloadedError:
+            self.count_refusal(request)
+            raise
         self._requests[request.seq.request_id] = request
-        self._recorder.on_request_arrived()
+        self._recorder.on_request_arrived(request.model.name)
 
     def add_request(
         self,
@@ -167,9 +176,10 @@ class LLMEngine:
         scope: str | None = None,
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
+        tenant: str | None = None,
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents))
+        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents, tenant))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -177,6 +187,10 @@ class LLMEngine:
             return None
         self._scheduler.abort(request_id)
         return self._finish(self._requests[request_id], "abort")
+
+    def count_refusal(self, request: Request) -> None:
+        """Note that a prepared request was refused as too many wait. Thread-safe."""
+        self._recorder.on_request_refused(request.model.name)
 
     def refusal(self, request: Request, error: BaseException) -> RequestOutput:
         """The only output of a prepared request that could not be queued."""
@@ -254,7 +268,9 @@ class LLMEngine:
         """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
         results: list[tuple[TokenSequence, SampledToken | RequestError]]
         try:
+            start = time.monotonic()
             done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
+            self._pace.observe(_prefill_tokens(items), time.monotonic() - start)
             self._recorder.on_step(done.num_calls, done.num_call_rows)
             results = [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
             for logits, indices in done.logits:
@@ -407,3 +423,12 @@ class LLMEngine:
         """A snapshot of counters, gauges and histograms."""
         caches = list(self._zoo.caches.values())
         return self._recorder.snapshot(self._scheduler, caches, self._zoo.adapters, self._publisher.stats())
+
+
+def _prefill_tokens(items: list[Scheduled]) -> Counter[str]:
+    """Prompt tokens of a step by model."""
+    tokens = Counter[str]()
+    for seq, num_tokens in items:
+        if num_tokens > 1:
+            tokens[seq.model] += num_tokens
+    return tokens

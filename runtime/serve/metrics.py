@@ -7,6 +7,7 @@ a snapshot from any thread. Names and units follow Prometheus: `_total` only gro
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -90,6 +91,8 @@ class Metrics:
         requests_running: requests that hold pages.
         requests_waiting: requests that do not yet, or were preempted.
         requests_arrived_total: requests queued.
+        model_requests_running, model_requests_waiting: the same by model, of all that were ever asked.
+        model_requests_refused_total: requests refused as too many waited, by model.
         requests_total: requests ended, by finish reason (all four are always present).
         prompt_tokens_total: prompt tokens of ended requests.
         cached_tokens_total: those of them that the prefix cache spared.
@@ -126,6 +129,9 @@ class Metrics:
 
     requests_running: int
     requests_waiting: int
+    model_requests_running: Mapping[str, int]
+    model_requests_waiting: Mapping[str, int]
+    model_requests_refused_total: Mapping[str, int]
     requests_arrived_total: int
     requests_total: Mapping[FinishReason, int]
     prompt_tokens_total: int
@@ -172,6 +178,8 @@ class MetricsRecorder:
         self.add_segments(segments)
         self._lock = Lock()
         self._arrived = 0
+        self._refused = Counter[str]()  # by model
+        self._asked: set[str] = set()  # models
         self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -188,10 +196,16 @@ class MetricsRecorder:
         """Segments of models that came later."""
         self._layers = self._layers | {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
 
-    def on_request_arrived(self) -> None:
-        """A request was queued."""
+    def on_request_arrived(self, model: str) -> None:
+        """A request to a model of the zoo was queued."""
         with self._lock:
             self._arrived += 1
+            self._asked.add(model)
+
+    def on_request_refused(self, model: str) -> None:
+        """A request to a model of the zoo was not queued, as too many were."""
+        with self._lock:
+            self._refused[model] += 1
 
     def on_started(self, wait_s: float, spared_share: float) -> None:
         """A request runs for the first time, so many seconds after its arrival; 0 to 1 of its prompt's work
@@ -240,10 +254,14 @@ class MetricsRecorder:
     ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
+        running, waiting = scheduler.by_model()
         with self._lock:
             return Metrics(
                 requests_running=scheduler.num_running,
                 requests_waiting=scheduler.num_waiting,
+                model_requests_running=dict.fromkeys(self._asked, 0) | running,
+                model_requests_waiting=dict.fromkeys(self._asked, 0) | waiting,
+                model_requests_refused_total=dict(self._refused),
                 requests_arrived_total=self._arrived,
                 requests_total=dict(self._finished),
                 prompt_tokens_total=self._prompt_tokens,

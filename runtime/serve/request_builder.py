@@ -59,6 +59,7 @@ class RequestBuilder:
         scope: str | None,
         kv_reuse: KVReuse | None,
         documents: Sequence[str],
+        tenant: str | None,
     ) -> Request:
         """See `LLMEngine.prepare`."""
         zoo = self._zoo()
@@ -91,6 +92,7 @@ class RequestBuilder:
             spans,
             ends_line=loaded.tokenizer.ends_line if reuse == "approx" else None,
             chain_index=loaded.chain_index,
+            tenant=tenant,
         )
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))

@@ -88,8 +88,11 @@ def test_scopes_that_imitate_others_are_others(engine: LLMEngine) -> None:
 def test_a_page_of_another_scope_is_not_copied_in_part(engine: LLMEngine) -> None:
     prompt = prompt_of(4)
     ask(engine, "base", prompt, "red")
+    copied = engine.metrics().copied_pages_total
     assert ask(engine, "base", prompt[:50] + prompt_of(5), "blue")[0] == 0
-    assert ask(engine, "base", prompt[:50] + prompt_of(5), "red")[0] == 50
+    assert engine.metrics().copied_pages_total == copied
+    assert ask(engine, "base", prompt[:50] + prompt_of(5), "red")[0] == 32  # told in whole pages
+    assert engine.metrics().copied_pages_total == copied + 1
 
 
 def test_what_a_hostile_scope_leaves_changes_no_answer(engine: LLMEngine, cold_engine: LLMEngine) -> None:

@@ -166,8 +166,8 @@ class ScriptedEngine:
             self.emit("", "abort")
 
     def metrics(self) -> Any:
-        zeros = dict.fromkeys((field.name for field in fields(Metrics)), 0)
-        return SimpleNamespace(**zeros | {"requests_total": {}, "prefix_hit_tokens": {}, "wait_seconds": {}})
+        values = {each.name: {} if each.type.startswith("Mapping") else 0 for each in fields(Metrics)}
+        return SimpleNamespace(**values)
 
     def drain(self, timeout_s: float) -> bool:
         return not self.requests

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from blockzoo.runtime import EngineConfig
 from blockzoo.server_config import repository
 from blockzoo.server_config.repository import (
     RESERVED_NAMES,
@@ -123,3 +124,37 @@ def test_no_model_batches_in_triton():
     texts = configurations(["chat"], ServerSettings("/zoo")).values()
     assert all("max_batch_size: 1\n" in text for text in texts)
     assert not any("dynamic_batching" in text for text in texts)
+
+
+def test_weights_of_tenants_reach_the_engine_and_unknown_ones_are_named(demo_zoo, tmp_path, capsys):
+    options = ["--tenant-weight", "base=2", "--tenant-weight", "a=b=0.5", "--max-step-seconds", "0.2"]
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), *options]) == 0
+    said = capsys.readouterr().err
+    assert "--tenant-weight a=b: " in said
+    assert "--tenant-weight base" not in said
+    text = (tmp_path / "models" / "blockzoo" / "config.pbtxt").read_text()
+    settings = ServerSettings.of_model(
+        {"model_config": json.dumps({"parameters": {"settings": {"string_value": _settings_text(text)}}})}
+    )
+    engine = EngineConfig(**settings.engine)
+    assert engine.tenant_weights == {"base": 2.0, "a=b": 0.5}
+    assert engine.max_step_seconds == 0.2
+
+
+@pytest.mark.parametrize("wrong", ["base", "=2", "base=", "base=two"])
+def test_a_weight_that_is_none_is_refused(demo_zoo, wrong, capsys):
+    with pytest.raises(SystemExit):
+        main([str(demo_zoo), "--tenant-weight", wrong])
+    assert "expected a model and a number, as legal=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["base=0", "base=nan", "base=1e9"])
+def test_a_weight_out_of_range_is_refused(demo_zoo, tmp_path, wrong, capsys):
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), "--tenant-weight", wrong]) == 1
+    assert "tenant_weights['base'] is" in capsys.readouterr().err
+
+
+def _settings_text(config: str) -> str:
+    """The parameter `settings` of a config.pbtxt."""
+    quoted = config.split('key: "settings" value: { string_value: ')[1].split(" } }\n")[0]
+    return json.loads(quoted)

@@ -255,10 +255,16 @@ class KVMachine(RuleBasedStateMachine):
         ageing_s=st.sampled_from([0.0, 0.05, 100.0]),
         caching=st.sampled_from([True, True, True, False]),
         hidden_pages=st.sampled_from([0, 2, 8, 100]),
+        weights=st.sampled_from([{}, {}, {"a": 5}, {"b": 0.1, "d": 2}]),
     )
-    def start(self, columns, tokens, policy, ageing_s, caching, hidden_pages):
+    def start(self, columns, tokens, policy, ageing_s, caching, hidden_pages, weights):
         config = SchedulerConfig(
-            max_num_seqs=6, max_num_batched_tokens=tokens, max_waiting=8, policy=policy, ageing_s=ageing_s
+            max_num_seqs=6,
+            max_num_batched_tokens=tokens,
+            max_waiting=8,
+            policy=policy,
+            ageing_s=ageing_s,
+            tenant_weights=weights,
         )
         self.world = World(columns * 3, config, caching, hidden_pages)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.serve.step_pace import measured_pace
+from blockzoo.zoo.store import Zoo
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = "def main(argv):\n    "
@@ -100,6 +103,64 @@ def test_log_probabilities(engine: LLMEngine) -> None:
         assert entry.token_id == output.token_ids[0] == entry.top[0][0]
         assert entry.logprob == entry.top[0][1] <= 0
         assert len(entry.top) == 2
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_newcomer_is_served_at_once_and_nobody_loses_a_token(demo_zoo: Path, prefix_caching: bool) -> None:
+    settings: dict[str, Any] = {
+        "precision": "f32",
+        "kv_cache_bytes": 16 << 20,
+        "prefix_caching": prefix_caching,
+    }
+    prompts = [[5 + i, *range(10, 40 + i)] for i in range(12)]
+    params = SamplingParams(max_tokens=40, temperature=0.9, seed=3, ignore_eos=True)
+    quiet = LLM(demo_zoo, **settings, max_num_seqs=1)
+    expected = [c.token_ids for c in quiet.generate("base", prompts, params, progress=False)]
+    polite = quiet.generate("base-sharded", PROMPT, GREEDY, progress=False)[0].token_ids
+
+    engine = LLMEngine(demo_zoo, EngineConfig(**settings, max_num_seqs=4))
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), "base", prompt, params)
+    found: dict[str, tuple[int, ...]] = {}
+
+    def step() -> set[str]:
+        outputs = engine.step()
+        for output in outputs:
+            found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
+        return {output.request_id for output in outputs}
+
+    for number in range(6):
+        for _ in range(13):
+            step()
+        engine.add_request(f"polite {number}", "base-sharded", PROMPT, GREEDY)
+        assert f"polite {number}" in step(), "its first token is a step away"
+    while engine.has_unfinished():
+        step()
+    assert [found[str(i)] for i in range(12)] == expected
+    assert {found[f"polite {number}"] for number in range(6)} == {polite}
+    assert engine.metrics().preemptions_total >= 5
+    engine.check_integrity()
+
+
+def test_the_pace_of_prefill_is_seeded_by_the_zoo_and_learnt_from_steps(demo_zoo: Path) -> None:
+    manifest = Zoo.open(demo_zoo).manifest
+    times = {1: 7.0, 256: 512.0}  # us a block
+    blocks = {i: block.with_latency(i, times) for i, block in manifest.blocks.items()}
+    model = manifest.models["base"]
+    layers = len(model.chain) - 2  # attention and feed-forward, without embedding and head
+    assert measured_pace(replace(manifest, blocks=blocks), "base") == pytest.approx(layers * 2e-6)
+    blocks[model.chain[1]] = blocks[model.chain[1]].with_latency(None, None)
+    assert measured_pace(replace(manifest, blocks=blocks), "base") is None
+    assert measured_pace(manifest, "nobody") is None
+
+    engine = LLMEngine(demo_zoo, CONFIG)
+    before = engine._pace.seconds_per_token("base")
+    engine.add_request("r", "base", list(range(5, 105)), GREEDY)
+    run(engine)
+    learnt = engine._pace.seconds_per_token("base")
+    assert learnt is not None
+    assert learnt > 0
+    assert learnt != before
 
 
 def test_max_tokens_is_cut_where_the_context_ends(demo_zoo: Path) -> None:
@@ -448,6 +509,31 @@ def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:
         thread.abort(str(i))
     assert sink.done.wait(60)
     assert {outputs[-1].finish_reason for outputs in sink.outputs.values()} <= {"abort", "length"}
+    thread.close()
+
+
+def test_a_full_queue_refuses_the_flood_alone(demo_zoo: Path) -> None:
+    config = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=2, max_waiting=4)
+    thread = EngineThread(demo_zoo, config)
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    sink, polite = Sink(6), Sink(2)
+    for i in range(6):
+        thread.submit(str(i), "base", PROMPT, long, sink)
+    with pytest.raises(OverloadedError, match="6 of them of 'base', whose share of the 6 that may be is 6"):
+        thread.submit("6", "base", PROMPT, long, sink)
+    thread.submit("polite", "base-sharded", PROMPT, GREEDY, polite)
+    thread.submit("keyed", "base", PROMPT, GREEDY, polite, tenant="a key")
+    assert polite.done.wait(60)
+    assert {outputs[-1].finish_reason for outputs in polite.outputs.values()} == {"length"}
+    metrics = thread.metrics()
+    assert metrics.model_requests_refused_total == {"base": 1}
+    assert metrics.model_requests_running.keys() == {"base", "base-sharded"}
+    for i in range(6):
+        thread.abort(str(i))
+    assert sink.done.wait(60)
+    idle = {"base": 0, "base-sharded": 0}
+    assert thread.metrics().model_requests_running == thread.metrics().model_requests_waiting == idle
+    assert not thread._held
     thread.close()
 
 

@@ -48,7 +48,7 @@ def test_a_new_recorder_is_all_zeros_and_goes_into_json():
 
 def test_a_request_is_counted_from_arrival_to_end():
     recorder = MetricsRecorder()
-    recorder.on_request_arrived()
+    recorder.on_request_arrived("m")
     recorder.on_first_token(0.3)
     recorder.on_token(0.02)
     recorder.on_token(0.04)

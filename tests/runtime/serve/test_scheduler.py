@@ -5,8 +5,9 @@ import pytest
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.serve.admission_order import PROBES_PER_STEP
 from blockzoo.runtime.serve.config import SchedulerConfig
-from blockzoo.runtime.serve.scheduler import PROBES_PER_STEP, Scheduler
+from blockzoo.runtime.serve.scheduler import Scheduler
 
 LAYERS = (Segment(0, 1, "low"), Segment(1, 2, "high"))  # 2 pages per 32 tokens
 
@@ -431,6 +432,11 @@ def test_abort_while_the_step_runs():
         ({"max_num_batched_tokens": 31}, "less than max_num_seqs"),
         ({"policy": "random"}, "'random'"),
         ({"ageing_s": float("nan")}, "ageing_s is nan"),
+        ({"tenant_weights": {"m": 0}}, r"tenant_weights\['m'\] is 0, expected a number from 0.001 to 1000"),
+        ({"tenant_weights": {"m": float("nan")}}, r"tenant_weights\['m'\] is nan"),
+        ({"tenant_weights": {"m": True}}, r"tenant_weights\['m'\] is True"),
+        ({"tenant_weights": [1]}, r"tenant_weights is \[1\], expected a weight by tenant"),
+        ({"max_step_seconds": 0.0}, "max_step_seconds is 0.0, expected above 0, or None"),
     ],
 )
 def test_config_bounds(wrong, message):
