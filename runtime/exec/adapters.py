@@ -170,7 +170,7 @@ class _Bank:
         ranks = {chain: slot.stop - slot.start for chain, slot in self._slots.items() if chain in needed}
         for chain, loaded in joining.items():
             ranks[chain] = max(len(a) for pairs in loaded.values() for a, _ in pairs.values())
-        limit = _MAX_IDLE * sum(ranks.values())
+        limit = self._limit(sum(ranks.values()))
         if not joining and self._end <= limit:
             return
         slots = None if self._end > limit else self._place({c: ranks[c] for c in joining}, needed, limit)
@@ -182,8 +182,15 @@ class _Bank:
         for chain, slot in slots.items():
             self._write(slot, joining[chain])
             self._slots[chain] = slot
-        end = self._end
-        self._inputs = self._shown(1 << (end - 1).bit_length() if self._arrays.records else end)
+        self._inputs = self._shown(_power_of_two(self._end) if self._arrays.records else self._end)
+
+    def _limit(self, in_use: int) -> int:
+        """Where the last slot may end, given the ranks in use."""
+        if not self._arrays.records:
+            return _MAX_IDLE * in_use
+        # few shapes, so that steps repeat them; and no larger ones than what is in use has needed so far
+        room = len(self._versions)
+        return room if in_use <= room <= _MAX_IDLE * in_use else _power_of_two(in_use)
 
     @property
     def _end(self) -> int:
@@ -226,7 +233,7 @@ class _Bank:
         room = len(self._versions)
         if rank <= room:
             return
-        larger = 1 << (rank - 1).bit_length()  # at least doubled, so that growing is rare
+        larger = _power_of_two(rank)  # at least doubled, so that growing is rare
         old, self._matrices = self._matrices, self._zeros(larger)
         self._versions = np.pad(self._versions, (0, larger - room))
         for name, matrix in self._matrices.items():
@@ -253,6 +260,11 @@ class _Bank:
         """The inputs of the first ranks."""
         views = {name: matrix[:rank] for name, matrix in self._matrices.items()}
         return views | {"lora_versions": self._versions[:rank].copy()}
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 def _gap(taken: Iterable[slice], length: int, limit: int) -> int | None:

@@ -109,6 +109,7 @@ def test_adapters_that_come_and_go_compute_what_a_new_bank_does(budget: int, rec
     reader = Reader()
     made, names = many(reader, budget, records)
     running: set[int] = set()
+    most = 0  # ranks in use
     kept: list[tuple[Call, tuple[int, ...], dict[str, np.ndarray], np.ndarray]] = []
     for _ in range(300):
         for index in rng.integers(0, 20, int(rng.integers(0, 4))).tolist():
@@ -121,8 +122,12 @@ def test_adapters_that_come_and_go_compute_what_a_new_bank_does(budget: int, rec
         new, _ = many(Reader(), 1 << 20, records)
         np.testing.assert_array_equal(deltas(found), deltas(new.of(step)))
         in_use = sum(int(names[i][1:]) for i in running)
-        room = max(1, 2 * in_use)
-        assert found["lora_mask"].shape[1] <= (1 << (room - 1).bit_length() if records else room)
+        width = found["lora_mask"].shape[1]
+        most = max(most, in_use)
+        assert width <= 2 * in_use
+        if records:  # plans have room for what is in use at most
+            assert width <= 1 << max(0, most - 1).bit_length()
+            assert width & (width - 1) == 0
         joined = sum(stamp in ((), (-1,)) for stamp in before.values())
         assert len(reader.read) - loads <= joined  # those that run are never read again
         kept.append((step, made.stamp(step), found, deltas(found)))
