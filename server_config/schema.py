@@ -49,7 +49,7 @@ _SAMPLING_FIELD_OF = {
     "bad_words": "bad_words",
     "min_length": "min_tokens",
 }
-_JSON_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logprobs")
+_JSON_KEYS = tuple(f.name for f in fields(SamplingParams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _sampling_params(inputs: Mapping[str, np.ndarray]) -> SamplingParams:
     if not given.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         given["temperature"] = 0.0
     if _flag(inputs, "return_log_probs"):
-        given["logprobs"] = 0
+        given.setdefault("logprobs", 0)
     return SamplingParams(**given)
 
 
@@ -220,8 +220,6 @@ def _sampling_parameters(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
             '{"temperature": 0.7}'
         )
     for key in given:
-        if key == "logprobs":
-            raise InvalidRequestError("sampling_parameters has the key 'logprobs'; use return_log_probs")
         if key not in _JSON_KEYS:
             raise InvalidRequestError(
                 f"sampling_parameters has the unknown key {key!r}; {did_you_mean(key, _JSON_KEYS)}"

@@ -56,6 +56,9 @@ OUTPUTS = (
     TEXT_OUTPUT,
     TensorField("cum_log_probs", "FP32", (-1,)),
     TensorField("output_log_probs", "FP32", (-1, -1)),
+    # ours, where sampling_parameters asks for `logprobs` above 0: the likeliest tokens in each token's place
+    TensorField("top_token_ids", "INT32", (-1, -1)),
+    TensorField("top_log_probs", "FP32", (-1, -1)),
     # ours, token_ids with every response and the others with the last one
     TensorField("token_ids", "INT32", (-1,)),
     TensorField("finish_reason", "STRING"),

@@ -7,6 +7,8 @@ vocabulary) are checked where they are known.
 from __future__ import annotations
 
 import numbers
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ behind other ones."""
 MAX_TOKENS_LIMIT = 1_000_000
 MAX_LOGPROBS = 20
 MAX_WORDS = 64
+MAX_BIASES = 1024
 MAX_WORD_CHARS = 256
 GREEDY_BELOW = 1e-5
 
@@ -53,6 +56,8 @@ class SamplingParams:
         min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
         skip_special_tokens: leave special tokens out of the text, but for a stop word that is to be in it.
         include_stop: let the text end with the stop word instead of before it.
+        logit_bias: at most 1024 token ids, each with -100 to 100 that is added to its logit: a mapping, kept as
+            pairs.
     """
 
     max_tokens: int = 16
@@ -71,6 +76,7 @@ class SamplingParams:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         self._check_int("max_tokens", 1, MAX_TOKENS_LIMIT)
@@ -88,6 +94,7 @@ class SamplingParams:
             self._check_int("logprobs", 0, MAX_LOGPROBS)
         self._check_words("stop")
         self._check_words("bad_words")
+        self._check_bias()
         for field in ("ignore_eos", "skip_special_tokens", "include_stop"):
             if not isinstance(getattr(self, field), bool):
                 raise _wrong(field, getattr(self, field), "true or false")
@@ -125,6 +132,28 @@ class SamplingParams:
             expected = f"above {low:g} and at most {high:g}" if low_is_out else f"from {low:g} to {high:g}"
             raise _wrong(field, value, f"a number {expected}")
         self._set(field, float(value))
+
+    def _check_bias(self) -> None:
+        given = self.logit_bias
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+        expected = "token ids, each with a number from -100 to 100"
+        if not isinstance(pairs, (tuple, list)):
+            raise _wrong("logit_bias", given, expected)
+        if len(pairs) > MAX_BIASES:
+            raise InvalidRequestError(f"logit_bias has {len(pairs)} tokens; expected at most {MAX_BIASES}.")
+        biases: dict[int, float] = {}
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise _wrong("logit_bias", given, expected)
+            token_id, bias = pair
+            if isinstance(token_id, str) and re.fullmatch("[0-9]{1,10}", token_id):  # a key of JSON
+                token_id = int(token_id)
+            if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
+                raise _wrong("logit_bias", given, expected)
+            if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not -100 <= bias <= 100:
+                raise _wrong(f"logit_bias[{token_id}]", bias, "a number from -100 to 100")
+            biases[int(token_id)] = float(bias)
+        self._set("logit_bias", tuple(biases.items()))
 
     def _check_words(self, field: str) -> None:
         words = getattr(self, field)

@@ -1,6 +1,6 @@
 """From logits to tokens: penalties, temperature, filters, one draw, log-probabilities.
 
-The order is that of Hugging Face: penalties and banned tokens, temperature, top_k, top_p, min_p. Each
+The order is that of Hugging Face: penalties, biases and banned tokens, temperature, top_k, top_p, min_p. Each
 row is treated alone, so the token of a request does not depend on the rest of the batch.
 
 Knows nothing of sequences, pages or engines.
@@ -52,7 +52,7 @@ class SamplerState:
         generated_token_ids: tokens generated earlier, when a request is taken up again.
 
     Raises:
-        InvalidRequestError: a token id outside the vocabulary in the prompt.
+        InvalidRequestError: a token id outside the vocabulary, in the prompt or in `params.logit_bias`.
     """
 
     def __init__(
@@ -79,6 +79,13 @@ class SamplerState:
         self._banned_sequences = sorted({word for word in words if len(word) > 1})
         self._tail_size = max((len(word) - 1 for word in self._banned_sequences), default=0)
         self._tail = prompt[prompt.size - min(self._tail_size, prompt.size) :].tolist()
+        biases = params.logit_bias
+        if biases and max(biases)[0] >= vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias holds the token id {max(biases)[0]}; the model's are 0 to {vocab_size - 1}."
+            )
+        self._biased_ids = np.array([token_id for token_id, _ in biases], np.int64)
+        self._biases = np.array([bias for _, bias in biases], np.float32)
         self._seen: _SeenTokens | None = None
         if params.has_penalties:
             self._seen = _SeenTokens(prompt if params.repetition_penalty != 1.0 else prompt[:0])
@@ -103,13 +110,14 @@ class SamplerState:
         return float(self._philox.random_raw() >> 11) * 2.0**-53
 
     def edit(self, logits: Logits, out: Logits) -> Logits:
-        """Applies penalties and bans: returns `logits` itself where there are none, else fills `out`."""
+        """Applies penalties, biases and bans: returns `logits` itself where there are none, else fills `out`."""
         banned = self._banned_now()
-        if self._seen is None and not banned:
+        if self._seen is None and not banned and not self._biases.size:
             return logits
         np.copyto(out, logits)
         if self._seen is not None:
             self._seen.penalize(out, self.params)
+        out[self._biased_ids] += self._biases
         out[banned] = -np.inf
         return out
 
@@ -194,7 +202,7 @@ def _check(row: int, peak: float, logits: Logits, edited: Logits) -> None:
         )
     if not math.isfinite(peak):
         raise SamplingError(
-            row, f"Bad words, min_tokens and penalties leave no token to choose (largest logit {peak})."
+            row, f"Bad words, min_tokens, biases and penalties leave no token to choose (largest logit {peak})."
         )
 
 

@@ -94,6 +94,11 @@ def test_sampling_parameters_add_what_has_no_input():
         text_input="x", model="chat", max_tokens=3, sampling_parameters='{"min_p": 0.1, "ignore_eos": true}'
     )
     assert request.params == SamplingParams(max_tokens=3, min_p=0.1, ignore_eos=True)
+    text = '{"logprobs": 3, "logit_bias": {"7": -1.5}}'
+    request = parse(text_input="x", model="chat", max_tokens=3, return_log_probs=True, sampling_parameters=text)
+    assert request.params == SamplingParams(
+        max_tokens=3, temperature=0.0, logprobs=3, logit_bias=((7, -1.5),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +195,7 @@ def test_the_client_timeout_is_in_microseconds():
         ),
         ({"sampling_parameters": '{"temperature": "hot"}'}, "temperature is 'hot'; expected a number"),
         ({"sampling_parameters": '{"temperature": NaN}'}, "temperature is nan"),
-        ({"sampling_parameters": '{"logprobs": 5}'}, "use return_log_probs"),
+        ({"sampling_parameters": '{"logprobs": 21}'}, "logprobs is 21; expected a whole number from 0 to 20"),
         (
             {"max_tokens": 4, "sampling_parameters": '{"max_tokens": 5}'},
             "max_tokens and sampling_parameters['max_tokens'] are both set; send one",
