@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess
+    from blockzoo.server_config.openai.process import OpenAIProcess
     from blockzoo.server_config.watchdog import Watchdog
 
 _PROBE_EVERY_S = 1.0
@@ -28,11 +29,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve all models of a zoo over HTTP and gRPC with Triton Inference Server.",
     )
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
-    network = parser.add_argument_group("network (port 0 takes a free one)")
+    network = parser.add_argument_group("network (port 0 of Triton takes a free one)")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
     network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
+    network.add_argument(
+        "--openai-port",
+        type=_port,
+        default=9000,
+        metavar="N",
+        help="of the OpenAI endpoint, default %(default)s; 0 leaves it out, as --no-openai does",
+    )
+    network.add_argument(
+        "--no-openai", action="store_const", const=0, dest="openai_port", help="leave the OpenAI endpoint out"
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
@@ -190,6 +201,8 @@ def _serve(args: argparse.Namespace) -> int:
         {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
     )
     endpoints = Endpoints(args.host, *ports.values())
+    if args.openai_port:
+        free_ports(_openai_host(args), {"--openai-port (0 leaves it out)": args.openai_port})
     with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
         folder = Path(temporary)
         repository, control_dir = folder / "models", folder / "control"
@@ -205,8 +218,40 @@ def _serve(args: argparse.Namespace) -> int:
             watchdog.tenant = follower.prepare()[0]
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
+        openai = _openai_process(args, endpoints, folder)
+
+        def on_ready() -> None:
+            if openai is not None:
+                openai.start()
+            _print_endpoints(args, follower.tenants, endpoints)
+
         supervisor = _Supervisor(start, watchdog, follower, args.drain_seconds)
-        return supervisor.run(lambda: _print_endpoints(args.zoo, follower.tenants, endpoints))
+        try:
+            return supervisor.run(on_ready)
+        finally:
+            if openai is not None:
+                openai.stop()
+
+
+def _openai_host(args: argparse.Namespace) -> str:
+    """Where the OpenAI endpoint listens."""
+    return "127.0.0.1"
+
+
+def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path) -> OpenAIProcess | None:
+    if not args.openai_port:
+        return None
+    from blockzoo.server_config.openai.process import OpenAIProcess
+
+    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
+    options = {
+        "zoo": Path(args.zoo).resolve(),
+        "grpc": f"{endpoints.client_host}:{endpoints.grpc_port}",
+        "metrics": metrics,
+        "host": _openai_host(args),
+        "port": args.openai_port,
+    }
+    return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, _say)
 
 
 class _Supervisor:
@@ -277,10 +322,11 @@ class _Supervisor:
         process.forward_errors = True
 
 
-def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
+def _print_endpoints(args: argparse.Namespace, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
     host = endpoints.client_host
+    openai = f"  OpenAI   http://{_openai_host(args)}:{args.openai_port}/v1\n" if args.openai_port else ""
     print(
-        f"serving {len(tenants)} models of {zoo}: {', '.join(tenants)}\n"
+        f"serving {len(tenants)} models of {args.zoo}: {', '.join(tenants)}\n{openai}"
         f"  HTTP     {endpoints.http}\n"
         f"  gRPC     {host}:{endpoints.grpc_port}\n"
         f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"

@@ -56,8 +56,8 @@ class SamplingParams:
         min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
         skip_special_tokens: leave special tokens out of the text, but for a stop word that is to be in it.
         include_stop: let the text end with the stop word instead of before it.
-        logit_bias: at most 1024 token ids, each with -100 to 100 that is added to its logit: a mapping, kept as
-            pairs.
+        logit_bias: at most 1024 token ids, each with -100 to 100 that is added to its logit: a mapping,
+            kept as pairs.
     """
 
     max_tokens: int = 16
@@ -135,7 +135,7 @@ class SamplingParams:
 
     def _check_bias(self) -> None:
         given = self.logit_bias
-        pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+        pairs: Any = tuple(given.items()) if isinstance(given, Mapping) else given
         expected = "token ids, each with a number from -100 to 100"
         if not isinstance(pairs, (tuple, list)):
             raise _wrong("logit_bias", given, expected)

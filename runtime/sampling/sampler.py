@@ -110,7 +110,7 @@ class SamplerState:
         return float(self._philox.random_raw() >> 11) * 2.0**-53
 
     def edit(self, logits: Logits, out: Logits) -> Logits:
-        """Applies penalties, biases and bans: returns `logits` itself where there are none, else fills `out`."""
+        """Applies penalties, biases, bans: returns `logits` itself where there are none, else fills `out`."""
         banned = self._banned_now()
         if self._seen is None and not banned and not self._biases.size:
             return logits
@@ -202,7 +202,8 @@ def _check(row: int, peak: float, logits: Logits, edited: Logits) -> None:
         )
     if not math.isfinite(peak):
         raise SamplingError(
-            row, f"Bad words, min_tokens, biases and penalties leave no token to choose (largest logit {peak})."
+            row,
+            f"Bad words, min_tokens, biases and penalties leave no token to choose (largest logit {peak}).",
         )
 
 

@@ -95,7 +95,9 @@ def test_sampling_parameters_add_what_has_no_input():
     )
     assert request.params == SamplingParams(max_tokens=3, min_p=0.1, ignore_eos=True)
     text = '{"logprobs": 3, "logit_bias": {"7": -1.5}}'
-    request = parse(text_input="x", model="chat", max_tokens=3, return_log_probs=True, sampling_parameters=text)
+    request = parse(
+        text_input="x", model="chat", max_tokens=3, return_log_probs=True, sampling_parameters=text
+    )
     assert request.params == SamplingParams(
         max_tokens=3, temperature=0.0, logprobs=3, logit_bias=((7, -1.5),)
     )

@@ -325,7 +325,9 @@ def test_biases_are_added_as_hugging_face_does():
     logits = logits_of(5)
     biases = {int(logits[0].argmax()): -100.0, 11: 3.5, 19_999: 100.0}
     state = state_of(temperature=0.0, logit_bias=biases, repetition_penalty=1.3, prompt=(11, 12))
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[11, 12]]), torch.from_numpy(logits.copy()))
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(
+        torch.tensor([[11, 12]]), torch.from_numpy(logits.copy())
+    )
     processor = SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()})
     expected = processor(torch.tensor([[11, 12]]), expected)
     np.testing.assert_allclose(state.edit(logits[0], np.empty(20_000, np.float32)), expected[0].numpy())
