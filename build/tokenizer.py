@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from blockzoo.build.tokenizer_files import read_object, read_settings, special_tokens_of
+from blockzoo.build.tokenizer_files import read_settings, special_tokens_of
+from blockzoo.zoo.chat_files import SPECIAL_TOKENS, read_object, templates
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError, ZooError
 
 # classes that take tokenizer.json as it is
@@ -41,7 +42,8 @@ class ModelTokenizer:
     """The tokenizer of a model."""
 
     files: dict[str, bytes]
-    """By name. tokenizer.json alone gives the ids; it stays as given where that was so already."""
+    """By name. tokenizer.json alone gives the ids; it stays as given where that was so already. Beside chat
+    templates lie the special tokens that they may name."""
     eos_token_id: int | None
     """Of the tokenizer's eos_token, if it has one."""
     largest_id: int
@@ -121,6 +123,9 @@ def _resolve(
             f"the tokenizer files do not fit together ({type(error).__name__}: {error}); save the tokenizer "
             "into the folder again (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         ) from error
+    if templates(files):
+        named = {name: str(token) for name, token in special.items()}
+        files[SPECIAL_TOKENS] = json.dumps(named, indent=2, ensure_ascii=False).encode()
     eos = special.get("eos_token")
     eos_id = None if eos is None else tokenizer.token_to_id(str(eos))
     return ModelTokenizer(files, eos_id, max(tokenizer.get_vocab(with_added_tokens=True).values()))

@@ -1,11 +1,11 @@
 """What the tokenizer files of a folder say, put together as `from_pretrained` of transformers 5 does."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import AddedToken
 
+from blockzoo.zoo.chat_files import read_object
 from blockzoo.zoo.errors import CheckpointError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -63,17 +63,6 @@ def special_tokens_of(settings: Mapping[str, Any]) -> tuple[dict[str, str | Adde
     if not isinstance(extra, (list, type(None))):
         raise CheckpointError(f"extra_special_tokens is {extra!r:.60}; expected a list of tokens")
     return named, extra or []
-
-
-def read_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A JSON object; {} where the file is absent. Raises CheckpointError."""
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name}: expected a JSON object, seen {type(value).__name__}")
-    return value
 
 
 def _taken_dict(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Text to token ids and back, over the `tokenizers` library.
 
-Knows nothing of chat templates and of requests.
+Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken
@@ -19,6 +20,9 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.text.chat import ChatTemplate
 
 # After one of these a word is neither at the start of a text nor behind a space, where many tokenizers
 # write it with other tokens.
@@ -44,7 +48,7 @@ class TokenizerError(ZooError):
 class Tokenizer:
     """The tokenizer of one model. Thread-safe."""
 
-    def __init__(self, tokenizer: TokenizersTokenizer) -> None:
+    def __init__(self, tokenizer: TokenizersTokenizer, folder: Path | None = None) -> None:
         decoders = _decoders(tokenizer)
         if "ByteLevel" in decoders and len(decoders) > 1:
             raise TokenizerError(
@@ -57,6 +61,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._folder = folder  # of the chat template
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -81,7 +86,23 @@ class Tokenizer:
                 f"{file} cannot be read: {error}. Copy it again from the model's source, or update the "
                 "package tokenizers if the file is newer."
             ) from error
-        return cls(library)
+        return cls(library, folder)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """What makes prompts of messages, read when first asked for. Raises ZooError: it is damaged."""
+        from blockzoo.runtime.text.chat import ChatTemplate  # jinja2 takes time to import
+
+        return None if self._folder is None else ChatTemplate.load(self._folder)
+
+    def chat_template_of(self, model: str) -> ChatTemplate:
+        """`chat_template`, for requests to `model`. Raises InvalidRequestError where there is none."""
+        if self.chat_template is None:
+            raise InvalidRequestError(
+                f"model {model} has no chat template: put one as chat_template.jinja into the model's folder "
+                "and compile it again, or send the prompt as one text"
+            )
+        return self.chat_template
 
     @property
     def vocab_size(self) -> int:
