@@ -145,7 +145,8 @@ class SamplingParams:
         for pair in pairs:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise _wrong("logit_bias", given, expected)
-            token_id, bias = pair
+            token_id: Any = pair[0]
+            bias: Any = pair[1]
             if isinstance(token_id, str) and re.fullmatch("[0-9]{1,10}", token_id):  # a key of JSON
                 token_id = int(token_id)
             if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:

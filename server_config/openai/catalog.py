@@ -9,16 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from blockzoo.runtime.text.chat import ChatTemplate
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.server_config.openai.engine import EngineClient
 from blockzoo.server_config.openai.errors import ApiError, invalid, unknown_model
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, manifest_stamp
-
-if TYPE_CHECKING:
-    from blockzoo.runtime.text.chat import ChatTemplate
 
 _FRESH_S = 1.0
 _MAX_TOKENIZERS = 32  # kept loaded
@@ -106,8 +104,6 @@ class Catalog:
 
     async def template(self, model: ServedModel) -> ChatTemplate:
         """Raises ApiError where the model has none."""
-        from blockzoo.runtime.text.chat import ChatTemplate
-
         template = await self._load("template", model, ChatTemplate.load)
         if template is None:
             raise invalid(

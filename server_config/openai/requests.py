@@ -170,9 +170,10 @@ def _message(fields: Fields) -> dict[str, Any]:
         raise fields.missing("role")
     message: dict[str, Any] = {"role": "system" if role == "developer" else role}  # templates know no other
     message["content"] = _content(fields)
-    name = fields.take("name", str)
-    if name is not None:
-        message["name"] = name
+    for name in ("name", "reasoning_content"):
+        value = fields.take(name, str)
+        if value is not None:
+            message[name] = value
     fields.ignore(("refusal",))  # of an earlier answer that is sent back
     fields.end()
     return message

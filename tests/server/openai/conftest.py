@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -81,3 +82,27 @@ def serve_openai(serve_zoo: Callable[..., Any]) -> Iterator[Callable[..., Endpoi
     yield start
     for endpoint in started:
         endpoint.client.close()
+
+
+TEMPLATES = Path(__file__).parents[2] / "runtime/text/chat_templates"
+
+
+@pytest.fixture(scope="session")
+def chat_family(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints with chat templates: `chat` has Qwen's, `llama` Llama's, `plain` none."""
+    folder = tmp_path_factory.mktemp("chat-family")
+    templates = {"chat": "qwen2.5.jinja", "llama": "llama3.1.jinja", "plain": None}
+    for name, template in templates.items():
+        shutil.copytree(demo_family["base"], folder / name)
+        if template is not None:
+            shutil.copy(TEMPLATES / template, folder / name / "chat_template.jinja")
+    return {name: folder / name for name in templates}
+
+
+@pytest.fixture(scope="session")
+def chat_zoo(chat_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from blockzoo.build.pipeline import CompileOptions, compile_models
+
+    zoo = tmp_path_factory.mktemp("chat-zoo") / "zoo"
+    compile_models(chat_family, zoo, CompileOptions(verify=False, profile=False))
+    return zoo

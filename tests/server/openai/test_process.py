@@ -66,8 +66,13 @@ def test_a_dead_endpoint_is_started_again(endpoint):
     first = process_of(endpoint)
     os.kill(first, signal.SIGKILL)
     endpoint.served.wait_for(lambda: process_of(endpoint) not in (None, first) and answers(endpoint), 30)
-    assert endpoint.client.completions.create(model="base", prompt="x", max_tokens=2).usage.completion_tokens == 2
-    assert any("the OpenAI endpoint failed: its process ended with status -9" in e for e in endpoint.served.err)
+    assert (
+        endpoint.client.completions.create(model="base", prompt="x", max_tokens=2).usage.completion_tokens
+        == 2
+    )
+    assert any(
+        "the OpenAI endpoint failed: its process ended with status -9" in e for e in endpoint.served.err
+    )
 
 
 def test_an_engine_that_dies_ends_streams_and_is_served_again(endpoint):
