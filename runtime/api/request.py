@@ -151,7 +151,8 @@ class SamplingParams:
                 token_id = int(token_id)
             if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
                 raise _wrong("logit_bias", given, expected)
-            if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not -100 <= bias <= 100:
+            is_real = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+            if not is_real or not -100 <= bias <= 100:
                 raise _wrong(f"logit_bias[{token_id}]", bias, "a number from -100 to 100")
             biases[int(token_id)] = float(bias)
         self._set("logit_bias", tuple(biases.items()))
