@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from blockzoo.zoo.console import command
+
 if TYPE_CHECKING:
     from blockzoo.build.progress import Progress
     from blockzoo.build.report import CompileReport
@@ -19,6 +21,7 @@ examples:
 """
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 2 for a user's mistake (the zoo is unchanged), 1 for other failures."""
     arguments = _parser().parse_args(argv)

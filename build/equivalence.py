@@ -216,7 +216,7 @@ def substitute(
     if not candidates:
         return record
     config = record.config
-    sequences = probe_sequences(encoded, config.max_position_embeddings, config.vocab_size)
+    sequences = probe_sequences(encoded, config.max_length, config.vocab_size)
     progress(f"comparing {name}", 0, 2 * len(candidates))
     probe = Probe(zoo, record, maker, sequences, candidates)
     scores: dict[tuple[int, ...], Likeness] = {}

@@ -8,12 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockzoo.zoo.console import command
+
 if TYPE_CHECKING:
     from blockzoo.build.progress import ProgressPrinter
     from blockzoo.build.sharing import SharingMap
     from blockzoo.zoo.store import Zoo
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all is well, 1 when --check found something, 2 for a user's mistake."""
     arguments = _parser().parse_args(argv)
@@ -83,7 +86,7 @@ def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
             problems.append(str(error))
     for name in zoo.manifest.models:
         try:
-            zoo.check_tokenizer(name)
+            zoo.tokenizer_dir(name)
         except StoreError as error:
             problems.append(f"{name}: {error}")
     progress("checking blocks", 1, 1)

@@ -4,19 +4,12 @@ It shares no code with what it checks: its own reading of the configuration, its
 own LoRA arithmetic and rounding; dense causal attention, one tensor in memory at a time. Slow and simple.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from blockzoo.build.sources import Adapted, Source
-from blockzoo.zoo.checkpoint import Checkpoint
-from blockzoo.zoo.tensors import TensorFile
 
 NAME = "numpy float32"
 
@@ -131,7 +124,7 @@ def _window(config: Mapping[str, Any], layer: int) -> int | None:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = settings.get("rope_type") or settings.get("type") or "default"
     return settings, kind, settings.get("rope_theta") or config.get("rope_theta") or 10000.0
 
@@ -189,121 +182,3 @@ def _rotated(x: np.ndarray, angles: np.ndarray, factor: float) -> np.ndarray:
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
     turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(np.float32)
-
-
-def oracle_for(source: Source, rounded: bool, dtype: str | None) -> Oracle:
-    """The oracle of a model to compile.
-
-    `rounded`: as served, with every tensor of full checkpoints rounded to `dtype` where that is given, and
-    those that an adapter replaces to the dtype of what they replace; LoRAs are exact in any case.
-    """
-    origin = source.origin
-    if isinstance(origin, Adapted):
-        return _adapted_oracle(origin.adapter.path, oracle_for(origin.base, rounded, dtype), rounded)
-    to_dtype = dtype if rounded else None
-    if isinstance(origin, Checkpoint):
-        config, (weight, saved_in) = origin.raw_config, _reader(origin.files)
-    else:
-        config, weight, saved_in = _hf_config(source), _zoo_weight(source), lambda n: source.read(n).dtype
-    if to_dtype is None:
-        exact = Oracle(config, weight, saved_in)
-    else:
-        exact = Oracle(config, _rounded(weight, to_dtype), lambda name: to_dtype)
-    return _with_pairs(exact, source) if source.pairs else exact
-
-
-def _rounded(weight: Callable[[str], np.ndarray | None], dtype: str) -> Callable[[str], np.ndarray | None]:
-    def rounded(name: str) -> np.ndarray | None:
-        values = weight(name)
-        return None if values is None else _round(values, dtype)
-
-    return rounded
-
-
-def _zoo_weight(source: Source) -> Callable[[str], np.ndarray | None]:
-    def weight(name: str) -> np.ndarray | None:
-        try:
-            return source.read(name).to_f32()
-        except KeyError:
-            return None
-
-    return weight
-
-
-def _with_pairs(base: Oracle, source: Source) -> Oracle:
-    """A model of the zoo with its adapters."""
-
-    def weight(name: str) -> np.ndarray | None:
-        values = base.weight(name)
-        for pair in source.pairs.get(name, ()) if values is not None else ():
-            values = values + np.float32(pair.scale) * (pair.b.to_f32() @ pair.a.to_f32())
-        return values
-
-    return Oracle(base.config, weight, base.dtype)
-
-
-def _reader(
-    files: Mapping[str, TensorFile],
-) -> tuple[Callable[[str], np.ndarray | None], Callable[[str], str]]:
-    def weight(name: str) -> np.ndarray | None:
-        return files[name].tensor(name).to_f32() if name in files else None
-
-    return weight, lambda name: files[name].tensor(name).dtype
-
-
-def _hf_config(source: Source) -> dict[str, Any]:
-    """A config.json of a model of which only the zoo's record is left."""
-    config, rope = source.config, asdict(source.config.rope)
-    return {
-        "architectures": [config.architecture],
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": {**rope, "rope_theta": rope["theta"]},
-        "sliding_window": max(config.layer_windows) or None,
-        "use_sliding_window": any(config.layer_windows),
-        "layer_types": ["sliding_attention" if w else "full_attention" for w in config.layer_windows],
-    }
-
-
-def _adapted_oracle(folder: Path, base: Oracle, rounded: bool) -> Oracle:
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    file = TensorFile(folder / "adapter_model.safetensors")
-    names = {n: n.removeprefix("base_model.model.").replace("base_layer.bias", "bias") for n in file.names}
-    lora = {name: file.tensor(saved).to_f32() for saved, name in names.items()}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    parted = bool(base.config.get("tie_word_embeddings")) and (embed in lora or head in lora)
-
-    def setting(field: str, patterns: str, module: str) -> float:
-        for pattern, value in (settings.get(patterns) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return float(value)
-        return float(settings[field])
-
-    def weight(name: str) -> np.ndarray | None:
-        saved = base.weight(embed if parted and name == head else name)
-        module = name.removesuffix(".weight")
-        if name in lora:
-            replaced = embed if name == head and base.config.get("tie_word_embeddings") else name
-            return _round(lora[name], base.dtype(replaced)) if rounded else lora[name]
-        if f"{module}.lora_A.weight" in lora and saved is not None:
-            rank = setting("r", "rank_pattern", module)
-            scale = setting("lora_alpha", "alpha_pattern", module)
-            scale /= math.sqrt(rank) if settings.get("use_rslora") else rank
-            product = lora[f"{module}.lora_B.weight"] @ lora[f"{module}.lora_A.weight"]
-            saved = saved + np.float32(scale) * product
-        return saved
-
-    tied = bool(base.config.get("tie_word_embeddings")) and not parted
-    return Oracle({**base.config, "tie_word_embeddings": tied}, weight, base.dtype)
-
-
-def _round(values: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "f16":
-        return values.astype(np.float16).astype(np.float32)
-    if dtype == "f32":
-        return values
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.rint(mantissa * np.float32(256)) / np.float32(256), exponent)

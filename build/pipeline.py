@@ -6,40 +6,32 @@ from pathlib import Path
 from typing import Literal
 
 from blockzoo.build import equivalence, profiles
-from blockzoo.build.partition import CutAdapter, CutBlock, cut, cut_adapters
+from blockzoo.build.draft import Draft, weights
+from blockzoo.build.partition import cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
-from blockzoo.build.recover import NotLowRankError, nearest_block, recover
 from blockzoo.build.report import (
     CompileReport,
     ModelReport,
     Status,
     equivalence_text,
+    left_behind,
     model_bytes,
     sharing_bytes,
 )
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
-from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans, unused_plans
+from blockzoo.build.taken_apart import Parts
+from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans
 from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
-from blockzoo.zoo.blocks import PROJECTIONS, BlockTensor, Dtype
+from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
-from blockzoo.zoo.manifest import (
-    AdapterRecord,
-    BlockRecord,
-    Manifest,
-    ModelRecord,
-    RecoveryRecord,
-    SourceRecord,
-    VerificationRecord,
-)
-from blockzoo.zoo.store import Zoo, ZooWriter
+from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
+from blockzoo.zoo.writer import ZooWriter
 
 Sharing = Literal["exact", "adapter", "equivalent"]
 """What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
 that can take each other's place with little effect."""
-
-"""(what is being done, steps done, steps in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +77,20 @@ def compile_models(
     path = Path(zoo)
     if options.dry_run:
         manifest = Manifest.load(path / "manifest.json") if (path / "manifest.json").exists() else Manifest()
-        return _Compilation(path, manifest, None, options, progress).run(models, remove)
+        return _Compilation(Draft(path, manifest, None), options, progress).run(models, remove)
     with ZooWriter(path) as writer:
-        return _Compilation(path, writer.manifest, writer, options, progress).run(models, remove)
+        return _Compilation(Draft(path, writer.manifest, writer), options, progress).run(models, remove)
 
 
 class _Compilation:
-    """One compilation: the manifest as it grows. Without a writer nothing is stored (a dry run)."""
+    """One compilation, in the order of `run`."""
 
-    def __init__(
-        self, path: Path, old: Manifest, writer: ZooWriter | None, options: CompileOptions, progress: Progress
-    ) -> None:
-        self.writer, self.options, self.progress = writer, options, progress
-        self.manifest = Manifest(
-            models=dict(old.models),
-            blocks=dict(old.blocks),
-            plans=dict(old.plans),
-            tensorrt_plans=dict(old.tensorrt_plans),
-            adapters=dict(old.adapters),
-        )
-        self.old = Zoo(path, old)
-        self.zoo = Zoo(path, self.manifest)  # reads blocks as soon as they are stored
+    def __init__(self, draft: Draft, options: CompileOptions, progress: Progress) -> None:
+        self.draft, self.options, self.progress = draft, options, progress
+        self.manifest, self.writer, self.old, self.zoo = draft.manifest, draft.writer, draft.old, draft.zoo
         self.reports: dict[str, ModelReport] = {}
         self.plans: PlanReport | None = None
         self.makers: dict[Precision | None, EngineMaker] = {}
-        self.unstored: dict[str, CutBlock] = {}  # new blocks of a dry run
 
     def run(self, models: Mapping[str, str | Path], remove: Sequence[str]) -> CompileReport:
         for name in remove:
@@ -122,6 +103,7 @@ class _Compilation:
         texts = {source.name: self.probe(source) for source in sources}
         for source in sources:
             self.add(source)
+        self.note_left_behind()
         if self.writer is not None and self.options.verify:
             for source in sources:
                 self.verify(source)
@@ -130,7 +112,7 @@ class _Compilation:
             for source in sources:  # a model takes blocks of those that were there before it
                 later.discard(source.name)
                 self.substitute(source, texts[source.name], later)
-        self.prune()
+        self.draft.prune()
         if self.writer is not None and self.options.profile:
             profiles.measure(self.zoo, self.maker(None), self.progress)
         if self.options.tensorrt is not None:
@@ -142,7 +124,7 @@ class _Compilation:
         """Cut one model into blocks, store those that are new, and enter it into the manifest."""
         share = share or self.options.share
         chain: list[str] = []
-        parts = _Parts()
+        parts = Parts()
         new_bytes = reused = 0
         where = str(source.path or source.name)
         steps = 2 * source.config.num_layers + 2
@@ -150,11 +132,11 @@ class _Compilation:
             self.progress(f"reading {source.name}", len(chain), steps)
             base = None
             if block.id not in self.manifest.blocks and share != "exact" and not source.pairs:
-                base = self.taken_apart(block, len(chain), parts)
+                base = parts.take_apart(self.draft, block, len(chain))
             if base is None:
                 known = block.id in self.manifest.blocks
                 new_bytes += 0 if known else block.num_bytes
-                self.store(block)
+                self.draft.store(block)
             reused += base is not None or known
             chain.append(base or block.id)
         for position, adapter in cut_adapters(source.config, source.pairs):
@@ -163,7 +145,7 @@ class _Compilation:
         self.progress(f"reading {source.name}", steps, steps)
         for adapter_id, adapter in parts.new.items():
             new_bytes += 0 if adapter_id in self.manifest.adapters else adapter.num_bytes
-            self.store_adapter(adapter)
+            self.draft.store_adapter(adapter)
         record = ModelRecord(
             config=source.config,
             chain=tuple(chain),
@@ -193,32 +175,6 @@ class _Compilation:
             verification=self.manifest.models[source.name].verification,
         )
 
-    def taken_apart(self, block: CutBlock, position: int, parts: "_Parts") -> str | None:
-        """Find the block's base in the zoo and its adapter on it; the base's id, None where there is none."""
-        if block.spec.kind not in PROJECTIONS:
-            return None
-        for model in self.manifest.models.values():  # the same block was taken apart before
-            recovery = model.recovery
-            if recovery is not None and recovery.own_blocks.get(position) == block.id:
-                parts.take(position, block.id, model.adapters[position], recovery.rounding)
-                return model.chain[position]
-        base = nearest_block(self.manifest, self.tensors_of, block.spec, block.tensors, position)
-        if base is None:
-            return None
-        try:
-            found = recover(block.spec, block.tensors, self.tensors_of(base))
-        except NotLowRankError as error:
-            parts.refused.append((position, str(error)))
-            return None
-        parts.take(position, block.id, found.adapter.id, found.rounding)
-        parts.new[found.adapter.id] = found.adapter
-        return base
-
-    def tensors_of(self, block_id: str) -> dict[str, BlockTensor]:
-        if block_id in self.unstored:
-            return self.unstored[block_id].tensors
-        return self.zoo.read_block(block_id).tensors
-
     def source_record(self, source: Source) -> SourceRecord:
         base = source.origin.base.name if isinstance(source.origin, Adapted) else None
         folder = source.path.resolve().name if source.path is not None else source.name
@@ -236,31 +192,6 @@ class _Compilation:
             )
         return "replaced"
 
-    def store(self, block: CutBlock) -> None:
-        if self.writer is not None:
-            self.writer.add_block(block.id, block.tensors, {"kind": block.spec.kind})
-        elif block.id not in self.old.manifest.blocks:
-            self.unstored[block.id] = block
-        if block.id in self.manifest.blocks:
-            return
-        plan = profiles.plan_for(block.spec, block.dtype)
-        key = profiles.plan_key(plan)
-        self.manifest.plans[key] = plan
-        self.manifest.blocks[block.id] = BlockRecord(
-            spec=block.spec,
-            dtype=block.dtype,
-            num_bytes=block.num_bytes,
-            tied_to=block.tied_to,
-            plan=key,
-            latency_us=None,
-            latency_block=None,
-        )
-
-    def store_adapter(self, adapter: CutAdapter) -> None:
-        if self.writer is not None:
-            self.writer.add_block(adapter.id, adapter.tensors, {"kind": adapter.spec.kind})
-        self.manifest.adapters[adapter.id] = AdapterRecord(adapter.spec, adapter.dtype, adapter.num_bytes)
-
     def verify(self, source: Source) -> None:
         """Check a model unless it, or a model with the same chain, has been checked.
 
@@ -269,7 +200,7 @@ class _Compilation:
         record = self.manifest.models[source.name]
         if record.verification is not None:
             return
-        checked = self.verified_twin(record)
+        checked = self.draft.verified_twin(record)
         if checked is None:
             blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
             adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
@@ -343,15 +274,15 @@ class _Compilation:
         self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
         self.note(source.name, equivalence_text(changed))
 
+    def note_left_behind(self) -> None:
+        """Say of each model that was replaced which adapters go on with the old one."""
+        for name in [name for name, report in self.reports.items() if report.status == "replaced"]:
+            stay = left_behind(self.manifest, name, self.reports)
+            if stay:
+                self.note(name, f"adapters that stay on the old {name} (compile them too): {', '.join(stay)}")
+
     def note(self, name: str, said: str) -> None:
         self.reports[name] = replace(self.reports[name], notes=(*self.reports[name].notes, said))
-
-    def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
-        for name, other in self.manifest.models.items():
-            same = _weights(other) == _weights(record) and other.equivalence is None
-            if same and other.verification is not None:
-                return replace(other.verification, same_as=other.verification.same_as or name)
-        return None
 
     def maker(self, precision: Precision | None) -> EngineMaker:
         if precision not in self.makers:
@@ -359,26 +290,6 @@ class _Compilation:
 
             self.makers[precision] = OpenVINOEngines(precision, self.options.threads)
         return self.makers[precision]
-
-    def prune(self) -> None:
-        """Forget blocks and plans that no model uses any more, and references to models that are gone."""
-        for name, model in self.manifest.models.items():
-            checked = model.verification
-            if checked is not None and checked.same_as is not None:
-                twin = self.manifest.models.get(checked.same_as)
-                own = replace(model, chain=model.own_chain())
-                if twin is None or _weights(replace(twin, chain=twin.own_chain())) != _weights(own):
-                    self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
-        used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
-        for block_id in self.manifest.blocks.keys() - used:
-            del self.manifest.blocks[block_id]
-        adapted = {key for model in self.manifest.models.values() for key in model.adapters.values()}
-        for key in self.manifest.adapters.keys() - adapted:
-            del self.manifest.adapters[key]
-        for key in self.manifest.plans.keys() - {block.plan for block in self.manifest.blocks.values()}:
-            del self.manifest.plans[key]
-        for key in unused_plans(self.zoo):
-            del self.manifest.tensorrt_plans[key]
 
     def report(self, order: list[str], removed: tuple[str, ...], freed: int) -> CompileReport:
         unshared, stored = sharing_bytes(self.manifest)
@@ -395,40 +306,5 @@ class _Compilation:
         )
 
 
-class _Parts:
-    """The adapters of a model under way, and what was found of its blocks."""
-
-    def __init__(self) -> None:
-        self.adapters: dict[int, str] = {}
-        self.new: dict[str, CutAdapter] = {}
-        self.own_blocks: dict[int, str] = {}
-        self.refused: list[tuple[int, str]] = []
-        self._rounding = 0.0
-
-    def take(self, position: int, own_block: str, adapter_id: str, rounding: float) -> None:
-        """Note a block that was taken apart."""
-        self.adapters[position], self.own_blocks[position] = adapter_id, own_block
-        self._rounding = max(self._rounding, rounding)
-
-    def recovery(self, manifest: Manifest) -> RecoveryRecord | None:
-        """The record of what was recovered; the manifest knows the adapters."""
-        if not self.own_blocks:
-            return None
-        rank = max(manifest.adapters[self.adapters[i]].spec.rank for i in self.own_blocks)
-        return RecoveryRecord(self.own_blocks, rank, round(self._rounding, 3))
-
-    def notes(self) -> tuple[str, ...]:
-        """Why blocks near to others were not taken apart, for the report."""
-        near = [(position, said) for position, said in self.refused if "unrelated" not in said]
-        if not near:
-            return ()
-        position, said = near[0]
-        return (f"{len(near)} blocks are near to others, but no merged LoRA (block {position}: {said})",)
-
-
-def _weights(record: ModelRecord) -> object:
-    return record.chain, record.adapters
-
-
 def _content(record: ModelRecord) -> object:
-    return record.config, record.tokenizer, record.end_ids, _weights(record)
+    return record.config, record.tokenizer, record.end_ids, weights(record)

@@ -1,5 +1,6 @@
 """What a compilation did, as frozen records; the CLI prints them or writes them as JSON."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,17 @@ def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
     )
     stored = sum(block.num_bytes for block in manifest.blocks.values())
     return unshared, stored + sum(adapter.num_bytes for adapter in manifest.adapters.values())
+
+
+def left_behind(manifest: Manifest, replaced: str, compiled: Collection[str]) -> list[str]:
+    """Adapters of a model that was replaced, and adapters of those, that were not compiled again."""
+    stay: list[str] = []
+    bases = {replaced}
+    while bases:
+        found = {name for name, model in manifest.models.items() if model.source.base in bases}
+        bases = found - {*compiled, *stay}
+        stay += sorted(bases)
+    return stay
 
 
 def human_bytes(count: int) -> str:

@@ -6,7 +6,6 @@ base's, so that the blocks they belong to are the model's own.
 """
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,12 @@ from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
 from blockzoo.zoo.errors import CheckpointError, ZooError
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.names import RESERVED_NAMES, is_name
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import BlockTensor, from_f32
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_RANK = 512
+"""Of a LoRA, as in vLLM: a call computes the ranks of all its rows, so that others pay for a large one."""
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -121,8 +122,13 @@ def parse_models(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_name(name: str) -> None:
-    """Refuse model names that could not be file names and URL parts. Raises ZooError."""
-    if not _NAME.fullmatch(name):
+    """Refuse model names that could not be file names and URL parts, or are the server's. Raises ZooError."""
+    if name in RESERVED_NAMES:
+        raise ZooError(
+            f"model name {name!r} is one of zoo-serve's own ({', '.join(RESERVED_NAMES)}): give another as "
+            "NAME=PATH"
+        )
+    if not is_name(name):
         raise ZooError(
             f"model name {name!r}: expected up to 128 letters, digits, '.', '_' or '-' (as NAME=PATH)"
         )
@@ -255,48 +261,70 @@ def _adapted_source(name: str, adapter: LoraAdapter, base: Source) -> Source:
             f"{adapter.path}: {len(unknown)} tensors of the adapter belong to no weight of {base.name}: "
             f"{', '.join(unknown[:3])}"
         )
-    for hf, pair in adapter.pairs.items():
-        shape = (pair.b.shape[0], pair.a.shape[1])
-        if base.read(hf).shape != shape:
-            raise CheckpointError(
-                f"{adapter.path}: the LoRA of {hf} is {list(shape)}, but the weight of {base.name} is "
-                f"{list(base.read(hf).shape)}: is this adapter's base another model?"
-            )
-    config = _adapted_config(adapter, base)
-    tokenizer = _adapted_tokenizer(adapter, base)
-    origin = Adapted(adapter, base)
-    read = _adapted_reader(adapter, base)
-    pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in adapter.replacements}
+    replaced, tied = _replacements(adapter, base)
+    pairs = {hf: loras for hf, loras in base.pairs.items() if hf not in replaced}
     for hf, pair in adapter.pairs.items():
         pairs[hf] = (*pairs.get(hf, ()), pair)
-    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, origin)
-
-
-def _adapted_config(adapter: LoraAdapter, base: Source) -> ModelConfig:
-    """The base's configuration with the adapter's vocabulary and end tokens.
-
-    Untied where the adapter parts head and embedding.
-    """
-    config, replaced = base.config, adapter.replacements
-    if config.tie_word_embeddings and (_EMBED in replaced or _HEAD in replaced):
-        embed, head = replaced.get(_EMBED), replaced.get(_HEAD)
-        tied = embed is not None and head is not None and np.array_equal(embed.data, head.data)
-        config = replace(config, tie_word_embeddings=tied)
-    if _EMBED in replaced:
-        config = replace(config, vocab_size=replaced[_EMBED].shape[0])
+        _check_lora(f"{adapter.path}: the LoRA of {hf}", pair, pairs[hf], base.read(hf).shape, base.name)
+    vocab_size = base.config.vocab_size
+    if _EMBED in replaced and len(replaced[_EMBED].shape) == 2:  # others do not fit, as will be told
+        vocab_size = replaced[_EMBED].shape[0]
+    config = replace(base.config, tie_word_embeddings=tied, vocab_size=vocab_size)
     if adapter.eos_token_ids is not None:
         config = replace(config, eos_token_ids=adapter.eos_token_ids)
-    return config
+    tokenizer = _adapted_tokenizer(adapter, base)
+    read = _adapted_reader(replaced, base)
+    return Source(name, adapter.path, config, base.dtype, read, pairs, tokenizer, Adapted(adapter, base))
 
 
-def _adapted_reader(adapter: LoraAdapter, base: Source) -> Callable[[str], BlockTensor]:
+def _check_lora(
+    what: str, pair: LoraPair, together: Sequence[LoraPair], weight: tuple[int, ...], base: str
+) -> None:
+    shape = (pair.b.shape[0], pair.a.shape[1])
+    if weight != shape:
+        raise CheckpointError(
+            f"{what} is {list(shape)}, but the weight of {base} is {list(weight)}: is this adapter's base "
+            "another model?"
+        )
+    rank = sum(lora.a.shape[0] for lora in together)
+    if rank > MAX_RANK:
+        raise CheckpointError(
+            f"{what} has rank {rank}{' with those of its base' if len(together) > 1 else ''}, and adapters "
+            f"have at most rank {MAX_RANK}: merge it with PEFT and compile the result"
+        )
+
+
+def _replacements(adapter: LoraAdapter, base: Source) -> tuple[dict[str, BlockTensor], bool]:
+    """The tensors read in the place of the base's, and whether head and embedding are tied.
+
+    In a base that ties them, PEFT gives modules_to_save copies of their own and loads others into what is
+    shared.
+    """
+    replaced = dict(adapter.replacements)
+    given = [name for name in (_EMBED, _HEAD) if name in replaced]
+    if not base.config.tie_word_embeddings or not given:
+        return replaced, base.config.tie_word_embeddings
+    endings = adapter.modules_to_save
+    shared = [n for n in given if not any(n.removesuffix(".weight").endswith(end) for end in endings)]
+    if len(given) == 1 and shared:
+        replaced[_EMBED] = replaced.pop(given[0])
+        return replaced, True
+    tied = len(given) == 2 and np.array_equal(replaced[_EMBED].data, replaced[_HEAD].data)
+    if not tied and len(shared) == 2:
+        raise CheckpointError(
+            f"{adapter.path}: {base.name} ties {_EMBED} and {_HEAD}, and the adapter has another tensor for "
+            "each without naming them in modules_to_save: which one is meant?"
+        )
+    return replaced, tied
+
+
+def _adapted_reader(replaced: Mapping[str, BlockTensor], base: Source) -> Callable[[str], BlockTensor]:
     def read_base(hf: str) -> BlockTensor:
         return base.read(_EMBED if hf == _HEAD and base.config.tie_word_embeddings else hf)
 
     def read(hf: str) -> BlockTensor:
-        if hf in adapter.replacements:
-            given = adapter.replacements[hf]
-            target = read_base(hf).dtype
+        if hf in replaced:
+            given, target = replaced[hf], read_base(hf).dtype
             return given if given.dtype == target else from_f32(given.to_f32(), target)
         return read_base(hf)
 

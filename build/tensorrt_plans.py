@@ -12,7 +12,8 @@ from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests, shape_cl
 from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import Manifest, TensorRTPlanRecord
-from blockzoo.zoo.store import Zoo, ZooWriter, tensorrt_plan_path, timing_cache_name
+from blockzoo.zoo.store import Zoo, tensorrt_plan_path, timing_cache_name
+from blockzoo.zoo.writer import ZooWriter
 
 if TYPE_CHECKING:
     from blockzoo.engines.tensorrt.builder import OnPhase

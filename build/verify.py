@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from blockzoo.build import oracle
+from blockzoo.build.originals import oracle_for
 from blockzoo.build.report import human_bytes
 from blockzoo.build.sources import Adapted, Source
 from blockzoo.engines.base import EngineMaker, Precision
@@ -70,10 +71,10 @@ def verify(
     the tolerance, CheckpointError for a tokenizer that does not fit the model.
     """
     config = source.config
-    room = config.max_position_embeddings - NUM_GENERATED
+    room = config.max_length - NUM_GENERATED
     if room < 1:
         raise CheckpointError(
-            f"{source.name}: max_position_embeddings is {config.max_position_embeddings}: verification needs "
+            f"{source.name}: the model takes {config.max_length} tokens: verification needs "
             f"at least {NUM_GENERATED + 1}; --no-verify leaves it out"
         )
     _check_memory(source.name, [*blocks, *adapters.values()])
@@ -87,7 +88,7 @@ def verify(
         probes.append(_generate(chain, prompt))
     del chain
     sequences = [probe.tokens for probe in probes]
-    judge = oracle.oracle_for(source, True, dtype)
+    judge = oracle_for(source, True, dtype)
     expected = judge.logits(
         sequences, NUM_GENERATED, lambda layer: progress(what, len(prompts) + layer, steps)
     )
@@ -116,7 +117,7 @@ def verify(
     rounding_error = None
     replaces = isinstance(source.origin, Adapted) and source.origin.adapter.replacements
     if dtype is not None or replaces:
-        exact = oracle.oracle_for(source, False, None).logits(sequences, NUM_GENERATED)
+        exact = oracle_for(source, False, None).logits(sequences, NUM_GENERATED)
         rounding_error = compare(expected, exact).max_relative_error
     progress(what, steps, steps)
     count = len(prompts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from blockzoo.zoo.console import command
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 after a message on standard error."""
     args = _parser().parse_args(argv)

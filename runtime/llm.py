@@ -115,11 +115,11 @@ class LLM:
                         if output.finish_reason == "error":
                             raise RequestError(f"prompt {output.request_id}: {output.error}")
                         bar.advance(output)
+                self.engine.rest()
         finally:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
-            if not self.engine.has_unfinished():
-                self.engine.rest()
+            self.engine.rest()
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Response:
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     error: str | None = None
     final: bool = False
+    status: str = "INTERNAL"  # of an error: a name of `pb_utils.TritonError`
 
 
 class Answer:
@@ -80,6 +82,19 @@ class Answer:
             tensors["top_token_ids"], tensors["top_log_probs"] = ids.reshape(shape), top_values.reshape(shape)
         self._texts, self._token_ids, self._logprobs = [], [], []
         return tensors
+
+
+def send(pb: Any, sender: Any, response: Response) -> None:
+    """Send a response; `pb` is the `triton_python_backend_utils` module."""
+    flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.final else 0
+    if response.error is not None:
+        error = pb.TritonError(response.error, getattr(pb.TritonError, response.status))
+        sender.send(pb.InferenceResponse([], error=error), flags=flags)
+    elif response.tensors:
+        tensors = [pb.Tensor(name, array) for name, array in response.tensors.items()]
+        sender.send(pb.InferenceResponse(tensors), flags=flags)
+    else:
+        sender.send(flags=flags)
 
 
 def strings(text: str) -> np.ndarray:

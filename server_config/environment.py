@@ -8,6 +8,7 @@ never answers.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import socket
@@ -27,10 +28,12 @@ class ServerError(ZooError):
 
 @dataclass(frozen=True, slots=True)
 class Tritonserver:
-    """A tritonserver ready to be started: arguments that say where its parts are, and its environment."""
+    """A tritonserver ready to be started: arguments that say where its parts are, and its environment;
+    `bundled`: that of the nvidia-pytriton wheel."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
+    bundled: bool = False
 
 
 def find_tritonserver(folder: Path) -> Tritonserver:
@@ -59,7 +62,25 @@ def find_tritonserver(folder: Path) -> Tritonserver:
         f"--backend-directory={backends}",
         f"--cache-directory={wheel / 'caches'}",
     )
-    return Tritonserver(command, environment)
+    return Tritonserver(command, environment, bundled=True)
+
+
+def check_host(host: str, server: Tritonserver, insecure: bool) -> None:
+    """Refuse to show the bundled server to other machines, unless it is asked for. Raises ServerError."""
+    if server.bundled and not insecure and not is_loopback(host):
+        raise ServerError(
+            f"--host {host}: the tritonserver of nvidia-pytriton is a version with published holes (such as "
+            "CVE-2025-23319), and single requests of a hostile client end it: put a newer tritonserver on "
+            "PATH, run in NVIDIA's container, or add --insecure where every client is trusted"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2], numpy_version: str | None = None) -> None:

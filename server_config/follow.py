@@ -1,6 +1,6 @@
 """A running server kept in line with its zoo: what zoo-compile adds or removes appears or goes.
 
-The engine takes the change over first (a `refresh` request), then the ensembles of the models that it serves
+The engine takes the change over first (a `reload` request), then the ensembles of the models that it serves
 are written to the model repository, which Triton looks through every second. Only `preprocessing`, whose
 inputs name the tenants, is loaded again; requests under way finish.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from blockzoo.server_config.repository import ServerSettings, check_name, update_repository
 from blockzoo.server_config.watchdog import UnhealthyError
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.store import manifest_stamp
+from blockzoo.zoo.store import Zoo, manifest_stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,46 +33,57 @@ class Follower:
     Args:
         settings: of the models in the repository.
         repository: folder of the running server; `prepare` fills it.
-        refresh: asks the engine model to refresh; raises OSError where it cannot be asked, UnhealthyError
+        reload: asks the engine model to reload; raises OSError where it cannot be asked, UnhealthyError
             where it refuses.
     """
 
     def __init__(
-        self, settings: ServerSettings, repository: Path, refresh: Callable[[], Mapping[str, Any]]
+        self, settings: ServerSettings, repository: Path, reload: Callable[[], Mapping[str, Any]]
     ) -> None:
-        self._settings, self._repository, self._refresh = settings, repository, refresh
+        self._settings, self._repository, self._reload = settings, repository, reload
         self._zoo = Path(settings.zoo)
         self._seen = manifest_stamp(self._zoo)
         self.tenants: tuple[str, ...] = ()
         """Models served."""
+        self.left_out: tuple[str, ...] = ()
+        """Why others have no ensemble since the last start."""
         self._inputs: tuple[str, ...] = ()  # a tenant's input stays: its ensemble may outlive it by a moment
         self._waiting: Mapping[str, str] = {}
 
     def prepare(self) -> tuple[str, ...]:
         """Bring the repository in line for a server that is about to start; the tenants.
 
+        Models whose names Triton cannot serve stay out, and are named in `left_out`.
+
         Raises:
-            ZooError: the zoo cannot be read, or a name does not suit Triton.
+            ZooError: the zoo cannot be read, or no name suits Triton.
         """
         self._seen, self._waiting = manifest_stamp(self._zoo), {}
-        self.tenants = self._inputs = update_repository(self._repository, self._settings)
+        fit, problems = _fit_names(sorted(Zoo.open(self._zoo).manifest.models))
+        if problems and not fit:
+            raise ZooError("\n".join(problems))
+        self.left_out = tuple(problems)
+        self.tenants = self._inputs = update_repository(self._repository, self._settings, fit or None)
         # else Python writes its bytecode there as it starts, and Triton takes that for a change of the models
         compileall.compile_dir(self._repository, quiet=1)
         return self.tenants
 
     def follow(self) -> Change | None:
-        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked."""
+        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked.
+
+        Raises:
+            OSError: the repository cannot be written; the next call tries again.
+        """
         seen = manifest_stamp(self._zoo)
         if seen in (None, self._seen):
             return None
         try:
-            answer = self._refresh()
+            answer = self._reload()
         except UnhealthyError as error:
             self._seen = seen
             return Change(self.tenants, (str(error),))
         except OSError:  # it is asked again; if it is dead, the watchdog sees to it
             return None
-        self._seen = seen
         self.tenants, problems = _fit_names(answer["serving"])
         self._inputs = tuple(sorted({*self._inputs, *self.tenants}))
         update_repository(self._repository, self._settings, self.tenants, self._inputs)
@@ -85,6 +96,7 @@ class Follower:
             if self._waiting.get(name) != why
         ]
         self._waiting = answer["waiting"]
+        self._seen = seen
         return Change(self.tenants, (*changes, *problems, *waiting))
 
 

@@ -1,11 +1,15 @@
 """The engine behind a decoupled Triton model: `handle` takes requests in, one thread sends answers out.
 
-    execute() --handle--> EngineThread.submit          (validated in Triton's thread, then queued)
+    execute() --handle--> fair queue --a thread of it--> EngineThread.submit      (tokenizes)
     engine thread --on_output--> outbox --front thread--> response_sender.send
+
+Triton calls `execute` from one thread, behind which health requests wait too, so `handle` only reads what a
+client sends. Texts are tokenized in turns of the models, short ones beside the long.
 
 Sending crosses a process border and costs about 0.15 ms, so the engine's thread only fills the outbox. The
 front thread owns everything that talks to Triton after `handle`: responses, cancellation, client time
-limits, metrics. So no response sender is ever used from two threads, nor after its final flag.
+limits, metrics. So no response sender is ever used from two threads, nor after its final flag. It also owns
+the registry of requests: whatever dies behind it, each of them ends with one last response.
 
 Knows Triton's Python API only as the `pb` module it is given.
 """
@@ -19,16 +23,23 @@ import time
 import traceback
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockzoo.runtime.api.errors import OverloadedError, RequestError, UnknownModelError
+from blockzoo.runtime.api.errors import (
+    OverloadedError,
+    PromptTooLongError,
+    RequestError,
+    UnknownModelError,
+)
 from blockzoo.runtime.api.request import RequestOutput
-from blockzoo.server_config.answer import Answer, Response, integers, strings
+from blockzoo.server_config.answer import Answer, Response, send
+from blockzoo.server_config.control import Control
 from blockzoo.server_config.exporter import MetricsExporter
-from blockzoo.server_config.schema import parse_request
+from blockzoo.server_config.fair_queue import FairQueue
+from blockzoo.server_config.schema import ParsedRequest, num_bytes, parse_request
 
 if TYPE_CHECKING:
     from blockzoo.runtime import EngineThread
@@ -37,6 +48,9 @@ DRAIN_FILE = "drain"  # the launcher writes the seconds into it that running req
 _POLL_S = 0.1
 _CANCEL_CHECKS = 64  # per poll: each is a round trip of about 0.05 ms
 _STALL_S = 120.0  # longest step or send before the process counts as hung
+_SHORT_BYTES = 1 << 16  # tokenized within about 50 ms
+_SHORT_WAITING, _LONG_WAITING = 64 << 20, 128 << 20  # bytes of text
+_OTHER_BYTES = 2 << 20  # of all inputs but the texts
 _STATUS = {OverloadedError: "UNAVAILABLE", UnknownModelError: "NOT_FOUND"}
 
 
@@ -49,7 +63,8 @@ class _Stream:
     answer: Answer
     arrival: float
     deadline: float | None
-    submitted: bool = False  # until then Triton's thread may still refuse it
+    internal: bool  # of `blockzoo_unary`
+    submitted: float | None = None  # when the engine got it
     last_token: float | None = None
     cancelled: bool = False
     problem: str | None = None
@@ -62,6 +77,7 @@ class EngineFront:
         engine: started; closed by `close`.
         pb: the `triton_python_backend_utils` module.
         control_dir: where the launcher's drain file appears; None without a launcher.
+        secret: of the launcher, who alone may ask for details and `reload`; None: nobody may.
     """
 
     def __init__(
@@ -69,17 +85,24 @@ class EngineFront:
         engine: EngineThread,
         pb: Any,
         control_dir: Path | None = None,
+        secret: str | None = None,
     ) -> None:
         self._engine = engine
         self._pb = pb
-        self._end_ids = engine.end_ids
+        self._control = Control(pb, secret, self._problem, self._reload, lambda: len(self._streams))
+        self._learn_models()
         self._drain_file = None if control_dir is None else control_dir / DRAIN_FILE
         self._exporter = MetricsExporter(pb)
+        self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
-        self._outbox: queue.SimpleQueue[tuple[_Stream, RequestOutput, float]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[_Stream, RequestOutput | BaseException, float]]
+        self._outbox = queue.SimpleQueue()
+        self._short = FairQueue("blockzoo-short", 2, _SHORT_WAITING)
+        self._long = FairQueue("blockzoo-long", 1, _LONG_WAITING)
         self._drain_deadline: float | None = None
         self._next_check = 0
         self._closing = False
+        self._ended = False
         self._heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="blockzoo-front", daemon=True)
         self._thread.start()
@@ -87,85 +110,86 @@ class EngineFront:
     def handle(self, request: Any) -> None:
         """Take one request; whatever happens, its sender gets exactly one final flag, here or later."""
         sender = request.get_response_sender()
+        internal = False
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            if "health" in inputs and inputs["health"].any():
-                self._answer_health(sender, inputs)
-            elif "refresh" in inputs and inputs["refresh"].any():
-                threading.Thread(target=self._refresh, args=(sender,), daemon=True).start()
-            else:
-                self._start(request, inputs, sender)
-        except RequestError as error:
-            status = _STATUS.get(type(error), "INVALID_ARG")
-            self._send(sender, Response(error=str(error), final=True), status)
-        except Exception as error:  # a bug of ours: this request ends, the server goes on
-            self._log(traceback.format_exc())
-            self._send(sender, Response(error=f"internal error: {error}", final=True), "INTERNAL")
+            parameters = json.loads(request.parameters() or "{}")
+            internal = self._control.take_internal(parameters)
+            if not self._control.answer(sender, inputs, parameters):
+                self._start(request, inputs, parameters, sender, internal)
+        except Exception as error:
+            self._send(sender, self._refusal(error), internal)
 
     def close(self, timeout_s: float) -> None:
-        """Let running requests finish for up to `timeout_s`, end the others, stop both threads."""
-        self._engine.drain(timeout_s)
+        """Let requests finish for up to `timeout_s`, end the others, stop all threads."""
+        deadline = time.monotonic() + timeout_s
+        for waiting in (self._short, self._long):
+            waiting.drain(deadline - time.monotonic())
+        self._engine.drain(max(0.0, deadline - time.monotonic()))
+        for waiting in (self._short, self._long):
+            waiting.close()
         self._engine.close()
         self._closing = True
         self._thread.join(timeout=10)
 
-    def _start(self, request: Any, inputs: dict[str, Any], sender: Any) -> None:
+    def _reload(self) -> dict[str, Any]:
+        found = self._engine.reload()
+        self._learn_models()
+        return {**asdict(found), "serving": sorted(self._end_ids)}
+
+    def _learn_models(self) -> None:
+        self._end_ids = self._engine.end_ids
+        self._max_bytes = max(self._engine.max_prompt_bytes.values(), default=0) + _OTHER_BYTES
+
+    def _start(
+        self, request: Any, inputs: dict[str, Any], parameters: dict[str, Any], sender: Any, internal: bool
+    ) -> None:
         if self._drain_deadline is not None:
             raise OverloadedError("the server is shutting down; send the request elsewhere")
-        parameters = json.loads(request.parameters() or "{}")
+        size = sum(map(num_bytes, inputs.values()))
+        if size > self._max_bytes:
+            raise PromptTooLongError(
+                f"the request has {size} bytes; no model here takes more than {self._max_bytes}: shorten it"
+            )
         if request.timeout():  # of the infer protocols; generate puts it among the parameters
             parameters["timeout"] = request.timeout()
         parsed = parse_request(inputs, parameters, self._end_ids)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
-        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline)
-        self._streams[stream.request_id] = stream
+        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline, internal)
+        waiting = self._short if size <= _SHORT_BYTES else self._long
+        with self._lock:  # the front thread sees it once it cannot be refused here any more
+            if self._ended:
+                raise OverloadedError("the server is about to start again; send the request later")
+            waiting.put(parsed.model, parsed.kv_scope, size, partial(self._submit, stream, parsed))
+            self._streams[stream.request_id] = stream
+
+    def _submit(self, stream: _Stream, parsed: ParsedRequest) -> None:
+        """A thread of the queue: tokenize, unless the request was given up while it waited."""
+        with self._lock:
+            if stream.request_id not in self._streams:
+                return
         try:
-            on_output = partial(self._on_output, stream)
             self._engine.submit(
                 stream.request_id,
                 parsed.model,
                 parsed.prompt,
                 parsed.params,
-                on_output,
+                partial(self._on_output, stream),
                 parsed.kv_scope,
                 parsed.kv_reuse,
                 parsed.documents,
             )
-        except BaseException:
-            del self._streams[stream.request_id]
-            raise
-        stream.submitted = True
+        except BaseException as error:  # a tokenizer that panics raises no Exception
+            self._outbox.put((stream, error, time.monotonic()))
+            return
+        stream.submitted = time.monotonic()
+        if stream.request_id not in self._streams:  # given up meanwhile
+            self._engine.abort(stream.request_id)
 
     def _on_output(self, stream: _Stream, output: RequestOutput) -> None:
         """Engine thread."""
         self._outbox.put((stream, output, time.monotonic()))
-
-    def _answer_health(self, sender: Any, inputs: dict[str, Any]) -> None:
-        """Say how the process is, beside any queue; give back what was sent, so that the caller can check
-        that tensors come through whole (numpy 2 reads them wrongly)."""
-        problem = self._problem()
-        if problem is not None:
-            self._send(sender, Response(error=problem, final=True), "UNAVAILABLE")
-            return
-        echo = {name: array.reshape(-1).tolist() for name, array in inputs.items()}
-        for name, values in echo.items():
-            echo[name] = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
-        status = {"unfinished": len(self._streams), "echo": echo}
-        tensors = {"text_output": strings(json.dumps(status)), "token_ids": integers([])}
-        self._send(sender, Response(tensors, final=True))
-
-    def _refresh(self, sender: Any) -> None:
-        """A thread of its own: reading the zoo takes a while, and other requests come in."""
-        try:
-            found = self._engine.reload()
-            self._end_ids = self._engine.end_ids
-            said = json.dumps({**asdict(found), "serving": sorted(self._end_ids)})
-            tensors = {"text_output": strings(said), "token_ids": integers([])}
-            self._send(sender, Response(tensors, final=True))
-        except Exception as error:  # the zoo cannot be read; or a bug of ours
-            self._log(traceback.format_exc())
-            self._send(sender, Response(error=f"the zoo was not refreshed: {error}", final=True))
 
     def _problem(self) -> str | None:
         """Why this process should be replaced; None while it is well."""
@@ -174,7 +198,7 @@ class EngineFront:
             return f"the engine has stopped: {self._engine.error}"
         if not self._thread.is_alive() or now - self._heartbeat > _STALL_S:
             return "the thread that sends responses has stopped"
-        oldest = min((stream.arrival for stream in list(self._streams.values())), default=now)
+        oldest = min((s.submitted for s in self._live() if s.submitted is not None), default=now)
         if now - max(self._engine.last_progress, oldest) > _STALL_S:
             return f"the engine has made no step for {_STALL_S:.0f} s"
         return None
@@ -182,6 +206,19 @@ class EngineFront:
     # ---- the front thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._lock:
+                self._ended = True  # from here on `handle` refuses
+                left, self._streams = list(self._streams.values()), {}
+            why = "the server is shutting down" if self._closing else "the server failed: it starts again"
+            for stream in left:
+                self._engine.abort(stream.request_id)
+                with suppress(Exception):
+                    self._answer(stream, Response(error=why, final=True, status="UNAVAILABLE"))
+
+    def _serve(self) -> None:
         next_poll = 0.0
         while not (self._closing and not self._streams):
             self._heartbeat = time.monotonic()
@@ -196,17 +233,40 @@ class EngineFront:
                 self._poll()
                 next_poll = time.monotonic() + _POLL_S
 
-    def _deliver(self, stream: _Stream, output: RequestOutput, when: float) -> None:
+    def _deliver(self, stream: _Stream, output: RequestOutput | BaseException, when: float) -> None:
         if stream.request_id not in self._streams:  # given up
             return
         try:
-            self._pass_on(stream, output, when)
+            if isinstance(output, BaseException):
+                self._refuse(stream, output)
+            else:
+                self._pass_on(stream, output, when)
         except Exception as error:  # a bug of ours: this request ends, the server goes on
             self._log(traceback.format_exc())
             self._streams.pop(stream.request_id, None)
             self._engine.abort(stream.request_id)
             with suppress(Exception):
-                self._send(stream.sender, Response(error=f"internal error: {error}", final=True))
+                self._answer(stream, Response(error=f"internal error: {error}", final=True))
+
+    def _refuse(self, stream: _Stream, error: BaseException) -> None:
+        """The engine did not take it."""
+        del self._streams[stream.request_id]
+        self._answer(stream, self._refusal(error))
+
+    def _refusal(self, error: BaseException) -> Response:
+        if isinstance(error, RequestError):
+            return Response(error=str(error), final=True, status=_STATUS.get(type(error), "INVALID_ARG"))
+        # a bug of ours: this request ends, the server goes on
+        self._log("".join(traceback.format_exception(error)))
+        return Response(error=f"internal error: {error}", final=True)
+
+    def _give_up(self, stream: _Stream) -> None:
+        """End a request before its time: through the engine, or at once where it has not got there."""
+        self._engine.abort(stream.request_id)
+        if stream.submitted is None:  # should it get there at this moment, it is aborted there
+            self._streams.pop(stream.request_id, None)
+            problem = None if stream.cancelled else stream.problem
+            self._answer(stream, Response(error=problem, final=True, status="UNAVAILABLE"))
 
     def _pass_on(self, stream: _Stream, output: RequestOutput, when: float) -> None:
         if output.token_ids:
@@ -224,7 +284,9 @@ class EngineFront:
         else:
             response = stream.answer.push(output, problem)
         if response is not None:
-            self._send(stream.sender, response)
+            if problem is not None:  # not of its own: the same request may succeed elsewhere, or later
+                response = replace(response, status="UNAVAILABLE")
+            self._answer(stream, response)
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -238,41 +300,38 @@ class EngineFront:
             self._log(traceback.format_exc())
 
     def _check_deadlines(self, now: float) -> None:
-        for stream in self._submitted():
+        for stream in self._live():
             if stream.deadline is not None and now > stream.deadline:
                 limit = stream.deadline - stream.arrival
                 stream.problem = f"the request took longer than its timeout of {limit:g} s"
             elif self._drain_deadline is not None and now > self._drain_deadline:
                 stream.problem = "the server is shutting down"
             if stream.problem is not None:
-                self._engine.abort(stream.request_id)
+                self._give_up(stream)
 
     def _check_cancellations(self) -> None:
         """Ask Triton about some of the streams, in turn."""
-        streams = self._submitted()
+        streams = self._live()
         for _ in range(min(len(streams), _CANCEL_CHECKS)):
             self._next_check = (self._next_check + 1) % len(streams)
             stream = streams[self._next_check]
             if not stream.cancelled and stream.sender.is_cancelled():
                 stream.cancelled = True
-                self._engine.abort(stream.request_id)
+                self._give_up(stream)
 
-    def _submitted(self) -> list[_Stream]:
-        return [stream for stream in list(self._streams.values()) if stream.submitted]
+    def _live(self) -> list[_Stream]:
+        with self._lock:
+            return list(self._streams.values())
 
     # ---- both threads
 
-    def _send(self, sender: Any, response: Response, status: str = "INTERNAL") -> None:
-        pb = self._pb
-        flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.final else 0
-        if response.error is not None:
-            error = pb.TritonError(response.error, getattr(pb.TritonError, status))
-            sender.send(pb.InferenceResponse([], error=error), flags=flags)
-        elif response.tensors:
-            tensors = [pb.Tensor(name, array) for name, array in response.tensors.items()]
-            sender.send(pb.InferenceResponse(tensors), flags=flags)
-        else:
-            sender.send(flags=flags)
+    def _answer(self, stream: _Stream, response: Response) -> None:
+        self._send(stream.sender, response, stream.internal)
+
+    def _send(self, sender: Any, response: Response, internal: bool) -> None:
+        if internal and response.error is not None:  # the status is lost on the way through Triton
+            response = replace(response, error=f"{response.status}:{response.error}")
+        send(self._pb, sender, response)
 
     def _log(self, message: str) -> None:
         self._pb.Logger.log_error(message)

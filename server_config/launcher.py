@@ -61,10 +61,15 @@ class Endpoints:
         return f"http://{self.client_host}:{self.http_port}"
 
 
+_OPERATORS_APIS = "shared-memory,model-repository,logging,trace,statistics"
+
+
 def server_arguments(
     repository: Path, endpoints: Endpoints, drain_s: float, follows: bool = False
 ) -> list[str]:
     """The flags of tritonserver that the repository counts on; `follows`: it may change."""
+    # a client would read others' tensors, stop models or hush the log; nobody is told the key, so nobody may
+    locked = f"{_OPERATORS_APIS}:locked={secrets.token_urlsafe(32)}"
     polling = ["--model-control-mode=poll", "--repository-poll-secs=1"] if follows else []
     return [
         *polling,
@@ -76,6 +81,8 @@ def server_arguments(
         f"--metrics-address={endpoints.host}",
         f"--metrics-port={endpoints.metrics_port}",
         f"--exit-timeout-secs={max(1, round(drain_s))}",
+        f"--http-restricted-api={locked}",
+        f"--grpc-restricted-protocol={locked}",
         "--disable-auto-complete-config",  # half a second per Python model
         "--allow-gpu-metrics=false",
         "--pinned-memory-pool-byte-size=0",

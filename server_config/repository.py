@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blockzoo.server_config.tensors import (
+    HEALTH_INPUT,
     INPUT_IDS,
     INPUTS,
     MODEL,
@@ -31,15 +32,21 @@ from blockzoo.server_config.tensors import (
     TensorField,
 )
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.names import RESERVED_NAMES
 from blockzoo.zoo.store import Zoo
 
-ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = "blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"
-RESERVED_NAMES = (ENGINE, UNARY, PREPROCESSING, POSTPROCESSING)
-_POSTPROCESSING_INPUTS = (TensorField("text", "STRING"), TensorField("token_ids", "INT32", (-1,)), MODEL)
+ENGINE, UNARY, PREPROCESSING, POSTPROCESSING = RESERVED_NAMES
+_POSTPROCESSING_INPUTS = (
+    TensorField("text", "STRING"),
+    TensorField("token_ids", "INT32", (-1,)),
+    MODEL,
+    HEALTH_INPUT,
+)
 _VALID_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_ONE_BY_ONE = "max_batch_size: 1\n"  # clients of the TensorRT-LLM backend send a batch dimension
+# Clients of the TensorRT-LLM backend send a batch dimension. No model has dynamic batching: bursts of some
+# 1,500 requests within a second were seen to hang Triton's batcher for good (2.51).
+_ONE_BY_ONE = "max_batch_size: 1\n"
 _DECOUPLED = "model_transaction_policy { decoupled: true }\n"
-_BATCHED = "max_batch_size: 64\ndynamic_batching { }\n"  # what Triton asks of a text step costs per call
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +161,13 @@ def configurations(
 ) -> dict[str, str]:
     """The text of each model's config.pbtxt; `inputs`: tenants that preprocessing knows, None: the same."""
     known = tenants if inputs is None else inputs
-    tenant_inputs = [TensorField(tenant_input(tenant), "STRING") for tenant in known]
+    tenant_inputs = [*(TensorField(tenant_input(tenant), "STRING") for tenant in known), HEALTH_INPUT]
     return {
         ENGINE: _python_model(ENGINE, INPUTS, OUTPUTS, _ONE_BY_ONE + _DECOUPLED, settings),
         UNARY: _python_model(UNARY, INPUTS, OUTPUTS, _ONE_BY_ONE, settings),
-        PREPROCESSING: _python_model(PREPROCESSING, tenant_inputs, (INPUT_IDS, MODEL), _BATCHED, settings),
+        PREPROCESSING: _python_model(PREPROCESSING, tenant_inputs, (INPUT_IDS, MODEL), _ONE_BY_ONE, settings),
         POSTPROCESSING: _python_model(
-            POSTPROCESSING, _POSTPROCESSING_INPUTS, (TEXT_OUTPUT,), _BATCHED, settings
+            POSTPROCESSING, _POSTPROCESSING_INPUTS, (TEXT_OUTPUT,), _ONE_BY_ONE, settings
         ),
         **{tenant: _ensemble(tenant) for tenant in tenants},
     }

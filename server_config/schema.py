@@ -16,11 +16,13 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from blockzoo.runtime.api.errors import InvalidRequestError, UnknownModelError
-from blockzoo.runtime.api.request import KVReuse, SamplingParams
-from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS
+from blockzoo.runtime.api.request import MAX_WORDS, KVReuse, SamplingParams
+from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
+from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS, RELOAD_INPUT
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_SCOPE_CHARS = 256
+MAX_NAME_CHARS = 128
 
 # what Triton itself puts among a request's parameters; every other one is a misspelled input
 TRITON_PARAMETERS = frozenset(
@@ -111,9 +113,14 @@ def parse_request(
     if kv_scope is not None and len(kv_scope) > MAX_SCOPE_CHARS:
         raise InvalidRequestError(f"kv_scope has {len(kv_scope)} characters; at most {MAX_SCOPE_CHARS}")
     params = _sampling_params(inputs)
-    documents = _words(inputs, "documents") if "documents" in inputs else ()
-    timeout = _timeout(parameters)
+    documents = _words(inputs, "documents", MAX_DOCUMENTS) if "documents" in inputs else ()
+    timeout = time_limit(parameters)
     return ParsedRequest(model, prompt, params, stream, echo, kv_scope or None, reuse, documents, timeout)
+
+
+def num_bytes(array: np.ndarray) -> int:
+    """What was sent for a tensor."""
+    return sum(map(len, array.reshape(-1))) if array.dtype == object else array.nbytes
 
 
 def checked_text(value: bytes, name: str) -> str:
@@ -128,17 +135,31 @@ def checked_text(value: bytes, name: str) -> str:
         ) from None
 
 
+def time_limit(parameters: Mapping[str, Any]) -> float | None:
+    """Seconds of Triton's parameter `timeout`; None where it is not set. Raises InvalidRequestError."""
+    microseconds = parameters.get("timeout")
+    if microseconds in (None, 0):
+        return None
+    try:
+        seconds = float(microseconds) / 1e6
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequestError(f"timeout is {microseconds!r}; expected a number of microseconds")
+    return seconds
+
+
 def did_you_mean(name: str, known: tuple[str, ...]) -> str:
     """The nearest known name as a question, or all of them."""
-    close = get_close_matches(name, known, 1)
+    close = get_close_matches(name[:MAX_NAME_CHARS], known, 1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 
 def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
     for name in parameters:
         if name not in TRITON_PARAMETERS:
-            known = tuple(field.name for field in INPUTS if field is not HEALTH_INPUT)
-            raise InvalidRequestError(f"there is no input {name!r}; {did_you_mean(name, known)}")
+            known = tuple(field.name for field in INPUTS if field not in (HEALTH_INPUT, RELOAD_INPUT))
+            raise InvalidRequestError(f"there is no input {name!r:.200}; {did_you_mean(name, known)}")
 
 
 def _model(inputs: Mapping[str, np.ndarray], end_ids: Mapping[str, tuple[int, ...]]) -> str:
@@ -149,7 +170,7 @@ def _model(inputs: Mapping[str, np.ndarray], end_ids: Mapping[str, tuple[int, ..
     if not name:
         raise InvalidRequestError(f"model is missing; name one of {', '.join(models)}")
     if name not in end_ids:
-        raise UnknownModelError(f"there is no model {name!r}; {did_you_mean(name, models)}")
+        raise UnknownModelError(f"there is no model {name!r:.200}; {did_you_mean(name, models)}")
     return name
 
 
@@ -222,22 +243,9 @@ def _sampling_parameters(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for key in given:
         if key not in _JSON_KEYS:
             raise InvalidRequestError(
-                f"sampling_parameters has the unknown key {key!r}; {did_you_mean(key, _JSON_KEYS)}"
+                f"sampling_parameters has the unknown key {key!r:.200}; {did_you_mean(key, _JSON_KEYS)}"
             )
     return given
-
-
-def _timeout(parameters: Mapping[str, Any]) -> float | None:
-    microseconds = parameters.get("timeout")
-    if microseconds in (None, 0):
-        return None
-    try:
-        seconds = float(microseconds) / 1e6
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequestError(f"timeout is {microseconds!r}; expected a number of microseconds")
-    return seconds
 
 
 def _scalar(inputs: Mapping[str, np.ndarray], name: str) -> Any:
@@ -262,7 +270,9 @@ def _text(inputs: Mapping[str, np.ndarray], name: str) -> str | None:
     return None if value is None else checked_text(value, name)
 
 
-def _words(inputs: Mapping[str, np.ndarray], name: str) -> tuple[str, ...]:
+def _words(inputs: Mapping[str, np.ndarray], name: str, limit: int = MAX_WORDS) -> tuple[str, ...]:
     """Clients of the backend send one empty word for none."""
+    if inputs[name].size > limit:  # before any is looked at
+        raise InvalidRequestError(f"{name} has {inputs[name].size} texts; expected at most {limit}")
     words = (checked_text(word, name) for word in inputs[name].reshape(-1).tolist())
     return tuple(word for word in words if word)

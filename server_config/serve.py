@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import secrets
 import sys
-import time
-from collections import deque
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from blockzoo.server_config.follow import Follower
-    from blockzoo.server_config.launcher import Endpoints, TritonProcess
-    from blockzoo.server_config.openai.process import OpenAIProcess
-    from blockzoo.server_config.watchdog import Watchdog
+from blockzoo.zoo.console import command
 
-_PROBE_EVERY_S = 1.0
-_MAX_RESTARTS, _RESTART_WINDOW_S = 3, 300.0
+if TYPE_CHECKING:
+    from blockzoo.server_config.launcher import Endpoints
+    from blockzoo.server_config.openai.process import OpenAIProcess
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
     network = parser.add_argument_group("network (port 0 of Triton takes a free one)")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    network.add_argument(
+        "--insecure",
+        action="store_true",
+        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes",
+    )
     network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
     network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
@@ -122,6 +121,7 @@ def _amount(text: str) -> float:
     return value
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run zoo-serve; the exit status."""
     args = build_parser().parse_args(argv)
@@ -189,10 +189,12 @@ def _write_only(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from blockzoo.server_config.environment import find_tritonserver, free_ports
+    from blockzoo.server_config.control import SECRET_VARIABLE
+    from blockzoo.server_config.environment import check_host, find_tritonserver, free_ports
     from blockzoo.server_config.follow import Follower
     from blockzoo.server_config.launcher import Endpoints, TritonProcess, server_arguments
     from blockzoo.server_config.repository import ServerSettings
+    from blockzoo.server_config.supervisor import Supervisor, say
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
@@ -209,23 +211,31 @@ def _serve(args: argparse.Namespace) -> int:
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
-        watchdog = Watchdog(endpoints.http, "")
-        follower = Follower(settings, repository, watchdog.refresh)
+        secret = secrets.token_urlsafe(32)
+        watchdog = Watchdog(endpoints.http, "", secret, control_dir)
+        follower = Follower(settings, repository, watchdog.reload)
         server = find_tritonserver(folder)
+        check_host(args.host, server, args.insecure)
+        server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
+        # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
+        server.environment["TOKENIZERS_PARALLELISM"] = "false"
         arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:
             watchdog.tenant = follower.prepare()[0]
+            for why in follower.left_out:
+                say(f"left out: {why}")
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
+        supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)
         openai = _openai_process(args, endpoints, folder)
 
         def on_ready() -> None:
             if openai is not None:
                 openai.start()
-            _print_endpoints(args, follower.tenants, endpoints)
+            version = f"{watchdog.version()}{' of nvidia-pytriton' if server.bundled else ''}"
+            _print_endpoints(args, follower.tenants, endpoints, version)
 
-        supervisor = _Supervisor(start, watchdog, follower, args.drain_seconds)
         try:
             return supervisor.run(on_ready)
         finally:
@@ -242,6 +252,7 @@ def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path
     if not args.openai_port:
         return None
     from blockzoo.server_config.openai.process import OpenAIProcess
+    from blockzoo.server_config.supervisor import say
 
     metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
     options = {
@@ -251,78 +262,12 @@ def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path
         "host": _openai_host(args),
         "port": args.openai_port,
     }
-    return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, _say)
+    return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, say)
 
 
-class _Supervisor:
-    """Keeps one server up until a signal comes; runs in the main thread."""
-
-    def __init__(self, start: Any, watchdog: Watchdog, follower: Follower, drain_s: float) -> None:
-        self._start = start
-        self._watchdog, self._follower = watchdog, follower
-        self._drain_s = drain_s
-        self._stop = Event()
-
-    def run(self, on_ready: Any) -> int:
-        """Serve; the exit status. Raises ServerError when the server cannot be (kept) up."""
-        from blockzoo.server_config.environment import ServerError
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-        restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-        process: TritonProcess = self._start()
-        try:
-            self._wait_until_serving(process)
-            if not self._stop.is_set():
-                on_ready()
-            while not self._stop.wait(_PROBE_EVERY_S):
-                problem = self._watchdog.problem() if process.running else process.failure()
-                if problem is None:
-                    self._follow()
-                    continue
-                now = time.monotonic()
-                if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
-                    raise ServerError(f"{problem}\nrestarted {_MAX_RESTARTS} times already; giving up")
-                restarts.append(now)
-                _say(f"{problem}\nrestarting the server")
-                process.kill()
-                process = self._start()
-                self._wait_until_serving(process)
-                _say(f"serving again after {time.monotonic() - now:.1f} s")
-            _say("stopping: running requests finish first, a second signal ends them")
-            drained = process.stop(self._drain_s, self._watchdog.unfinished)
-            return 0 if drained else 1
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            process.kill()
-
-    def _follow(self) -> None:
-        """Take over what has changed in the zoo."""
-        change = self._follower.follow()
-        if change is not None:
-            self._watchdog.tenant = change.tenants[0] if change.tenants else ""
-            for message in change.messages:
-                _say(message)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop.is_set():
-            raise KeyboardInterrupt
-        self._stop.set()
-
-    def _wait_until_serving(self, process: TritonProcess) -> None:
-        from blockzoo.server_config.environment import ServerError
-
-        while not self._watchdog.ready():
-            if not process.running:
-                raise ServerError(process.failure())
-            if self._stop.wait(0.1):
-                return
-        self._watchdog.self_test()
-        process.forward_errors = True
-
-
-def _print_endpoints(args: argparse.Namespace, tenants: tuple[str, ...], endpoints: Endpoints) -> None:
+def _print_endpoints(
+    args: argparse.Namespace, tenants: tuple[str, ...], endpoints: Endpoints, version: str
+) -> None:
     host = endpoints.client_host
     openai = f"  OpenAI   http://{_openai_host(args)}:{args.openai_port}/v1\n" if args.openai_port else ""
     print(
@@ -330,15 +275,12 @@ def _print_endpoints(args: argparse.Namespace, tenants: tuple[str, ...], endpoin
         f"  HTTP     {endpoints.http}\n"
         f"  gRPC     {host}:{endpoints.grpc_port}\n"
         f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"
+        f"  server   tritonserver {version}\n"
         "try\n"
         f"  curl -s {endpoints.http}/v2/models/{tenants[0]}/generate "
         '-d \'{"text_input": "Hello", "max_tokens": 16}\'',
         flush=True,
     )
-
-
-def _say(message: str) -> None:
-    print(f"zoo-serve: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ SAMPLING_INPUTS = (
     TensorField("kv_scope", "STRING"),  # ours: only requests of one model and scope share cached KV
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
-REFRESH_INPUT = TensorField("refresh", "BOOL")  # ours: take over what has changed in the zoo
-INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT, REFRESH_INPUT)
+RELOAD_INPUT = TensorField("reload", "BOOL")  # ours: take over what has changed in the zoo
+INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT, RELOAD_INPUT)
 
 TEXT_OUTPUT = TensorField("text_output", "STRING", (-1,))
 OUTPUTS = (

@@ -5,25 +5,40 @@ Both also serve on their own: `preprocessing` tokenizes, `postprocessing` turns 
 
 from __future__ import annotations
 
+import json
+import math
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from blockzoo.runtime.api.errors import InvalidRequestError, RequestError
+from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
+from blockzoo.runtime.text.prompt import check_size
 from blockzoo.runtime.text.tokenizer import Tokenizer
-from blockzoo.server_config.answer import integers, strings
-from blockzoo.server_config.repository import tenant_input
-from blockzoo.server_config.schema import checked_text, did_you_mean
+from blockzoo.server_config.answer import Response, integers, send, strings
+from blockzoo.server_config.fair_queue import FairQueue
+from blockzoo.server_config.repository import ServerSettings, tenant_input
+from blockzoo.server_config.schema import checked_text, did_you_mean, time_limit
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
 Tensors = Mapping[str, np.ndarray]
-Step = Callable[[Tensors], Tensors]
 _PREFIX = tenant_input("")
+_SHORT_BYTES, _SHORT_WAITING, _LONG_WAITING = 1 << 16, 64 << 20, 128 << 20  # as in front.py
+_OK = {"text_output": strings("ok")}
+
+
+class ServedText(NamedTuple):
+    """What the steps need of a model: its tokenizer, and the most tokens that a prompt can have."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
 
 
 class Tokenizers:
@@ -31,16 +46,24 @@ class Tokenizers:
 
     Args:
         path: of the zoo.
+        max_model_len: of the engine, where it is set.
 
     Raises:
         ZooError: it cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, max_model_len: int | None = None) -> None:
         self._path = Path(path)
+        self._max_model_len = max_model_len
         self._loaded: dict[Path, Tokenizer] = {}
-        self._of_model: dict[str, Tokenizer] = {}
+        self._of_model: dict[str, ServedText] = {}
         self._read()
+
+    @classmethod
+    def of_model(cls, args: Mapping[str, str]) -> Tokenizers:
+        """Those that Triton's arguments to `TritonPythonModel.initialize` name."""
+        settings = ServerSettings.of_model(args)
+        return cls(settings.zoo, settings.engine.get("max_model_len"))
 
     def _read(self) -> None:
         self._seen = manifest_stamp(self._path)
@@ -48,34 +71,85 @@ class Tokenizers:
         folders = {name: zoo.tokenizer_dir(name) for name in zoo.manifest.models}
         loaded = {folder: self._loaded.get(folder) or Tokenizer.load(folder) for folder in folders.values()}
         self._loaded = loaded
-        self._of_model = {name: loaded[folder] for name, folder in folders.items()}
+        self._of_model = {
+            name: ServedText(loaded[folder], self._max_tokens(zoo.manifest.models[name]))
+            for name, folder in folders.items()
+        }
 
-    def __getitem__(self, model: str) -> Tokenizer:
+    def _max_tokens(self, model: ModelRecord) -> int:
+        """At least what the engine takes, which knows it exactly."""
+        return min(model.config.max_length, self._max_model_len or model.config.max_length)
+
+    def __getitem__(self, model: str) -> ServedText:
         if manifest_stamp(self._path) != self._seen:
             with suppress(ZooError):  # a zoo that cannot be read changes nothing
                 self._read()
         if model not in self._of_model:
             names = tuple(sorted(self._of_model))
-            raise InvalidRequestError(f"there is no model {model!r}; {did_you_mean(model, names)}")
+            raise InvalidRequestError(f"there is no model {model!r:.200}; {did_you_mean(model, names)}")
         return self._of_model[model]
 
 
 class Preprocessor:
-    """`text_input@<tenant>` -> `input_ids` and `model`."""
+    """`text_input@<tenant>` -> `input_ids` and `model`, tokenized in turns of the tenants.
 
-    def __init__(self, tokenizers: Tokenizers) -> None:
-        self._tokenizers = tokenizers
+    Args:
+        pb: the `triton_python_backend_utils` module.
+    """
 
-    def __call__(self, inputs: Tensors) -> dict[str, np.ndarray]:
-        """One request. Raises InvalidRequestError."""
-        names = [name for name in inputs if name.startswith(_PREFIX)]
-        if len(names) != 1:
-            raise InvalidRequestError(f"send one {_PREFIX}<model>; {len(names)} were sent")
-        model = names[0].removeprefix(_PREFIX)
-        text = checked_text(inputs[names[0]].reshape(-1)[0], "text_input")
-        if not text:
-            raise InvalidRequestError("text_input is empty; send at least one character")
-        return {"input_ids": integers(self._tokenizers[model].encode(text)), "model": strings(model)}
+    def __init__(self, tokenizers: Tokenizers, pb: Any) -> None:
+        self._tokenizers, self._pb = tokenizers, pb
+        self._short = FairQueue("blockzoo-short", 2, _SHORT_WAITING)
+        self._long = FairQueue("blockzoo-long", 1, _LONG_WAITING)
+
+    def handle(self, request: Any) -> None:
+        """Take one request; its sender gets exactly one response, here or later."""
+        sender = request.get_response_sender()
+        try:
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if "health" in inputs:
+                send(
+                    self._pb, sender, Response({"input_ids": integers([]), "model": strings("")}, final=True)
+                )
+                return
+            names = [name for name in inputs if name.startswith(_PREFIX)]
+            if len(names) != 1:
+                raise InvalidRequestError(f"send one {_PREFIX}<model>; {len(names)} were sent")
+            if inputs[names[0]].size != 1:
+                raise InvalidRequestError(f"text_input has {inputs[names[0]].size} elements; expected 1")
+            text = checked_text(inputs[names[0]].reshape(-1)[0], "text_input")
+            if not text:
+                raise InvalidRequestError("text_input is empty; send at least one character")
+            model, deadline = names[0].removeprefix(_PREFIX), _deadline(request)
+            waiting = self._short if len(text) <= _SHORT_BYTES else self._long
+            waiting.put(model, None, len(text), partial(self._tokenize, sender, model, text, deadline))
+        except BaseException as error:
+            _fail(self._pb, sender, error)
+
+    def close(self, timeout_s: float) -> None:
+        """Let what waits finish for up to `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        for waiting in (self._short, self._long):
+            waiting.drain(deadline - time.monotonic())
+            waiting.close()
+
+    def _tokenize(self, sender: Any, model: str, text: str, deadline: float) -> None:
+        """A thread of the queue."""
+        try:
+            if sender.is_cancelled():
+                raise InvalidRequestError("the request was cancelled")
+            if time.monotonic() > deadline:
+                raise InvalidRequestError("the request took longer than its timeout")
+            served = self._tokenizers[model]
+            check_size(served.tokenizer, [text], served.max_tokens)
+            ids = served.tokenizer.encode(text)
+        except BaseException as error:  # a tokenizer that panics raises no Exception
+            _fail(self._pb, sender, error)
+            return
+        with suppress(Exception):  # who asked is gone
+            send(
+                self._pb, sender, Response({"input_ids": integers(ids), "model": strings(model)}, final=True)
+            )
 
 
 class Postprocessor:
@@ -84,18 +158,38 @@ class Postprocessor:
     In an ensemble the engine's text goes through unchanged. It is made where stop words are looked for; to
     make it here again would take a detokenizer's state per request, in a process that never hears of the end
     of a request that was aborted.
+
+    Args:
+        pb: the `triton_python_backend_utils` module.
     """
 
-    def __init__(self, tokenizers: Tokenizers) -> None:
-        self._tokenizers = tokenizers
+    def __init__(self, tokenizers: Tokenizers, pb: Any) -> None:
+        self._tokenizers, self._pb = tokenizers, pb
 
-    def __call__(self, inputs: Tensors) -> dict[str, np.ndarray]:
-        """One request. Raises InvalidRequestError."""
+    def respond(self, request: Any) -> Any:
+        """The response to one request, returned from `execute`: senders cost a round trip per token."""
+        pb = self._pb
+        try:
+            outputs = self.answer({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+            return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs.items()])
+        except BaseException as error:  # a tokenizer that panics raises no Exception
+            message, status = _explain(pb, error)
+            return pb.InferenceResponse([], error=pb.TritonError(message, getattr(pb.TritonError, status)))
+
+    def answer(self, inputs: Tensors) -> dict[str, np.ndarray]:
+        """Its tensors. Raises InvalidRequestError."""
+        if "health" in inputs:
+            return _OK
         if "text" in inputs:
             return {"text_output": inputs["text"]}
         if not {"token_ids", "model"} <= inputs.keys():
             raise InvalidRequestError("send token_ids and model, or text")
-        tokenizer = self._tokenizers[checked_text(inputs["model"].reshape(-1)[0], "model")]
+        served = self._tokenizers[checked_text(inputs["model"].reshape(-1)[0], "model")]
+        if inputs["token_ids"].size > served.max_tokens:
+            raise InvalidRequestError(
+                f"token_ids has {inputs['token_ids'].size} tokens; expected at most {served.max_tokens}"
+            )
+        tokenizer = served.tokenizer
         ids = inputs["token_ids"].reshape(-1).tolist()
         wrong = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
         if wrong:
@@ -103,21 +197,22 @@ class Postprocessor:
         return {"text_output": strings(tokenizer.decode(ids, skip_special_tokens=True))}
 
 
-def run_step(
-    step: Callable[[Tensors], Mapping[str, np.ndarray]], requests: Iterable[Any], pb: Any
-) -> list[Any]:
-    """Answer the requests of one `execute` call, each by its own response or error."""
-    return [_respond(step, request, pb) for request in requests]
+def _deadline(request: Any) -> float:
+    """When the client's time ends. Raises InvalidRequestError."""
+    parameters = json.loads(request.parameters() or "{}")
+    limit = time_limit({"timeout": request.timeout() or parameters.get("timeout")})
+    return math.inf if limit is None else time.monotonic() + limit
 
 
-def _respond(step: Step, request: Any, pb: Any) -> Any:
-    try:
-        outputs = step({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
-        return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs.items()])
-    except RequestError as error:
-        return pb.InferenceResponse([], error=pb.TritonError(str(error), pb.TritonError.INVALID_ARG))
-    except Exception as error:  # a bug of ours: this request ends, the server goes on
-        pb.Logger.log_error(traceback.format_exc())
-        return pb.InferenceResponse(
-            [], error=pb.TritonError(f"internal error: {error}", pb.TritonError.INTERNAL)
-        )
+def _fail(pb: Any, sender: Any, error: BaseException) -> None:
+    message, status = _explain(pb, error)
+    with suppress(Exception):  # who asked is gone
+        send(pb, sender, Response(error=message, final=True, status=status))
+
+
+def _explain(pb: Any, error: BaseException) -> tuple[str, str]:
+    """What to tell a client of an error: message and status."""
+    if isinstance(error, RequestError):
+        return str(error), "UNAVAILABLE" if isinstance(error, OverloadedError) else "INVALID_ARG"
+    pb.Logger.log_error("".join(traceback.format_exception(error)))  # a bug of ours: the server goes on
+    return f"internal error: {error}", "INTERNAL"

@@ -1,7 +1,7 @@
 """Is the server really serving? Asked with inferences, because a dead Python model leaves Triton "ready".
 
-Health requests are answered by the models at once, beside the engine's queue, so a busy server is not taken
-for a dead one.
+Health requests are answered by the models at once, beside the engine's queue, and where one comes late, what
+the model has taken meanwhile tells a busy server from a dead one.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
+from blockzoo.server_config.beacon import BeaconReader
 from blockzoo.server_config.environment import ServerError
-from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY, tenant_input
+from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY
 
 _PROBE_TIMEOUT_S = 3.0
 _TIMEOUTS_ALLOWED = 3  # in a row: one may only mean that the machine is slow
 _FIRST_INFERENCE_S = 600.0
-_REFRESH_S = 60.0
+_RELOAD_S = 60.0
 _SAMPLE = {
     "text_input": "żółw 🐢",
     "max_tokens": 123456789,
@@ -37,10 +39,13 @@ class Watchdog:
     Args:
         http: base URL.
         tenant: any model served; set again when that one is no longer.
+        secret: what the models know the launcher by.
+        control_dir: where they show that they take requests; None: nowhere.
     """
 
-    def __init__(self, http: str, tenant: str) -> None:
-        self._http = http
+    def __init__(self, http: str, tenant: str, secret: str = "", control_dir: Path | None = None) -> None:
+        self._http, self._secret = http, secret
+        self._beacons = None if control_dir is None else BeaconReader(control_dir)
         self.tenant = tenant
         self._timeouts = 0
 
@@ -51,6 +56,14 @@ class Watchdog:
                 return True
         except OSError:
             return False
+
+    def version(self) -> str:
+        """What Triton says it is; "unknown" where it does not say."""
+        try:
+            with urllib.request.urlopen(f"{self._http}/v2", timeout=_PROBE_TIMEOUT_S) as response:
+                return str(json.load(response)["version"])
+        except (OSError, ValueError, KeyError):
+            return "unknown"
 
     def self_test(self) -> None:
         """Send tensors of every type there and back, and generate a token through all steps.
@@ -77,8 +90,8 @@ class Watchdog:
         probes: tuple[tuple[str, dict[str, Any]], ...] = (
             (ENGINE, {"health": True}),
             (UNARY, {"health": True}),
-            (PREPROCESSING, {tenant_input(self.tenant): "a"}),
-            (POSTPROCESSING, {"text": "a"}),
+            (PREPROCESSING, {"health": True}),
+            (POSTPROCESSING, {"health": True}),
         )
         for model, request in probes:
             try:
@@ -86,6 +99,8 @@ class Watchdog:
             except UnhealthyError as error:
                 return f"{model}: {error}"
             except OSError as error:  # no answer in time, or no connection
+                if self._beacons is not None and self._beacons.moved(model):
+                    continue  # busy: the probe waits its turn in Triton's queue
                 self._timeouts += 1
                 return f"{model}: {error}" if self._timeouts >= _TIMEOUTS_ALLOWED else None
         self._timeouts = 0
@@ -98,17 +113,19 @@ class Watchdog:
         except (OSError, UnhealthyError):
             return None
 
-    def refresh(self) -> dict[str, Any]:
+    def reload(self) -> dict[str, Any]:
         """Let the engine take over what has changed in the zoo: the fields of `Reloaded`, and `serving`.
 
         Raises:
             OSError: no answer.
             UnhealthyError: it could not.
         """
-        return json.loads(self._post(ENGINE, {"refresh": True}, _REFRESH_S)["text_output"])
+        asked = {"reload": True, "secret": self._secret}
+        return json.loads(self._post(ENGINE, asked, _RELOAD_S)["text_output"])
 
     def _engine_status(self, timeout_s: float, sample: dict[str, Any] | None = None) -> dict[str, Any]:
-        return json.loads(self._post(ENGINE, {"health": True, **(sample or {})}, timeout_s)["text_output"])
+        asked = {"health": True, "secret": self._secret, **(sample or {})}
+        return json.loads(self._post(ENGINE, asked, timeout_s)["text_output"])
 
     def _post(self, model: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         url = f"{self._http}/v2/models/{model}/generate"

@@ -2,16 +2,17 @@
 copied: tensors are views of the mapped files.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blockzoo.zoo.errors import CheckpointError
+from blockzoo.zoo.folder import find_file, read_json
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
@@ -50,10 +51,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open an HF folder. Raises CheckpointError, UnsupportedModelError; both name the folder."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: expected a local HF checkpoint or PEFT adapter")
-    raw_config = read_json(path / "config.json")
-    generation = path / "generation_config.json"
+    raw_config = read_json(path, "config.json")
+    generation = None
+    if find_file(path, "generation_config.json") is not None:
+        generation = read_json(path, "generation_config.json")
     try:
-        config = ModelConfig.from_hf(raw_config, read_json(generation) if generation.exists() else None)
+        config = ModelConfig.from_hf(raw_config, generation)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
     files = open_tensor_files(path)
@@ -64,30 +67,40 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_tensor_files(path: Path) -> dict[str, TensorFile]:
-    """Tensor name -> file, of the folder's `model.safetensors` or of its shards. Raises CheckpointError."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        single = path / "model.safetensors"
-        if not single.exists():
-            others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-            said = f" (found {others[0]}: save the model with safe_serialization=True)" if others else ""
-            raise CheckpointError(f"{path}: expected model.safetensors or model.safetensors.index.json{said}")
+    """Tensor name -> file, of the folder's `model.safetensors` or else of its shards. Raises CheckpointError.
+
+    As transformers reads them: an index beside the single file is a stale one, and every tensor of a shard
+    that the index names is one of the model.
+    """
+    single = find_file(path, SINGLE)
+    if single is not None:
         file = open_tensor_file(single)
         return dict.fromkeys(file.names, file)
-    weight_map = read_json(index).get("weight_map")
+    if find_file(path, INDEX) is None:
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        said = f" (found {others[0]}: save the model with safe_serialization=True)" if others else ""
+        raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX}{said}")
+    weight_map = read_json(path, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: expected an object 'weight_map' of tensor names to file names")
-    opened: dict[str, TensorFile] = {}
+        raise CheckpointError(
+            f"{path / INDEX}: expected an object 'weight_map' of tensor names to file names"
+        )
+    files: dict[str, TensorFile] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {shard!r} is not the name of a file in this folder")
-        if not (path / shard).exists():
-            raise CheckpointError(f"{path}: {shard} is missing, which {index.name} lists")
-        opened[shard] = open_tensor_file(path / shard)
+            raise CheckpointError(f"{path / INDEX}: {shard!r} is not the name of a file in this folder")
+        found = find_file(path, shard)
+        if found is None:
+            raise CheckpointError(f"{path}: {shard} is missing, which {INDEX} lists")
+        file = open_tensor_file(found)
+        for name in file.names:
+            if name in files:
+                raise CheckpointError(f"{path}: {files[name].path.name} and {shard} both hold {name}")
+            files[name] = file
     for name, shard in weight_map.items():
-        if name not in opened[shard].names:
-            raise CheckpointError(f"{path}: {shard} does not hold {name}, contrary to {index.name}")
-    return {name: opened[shard] for name, shard in weight_map.items()}
+        if name not in files or files[name].path.name != shard:
+            raise CheckpointError(f"{path}: {shard} does not hold {name}, contrary to {INDEX}")
+    return files
 
 
 def open_tensor_file(path: Path) -> TensorFile:
@@ -98,24 +111,12 @@ def open_tensor_file(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: {error}; copy or download it again") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises CheckpointError when it is missing or something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: {path.name} is missing") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, seen {type(value).__name__}")
-    return value
-
-
 def read_tokenizer_files(path: Path) -> dict[str, bytes]:
     """Contents of the folder's tokenizer files by name. Raises CheckpointError for one that is no JSON."""
-    if (path / "tokenizer.json").is_file():
-        read_json(path / "tokenizer.json")
-    return {name: (path / name).read_bytes() for name in _TOKENIZER_FILES if (path / name).is_file()}
+    if find_file(path, "tokenizer.json") is not None:
+        read_json(path, "tokenizer.json")
+    found = {name: find_file(path, name) for name in _TOKENIZER_FILES}
+    return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
 def _common_dtype(path: Path, files: dict[str, TensorFile]) -> Dtype:

@@ -17,6 +17,7 @@ from blockzoo.zoo.blocks import (
 )
 from blockzoo.zoo.errors import ManifestError
 from blockzoo.zoo.model_config import ModelConfig
+from blockzoo.zoo.names import is_name
 from blockzoo.zoo.strict_json import decode, encode
 
 SCHEMA_VERSION = 2
@@ -277,7 +278,11 @@ class Manifest:
         return cls.from_text(path.read_bytes(), str(path))
 
     def check(self, where: str) -> None:
-        """Check that chains, blocks, ties and plans fit together. Raises ManifestError."""
+        """Check names, and that chains, blocks, ties and plans fit together. Raises ManifestError."""
+        for part in ("models", "blocks", "adapters", "tensorrt_plans"):  # whose names are parts of paths
+            for name in getattr(self, part):
+                if not is_name(name):
+                    raise ManifestError(f"{where}.{part}: {name!r:.160} is no name of a file")
         for block_id, block in self.blocks.items():
             here = f"{where}.blocks.{block_id}"
             plan = self.plans.get(block.plan)
@@ -293,6 +298,8 @@ class Manifest:
             self._check_model(f"{where}.models.{name}", model)
 
     def _check_model(self, here: str, model: ModelRecord) -> None:
+        if not is_name(model.tokenizer):
+            raise ManifestError(f"{here}.tokenizer: {model.tokenizer!r:.160} is no name of a file")
         if len(model.config.layer_windows) != model.config.num_layers:
             raise ManifestError(f"{here}.config.layer_windows: expected {model.config.num_layers} entries")
         specs = chain_specs(model.config)

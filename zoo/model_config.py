@@ -4,6 +4,7 @@ Defaults of absent fields are those of the `transformers` configuration class of
 blockzoo does not compute is refused by name, never ignored.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from blockzoo.zoo.strict_json import decode, encode
 __all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_LARGEST = sys.float_info.max  # whole numbers in JSON may be larger
+_MOST = 2**31 - 1
 _MOST_LAYERS = 4096  # a typing error must not become a table of a billion layers
 
 
@@ -40,6 +43,7 @@ class ModelConfig:
     layer_windows: tuple[int, ...]
     """Per layer: 0 for full attention, else how many tokens (its own included) a token sees."""
     max_position_embeddings: int
+    """As config.json has them; with linear scaling those before it, where it has both. See `max_length`."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     """Of generation_config.json, else of config.json. Where a model ends: `ModelRecord.end_ids`."""
@@ -50,6 +54,7 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Read a parsed `config.json` (and `generation_config.json` for the end-of-text ids).
 
+        Where the latter is there and names none, transformers would never end: those of `config.json` hold.
         Raises UnsupportedModelError for what cannot be served, CheckpointError for missing or wrong fields.
         """
         architecture = _architecture(config)
@@ -62,7 +67,8 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: num_hidden_layers is {num_layers}, at most {_MOST_LAYERS} are read"
             )
-        num_kv_heads = reader.count("num_key_value_heads", _default_kv_heads(architecture, num_heads))
+        absent = num_heads if "num_key_value_heads" in config else _default_kv_heads(architecture, num_heads)
+        num_kv_heads = reader.count("num_key_value_heads", absent)
         head_dim = reader.count(
             "head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
         )
@@ -90,10 +96,23 @@ class ModelConfig:
             tie_word_embeddings=reader.flag("tie_word_embeddings"),
             rope=RopeConfig.from_hf(config),
             layer_windows=_layer_windows(architecture, reader, num_layers),
-            max_position_embeddings=reader.count("max_position_embeddings"),
+            max_position_embeddings=_max_positions(reader),
             bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
             eos_token_ids=(eos_token_ids(config) or ()) if generation is None else generation,
         )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence: with linear and yarn scaling the positions before it times the factor.
+
+        As vLLM counts them, but never less than config.json says; llama3 configurations say the whole length.
+        """
+        scaled = 0.0
+        if self.rope.rope_type == "linear":
+            scaled = self.max_position_embeddings * self.rope.factor
+        elif self.rope.rope_type == "yarn":
+            scaled = self.rope.original_max_position_embeddings * self.rope.factor
+        return max(self.max_position_embeddings, round(min(scaled, _MOST)))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form that `from_json` reads."""
@@ -105,6 +124,15 @@ class ModelConfig:
         return decode(cls, value, "config")
 
 
+def _max_positions(reader: "_Reader") -> int:
+    positions = reader.count("max_position_embeddings")
+    rope = reader.config.get("rope_scaling") or reader.config.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) != "linear":
+        return positions
+    field = "original_max_position_embeddings"
+    return min(positions, _Reader(rope).count(field, reader.count(field, positions)))
+
+
 def _architecture(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -113,6 +141,14 @@ def _architecture(config: Mapping[str, Any]) -> str:
     if architecture not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(SUPPORTED_ARCHITECTURES)
         raise UnsupportedModelError(f"architecture {architecture} is not supported (supported: {supported})")
+    expected = architecture.removesuffix("ForCausalLM").lower()
+    if (
+        config.get("model_type", expected) != expected
+    ):  # which of the two transformers goes by, and vLLM the other
+        raise CheckpointError(
+            f"config.json: model_type {config['model_type']!r} contradicts architectures {architecture!r} "
+            f"(expected {expected!r}): which one is meant?"
+        )
     return architecture
 
 
@@ -125,6 +161,9 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(
             f"quantized checkpoint (quant_method {method!r}) is not supported: use the bf16, f16 or f32 one"
         )
+    for field in ("text_config", "transformers_weights"):  # a nested model; another file than the usual one
+        if config.get(field) is not None:
+            raise UnsupportedModelError(f"{field} in config.json is not supported")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported (expected 'silu')")
@@ -182,7 +221,7 @@ class _Reader:
     def whole(self, name: str, default: int | None = None) -> int:
         value = self.config.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
             raise CheckpointError(f"config.json: {name} must be a whole number, seen {value!r}")
         return value
 
@@ -194,8 +233,8 @@ class _Reader:
 
     def positive(self, name: str, default: float) -> float:
         value = self.config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise CheckpointError(f"config.json: {name} must be a positive number, seen {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+            raise CheckpointError(f"config.json: {name} must be a positive number, seen {value!r:.60}")
         return float(value)
 
     def flag(self, name: str) -> bool:

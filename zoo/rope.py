@@ -6,6 +6,7 @@ because the angles' float32 rounding at large positions is part of what a model 
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +16,10 @@ import numpy as np
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
+_LARGEST = sys.float_info.max  # whole numbers in JSON may be larger
 _READ_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "linear": ("factor",),
+    "linear": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
@@ -44,11 +46,12 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
-        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older).
+        """Read `rope_theta` and `rope_scaling` or (transformers 5) `rope_parameters`; the former come first,
+        as there.
 
         Raises UnsupportedModelError for a RoPE that is not computed here, CheckpointError for bad values.
         """
-        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(scaling, Mapping):
             raise CheckpointError(f"config.json: the RoPE settings must be an object, seen {scaling!r:.80}")
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
@@ -70,7 +73,9 @@ class RopeConfig:
         if partial not in (None, 1, 1.0):
             raise UnsupportedModelError(f"partial_rotary_factor {partial!r} is not supported (expected 1.0)")
         reader = _Numbers(rope_type, scaling)
-        theta = reader.number("rope_theta", config.get("rope_theta") or 10000.0)
+        theta = reader.number(
+            "rope_theta", None if "rope_theta" in scaling else config.get("rope_theta", 1e4)
+        )
         if rope_type == "default":
             return cls("default", theta)
         if rope_type == "linear":
@@ -183,8 +188,9 @@ class _Numbers:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.scaling.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
             raise CheckpointError(
-                f"config.json: RoPE type {self.rope_type!r} needs {name} as a positive number, seen {value!r}"
+                f"config.json: RoPE type {self.rope_type!r} needs {name} as a positive number, "
+                f"seen {value!r:.60}"
             )
         return float(value)

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.api.request import KVReuse, RequestOutput, SamplingParams
@@ -22,11 +24,21 @@ OnOutput = Callable[[RequestOutput], None]
 Publication = tuple[str, str, Sequence[str] | None]  # arguments of LLMEngine.publish
 
 
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A submitted request that has not had its last output."""
+
+    request: Request
+    on_output: OnOutput
+    told: bool = False  # its last output was handed to it, whatever it made of that
+
+
 class EngineThread:
     """Owns an engine and the thread that steps it.
 
-    Every submitted request gets outputs through its callback, the last one with `finished` set,
-    whatever happens: completion, error, abort, shutdown. Callbacks run in the engine's thread and
+    Every submitted request gets outputs through its callback, exactly one with `finished` set, the last,
+    whatever happens: completion, error, abort, shutdown, or an engine that dies anywhere on the way. Which
+    requests there are is known here and not asked of the engine. Callbacks run in the engine's thread and
     should return quickly; one that raises loses its request, nobody else's.
 
     Args: as `LLMEngine`, whose errors are raised.
@@ -35,7 +47,7 @@ class EngineThread:
     def __init__(self, zoo_path: str | os.PathLike[str], config: EngineConfig | None = None) -> None:
         self.engine = LLMEngine(zoo_path, config)
         self.error: BaseException | None = None
-        self._callbacks: dict[str, OnOutput] = {}
+        self._pending: dict[str, _Pending] = {}
         self._inbox: deque[Request] = deque()
         self._aborts: deque[str] = deque()
         self._publications: deque[tuple[Future[PublishedDocument], Publication]] = deque()
@@ -61,6 +73,11 @@ class EngineThread:
         """End-of-sequence token ids by model name."""
         return self.engine.end_ids
 
+    @property
+    def max_prompt_bytes(self) -> dict[str, int]:
+        """As `LLMEngine.max_prompt_bytes`."""
+        return self.engine.max_prompt_bytes
+
     def submit(
         self,
         request_id: str,
@@ -72,7 +89,7 @@ class EngineThread:
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
     ) -> None:
-        """Check a request in the calling thread and hand it to the engine.
+        """Check a request in the calling thread, which tokenizes there, and hand it to the engine.
 
         Raises:
             RequestError: of the kind that fits; `on_output` is then never called.
@@ -83,12 +100,12 @@ class EngineThread:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")
             if not self._accepting:
                 raise OverloadedError("the server is shutting down; send the request elsewhere")
-            if request_id in self._callbacks:
+            if request_id in self._pending:
                 raise InvalidRequestError(f"request id {request_id!r} is in use: give each request its own")
             limit = self.engine.config.max_num_seqs + self.engine.config.max_waiting
-            if len(self._callbacks) >= limit:
+            if len(self._pending) >= limit:
                 raise OverloadedError(f"{limit} requests are running or waiting; send it again later")
-            self._callbacks[request_id] = on_output
+            self._pending[request_id] = _Pending(request, on_output)
             self._inbox.append(request)
             self._wake.notify()
 
@@ -129,7 +146,7 @@ class EngineThread:
         deadline = time.monotonic() + timeout_s
         with self._wake:
             self._accepting = False
-            return self._wake.wait_for(lambda: not self._callbacks, max(0.0, deadline - time.monotonic()))
+            return self._wake.wait_for(lambda: not self._pending, max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Stop the thread; requests that still run end with "abort"."""
@@ -146,16 +163,16 @@ class EngineThread:
             while self._take_in():
                 if self.engine.has_unfinished():
                     self._deliver(self.engine.step())
-                    if not self.engine.has_unfinished():
-                        self.engine.rest()
+                    self.engine.rest()  # after the answers: what it finds wrong is no reason to lose them
                 self.last_progress = time.monotonic()
+            for request_id in list(self._pending):
+                output = self.engine.abort(request_id)
+                if output is not None:
+                    self._deliver([output])
+            self._end_all(RequestError("the engine was closed"))
         except BaseException as error:
             self._die(error)
             raise
-        for request_id in list(self._callbacks):
-            output = self.engine.abort(request_id)
-            if output is not None:
-                self._deliver([output])
 
     def _take_in(self) -> bool:
         """Move what came in to the engine; waits while there is nothing to do. False: stop."""
@@ -191,34 +208,42 @@ class EngineThread:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            on_output = self._callbacks.get(output.request_id)
-            if on_output is None:  # its callback has raised
+            pending = self._pending.get(output.request_id)
+            if pending is None or pending.told:
                 continue
+            pending.told = output.finished
             try:
-                on_output(output)
-            except Exception:  # the receiver is broken: nobody is left to tell
+                pending.on_output(output)
+            except Exception as error:
                 self.engine.abort(output.request_id)
+                self._tell(pending, error)
+            if pending.told:
                 self._forget(output.request_id)
-                continue
-            if output.finished:
-                self._forget(output.request_id)
+
+    def _tell(self, pending: _Pending, error: BaseException) -> None:
+        """Hand a request its last output, made without the engine; its receiver may be broken."""
+        if pending.told:
+            return
+        pending.told = True
+        with suppress(BaseException):  # nobody is left to tell
+            pending.on_output(self.engine.refusal(pending.request, error))
 
     def _forget(self, request_id: str) -> None:
         with self._wake:
-            self._callbacks.pop(request_id, None)
-            if not self._callbacks:
+            self._pending.pop(request_id, None)
+            if not self._pending:
                 self._wake.notify_all()
 
+    def _end_all(self, error: BaseException) -> None:
+        for request_id, pending in list(self._pending.items()):
+            self._tell(pending, error)
+            self._forget(request_id)
+
     def _die(self, error: BaseException) -> None:
-        """Tell every request that the engine is gone."""
+        """Tell every request, and who waits for a document, that the engine is gone."""
         with self._wake:
-            self.error = error
+            self.error = error  # from here on nothing comes in
             publications, self._publications = self._publications, deque()
         for done, _ in publications:
             done.set_exception(RequestError(f"the engine has stopped: {error}"))
-        for request in list(self._inbox):
-            self._deliver([self.engine.refusal(request, error)])
-        for request_id in list(self._callbacks):
-            output = self.engine.abort(request_id)
-            if output is not None:
-                self._deliver([output])
+        self._end_all(RequestError(f"the engine failed: {error}"))

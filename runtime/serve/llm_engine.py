@@ -30,7 +30,7 @@ from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.step_runner import StepRunner
-from blockzoo.runtime.text.prompt import Prompt
+from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
 
@@ -96,6 +96,11 @@ class LLMEngine:
     def max_model_len(self, model: str) -> int:
         """Tokens of prompt and answer together that a request to `model` may have."""
         return self._builder.model(model).max_len
+
+    @property
+    def max_prompt_bytes(self) -> dict[str, int]:
+        """Bytes of text, by model name, beyond which a prompt with its documents is refused unread."""
+        return {n: max_prompt_bytes(m.tokenizer, m.max_len - 1) for n, m in self._zoo.models.items()}
 
     @property
     def engine_facts(self) -> dict[str, object]:
@@ -216,14 +221,16 @@ class LLMEngine:
         return outputs
 
     def rest(self) -> None:
-        """While there is nothing to do: check that every page is accounted for, and give scratch back.
+        """Between steps, once the outputs are handed out: where nothing is left to do, check that every page
+        is accounted for, and give scratch back.
 
         Raises:
             IntegrityError: one is not: a bug of ours.
         """
-        self.check_integrity()
-        for executor in self._zoo.executors.values():
-            executor.release_memory()
+        if not self.has_unfinished():
+            self.check_integrity()
+            for executor in self._zoo.executors.values():
+                executor.release_memory()
 
     def _execute(
         self, family: Family, items: list[Scheduled]

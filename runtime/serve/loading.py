@@ -146,7 +146,7 @@ def _load_model(
     index = topology.chain_of_model[name]
     chain = topology.chains[index]
     pool_tokens = num_pages[chain.family] // chain.num_layers * PAGE_TOKENS
-    bounds = [record.config.max_position_embeddings, pool_tokens]
+    bounds = [record.config.max_length, pool_tokens]
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
     plain = record.config.rope.rope_type == "default"

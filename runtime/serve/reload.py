@@ -114,7 +114,7 @@ class ServedZoo:
                 chain=topology.chains[index],
                 tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
                 eos_token_ids=record.end_ids,
-                max_len=min(twin.max_len, record.config.max_position_embeddings),
+                max_len=min(twin.max_len, record.config.max_length),
             )
         return self._commit(zoo, topology, models, removed, waiting)
 

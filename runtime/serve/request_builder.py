@@ -63,7 +63,9 @@ class RequestBuilder:
         """See `LLMEngine.prepare`."""
         zoo = self._zoo()
         loaded = find_model(zoo, model)
-        token_ids, spans = assemble(loaded.tokenizer, loaded.chain.vocab_size, prompt, documents)
+        token_ids, spans = assemble(
+            loaded.tokenizer, loaded.chain.vocab_size, prompt, documents, loaded.max_len - 1
+        )
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; expected at least one token")
         if len(token_ids) >= loaded.max_len:

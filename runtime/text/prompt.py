@@ -7,17 +7,20 @@ of the published document of the same text.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError
 from blockzoo.runtime.api.request import shown
 from blockzoo.runtime.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 256
+# A normalizer may compose characters (NFC: at most 9 bytes to 3, NFKC: 4 to 1). Some tokenizers also drop
+# text, such as runs of white space, without any bound: of that as much is allowed, and more is refused.
+_SHRINKS = 4
 Prompt = str | Sequence[int] | npt.NDArray[np.integer]
 """Text, or token ids: integers of any type in a list, or a 1-D array."""
 
@@ -42,8 +45,32 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
     return [*lead, *tokens], len(lead)
 
 
+def max_prompt_bytes(tokenizer: Tokenizer, max_tokens: int) -> int:
+    """Bytes of UTF-8 beyond which no text has at most `max_tokens` tokens, so that none need be tokenized to
+    know that it is too long."""
+    return _SHRINKS * tokenizer.longest_token * max_tokens
+
+
+def check_size(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> None:
+    """Refuse texts that cannot have as few tokens together. Raises PromptTooLongError."""
+    limit = max_prompt_bytes(tokenizer, max_tokens)
+    size = 0
+    for text in texts:
+        if isinstance(text, str):  # anything else is refused where it is tokenized
+            size += len(text) if len(text) > limit else len(text.encode("utf-8", "surrogatepass"))
+        if size > limit:
+            raise PromptTooLongError(
+                f"the prompt has over {limit} bytes; the model takes at most {max_tokens} tokens, which hold "
+                f"less (the longest has {tokenizer.longest_token} bytes): shorten it"
+            )
+
+
 def assemble(
-    tokenizer: Tokenizer, vocab_size: int, prompt: Prompt, documents: Sequence[str] = ()
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    prompt: Prompt,
+    documents: Sequence[str] = (),
+    max_tokens: int | None = None,
 ) -> PromptTokens:
     """The tokens of `documents`, in order, and of `prompt` behind them.
 
@@ -53,12 +80,14 @@ def assemble(
 
     Args:
         vocab_size: of the model: token ids are below it.
+        max_tokens: of all together; None: any number. Tokenizing ends where it is passed.
 
     Raises:
         InvalidRequestError: a text is empty or no valid Unicode, there are too many documents, or what should
             be token ids is something else.
+        PromptTooLongError: the documents make it longer than that, or the texts must be. (One of a prompt
+            alone is for the caller to count.)
     """
-    whole = tokenizer.encode(prompt) if isinstance(prompt, str) else checked_ids(prompt, vocab_size)
     if isinstance(documents, str) or not isinstance(documents, (Sequence, np.ndarray)):
         seen = type(documents).__name__
         raise InvalidRequestError(f"documents is of type {seen}; expected a list of texts")
@@ -66,16 +95,25 @@ def assemble(
         raise InvalidRequestError(
             f"documents is {len(documents)} texts; expected a list of at most {MAX_DOCUMENTS} texts"
         )
+    if max_tokens is not None:
+        check_size(tokenizer, [prompt, *documents] if isinstance(prompt, str) else documents, max_tokens)
+    whole = tokenizer.encode(prompt) if isinstance(prompt, str) else checked_ids(prompt, vocab_size)
     if not len(documents):
         return PromptTokens(whole, ())
     lead = list(tokenizer.around[0])
+    behind = whole[len(lead) :] if whole[: len(lead)] == lead else whole
     tokens, spans = list(lead), []
-    for text in documents:
+    for index, text in enumerate(documents, 1):
         with_lead, num_lead = document_tokens(tokenizer, text)
         start = len(tokens)
         tokens += with_lead[num_lead:]
         spans.append((start, len(tokens)))
-    return PromptTokens(tokens + (whole[len(lead) :] if whole[: len(lead)] == lead else whole), tuple(spans))
+        if max_tokens is not None and len(tokens) + len(behind) > max_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(tokens) + len(behind)} tokens with {index} of its {len(documents)} "
+                f"documents; the model takes at most {max_tokens}, so that one can be generated: shorten it"
+            )
+    return PromptTokens(tokens + behind, tuple(spans))
 
 
 def checked_ids(prompt: Sequence[int] | npt.NDArray[np.integer], vocab_size: int) -> list[int]:

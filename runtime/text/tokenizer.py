@@ -109,6 +109,11 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's logits may be wider (padding)."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token as the file writes it, at least those of a text that it stands for."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, by default with what the tokenizer puts around it (such as <s>).
 
@@ -143,7 +148,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InvalidRequestError(f"A text to tokenize is of type {type(text).__name__}; expected str.")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # unlike `encode` it lets other threads run meanwhile, and makes no offsets
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoding.ids
         except TypeError as error:  # the library's answer to str that is not valid Unicode
             raise InvalidRequestError(
                 "The text has lone surrogates, which are no characters; expected valid Unicode."

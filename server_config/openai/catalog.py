@@ -76,9 +76,9 @@ class Catalog:
         """All by name, at most a second old. Raises ApiError where the engine cannot be asked."""
         async with self._lock:
             if time.monotonic() - self._checked > _FRESH_S:
-                names = await self._engine.models()
                 await self._read_manifest()
-                self._models = {name: self._records[name] for name in sorted(names) if name in self._records}
+                names = await self._engine.ready(sorted(self._records))
+                self._models = {name: self._records[name] for name in names}
                 self._checked = time.monotonic()
         return self._models
 

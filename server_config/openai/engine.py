@@ -6,8 +6,9 @@ the engine's next step.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,7 +19,7 @@ import tritonclient.grpc.aio as triton
 
 from blockzoo.runtime.api.request import SamplingParams
 from blockzoo.server_config.openai.errors import ApiError, of_engine
-from blockzoo.server_config.repository import ENGINE, RESERVED_NAMES
+from blockzoo.server_config.repository import ENGINE
 
 _CHANNEL = [
     ("grpc.max_receive_message_length", 256 << 20),  # a long answer in one response
@@ -77,24 +78,26 @@ class EngineClient:
 
     def __init__(self, target: str) -> None:
         self._client = triton.InferenceServerClient(target, channel_args=_CHANNEL)
+        self._looking = asyncio.Semaphore(16)
 
     async def close(self) -> None:
         """Cancel everything under way."""
         await self._client.close()
 
-    async def models(self) -> list[str]:
-        """Names of the models that it serves. Raises ApiError."""
+    async def ready(self, names: Iterable[str]) -> list[str]:
+        """Those of the models that it serves now. Raises ApiError."""
+        names = list(names)
         try:
-            index = await self._client.get_model_repository_index(client_timeout=5.0)
+            found = await asyncio.gather(*map(self._is_ready, names))
         except triton.InferenceServerException as error:
             raise ApiError(
                 503, f"The engine cannot be reached now: {error.message()}", retry_after=2
             ) from None
-        return [
-            model.name
-            for model in index.models
-            if model.state == "READY" and model.name not in RESERVED_NAMES
-        ]
+        return [name for name, is_ready in zip(names, found, strict=True) if is_ready]
+
+    async def _is_ready(self, name: str) -> bool:
+        async with self._looking:
+            return await self._client.is_model_ready(name, client_timeout=5.0)
 
     async def check(self) -> None:
         """Ask the engine model how it is. Raises ApiError where it does not serve."""

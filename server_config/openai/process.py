@@ -17,13 +17,12 @@ from pathlib import Path
 
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.launcher import end_with_parent
+from blockzoo.server_config.supervisor import Backoff
 
 _POLL_S = 0.2
 _START_S = 60.0
 _SILENT_S = 30.0  # without a heartbeat a process counts as hung
 _GRACE_S = 8.0
-_LONGEST_WAIT_S = 60.0
-_HEALTHY_S = 300.0  # a process that served as long had nothing to do with the failure before
 
 
 class OpenAIProcess:
@@ -59,7 +58,7 @@ class OpenAIProcess:
             self._thread.join()
 
     def _run(self) -> None:
-        failures = 0
+        backoff = Backoff()
         while not self._stop.is_set():
             self._heartbeat.unlink(missing_ok=True)
             process = subprocess.Popen(
@@ -69,7 +68,7 @@ class OpenAIProcess:
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
-            began = time.monotonic()
+            backoff.serving(time.monotonic())
             try:
                 problem = self._watch(process)
             finally:
@@ -80,12 +79,9 @@ class OpenAIProcess:
                 self._problem = problem
                 self._settled.set()
                 return
-            failures = 0 if time.monotonic() - began > _HEALTHY_S else failures + 1
-            wait = 0.0 if failures < 2 else min(_LONGEST_WAIT_S, 2.0 ** min(failures - 2, 10))
-            self._say(
-                f"the OpenAI endpoint failed: {problem}; starting it again"
-                + (f" in {wait:g} s" if wait else "")
-            )
+            wait = backoff.failed(time.monotonic())
+            later = f" in {wait:g} s" if wait else ""
+            self._say(f"the OpenAI endpoint failed: {problem}; starting it again{later}")
             self._stop.wait(wait)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # for tokenizer_folders
+sys.path.insert(0, str(Path(__file__).parent))  # for readings and tokenizer_folders
 
 VOCAB = 288
 SHAPE = {

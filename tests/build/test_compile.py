@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from blockzoo.build.cli import main
-from blockzoo.zoo.store import Zoo, ZooWriter
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.writer import ZooWriter
 
 FAST = ["--no-verify", "--no-profile"]
 Tree = Callable[[Path], dict[str, str]]
@@ -85,6 +86,30 @@ def test_another_model_of_the_same_name_needs_replace(
     assert len(list((zoo / "blocks").iterdir())) == 8
 
 
+def test_a_replaced_base_says_which_adapters_stay_on_the_old_one(
+    zoo: Path,
+    checkpoints: dict[str, Path],
+    make_model: Callable[..., Any],
+    save: Callable[..., Path],
+    make_adapter: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = tmp_path / "adapter"
+    make_adapter(checkpoints["llama"], adapter)
+    of_base = [f"{name}={adapter}@base" for name in ("follows", "stays")]
+    assert main([*of_base, f"second={adapter}@stays", "-o", str(zoo), *FAST]) == 0
+    assert "stay on the old" not in capsys.readouterr().out
+    old = Zoo.open(zoo).manifest.models["base"].chain
+    given = [f"base={save(make_model('llama', 77), tmp_path / 'new')}", of_base[0]]
+    assert main([*given, "-o", str(zoo), "--replace", *FAST]) == 0
+    said = "adapters that stay on the old base (compile them too): stays, second\n"
+    assert said in capsys.readouterr().out
+    models = Zoo.open(zoo).manifest.models
+    assert models["follows"].chain == models["base"].chain != old
+    assert models["stays"].chain == models["second"].chain == old
+
+
 def test_remove_collects_garbage(
     zoo: Path, checkpoints: dict[str, Path], tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,11 +170,13 @@ def remove_file(name: str) -> Callable[[Path], None]:
 
 
 def break_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def escape_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

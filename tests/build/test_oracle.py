@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockzoo.build.oracle import oracle_for
+from blockzoo.build.originals import oracle_for
 from blockzoo.build.sources import open_sources
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -45,6 +45,16 @@ def test_parse_models() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"])
+def test_names_of_the_server_are_refused(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{name}={checkpoints['llama']}", "-o", str(tmp_path / "z")]) == 2
+    assert f"model name '{name}' is one of zoo-serve's own" in capsys.readouterr().err
+    with pytest.raises(ZooError, match="zoo-serve's own"):
+        open_sources({name: checkpoints["llama"]}, None)
+
+
 @pytest.mark.parametrize("named", ["base", "org/base", "", "path"])
 def test_the_base_is_found_among_the_models_given(
     named: str, adapter: Path, checkpoints: dict[str, Path]
@@ -138,6 +148,7 @@ def test_an_adapter_may_bring_more_tokens(
     tensors["base_model.model.lm_head.weight"] = from_f32(np.full((290, 64), 2.0), "bf16")
     write_tensor_file(adapter / "new", tensors, {})
     (adapter / "new").rename(adapter / "adapter_model.safetensors")
+    edit(adapter, modules_to_save=["embed_tokens", "lm_head"])
     compile_models({"base": checkpoints["llama"], "notes": adapter}, tmp_path / "z", FAST)
     config = Zoo.open(tmp_path / "z").manifest.models["notes"].config
     assert (config.vocab_size, config.tie_word_embeddings) == (290, False)

@@ -25,7 +25,7 @@ def whole(path: Path) -> set[str]:
     """The models of a zoo of which every block and tokenizer is right."""
     zoo = Zoo.open(path)
     for name, record in zoo.manifest.models.items():
-        zoo.check_tokenizer(name)
+        zoo.tokenizer_dir(name)
         for block in record.chain:
             zoo.read_block(block)
         for adapter in record.adapters.values():

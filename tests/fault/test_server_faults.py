@@ -71,6 +71,22 @@ def test_a_killed_process_is_replaced(serve_zoo, demo_zoo, victim):
     assert server.shared_memory() == []
 
 
+def test_a_server_killed_again_and_again_comes_back_each_time(serve_zoo, demo_zoo):
+    server = serve_zoo(demo_zoo)
+    for times in range(1, 5):
+        os.kill(server.server_pid(), signal.SIGKILL)
+        server.wait_for(
+            lambda: sum("serving again" in line for line in server.err) == times,  # noqa: B023
+            HEALED_WITHIN_S,
+        )
+        assert answers(server)
+    assert any("restarting the server in 2 s" in line for line in server.err)
+    os.kill(server.server_pid(), signal.SIGKILL)
+    server.wait_for(lambda: any("restarting the server in 8 s" in line for line in server.err))
+    assert server.stop() == 1
+    assert server.shared_memory() == []
+
+
 def test_sigterm_lets_streams_finish(serve_zoo, demo_zoo):
     server = serve_zoo(demo_zoo)
     streams = [

@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from blockzoo.server_config import environment
-from blockzoo.server_config.environment import ServerError, check_python, free_ports
+from blockzoo.server_config.environment import (
+    ServerError,
+    Tritonserver,
+    check_host,
+    check_python,
+    free_ports,
+)
 from blockzoo.server_config.launcher import Endpoints
 from blockzoo.server_config.serve import main
 
@@ -82,3 +88,17 @@ def test_help_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "example.org", "::"])
+def test_the_bundled_server_is_shown_to_other_machines_only_if_asked(host):
+    bundled, newer = Tritonserver((), {}, bundled=True), Tritonserver((), {})
+    with pytest.raises(ServerError, match=rf"--host {host}: .* add --insecure where every client is trusted"):
+        check_host(host, bundled, insecure=False)
+    check_host(host, bundled, insecure=True)
+    check_host(host, newer, insecure=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_this_machine_may_always(host):
+    check_host(host, Tritonserver((), {}, bundled=True), insecure=False)

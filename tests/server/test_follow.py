@@ -100,9 +100,9 @@ def test_an_engine_that_cannot_be_asked_is_asked_again(zoo, engine, tmp_path):
     assert follower.follow() is None
     assert follower.follow() is None
     assert engine.asked == 2
-    engine.answer = UnhealthyError("the zoo was not refreshed: not JSON")
+    engine.answer = UnhealthyError("the zoo was not reloaded: not JSON")
     change = follower.follow()
-    assert (change.tenants, change.messages) == (tenants, ("the zoo was not refreshed: not JSON",))
+    assert (change.tenants, change.messages) == (tenants, ("the zoo was not reloaded: not JSON",))
     assert follower.follow() is None
     assert engine.asked == 3
 
@@ -115,6 +115,24 @@ def test_a_name_that_triton_cannot_serve_is_told(zoo, engine, tmp_path):
     change = follower.follow()
     assert change.tenants == ("base",)
     assert "has the name of a server model" in change.messages[1]
+
+
+def test_a_model_that_triton_cannot_serve_keeps_no_other_from_a_start(zoo, engine, tmp_path):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    text = (zoo / "manifest.json").read_text()
+    manifest = json.loads(text)
+    manifest["models"]["blockzoo"] = manifest["models"].pop("notes")
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    assert follower.prepare() == tuple(sorted(manifest["models"].keys() - {"blockzoo"}))
+    (why,) = follower.left_out
+    assert "model 'blockzoo' has the name of a server model; compile it under another name" in why
+    manifest["models"] = {"blockzoo": manifest["models"]["blockzoo"]}
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ZooError, match="has the name of a server model"):
+        follower.prepare()
+    (zoo / "manifest.json").write_text(text)
+    assert "notes" in follower.prepare()
+    assert follower.left_out == ()
 
 
 def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_path):

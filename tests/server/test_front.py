@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,10 +17,13 @@ from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
+SECRET = "of the launcher"
+MARK = internal_mark(SECRET)
 
 
 class RecordingTriton:
@@ -115,6 +119,9 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
         self.end_ids = {"chat": (2,)}
+        self.max_prompt_bytes = {"chat": 1000}
+        self.gate: threading.Event | None = None  # holds whoever submits, as tokenizing does
+        self.order: list[str] = []
         self.found: Reloaded | Exception = Reloaded(added=("code",))
 
     def reload(self) -> Reloaded:
@@ -126,6 +133,9 @@ class ScriptedEngine:
     def submit(
         self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None, documents=()
     ) -> None:
+        self.order.append(prompt)
+        if self.gate is not None:
+            assert self.gate.wait(10)
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
@@ -179,7 +189,7 @@ def triton() -> RecordingTriton:
 
 @pytest.fixture
 def front(engine: ScriptedEngine, triton: RecordingTriton, tmp_path: Path):
-    front = EngineFront(engine, triton, tmp_path)
+    front = EngineFront(engine, triton, tmp_path, SECRET)
     yield front
     front.close(0)
     assert triton.logged == []
@@ -192,13 +202,21 @@ def wait_for(condition) -> None:
         time.sleep(0.002)
 
 
+def take(front, engine, *requests) -> None:
+    """Hand requests to the front, and wait until the engine has them."""
+    before = len(engine.requests)
+    for request in requests:
+        front.handle(request)
+    wait_for(lambda: len(engine.requests) == before + len(requests))
+
+
 def texts(sender: Sender) -> list[str]:
     return [response.tensors["text_output"][0, 0].decode() for response in sender.sent]
 
 
 def test_a_stream_gets_every_token_and_one_final_flag(front, engine):
     request = Request(text_input="x", stream=True)
-    front.handle(request)
+    take(front, engine, request)
     engine.emit("a")
     engine.emit("b")
     engine.emit("c", "length")
@@ -207,12 +225,12 @@ def test_a_stream_gets_every_token_and_one_final_flag(front, engine):
     assert request.sender.final == 1
 
 
-def test_a_refused_request_gets_its_error_at_once(front, engine):
+def test_a_refused_request_gets_its_error(front, engine):
     for refusal, code in ((OverloadedError("full"), "UNAVAILABLE"), (RuntimeError("bug"), "INTERNAL")):
         engine.refusal = refusal
         request = Request(text_input="x")
         front.handle(request)
-        assert request.sender.final == 1
+        wait_for(lambda: request.sender.final)  # noqa: B023
         assert request.sender.sent[0].error.code == code
     front._pb.logged.clear()
     bad = Request(text_input="x", model="chta")
@@ -222,7 +240,7 @@ def test_a_refused_request_gets_its_error_at_once(front, engine):
 
 def test_a_cancelled_request_is_aborted_and_ends_without_a_response(front, engine):
     request = Request(text_input="x")
-    front.handle(request)
+    take(front, engine, request)
     request.sender.cancelled = True
     wait_for(lambda: request.sender.final)
     assert len(engine.aborted) == 1
@@ -237,9 +255,8 @@ def test_a_timeout_ends_a_request_with_its_reason(front, engine):
 
 
 def test_health_is_answered_while_the_queue_is_long(front, engine):
-    for _ in range(5):
-        front.handle(Request(text_input="x"))
-    probe = Request(health=True, text_input="żółw", max_tokens=7)
+    take(front, engine, *(Request(text_input="x") for _ in range(5)))
+    probe = Request({"secret": SECRET}, health=True, text_input="żółw", max_tokens=7)
     front.handle(probe)
     status = json.loads(texts(probe.sender)[0])
     assert status["unfinished"] == 5
@@ -255,7 +272,7 @@ def test_health_tells_that_the_engine_has_stopped(front, engine):
 
 
 def test_health_tells_that_the_engine_hangs(front, engine, monkeypatch):
-    front.handle(Request(text_input="x"))
+    take(front, engine, Request(text_input="x"))
     monkeypatch.setattr("blockzoo.server_config.front._STALL_S", -1.0)
     front._heartbeat = float("inf")
     assert "the engine has made no step" in front._problem()
@@ -263,7 +280,7 @@ def test_health_tells_that_the_engine_hangs(front, engine, monkeypatch):
 
 def test_requests_that_the_engine_drops_at_its_end_are_told_why(front, engine):
     request = Request(text_input="x")
-    front.handle(request)
+    take(front, engine, request)
     engine.error = ValueError("broken")
     engine.emit("", "abort")
     wait_for(lambda: request.sender.final)
@@ -272,7 +289,7 @@ def test_requests_that_the_engine_drops_at_its_end_are_told_why(front, engine):
 
 def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp_path):
     running = Request(text_input="x", stream=True)
-    front.handle(running)
+    take(front, engine, running)
     engine.emit("a")
     (tmp_path / "new").write_text("0.2")
     (tmp_path / "new").rename(tmp_path / DRAIN_FILE)  # the whole file at once, as the launcher does it
@@ -285,17 +302,17 @@ def test_draining_refuses_new_requests_and_ends_the_last_ones(front, engine, tmp
 
 
 def test_scope_and_reuse_reach_the_engine(front, engine):
-    front.handle(Request(text_input="x", kv_reuse="off"))
-    front.handle(Request(text_input="x", kv_scope="team", documents="a text"))
+    take(front, engine, Request(text_input="x", kv_reuse="off"))
+    take(front, engine, Request(text_input="x", kv_scope="team", documents="a text"))
     seen = [(each.scope, each.kv_reuse, each.documents) for each in engine.requests.values()]
     assert seen == [(None, "off", ()), ("team", None, ("a text",))]
 
 
 def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monkeypatch):
     broken, sound = Request(text_input="x", stream=True), Request(text_input="x", stream=True)
-    front.handle(broken)
+    take(front, engine, broken)
     stream = next(iter(front._streams.values()))
-    front.handle(sound)
+    take(front, engine, sound)
     monkeypatch.setattr(stream, "answer", None)
     engine.emit("a")
     engine.emit("b", "stop")
@@ -305,25 +322,171 @@ def test_a_bug_in_an_answer_ends_that_request_alone(front, engine, triton, monke
     assert "Traceback" in triton.logged.pop()
 
 
-def test_a_refresh_brings_in_models(front, engine, triton):
+def test_a_reload_brings_in_models(front, engine, triton):
     early = Request(text_input="hi", model="code")
     front.handle(early)
     assert "no model 'code'" in early.sender.sent[0].error.message
-    refresh = Request(refresh=True)
-    front.handle(refresh)
-    wait_for(lambda: refresh.sender.final)
-    said = json.loads(refresh.sender.sent[0].tensors["text_output"].flat[0])
+    reload = Request({"secret": SECRET}, reload=True)
+    front.handle(reload)
+    wait_for(lambda: reload.sender.final)
+    said = json.loads(reload.sender.sent[0].tensors["text_output"].flat[0])
     assert (said["added"], said["serving"]) == (["code"], ["chat", "code"])
-    front.handle(Request(text_input="hi", model="code"))
+    take(front, engine, Request(text_input="hi", model="code"))
     assert [request.model for request in engine.requests.values()] == ["code"]
     engine.emit("x", "stop")
 
 
-def test_a_refresh_that_fails_is_told(front, engine, triton):
+def test_a_reload_that_fails_is_told(front, engine, triton):
     engine.found = ManifestError("manifest.json: not JSON")
-    refresh = Request(refresh=True)
-    front.handle(refresh)
-    wait_for(lambda: refresh.sender.final)
-    assert refresh.sender.sent[0].error.message == "the zoo was not refreshed: manifest.json: not JSON"
+    reload = Request({"secret": SECRET}, reload=True)
+    front.handle(reload)
+    wait_for(lambda: reload.sender.final)
+    assert reload.sender.sent[0].error.message == "the zoo was not reloaded: manifest.json: not JSON"
     assert len(triton.logged) == 1
     triton.logged.clear()
+
+
+# ---- what waits to be tokenized
+
+
+def hold(front, engine, *requests) -> None:
+    """Keep the model's thread of the queue busy until `engine.gate` is set, with requests in wait."""
+    engine.gate = threading.Event()
+    before = len(engine.order)
+    front.handle(Request(text_input="busy"))
+    wait_for(lambda: len(engine.order) == before + 1)
+    for request in requests:
+        front.handle(request)
+
+
+def test_health_is_answered_while_texts_are_tokenized(front, engine):
+    hold(front, engine, *(Request(text_input="x") for _ in range(20)))
+    probe = Request({"secret": SECRET}, health=True)
+    front.handle(probe)
+    assert json.loads(texts(probe.sender)[0])["unfinished"] == 21
+    engine.gate.set()
+
+
+def test_short_texts_do_not_wait_for_long_ones(front, engine):
+    engine.max_prompt_bytes = {"chat": 1 << 20}
+    front._learn_models()
+    engine.gate = threading.Event()
+    for _ in range(3):
+        front.handle(Request(text_input="long " * 20_000))
+    short = Request(text_input="short")
+    front.handle(short)
+    wait_for(lambda: "short" in engine.order)
+    assert len(engine.order) == 2  # the first long one, and it
+    engine.gate.set()
+
+
+def test_requests_given_up_while_they_wait_never_reach_the_engine(front, engine):
+    late, cancelled = Request(timeout=10_000, text_input="late"), Request(text_input="cancelled")
+    hold(front, engine, late, cancelled)
+    cancelled.sender.cancelled = True
+    wait_for(lambda: late.sender.final and cancelled.sender.final)
+    assert late.sender.sent[0].error.message == "the request took longer than its timeout of 0.01 s"
+    assert cancelled.sender.sent == []
+    engine.gate.set()
+    wait_for(lambda: len(engine.requests) == 1)
+    assert front._short.drain(10)
+    assert engine.order == ["busy"]
+
+
+def test_a_request_given_up_while_it_is_tokenized_is_aborted_there(front, engine):
+    engine.gate = threading.Event()
+    request = Request(timeout=10_000, text_input="x")
+    front.handle(request)
+    wait_for(lambda: request.sender.final)
+    assert engine.order == ["x"]
+    engine.gate.set()
+    wait_for(lambda: engine.aborted)
+    assert (request.sender.final, len(request.sender.sent), engine.requests) == (1, 1, {})
+
+
+def test_a_request_that_no_model_can_take_is_refused_unread(front, engine, monkeypatch):
+    monkeypatch.setattr("blockzoo.server_config.front.parse_request", None)
+    request = Request(text_input="x" * ((2 << 20) + 1001))
+    front.handle(request)
+    error = request.sender.sent[0].error
+    assert error.code == "INVALID_ARG"
+    assert "the request has 2098153 bytes; no model here takes more than 2098152" in error.message
+
+
+# ---- whatever dies, each request ends once
+
+
+class PanicException(BaseException):
+    """What the tokenizers library raises is no Exception either."""
+
+
+def test_a_tokenizer_that_panics_ends_its_request_alone(front, engine, triton):
+    engine.refusal = PanicException("index out of bounds")
+    broken = Request(text_input="x")
+    front.handle(broken)
+    wait_for(lambda: broken.sender.final)
+    assert broken.sender.sent[0].error.code == "INTERNAL"
+    assert "index out of bounds" in triton.logged.pop()
+    engine.refusal = None
+    take(front, engine, Request(text_input="y"))
+
+
+def test_a_front_thread_that_dies_ends_every_request(engine, triton, tmp_path, monkeypatch):
+    front = EngineFront(engine, triton, tmp_path)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    running, waiting = Request(text_input="x", stream=True), Request(text_input="y")
+    take(front, engine, running)
+    hold(front, engine, waiting)
+    monkeypatch.setattr(front, "_deliver", lambda *args: (_ for _ in ()).throw(SystemExit(1)))
+    for request in engine.requests.values():
+        request.on_output(None)
+    wait_for(lambda: running.sender.final and waiting.sender.final)
+    assert running.sender.sent[-1].error.message == "the server failed: it starts again"
+    front._thread.join(10)
+    late, probe = Request(text_input="z"), Request(health=True)
+    front.handle(late)
+    assert (late.sender.final, late.sender.sent[0].error.code) == (1, "UNAVAILABLE")
+    front.handle(probe)
+    assert probe.sender.sent[0].error.message == "the thread that sends responses has stopped"
+    engine.gate.set()
+    front.close(0)
+
+
+# ---- what is the launcher's
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}, {"secret": "\ud800"}, {"internal": MARK}],
+)
+def test_a_reload_is_not_for_clients(front, engine, parameters):
+    request = Request(parameters, reload=True)
+    front.handle(request)
+    assert request.sender.sent[0].error.code == "INVALID_ARG"
+    assert "reload is not for clients" in request.sender.sent[0].error.message
+    assert "code" not in engine.end_ids
+    probe = Request(parameters, health=True, text_input="x")
+    front.handle(probe)
+    assert texts(probe.sender) == ["ok"]
+
+
+def test_without_a_secret_nobody_is_the_launcher(engine, triton):
+    front = EngineFront(engine, triton)
+    for given in ("", "None", SECRET):
+        request = Request({"secret": given}, reload=True)
+        front.handle(request)
+        assert "reload is not for clients" in request.sender.sent[0].error.message
+    front.close(0)
+
+
+def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):
+    late, bad = Request({"internal": MARK, "timeout": 10_000}, text_input="x"), Request({"internal": MARK})
+    take(front, engine, late)
+    front.handle(bad)
+    wait_for(lambda: late.sender.final)
+    said = [request.sender.sent[0].error.message for request in (late, bad)]
+    assert said[0] == "UNAVAILABLE:the request took longer than its timeout of 0.01 s"
+    assert said[1].startswith("INVALID_ARG:the prompt is missing")
+    guess = Request({"internal": "guess"}, text_input="x")
+    front.handle(guess)
+    assert "there is no input 'internal'" in guess.sender.sent[0].error.message

@@ -53,7 +53,7 @@ def test_documents_are_published_and_kept_for_the_next_start(serve_zoo, demo_zoo
     body = {"model": "base", "text_input": QUESTION, "documents": ["a"] * 300}
     status, answer = second.post("blockzoo", body)
     assert status == 400
-    assert "at most 256 texts" in answer["error"]
+    assert "documents has 300 texts; expected at most 256" in answer["error"]
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,9 @@ def test_write_only_writes_the_repository_and_prints_the_command(demo_zoo, tmp_p
     assert '"kv_cache_bytes\\": 536870912' in (tmp_path / "models" / "blockzoo" / "config.pbtxt").read_text()
     assert main([str(demo_zoo), "--write-only", str(tmp_path / "models")]) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_no_model_batches_in_triton():
+    texts = configurations(["chat"], ServerSettings("/zoo")).values()
+    assert all("max_batch_size: 1\n" in text for text in texts)
+    assert not any("dynamic_batching" in text for text in texts)

@@ -178,7 +178,7 @@ def test_the_client_timeout_is_in_microseconds():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": float("inf")}, "top_p is inf"),
-        ({"stop_words": ["w"] * 1000}, "stop has 1000 texts; expected at most"),
+        ({"stop_words": ["w"] * 1000}, "stop_words has 1000 texts; expected at most"),
         ({"stop_words": [b"\xc3"]}, "stop_words is not UTF-8"),
         ({"bad_words": ["w" * 5000]}, "bad_words[0] has 5000 characters"),
         ({"beam_width": 4}, "beam_width is 4; this server generates one sequence"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -155,7 +157,7 @@ def test_plain_infer_over_http_and_grpc(server, grpc):
         assert result.as_numpy("text_output")[0, 0].decode() == whole
         with pytest.raises(InferenceServerException, match="no model 'bose'; did you mean 'base'") as caught:
             client.infer("blockzoo_unary", tensors(tritonclient.http, **{**values, "model": "bose"}))
-        assert caught.value.status() == "400"
+        assert caught.value.status() == "404"
 
 
 def test_a_client_of_the_tensorrt_llm_backend(server):
@@ -261,6 +263,36 @@ def test_approximate_reuse_is_taken_where_it_is_asked_for(server):
     server.wait_for(lambda: taken() > 100)
 
 
+def test_a_text_step_takes_one_text_at_a_time(server):
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.http_port}") as client:
+        pair = tritonclient.http.InferInput("text_input@base", [2, 1], "BYTES")
+        pair.set_data_from_numpy(np.array([[b"a"], [b"b"]], object))
+        with pytest.raises(InferenceServerException, match="batch-size must be <= 1"):
+            client.infer("preprocessing", [pair])
+
+
+def test_a_burst_of_tenant_requests_is_answered(server):
+    """Far more at once than may wait: they get answers or refusals, and the server goes on."""
+    body = json.dumps({"text_input": "x", "max_tokens": 4})
+    head = f"POST /v2/models/base/generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    clients = [socket.create_connection(("127.0.0.1", server.http_port), 60) for _ in range(1500)]
+    try:
+        for client in clients:
+            client.sendall((head + body).encode())
+        deadline, statuses = time.monotonic() + 60, []
+        for client in clients:
+            client.settimeout(max(0.01, deadline - time.monotonic()))
+            with suppress(TimeoutError):  # Triton's HTTP endpoint itself may lose a few on a busy machine
+                statuses.append(client.recv(12))
+    finally:
+        for client in clients:
+            client.close()
+    assert set(statuses) <= {b"HTTP/1.1 200", b"HTTP/1.1 400"}
+    assert statuses.count(b"HTTP/1.1 200") >= 1000
+    assert server.generate("base", PROMPT)["token_ids"]
+    assert not any("restarting" in line for line in server.err), server.err
+
+
 # ---- refusals
 
 BAD_BODIES = [
@@ -269,7 +301,7 @@ BAD_BODIES = [
     ({"text_input": "x", "max_tokens": 0}, "max_tokens is 0; expected"),
     ({"text_input": "x", "max_tokens": -7}, "max_tokens is -7; expected"),
     ({"text_input": "x", "max_tokens": 2_000_000_000}, "max_tokens is 2000000000; expected"),
-    ({"text_input": "x", "stop_words": ["w"] * 1000}, "stop has 1000 texts"),
+    ({"text_input": "x", "stop_words": ["w"] * 1000}, "stop_words has 1000 texts"),
     ({"text_input": "x", "top_p": 7.0}, "top_p is 7.0; expected"),
     ({"text_input": "x", "sampling_parameters": '{"temperature": NaN}'}, "temperature is nan"),
     ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters is not JSON"),

@@ -1,14 +1,16 @@
-"""The watchdog's judgement, against a scripted HTTP server; and what the supervisor makes of it."""
+"""The watchdog's judgement, against a scripted HTTP server."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blockzoo.server_config import serve, watchdog
+from blockzoo.server_config import watchdog
+from blockzoo.server_config.beacon import Beacon, BeaconReader
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.watchdog import Watchdog
 
@@ -94,6 +96,41 @@ def test_silence_is_a_problem_the_third_time_in_a_row(dog, models):
     assert dog.problem() is None
 
 
+def test_a_model_that_takes_requests_is_busy_and_not_silent(dog, models, tmp_path):
+    dog._beacons = BeaconReader(tmp_path)
+    models.silent.add("blockzoo")
+    beacon = Beacon(str(tmp_path), "blockzoo")
+    file = tmp_path / "blockzoo.taken"
+    for _ in range(8):  # many more than the timeouts that end a silent one
+        beacon.taken += 1
+        wait_for(lambda: file.exists() and file.read_text() == str(beacon.taken))
+        assert dog.problem() is None
+    assert [dog.problem(), dog.problem()] == [None, None]
+    assert dog.problem().startswith("blockzoo: "), "it takes nothing any more"
+
+
+def test_the_count_of_another_model_excuses_nobody(dog, models, tmp_path):
+    dog._beacons = BeaconReader(tmp_path)
+    models.silent.add("preprocessing")
+    for count in range(3):
+        (tmp_path / "blockzoo.taken").write_text(str(count))
+        last = dog.problem()
+    assert last.startswith("preprocessing: ")
+
+
+def test_without_a_launcher_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Beacon(None, "blockzoo").taken += 1
+    assert not list(tmp_path.iterdir())
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_self_test_sees_tensors_that_come_through_wrong(dog, models):
     echo = {**watchdog._SAMPLE, "max_tokens": [7]}
     models.broken["blockzoo"] = 200, {"text_output": json.dumps({"echo": echo})}
@@ -113,45 +150,19 @@ def test_nobody_there(dog):
     assert gone.unfinished() is None
 
 
-def test_a_refresh_gives_what_the_engine_found(dog, models):
+def test_it_says_who_it_is(dog, models):
+    known = Watchdog(dog._http, "chat", "a secret")
+    asked: list[dict] = []
+    real = models.answer
+    models.answer = lambda model, body: asked.append(body) or real(model, body)
+    known.unfinished()
+    known.reload()
+    assert [body["secret"] for body in asked] == ["a secret"] * 2
+
+
+def test_a_reload_gives_what_the_engine_found(dog, models):
     models.broken["blockzoo"] = (200, {"text_output": '{"added": ["a"], "serving": ["a", "chat"]}'})
-    assert dog.refresh() == {"added": ["a"], "serving": ["a", "chat"]}
-    models.broken["blockzoo"] = (400, {"error": "the zoo was not refreshed"})
-    with pytest.raises(watchdog.UnhealthyError, match="not refreshed"):
-        dog.refresh()
-
-
-class DyingProcess:
-    """A server that serves once and then is gone."""
-
-    running = False
-    forward_errors = False
-
-    def failure(self) -> str:
-        return "the server ended"
-
-    def kill(self) -> None:
-        pass
-
-
-class BlindDog:
-    def ready(self) -> bool:
-        return True
-
-    def self_test(self) -> None:
-        pass
-
-
-def test_a_server_that_keeps_dying_is_given_up(monkeypatch, capsys):
-    monkeypatch.setattr(serve.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(serve, "_PROBE_EVERY_S", 0.001)
-    starts = []
-
-    def start() -> DyingProcess:
-        starts.append(1)
-        return DyingProcess()
-
-    with pytest.raises(ServerError, match="restarted 3 times already; giving up"):
-        serve._Supervisor(start, BlindDog(), None, 1.0).run(lambda: None)
-    assert len(starts) == 4
-    assert capsys.readouterr().err.count("serving again") == 3
+    assert dog.reload() == {"added": ["a"], "serving": ["a", "chat"]}
+    models.broken["blockzoo"] = (400, {"error": "the zoo was not reloaded"})
+    with pytest.raises(watchdog.UnhealthyError, match="not reloaded"):
+        dog.reload()

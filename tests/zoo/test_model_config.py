@@ -75,6 +75,43 @@ def test_end_of_text_ids() -> None:
     assert read("Llama", bos_token_id=0).bos_token_id == 0
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "outside", "length"),
+    [
+        (512, {}, None, 512),
+        (512, LINEAR, None, 2048),  # vicuna-7b-v1.5-16k: 4096 and 4.0
+        (2048, LINEAR | {"original_max_position_embeddings": 512}, None, 2048),
+        (2048, LINEAR, 512, 2048),
+        (512, LINEAR, 512, 2048),
+        (512, YARN, None, 2048),
+        (512, YARN | {"original_max_position_embeddings": 512}, None, 2048),  # Qwen2.5's README
+        (2048, YARN | {"original_max_position_embeddings": 512}, None, 2048),
+        (2048, YARN, 512, 2048),
+        (2048, YARN | {"factor": None, "original_max_position_embeddings": 512}, None, 2048),
+        (4096, YARN | {"original_max_position_embeddings": 512}, None, 4096),
+        (4096, LLAMA3 | {"original_max_position_embeddings": 512}, None, 4096),
+        (512, LINEAR | {"factor": 1e300}, None, 2**31 - 1),
+        (512, LINEAR | {"factor": 0.5}, None, 512),
+    ],
+)
+def test_length_with_scaled_rotary_embeddings(
+    positions: int, rope: dict[str, Any], outside: int | None, length: int
+) -> None:
+    config = read(
+        "Llama",
+        max_position_embeddings=positions,
+        rope_parameters=rope,
+        original_max_position_embeddings=outside or ...,
+    )
+    assert config.max_length == length
+    assert ModelConfig.from_json(config.to_json()).max_length == length
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

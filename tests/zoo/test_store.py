@@ -1,5 +1,7 @@
 """The zoo directory: what readers check, what a writer leaves behind."""
 
+import errno
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import blockzoo.zoo.writer
 from blockzoo.zoo.blocks import EmbedSpec, FfnSpec, HeadSpec, chain_specs, tensor_shapes
 from blockzoo.zoo.errors import ManifestError, StoreError
 from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord, PlanRecord, SourceRecord
 from blockzoo.zoo.model_config import ModelConfig
-from blockzoo.zoo.store import Zoo, ZooWriter, block_path
+from blockzoo.zoo.store import Zoo, block_path
 from blockzoo.zoo.tensors import BlockTensor, from_f32
+from blockzoo.zoo.writer import ZooWriter
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -74,7 +78,6 @@ def test_round_trip(zoo: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    opened.check_tokenizer("m")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "other"])
@@ -122,13 +125,22 @@ def test_blocks_may_be_read_from_many_threads(zoo: Path) -> None:
 
 
 def test_a_changed_tokenizer_is_found(zoo: Path) -> None:
-    opened = Zoo.open(zoo)
-    (opened.tokenizer_dir("m") / "tokenizer.json").write_text("[]")
-    with pytest.raises(StoreError, match="checksum"):
-        opened.check_tokenizer("m")
-    (opened.tokenizer_dir("m") / "tokenizer.json").unlink()
+    file = Zoo.open(zoo).tokenizer_dir("m") / "tokenizer.json"
+    file.write_text("[]")
+    with pytest.raises(StoreError, match="not what was compiled"):
+        Zoo.open(zoo).tokenizer_dir("m")
+    file.write_text("{}")
+    extra = file.with_name("chat_template.jinja")
+    extra.write_text("")
+    with pytest.raises(StoreError, match="not what was compiled"):
+        Zoo.open(zoo).tokenizer_dir("m")
+    extra.unlink()
+    os.mkfifo(extra)
+    with pytest.raises(StoreError, match="is no regular file"):
+        Zoo.open(zoo).tokenizer_dir("m")
+    file.unlink()
     with pytest.raises(StoreError, match="missing"):
-        opened.tokenizer_dir("m")
+        Zoo.open(zoo).tokenizer_dir("m")
 
 
 def test_what_is_no_zoo_says_so(tmp_path: Path) -> None:
@@ -164,6 +176,27 @@ def test_leftovers_of_a_killed_writer_are_reused_or_collected(zoo: Path) -> None
     assert {block: block_path(zoo, block).stat().st_ino for block in manifest.blocks} == kept
     assert len(list((zoo / "blocks").iterdir())) == 4
     assert freed > 7
+
+
+def test_models_can_be_removed_on_a_full_disk(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {path for path in zoo.rglob("*") if path.is_file()}
+    room = (zoo / ".reserve").stat()
+    assert room.st_size >= 1 << 18
+    assert room.st_blocks * 512 >= room.st_size  # not a hole
+    write = blockzoo.zoo.writer._write_synced
+
+    def on_a_full_disk(path: Path, content: bytes) -> None:
+        if all(path.exists() for path in stored):
+            path.write_bytes(b"")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(blockzoo.zoo.writer, "_write_synced", on_a_full_disk)
+    with ZooWriter(zoo) as writer:
+        assert writer.commit(Manifest()) > 0
+    assert not list((zoo / "blocks").iterdir())
+    assert not Zoo.open(zoo).manifest.models
+    assert (zoo / ".reserve").stat().st_size == room.st_size  # there is room again
 
 
 def test_one_writer_at_a_time(zoo: Path) -> None:

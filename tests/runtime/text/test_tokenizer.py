@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -191,3 +193,22 @@ def test_a_text_on_which_the_library_panics_is_refused():
     assert tokenizer.encode("b") == [0]
     with pytest.raises(InvalidRequestError, match="cannot take this text: AddedVocabulary bad split"):
         tokenizer.encode("<s>  ")
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(tokenizer):
+    turns, over = 0, False
+
+    def take_turns() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    before = turns
+    tokenizer.encode("the quick brown fox " * 20_000)
+    taken = turns - before
+    over = True
+    other.join()
+    assert taken > 20  # none to three where the library keeps the interpreter to itself

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.beacon import Beacon
+from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.documents import publish_documents
 from blockzoo.server_config.front import EngineFront
 from blockzoo.server_config.repository import ServerSettings
@@ -26,11 +29,13 @@ class TritonPythonModel:
         except BaseException:
             engine.close()  # else its thread keeps the process
             raise
-        self._front = EngineFront(engine, pb_utils, control_dir)
+        self._front = EngineFront(engine, pb_utils, control_dir, os.environ.get(SECRET_VARIABLE))
         self._drain_s = settings.drain_s
+        self._beacon = Beacon(settings.control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests; responses follow from another thread."""
+        self._beacon.taken += len(requests)
         for request in requests:
             self._front.handle(request)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from blockzoo.server_config.beacon import Beacon
+from blockzoo.server_config.control import SECRET_VARIABLE
+from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.unary import UnaryFront
 
 
@@ -14,13 +19,18 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads that wait for answers."""
-        self._front = UnaryFront(pb_utils)
+        settings = ServerSettings.of_model(args)
+        limit = settings.engine.get("max_request_seconds")
+        self._front = UnaryFront(pb_utils, Path(settings.zoo), os.environ.get(SECRET_VARIABLE), limit)
+        self._drain_s = settings.drain_s
+        self._beacon = Beacon(settings.control_dir, args["model_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Pass requests on; responses follow from other threads."""
+        self._beacon.taken += len(requests)
         for request in requests:
             self._front.handle(request)
 
     def finalize(self) -> None:
         """Wait for the answers still to come."""
-        self._front.close()
+        self._front.close(self._drain_s)
