@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--insecure",
         action="store_true",
-        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes",
+        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes, "
+        "and the OpenAI endpoint without keys",
     )
     network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
@@ -42,6 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     network.add_argument(
         "--no-openai", action="store_const", const=0, dest="openai_port", help="leave the OpenAI endpoint out"
+    )
+    network.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="keys that requests to the OpenAI endpoint must come with, see docs/openai.md; Triton, which "
+        "asks for none, is then served to this machine alone",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -198,11 +205,13 @@ def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
+    _check_keys(args)
+    triton_host = args.host if args.api_keys is None else "127.0.0.1"
     ports = free_ports(
-        args.host,
+        triton_host,
         {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
     )
-    endpoints = Endpoints(args.host, *ports.values())
+    endpoints = Endpoints(triton_host, *ports.values())
     if args.openai_port:
         free_ports(_openai_host(args), {"--openai-port (0 leaves it out)": args.openai_port})
     with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
@@ -215,7 +224,7 @@ def _serve(args: argparse.Namespace) -> int:
         watchdog = Watchdog(endpoints.http, "", secret, control_dir)
         follower = Follower(settings, repository, watchdog.reload)
         server = find_tritonserver(folder)
-        check_host(args.host, server, args.insecure)
+        check_host(triton_host, server, args.insecure)
         server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
         # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
         server.environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -244,8 +253,21 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _openai_host(args: argparse.Namespace) -> str:
-    """Where the OpenAI endpoint listens."""
-    return "127.0.0.1"
+    """Where the OpenAI endpoint listens: without keys on this machine alone, unless it is asked for."""
+    from blockzoo.server_config.environment import is_loopback
+
+    seen = args.api_keys is not None or args.insecure or is_loopback(args.host)
+    return args.host if seen else "127.0.0.1"
+
+
+def _check_keys(args: argparse.Namespace) -> None:
+    if args.api_keys is None:
+        return
+    from blockzoo.server_config.openai.keys import KeysError, read_keys
+
+    if not args.openai_port:
+        raise KeysError("--api-keys is for the OpenAI endpoint, which is left out: give it a port")
+    read_keys(Path(args.api_keys))
 
 
 def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path) -> OpenAIProcess | None:
@@ -262,6 +284,8 @@ def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path
         "host": _openai_host(args),
         "port": args.openai_port,
     }
+    if args.api_keys is not None:
+        options["api-keys"] = Path(args.api_keys).resolve()
     return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, say)
 
 

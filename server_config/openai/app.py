@@ -26,6 +26,7 @@ from blockzoo.server_config.openai.errors import ApiError, full, invalid
 from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.generate import deltas
 from blockzoo.server_config.openai.http import Endpoint, Exchange
+from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
 from blockzoo.server_config.openai.requests import (
     Chat,
     Generation,
@@ -49,10 +50,12 @@ class OpenAIApp:
         zoo: path of the zoo that is served.
         grpc: host:port of tritonserver.
         metrics: URL of its metrics.
+        keys: that requests must come with; None: none is asked for.
     """
 
-    def __init__(self, zoo: Path, grpc: str, metrics: str) -> None:
+    def __init__(self, zoo: Path, grpc: str, metrics: str, keys: Keyring | None = None) -> None:
         self._zoo, self._grpc, self._metrics_url = zoo, grpc, metrics
+        self._keys, self._quotas = keys, Quotas()
         self._streams = 0
 
     def application(self) -> Starlette:
@@ -78,7 +81,8 @@ class OpenAIApp:
         return Route(path, Endpoint(handler, self._guard, has_body=method == "POST"), methods=[method])
 
     def _guard(self, exchange: Exchange) -> None:
-        pass
+        if self._keys is not None:
+            exchange.key = self._keys.find(exchange.request.headers.get("authorization"))
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -96,14 +100,14 @@ class OpenAIApp:
 
     async def _chat(self, exchange: Exchange, body: Body) -> None:
         generation, chat = read_chat(Fields(body))
-        model = await self._catalog.find(generation.model)
+        model = await self._find(exchange, generation.model)
         prompt = await self._render(model, chat)
         texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
         await self._generate(exchange, generation, (prompt,), ChatAnswer(generation, texts))
 
     async def _completion(self, exchange: Exchange, body: Body) -> None:
         generation = read_completion(Fields(body))
-        model = await self._catalog.find(generation.model)
+        model = await self._find(exchange, generation.model)
         texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
         shown: tuple[str, ...] = ()
         if generation.echo:
@@ -123,7 +127,7 @@ class OpenAIApp:
                 prompt,
                 generation.params_of(index),
                 generation.stream,
-                generation.kv_scope,
+                _scope(exchange, generation),
                 generation.kv_reuse,
                 generation.documents,
             )
@@ -132,9 +136,10 @@ class OpenAIApp:
         ]
         if self._streams + len(requests) > MAX_STREAMS:
             raise full(f"{MAX_STREAMS} answers are being generated, the most at once; send it again later.")
+        lease = self._quotas.enter(exchange.key, len(requests), sum(map(_estimate, requests)))
         self._streams += len(requests)
         try:
-            async with aclosing(self._counted(requests, exchange.id, answer)) as found:
+            async with aclosing(self._counted(requests, exchange.id, answer, lease)) as found:
                 if generation.stream:
                     async with aclosing(_chunks(found, answer)) as chunks:
                         await exchange.events(chunks)
@@ -143,14 +148,21 @@ class OpenAIApp:
                     await exchange.json(answer.whole([whole[index] for index in range(len(requests))]))
         finally:
             self._streams -= len(requests)
+            lease.end()
 
     async def _counted(
-        self, requests: list[EngineRequest], request_id: str, answer: Answer
+        self, requests: list[EngineRequest], request_id: str, answer: Answer, lease: Lease
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         async with aclosing(deltas(self._engine, requests, request_id)) as found:
             async for index, delta in found:
                 answer.count(index, delta)
+                lease.spend(len(delta.token_ids), delta.num_prompt_tokens)
                 yield index, delta
+
+    async def _find(self, exchange: Exchange, name: str) -> ServedModel:
+        if exchange.key is not None:
+            exchange.key.check_model(name)
+        return await self._catalog.find(name)
 
     async def _render(self, model: ServedModel, chat: Chat) -> str:
         template = await self._catalog.template(model)
@@ -171,11 +183,13 @@ class OpenAIApp:
     # ---- models and tokens
 
     async def _list_models(self, exchange: Exchange, body: Body) -> None:
-        models = await self._catalog.models()
-        await exchange.json({"object": "list", "data": [_model_json(model) for model in models.values()]})
+        models = (await self._catalog.models()).values()
+        allowed = None if exchange.key is None else exchange.key.models
+        shown = [_model_json(model) for model in models if allowed is None or model.name in allowed]
+        await exchange.json({"object": "list", "data": shown})
 
     async def _show_model(self, exchange: Exchange, body: Body) -> None:
-        model = await self._catalog.find(exchange.request.path_params["name"])
+        model = await self._find(exchange, exchange.request.path_params["name"])
         await exchange.json(_model_json(model))
 
     async def _tokenize(self, exchange: Exchange, body: Body) -> None:
@@ -185,7 +199,7 @@ class OpenAIApp:
         prompt = fields.take("prompt", str)
         chat = None if prompt is not None else read_messages(fields)
         fields.end()
-        model = await self._catalog.find(name)
+        model = await self._find(exchange, name)
         text = prompt if chat is None else await self._render(model, chat)
         tokenizer = await self._catalog.tokenizer(model)
         try:
@@ -204,7 +218,7 @@ class OpenAIApp:
             if type(token) is not int or not 0 <= token < 2**31:
                 raise fields.wrong("tokens", token, "token ids")
         fields.end()
-        tokenizer = await self._catalog.tokenizer(await self._catalog.find(name))
+        tokenizer = await self._catalog.tokenizer(await self._find(exchange, name))
         text = await self._catalog.run(lambda: tokenizer.decode(tokens, skip_special_tokens=False))
         await exchange.json({"prompt": text})
 
@@ -259,6 +273,21 @@ class _NoRoute:
         if scope["type"] == "http":
             path = f"{scope['method']} {scope['path']}"
             await Exchange(scope, receive, send).error(ApiError(404, f"There is no {path:.200}."))
+
+
+def _scope(exchange: Exchange, generation: Generation) -> str | None:
+    if exchange.key is None:
+        return generation.kv_scope
+    if generation.kv_scope is not None:
+        raise invalid("kv_scope", "kv_scope comes from the API key here: leave it out.")
+    return exchange.key.kv_scope
+
+
+def _estimate(request: EngineRequest) -> int:
+    """About how many tokens a prompt has."""
+    prompt = request.prompt
+    texts = sum(map(len, request.documents)) + (len(prompt) if isinstance(prompt, str) else 0)
+    return texts // 4 + (0 if isinstance(prompt, str) else len(prompt))
 
 
 def _anyone(exchange: Exchange) -> None:

@@ -80,7 +80,7 @@ def of_engine(status: grpc.StatusCode, message: str) -> ApiError:
     number = _STATUS_OF.get(status, 500)
     if number == 503:
         return ApiError(503, f"The engine cannot be reached now: {message}", None, None, 2)
-    if number == 400 and message.startswith("the prompt has"):
+    if number == 400 and message.startswith(("the prompt has", "the request has")):
         return invalid(None, message, "context_length_exceeded")
     code = "model_not_found" if number == 404 else None
     return ApiError(number, message, "model" if number == 404 else None, code)

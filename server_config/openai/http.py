@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from blockzoo.server_config.openai.errors import ApiError
 from blockzoo.server_config.openai.fields import parse_json
+from blockzoo.server_config.openai.keys import Key
 
 MAX_BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0
@@ -40,6 +41,8 @@ class Exchange:
     Attributes:
         request: its head; `body` reads the rest.
         id: given back as x-request-id.
+        started: whether an answer has begun.
+        key: whose request it is, where keys are asked for.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +51,7 @@ class Exchange:
         self._send = send
         self._sending_since: float | None = None
         self.started = False
+        self.key: Key | None = None
 
     async def body(self) -> dict[str, Any]:
         """The JSON object that was sent. Raises ApiError, ClientDisconnect."""

@@ -16,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blockzoo.server_config.openai.app import OpenAIApp
+from blockzoo.server_config.openai.keys import Keyring
 
 MAX_CONNECTIONS = 2048
 HEADER_SECONDS = 30.0
@@ -90,6 +91,10 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _say(message: str) -> None:
+    print(f"zoo-serve: {message}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal comes; the exit status."""
     parser = argparse.ArgumentParser(prog="blockzoo.server_config.openai.server")
@@ -98,11 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--metrics", required=True, help="URL of its metrics")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--api-keys", type=Path, help="file of keys that requests must come with")
     parser.add_argument("--heartbeat", type=Path, help="file whose time says that the process is well")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keys = None if args.api_keys is None else Keyring(args.api_keys, _say)
     config = uvicorn.Config(
-        OpenAIApp(args.zoo, args.grpc, args.metrics).application(),
+        OpenAIApp(args.zoo, args.grpc, args.metrics, keys).application(),
         host=args.host,
         port=args.port,
         loop="asyncio",
