@@ -153,7 +153,8 @@ def file(tmp_path_factory):
     path.write_text(
         f"alice {digest('ka')}\n"
         f"bob {digest('kb')} models=base requests=1 kv_scope=team\n"
-        f"carol {digest('kc')} models=base,notes kv_scope=team tokens_per_minute=10\n"
+        f"carol {digest('kc')} models=base,notes kv_scope=team\n"
+        f"erin {digest('ke')} tokens_per_minute=10\n"
     )
     return path
 
@@ -234,10 +235,10 @@ def test_quotas_of_a_key(endpoint):
     endpoint.wait_until_idle()
     endpoint.served.wait_for(lambda: bob.completions.create(model="base", prompt="x", max_tokens=1))
 
-    carol = as_key(endpoint, "kc")
-    carol.completions.create(model="notes", prompt="x", max_tokens=24)
+    erin = as_key(endpoint, "ke")
+    erin.completions.create(model="notes", prompt="x", max_tokens=24)
     with pytest.raises(openai.RateLimitError, match="10 tokens a minute") as caught:
-        carol.completions.create(model="notes", prompt="x", max_tokens=1)
+        erin.completions.create(model="notes", prompt="x", max_tokens=1)
     assert int(caught.value.response.headers["retry-after"]) > 1
 
 
