@@ -42,6 +42,8 @@ SAMPLING_INPUTS = (
     TensorField("return_context_logits", "BOOL"),
     TensorField("return_generation_logits", "BOOL"),
     TensorField("exclude_input_in_output", "BOOL"),
+    TensorField("guided_decoding_guide_type", "STRING"),  # json, json_schema, regex; ours: lark_grammar
+    TensorField("guided_decoding_guide", "STRING"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
     TensorField("kv_reuse", "STRING"),  # ours: "off", "exact" or "approx"
     TensorField("documents", "STRING", (-1,)),  # ours: texts put before text_input, each tokenized on its own

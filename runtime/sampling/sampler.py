@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from blockzoo.runtime.api.errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
 from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.runtime.sampling.guided import Guide
 from blockzoo.runtime.sampling.logits_row import LogitsRow, Scratch
 
 Logits = npt.NDArray[np.float32]
@@ -50,6 +51,7 @@ class SamplerState:
         bad_word_ids: token sequences whose last token is banned where the ones before it stand; see
             `Tokenizer.bad_word_ids`.
         generated_token_ids: tokens generated earlier, when a request is taken up again.
+        guide: the form that the tokens must have, at its beginning; None: any.
 
     Raises:
         InvalidRequestError: a token id outside the vocabulary, in the prompt or in `params.logit_bias`.
@@ -63,6 +65,7 @@ class SamplerState:
         eos_token_ids: Sequence[int],
         bad_word_ids: Sequence[Sequence[int]] = (),
         generated_token_ids: Sequence[int] = (),
+        guide: Guide | None = None,
     ) -> None:
         prompt = np.asarray(prompt_token_ids, dtype=np.int64)
         if prompt.size and not (prompt.min() >= 0 and prompt.max() < vocab_size):
@@ -73,6 +76,7 @@ class SamplerState:
         self.params = params
         self.vocab_size = vocab_size
         self.num_generated = 0
+        self._guide = guide
         self._eos_ids = [] if params.ignore_eos else [i for i in eos_token_ids if 0 <= i < vocab_size]
         words = [tuple(word) for word in bad_word_ids if word and 0 <= word[-1] < vocab_size]
         self._banned_ids = sorted({word[0] for word in words if len(word) == 1})
@@ -97,6 +101,8 @@ class SamplerState:
     def append(self, token_id: int) -> None:
         """Takes note of a generated token."""
         self.num_generated += 1
+        if self._guide is not None:
+            self._guide.append(token_id)
         if self._seen is not None:
             self._seen.add(token_id)
         if self._tail_size:
@@ -112,12 +118,17 @@ class SamplerState:
     def edit(self, logits: Logits, out: Logits) -> Logits:
         """Applies penalties, biases, bans: returns `logits` itself where there are none, else fills `out`."""
         banned = self._banned_now()
-        if self._seen is None and not banned and not self._biases.size:
+        if self._seen is None and not banned and not self._biases.size and self._guide is None:
             return logits
         np.copyto(out, logits)
         if self._seen is not None:
             self._seen.penalize(out, self.params)
         out[self._biased_ids] += self._biases
+        if self._guide is not None:
+            allowed = self._guide.allowed()
+            if allowed is None:
+                raise GuideError(f"The guide of the answer failed: {self._guide.error}")
+            np.copyto(out, -np.inf, where=~allowed)
         out[banned] = -np.inf
         return out
 
@@ -129,6 +140,10 @@ class SamplerState:
         if self.num_generated < self.params.min_tokens:
             banned += self._eos_ids
         return banned
+
+
+class GuideError(Exception):
+    """A guide that can say no more which tokens may come."""
 
 
 class Sampler:
@@ -177,7 +192,10 @@ class Sampler:
 
 def _sample_row(row: int, logits: Logits, state: SamplerState, scratch: Scratch) -> SampledToken:
     params = state.params
-    edited = state.edit(logits, scratch.logits)
+    try:
+        edited = state.edit(logits, scratch.logits)
+    except GuideError as error:
+        raise SamplingError(row, str(error)) from None
     if params.greedy:
         token_id = int(edited.argmax())  # NaN counts as the largest; the first of equals wins
         _check(row, float(edited[token_id]), logits, edited)
@@ -203,7 +221,7 @@ def _check(row: int, peak: float, logits: Logits, edited: Logits) -> None:
     if not math.isfinite(peak):
         raise SamplingError(
             row,
-            f"Bad words, min_tokens, biases and penalties leave no token to choose (largest logit {peak}).",
+            f"Bad words, bounds, biases and guide leave no token to choose (largest logit {peak}).",
         )
 
 
