@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blockzoo.server_config.openai.catalog import TokenTexts
 from blockzoo.server_config.openai.engine import Delta
 from blockzoo.server_config.openai.requests import Generation
+from blockzoo.server_config.openai.tools import Call, CallParser
 
 Json = dict[str, Any]
 _LOWEST = -9999.0  # OpenAI's number for a log-probability of minus infinity, which JSON has not
@@ -93,9 +95,19 @@ class Answer:
 
 
 class ChatAnswer(Answer):
-    """Of /v1/chat/completions."""
+    """Of /v1/chat/completions.
+
+    Args:
+        parsers: that tell calls of tools from text, one for each choice; () where there are no tools.
+    """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self, generation: Generation, texts: TokenTexts | None, parsers: Sequence[CallParser] = ()
+    ) -> None:
+        super().__init__(generation, texts)
+        self._parsers = parsers
 
     def opening(self) -> list[Json]:
         """The role of each choice."""
@@ -106,21 +118,51 @@ class ChatAnswer(Answer):
         """Text, then the reason of the end."""
         found = []
         logprobs = self._logprobs(delta)
-        if delta.text or (logprobs is not None and delta.token_ids):
-            found.append(self._delta(index, {"content": delta.text}, logprobs, None))
+        parts = self._deltas(index, delta)
+        if not parts and logprobs is not None and delta.token_ids:
+            parts = [{"content": ""}]
+        for part in parts:
+            found.append(self._delta(index, part, logprobs, None))
+            logprobs = None
         if delta.finish_reason is not None:
-            found.append(self._delta(index, {}, None, delta.finish_reason))
+            found.append(self._delta(index, {}, None, self._reason(index, delta)))
         return found
+
+    def _deltas(self, index: int, delta: Delta) -> list[Json]:
+        if not self._parsers:
+            return [{"content": delta.text}] if delta.text else []
+        parser = self._parsers[index]
+        number = parser.num_calls
+        told = parser.push(delta.text) + (parser.finish() if delta.finish_reason is not None else [])
+        found: list[Json] = []
+        for part in told:
+            if isinstance(part, str):
+                found.append({"content": part})
+            else:
+                found.append({"tool_calls": [{"index": number, **part.json()}]})
+                number += 1
+        return found
+
+    def _reason(self, index: int, delta: Delta) -> str | None:
+        called = bool(self._parsers) and self._parsers[index].num_calls > 0
+        return "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
 
     def _delta(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
         return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
     def _choice(self, index: int, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if self._parsers:
+            told = self._parsers[index].push(delta.text) + self._parsers[index].finish()
+            calls = [part.json() for part in told if isinstance(part, Call)]
+            message["content"] = "".join(part for part in told if isinstance(part, str)) or None
+            if calls:
+                message["tool_calls"] = calls
         return {
             "index": index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._reason(index, delta),
         }
 
     def _logprobs(self, delta: Delta) -> Json | None:

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from blockzoo.runtime.api.errors import OverloadedError, RequestError
+from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
+from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.server_config.openai.answers import Answer, ChatAnswer, TextAnswer
 from blockzoo.server_config.openai.catalog import Catalog, ServedModel
 from blockzoo.server_config.openai.engine import Delta, EngineClient, EngineRequest
@@ -35,6 +37,7 @@ from blockzoo.server_config.openai.requests import (
     read_completion,
     read_messages,
 )
+from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
 
 MAX_STREAMS = 1024
 """Answers that are generated at the same time."""
@@ -103,7 +106,16 @@ class OpenAIApp:
         model = await self._find(exchange, generation.model)
         prompt = await self._render(model, chat)
         texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
-        await self._generate(exchange, generation, (prompt,), ChatAnswer(generation, texts))
+        parsers: list[CallParser] = []
+        if chat.tools is not None:
+            kind = await self._catalog.call_format(model)
+            if kind is None:
+                raise no_tools(model.name)
+            parsers = [CallParser(kind, chat.tools) for _ in range(generation.n)]
+            if chat.tools.forced:
+                generation = _forced(generation, chat.tools, kind)
+                prompt += PROMPT_OF_CALL[kind]
+        await self._generate(exchange, generation, (prompt,), ChatAnswer(generation, texts, parsers))
 
     async def _completion(self, exchange: Exchange, body: Body) -> None:
         generation = read_completion(Fields(body))
@@ -146,6 +158,10 @@ class OpenAIApp:
                 else:
                     whole = dict([item async for item in found])
                     await exchange.json(answer.whole([whole[index] for index in range(len(requests))]))
+        except ApiError as error:
+            if error.param is None and error.message.startswith("guided: "):
+                error.param = generation.guide_field
+            raise
         finally:
             self._streams -= len(requests)
             lease.end()
@@ -170,6 +186,7 @@ class OpenAIApp:
             return await self._catalog.run(
                 lambda: template.render(
                     chat.messages,
+                    tools=None if chat.tools is None else chat.tools.tools,
                     add_generation_prompt=chat.add_generation_prompt,
                     continue_final_message=chat.continue_final_message,
                     kwargs=chat.template_kwargs,
@@ -273,6 +290,16 @@ class _NoRoute:
         if scope["type"] == "http":
             path = f"{scope['method']} {scope['path']}"
             await Exchange(scope, receive, send).error(ApiError(404, f"There is no {path:.200}."))
+
+
+def _forced(generation: Generation, tools: Tools, kind: Format) -> Generation:
+    """The generation of a call of one of the tools, and of nothing else."""
+    try:
+        guided = GuidedDecoding("json_schema", tools.schema(kind))
+        params = replace(generation.params, guided=guided)
+    except InvalidRequestError as error:
+        raise invalid("tools", str(error)) from None
+    return replace(generation, params=params, guide_field="tools")
 
 
 def _scope(exchange: Exchange, generation: Generation) -> str | None:

@@ -15,6 +15,8 @@ from blockzoo.runtime.text.chat import ChatTemplate
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.server_config.openai.engine import EngineClient
 from blockzoo.server_config.openai.errors import ApiError, invalid, unknown_model
+from blockzoo.server_config.openai.tools import Format, format_of
+from blockzoo.zoo.chat_files import templates
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
@@ -113,6 +115,10 @@ class Catalog:
             )
         return template
 
+    async def call_format(self, model: ServedModel) -> Format | None:
+        """How the model calls tools; None where it does not, or not in a way that is known."""
+        return await self._load("calls", model, lambda folder: format_of(templates(folder).values()))
+
     async def run(self, work: Callable[[], T]) -> T:
         """Do something in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -124,7 +130,7 @@ class Catalog:
         if future is None or (future.done() and future.exception() is not None):
             future = asyncio.ensure_future(self.run(lambda: load(model.folder)))
             self._loaded[key] = future
-            while len(self._loaded) > 3 * _MAX_TOKENIZERS:
+            while len(self._loaded) > 4 * _MAX_TOKENIZERS:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(key)
         try:

@@ -72,13 +72,13 @@ class Fields:
 
     Args:
         body: of the request, or an object in it.
-        where: its path in the body, with a final dot; "" for the body itself.
+        where: its path in the body, with a final dot; "" for the body itself. Also an attribute.
     """
 
     def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
         self._rest = {name: value for name, value in body.items() if value is not None}
         self._all = self._rest.copy()
-        self._where = where
+        self.where = where
         self._known: list[str] = []
 
     def take(self, name: str, kind: type[T], default: Any = None) -> Any:
@@ -108,13 +108,11 @@ class Fields:
         if values is None:
             return None
         if len(values) > limit:
-            raise invalid(
-                self._where + name, f"{self._where}{name} has {len(values)} items; at most {limit}."
-            )
+            raise invalid(self.where + name, f"{self.where}{name} has {len(values)} items; at most {limit}.")
         for index, value in enumerate(values):
             if not isinstance(value, dict):
                 raise self.wrong(f"{name}[{index}]", value, "an object")
-        return [Fields(value, f"{self._where}{name}[{index}].") for index, value in enumerate(values)]
+        return [Fields(value, f"{self.where}{name}[{index}].") for index, value in enumerate(values)]
 
     def ignore(self, names: Collection[str]) -> None:
         """Fields that change nothing here, whatever they say."""
@@ -126,8 +124,8 @@ class Fields:
         for name, reason in reasons.items():
             if self.any(name) is not None:
                 raise invalid(
-                    self._where + name,
-                    f"{self._where}{name} is not supported: {reason}.",
+                    self.where + name,
+                    f"{self.where}{name} is not supported: {reason}.",
                     "unsupported_parameter",
                 )
 
@@ -136,19 +134,19 @@ class Fields:
         for name in self._rest:
             close = get_close_matches(name[:100], self._known, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            path = f"{self._where}{name:.100}"
+            path = f"{self.where}{name:.100}"
             raise invalid(path, f"Unknown parameter: {path!r}.{hint}", "unknown_parameter")
 
     def wrong(self, name: str, value: Any, expected: str) -> ApiError:
         """A field whose value is not what it should be."""
-        path = self._where + name
+        path = self.where + name
         return invalid(
             path, f"Invalid value for {path!r}: {shown(value)}; expected {expected}.", "invalid_value"
         )
 
     def missing(self, name: str) -> ApiError:
         """A field that must be there."""
-        path = self._where + name
+        path = self.where + name
         return invalid(path, f"Missing required parameter: {path!r}.", "missing_required_parameter")
 
     def plain(self) -> dict[str, Any]:

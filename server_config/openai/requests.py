@@ -5,18 +5,21 @@ Ranges of sampling parameters are those of `SamplingParams`, which says what is 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from blockzoo.runtime.api.errors import InvalidRequestError
-from blockzoo.runtime.api.request import MAX_LOGPROBS, MAX_TOKENS_LIMIT, SamplingParams
+from blockzoo.runtime.api.request import MAX_LOGPROBS, MAX_TOKENS_LIMIT, GuidedDecoding, SamplingParams
 from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
 from blockzoo.server_config.openai.errors import invalid
 from blockzoo.server_config.openai.fields import Fields
+from blockzoo.server_config.openai.tools import Tools
 
 MAX_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
 _COMPLETION_TOKENS = 16  # OpenAI's default; chats go on as long as the model's length allows
 
 _SAMPLING = {  # field of the body -> field of SamplingParams
@@ -37,10 +40,9 @@ _SAMPLING = {  # field of the body -> field of SamplingParams
 _BODY_NAMES = {field: name for name, field in _SAMPLING.items()}
 # they say who asks, how to bill, what to keep: nothing here depends on them
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_IGNORED_OF_CHAT = ("prompt_cache_retention", "parallel_tool_calls")
+_IGNORED_OF_CHAT = ("prompt_cache_retention",)
 _NO_COMPLETION = {
     "suffix": "models here go on from a prompt, they fill no gaps",
-    "response_format": "answers are not constrained",
 }
 _NO_CHAT = {
     "functions": "use tools",
@@ -66,6 +68,7 @@ class Generation:
         echo: begin each text with its prompt.
         documents: texts set before each prompt.
         kv_scope: the client's own; None: not said.
+        guide_field: of the body, that the guide of `params` comes from.
     """
 
     model: str
@@ -78,6 +81,7 @@ class Generation:
     kv_reuse: str | None
     kv_scope: str | None
     documents: tuple[str, ...]
+    guide_field: str = "response_format"
 
     def params_of(self, index: int) -> SamplingParams:
         """Of the answer `index` to a prompt: a seed gives each answer one of its own."""
@@ -93,6 +97,7 @@ class Chat:
     add_generation_prompt: bool
     continue_final_message: bool
     template_kwargs: dict[str, Any]
+    tools: Tools | None = None
 
 
 def model_name(fields: Fields) -> str:
@@ -140,12 +145,16 @@ def read_chat(fields: Fields) -> tuple[Generation, Chat]:
     modalities = fields.take("modalities", list, ["text"])
     if modalities != ["text"]:
         raise fields.wrong("modalities", modalities, '["text"]')
-    _read_format(fields)
-    _read_tools(fields)
+    tools = _read_tools(fields)
+    if tools is not None and generation.params.guided is not None:
+        raise invalid(
+            "response_format",
+            "response_format with tools would keep the model from calling: send one of them.",
+        )
     fields.ignore((*_IGNORED, *_IGNORED_OF_CHAT))
     fields.refuse(_NO_CHAT)
     fields.end()
-    return generation, chat
+    return generation, replace(chat, tools=tools)
 
 
 def read_messages(fields: Fields) -> Chat:
@@ -164,12 +173,19 @@ def read_messages(fields: Fields) -> Chat:
 
 
 def _message(fields: Fields) -> dict[str, Any]:
-    roles = ("system", "developer", "user", "assistant")
+    roles = ("system", "developer", "user", "assistant", "tool")
     role = fields.one_of("role", roles)
     if role is None:
         raise fields.missing("role")
     message: dict[str, Any] = {"role": "system" if role == "developer" else role}  # templates know no other
-    message["content"] = _content(fields)
+    calls = fields.objects("tool_calls", MAX_TOOLS) if role == "assistant" else None
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+        message["content"] = _content(fields, "")
+    else:
+        message["content"] = _content(fields)
+    if role == "tool":
+        message["tool_call_id"] = fields.take("tool_call_id", str, "")
     for name in ("name", "reasoning_content"):
         value = fields.take(name, str)
         if value is not None:
@@ -179,9 +195,32 @@ def _message(fields: Fields) -> dict[str, Any]:
     return message
 
 
-def _content(fields: Fields) -> str:
+def _call(fields: Fields) -> dict[str, Any]:
+    """A call of an earlier answer; templates write its arguments as an object."""
+    call_id = fields.take("id", str, "")
+    fields.one_of("type", ("function",))
+    fields.ignore(("index",))
+    function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
+    name = function.take("name", str)
+    if not name:
+        raise function.missing("name")
+    text = function.take("arguments", str, "{}")
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise function.wrong("arguments", text, "a JSON object as text")
+    function.end()
+    fields.end()
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _content(fields: Fields, default: str | None = None) -> str:
     """A text, or the texts of parts."""
     content = fields.any("content")
+    if content is None and default is not None:
+        return default
     if content is None:
         raise fields.missing("content")
     if isinstance(content, str):
@@ -196,16 +235,81 @@ def _content(fields: Fields) -> str:
     return "".join(texts)
 
 
-def _read_format(fields: Fields) -> None:
-    answer = fields.take("response_format", dict, {"type": "text"})
-    if answer != {"type": "text"}:
-        raise fields.wrong("response_format", answer, '{"type": "text"}: answers are not constrained')
+def _read_format(fields: Fields) -> GuidedDecoding | None:
+    """The form that `response_format` asks for."""
+    given = fields.take("response_format", dict)
+    if given is None:
+        return None
+    form = Fields(given, "response_format.")
+    kind = form.one_of("type", ("text", "json_object", "json_schema", "grammar"))
+    guided: GuidedDecoding | None = None
+    try:
+        if kind is None:
+            raise form.missing("type")
+        if kind == "json_object":
+            guided = GuidedDecoding("json")
+        elif kind == "json_schema":
+            schema = Fields(form.take("json_schema", dict, {}), "response_format.json_schema.")
+            body = schema.take("schema", dict)
+            if body is None:
+                raise schema.missing("schema")
+            schema.ignore(("name", "description", "strict"))
+            schema.end()
+            guided = GuidedDecoding("json_schema", json.dumps(body))
+        elif kind == "grammar":
+            syntax = form.one_of("syntax", ("lark", "regex"))
+            definition = form.take("definition", str)
+            if syntax is None or not definition:
+                raise form.missing("definition" if syntax else "syntax")
+            guided = GuidedDecoding("regex" if syntax == "regex" else "lark", definition)
+    except InvalidRequestError as error:
+        raise invalid("response_format", str(error), "invalid_value") from None
+    form.end()
+    return guided
 
 
-def _read_tools(fields: Fields) -> None:
+def _read_tools(fields: Fields) -> Tools | None:
+    """The functions offered; None where there are none, or none may be called."""
+    parallel = fields.take("parallel_tool_calls", bool, True)
+    tools = tuple(_tool(tool) for tool in fields.objects("tools", MAX_TOOLS) or ())
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        raise invalid("tools", "tools has two functions of one name; give each a name of its own.")
     choice = fields.any("tool_choice")
-    if fields.any("tools") or choice not in (None, "none", "auto"):
-        raise invalid("tools", "tools are not supported.", "unsupported_parameter")
+    forced: tuple[str, ...] = ()
+    if isinstance(choice, dict):
+        named = Fields(choice, "tool_choice.")
+        named.one_of("type", ("function",))
+        function = Fields(named.take("function", dict, {}), "tool_choice.function.")
+        name = function.take("name", str)
+        if name not in names:
+            raise function.wrong("name", name, "the name of one of the tools")
+        function.end()
+        named.end()
+        forced = (name,)
+    elif choice == "required":
+        forced = tuple(names)
+    elif choice not in (None, "none", "auto"):
+        raise fields.wrong("tool_choice", choice, "'none', 'auto', 'required' or a function")
+    if choice == "required" and not tools:
+        raise fields.missing("tools")
+    return Tools(tools, forced, parallel) if tools and choice != "none" else None
+
+
+def _tool(fields: Fields) -> dict[str, Any]:
+    fields.one_of("type", ("function",))
+    function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
+    name = function.take("name", str)
+    if not name:
+        raise function.missing("name")
+    description = function.take("description", str, "")
+    parameters = function.take("parameters", dict, {"type": "object", "properties": {}})
+    function.ignore(("strict",))
+    function.end()
+    fields.end()
+    # templates read all three
+    inner = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": inner}
 
 
 def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
@@ -275,7 +379,7 @@ def _generation(
 
 
 def _sampling(fields: Fields, max_tokens: int, limit_name: str, logprobs: int | None) -> SamplingParams:
-    given: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs}
+    given: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "guided": _read_format(fields)}
     for name, field in _SAMPLING.items():
         value = fields.any(name)
         if value is not None:
