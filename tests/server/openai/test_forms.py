@@ -7,7 +7,7 @@ import re
 
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoTokenizer
 
 from blockzoo.runtime import LLM, SamplingParams
@@ -22,6 +22,8 @@ SCHEMA = {
 
 
 class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     ok: bool
     size: int = Field(ge=0, le=99)
 
