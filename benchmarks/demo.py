@@ -78,7 +78,15 @@ class Server:
 
     def __init__(self, zoo: Path, *options: str) -> None:
         self.http, self.grpc, self.metrics = free_ports(3)
-        ports = ("--http-port", self.http, "--grpc-port", self.grpc, "--metrics-port", self.metrics)
+        ports = (
+            "--http-port",
+            self.http,
+            "--grpc-port",
+            self.grpc,
+            "--metrics-port",
+            self.metrics,
+            "--no-openai",
+        )
         serve = Path(sys.executable).parent / "zoo-serve"
         self._command = [str(serve), str(zoo), *map(str, ports), *options]
 

@@ -32,7 +32,7 @@ class Answer:
 
     def __init__(self, request: ParsedRequest) -> None:
         self._stream = request.stream
-        self._log_probs = request.params.logprobs is not None
+        self._num_top = request.params.logprobs  # None: no log-probabilities
         self._texts = [request.echo]
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -63,7 +63,7 @@ class Answer:
         tensors["finish_reason"] = strings(output.finish_reason or "error")
         tensors["num_prompt_tokens"] = integers([output.num_prompt_tokens])
         tensors["num_cached_tokens"] = integers([output.num_cached_tokens])
-        if self._log_probs:
+        if self._num_top is not None:
             tensors["cum_log_probs"] = np.array([[self._sum_logprobs]], np.float32)
         if problem is not None:
             tensors["error"] = strings(problem)
@@ -71,9 +71,15 @@ class Answer:
 
     def _take_delta(self) -> dict[str, np.ndarray]:
         tensors = {"text_output": strings("".join(self._texts)), "token_ids": integers(self._token_ids)}
-        if self._log_probs:
+        if self._num_top is not None:
             values = [token.logprob for token in self._logprobs]
             tensors["output_log_probs"] = np.array([[values]], np.float32)  # [1, beam, num_tokens]
+        if self._num_top:
+            shape = (1, len(self._logprobs), -1 if self._logprobs else self._num_top)
+            tops = [token.top for token in self._logprobs]
+            ids = np.array([[token_id for token_id, _ in top] for top in tops], np.int32)
+            top_values = np.array([[value for _, value in top] for top in tops], np.float32)
+            tensors["top_token_ids"], tensors["top_log_probs"] = ids.reshape(shape), top_values.reshape(shape)
         self._texts, self._token_ids, self._logprobs = [], [], []
         return tensors
 

@@ -32,7 +32,11 @@ _SHM = Path("/dev/shm")
 _EXIT_GRACE_S = 3.0
 _TAIL_LINES = 400
 # on a machine without a GPU each ensemble logs one of these as an error
-_NOISE = ("unable to create stream", "CudaDriverHelper has not been initialized")
+_NOISE = (
+    "unable to create stream",
+    "CudaDriverHelper has not been initialized",
+    "HandleCancellation called even when the context was not cancelled",  # a stream cancelled at its end
+)
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: \w+: (.*?)(?:\\n|\"$)")
 _WARNING = re.compile(rf'W\d{{4}} .*?{WARNING_MARK}(.*?)"?$')
 
@@ -118,7 +122,7 @@ class TritonProcess:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         self._log_thread = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
         self._log_thread.start()
@@ -194,7 +198,7 @@ def _is_error(line: str) -> bool:
     return re.match(r"E\d{4} ", line) is not None and not any(noise in line for noise in _NOISE)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Runs in the child: a launcher that is killed takes the server along, which ends in its orderly way."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

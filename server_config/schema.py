@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from blockzoo.runtime.api.errors import InvalidRequestError, UnknownModelError
-from blockzoo.runtime.api.request import MAX_WORDS, KVReuse, SamplingParams
+from blockzoo.runtime.api.request import MAX_WORDS, GuidedDecoding, GuideKind, KVReuse, SamplingParams
 from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
 from blockzoo.server_config.tensors import HEALTH_INPUT, INPUTS, RELOAD_INPUT
 
@@ -51,7 +51,13 @@ _SAMPLING_FIELD_OF = {
     "bad_words": "bad_words",
     "min_length": "min_tokens",
 }
-_JSON_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logprobs")
+_GUIDES: dict[str, GuideKind] = {
+    "json": "json",
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "lark_grammar": "lark",
+}
+_JSON_KEYS = tuple(f.name for f in fields(SamplingParams))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +222,11 @@ def _sampling_params(inputs: Mapping[str, np.ndarray]) -> SamplingParams:
         if field in given:
             raise InvalidRequestError(f"{name} and sampling_parameters[{field!r}] are both set; send one")
         given[field] = _words(inputs, name) if name.endswith("_words") else _scalar(inputs, name)
+    guided = _guided(inputs)
+    if guided is not None:
+        if "guided" in given:
+            raise InvalidRequestError("guided_decoding_guide and sampling_parameters['guided'] are both set")
+        given["guided"] = guided
     # as in the backend: 0 is off, and where nothing asks for sampling the likeliest token is taken
     for field in ("top_p", "top_k"):
         if given.get(field) == 0:
@@ -223,8 +234,23 @@ def _sampling_params(inputs: Mapping[str, np.ndarray]) -> SamplingParams:
     if not given.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         given["temperature"] = 0.0
     if _flag(inputs, "return_log_probs"):
-        given["logprobs"] = 0
+        given.setdefault("logprobs", 0)
     return SamplingParams(**given)
+
+
+def _guided(inputs: Mapping[str, np.ndarray]) -> GuidedDecoding | None:
+    kind, guide = _text(inputs, "guided_decoding_guide_type"), _text(inputs, "guided_decoding_guide")
+    if not kind:
+        if guide:
+            raise InvalidRequestError(
+                f"guided_decoding_guide_type is missing; expected one of {', '.join(_GUIDES)}"
+            )
+        return None
+    if kind not in _GUIDES:
+        raise InvalidRequestError(
+            f"guided_decoding_guide_type is {kind!r:.200}; {did_you_mean(kind, tuple(_GUIDES))}"
+        )
+    return GuidedDecoding(_GUIDES[kind], "" if kind == "json" else guide or "")
 
 
 def _sampling_parameters(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -241,8 +267,6 @@ def _sampling_parameters(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
             '{"temperature": 0.7}'
         )
     for key in given:
-        if key == "logprobs":
-            raise InvalidRequestError("sampling_parameters has the key 'logprobs'; use return_log_probs")
         if key not in _JSON_KEYS:
             raise InvalidRequestError(
                 f"sampling_parameters has the unknown key {key!r:.200}; {did_you_mean(key, _JSON_KEYS)}"

@@ -13,6 +13,7 @@ from blockzoo.zoo.console import command
 
 if TYPE_CHECKING:
     from blockzoo.server_config.launcher import Endpoints
+    from blockzoo.server_config.openai.process import OpenAIProcess
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,16 +23,33 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve all models of a zoo over HTTP and gRPC with Triton Inference Server.",
     )
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
-    network = parser.add_argument_group("network (port 0 takes a free one)")
+    network = parser.add_argument_group("network (port 0 of Triton takes a free one)")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     network.add_argument(
         "--insecure",
         action="store_true",
-        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes",
+        help="let other machines reach the tritonserver of nvidia-pytriton, whose version has known holes, "
+        "and the OpenAI endpoint without keys",
     )
     network.add_argument("--http-port", type=_port, default=8000, metavar="N", help="default %(default)s")
     network.add_argument("--grpc-port", type=_port, default=8001, metavar="N", help="default %(default)s")
     network.add_argument("--metrics-port", type=_port, default=8002, metavar="N", help="default %(default)s")
+    network.add_argument(
+        "--openai-port",
+        type=_port,
+        default=9000,
+        metavar="N",
+        help="of the OpenAI endpoint, default %(default)s; 0 leaves it out, as --no-openai does",
+    )
+    network.add_argument(
+        "--no-openai", action="store_const", const=0, dest="openai_port", help="leave the OpenAI endpoint out"
+    )
+    network.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="keys that requests to the OpenAI endpoint must come with, see docs/openai.md; Triton, which "
+        "asks for none, is then served to this machine alone",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
@@ -228,11 +246,15 @@ def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
+    _check_keys(args)
+    triton_host = args.host if args.api_keys is None else "127.0.0.1"
     ports = free_ports(
-        args.host,
+        triton_host,
         {"--http-port": args.http_port, "--grpc-port": args.grpc_port, "--metrics-port": args.metrics_port},
     )
-    endpoints = Endpoints(args.host, *ports.values())
+    endpoints = Endpoints(triton_host, *ports.values())
+    if args.openai_port:
+        free_ports(_openai_host(args), {"--openai-port (0 leaves it out)": args.openai_port})
     with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
         folder = Path(temporary)
         repository, control_dir = folder / "models", folder / "control"
@@ -243,7 +265,7 @@ def _serve(args: argparse.Namespace) -> int:
         watchdog = Watchdog(endpoints.http, "", secret, control_dir)
         follower = Follower(settings, repository, watchdog.reload)
         server = find_tritonserver(folder)
-        check_host(args.host, server, args.insecure)
+        check_host(triton_host, server, args.insecure)
         server.environment[SECRET_VARIABLE] = secret  # for the models, whose processes inherit it
         # else texts wait for each other in the library's own pool of threads, whoever tokenizes them
         server.environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -256,19 +278,66 @@ def _serve(args: argparse.Namespace) -> int:
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
         supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)
+        openai = _openai_process(args, endpoints, folder)
 
         def on_ready() -> None:
+            if openai is not None:
+                openai.start()
             version = f"{watchdog.version()}{' of nvidia-pytriton' if server.bundled else ''}"
-            _print_endpoints(args.zoo, follower.tenants, endpoints, version)
+            _print_endpoints(args, follower.tenants, endpoints, version)
             _check_weights(args, follower.tenants)
 
-        return supervisor.run(on_ready)
+        try:
+            return supervisor.run(on_ready)
+        finally:
+            if openai is not None:
+                openai.stop()
 
 
-def _print_endpoints(zoo: str, tenants: tuple[str, ...], endpoints: Endpoints, version: str) -> None:
+def _openai_host(args: argparse.Namespace) -> str:
+    """Where the OpenAI endpoint listens: without keys on this machine alone, unless it is asked for."""
+    from blockzoo.server_config.environment import is_loopback
+
+    seen = args.api_keys is not None or args.insecure or is_loopback(args.host)
+    return args.host if seen else "127.0.0.1"
+
+
+def _check_keys(args: argparse.Namespace) -> None:
+    if args.api_keys is None:
+        return
+    from blockzoo.server_config.openai.keys import KeysError, read_keys
+
+    if not args.openai_port:
+        raise KeysError("--api-keys is for the OpenAI endpoint, which is left out: give it a port")
+    read_keys(Path(args.api_keys))
+
+
+def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path) -> OpenAIProcess | None:
+    if not args.openai_port:
+        return None
+    from blockzoo.server_config.openai.process import OpenAIProcess
+    from blockzoo.server_config.supervisor import say
+
+    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
+    options = {
+        "zoo": Path(args.zoo).resolve(),
+        "grpc": f"{endpoints.client_host}:{endpoints.grpc_port}",
+        "metrics": metrics,
+        "host": _openai_host(args),
+        "port": args.openai_port,
+    }
+    if args.api_keys is not None:
+        options["api-keys"] = Path(args.api_keys).resolve()
+    return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, say)
+
+
+def _print_endpoints(
+    args: argparse.Namespace, tenants: tuple[str, ...], endpoints: Endpoints, version: str
+) -> None:
     host = endpoints.client_host
+    openai = f"  OpenAI   http://{_openai_host(args)}:{args.openai_port}/v1\n" if args.openai_port else ""
     print(
-        f"serving {len(tenants)} models of {zoo}: {', '.join(tenants)}\n"
+        f"serving {len(tenants)} models of {args.zoo}: {', '.join(tenants)}\n{openai}"
         f"  HTTP     {endpoints.http}\n"
         f"  gRPC     {host}:{endpoints.grpc_port}\n"
         f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"

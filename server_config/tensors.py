@@ -42,6 +42,8 @@ SAMPLING_INPUTS = (
     TensorField("return_context_logits", "BOOL"),
     TensorField("return_generation_logits", "BOOL"),
     TensorField("exclude_input_in_output", "BOOL"),
+    TensorField("guided_decoding_guide_type", "STRING"),  # json, json_schema, regex; ours: lark_grammar
+    TensorField("guided_decoding_guide", "STRING"),
     TensorField("sampling_parameters", "STRING"),  # ours: SamplingParams as a JSON object
     # ours: "off", "exact" or "approx" (with which others of the scope can change answers)
     TensorField("kv_reuse", "STRING"),
@@ -58,6 +60,9 @@ OUTPUTS = (
     TEXT_OUTPUT,
     TensorField("cum_log_probs", "FP32", (-1,)),
     TensorField("output_log_probs", "FP32", (-1, -1)),
+    # ours, where sampling_parameters asks for `logprobs` above 0: the likeliest tokens in each token's place
+    TensorField("top_token_ids", "INT32", (-1, -1)),
+    TensorField("top_log_probs", "FP32", (-1, -1)),
     # ours, token_ids with every response and the others with the last one
     TensorField("token_ids", "INT32", (-1,)),
     TensorField("finish_reason", "STRING"),

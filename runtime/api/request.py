@@ -7,12 +7,15 @@ vocabulary) are checked where they are known.
 from __future__ import annotations
 
 import numbers
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+GuideKind = Literal["json", "json_schema", "regex", "lark"]
 KVReuse = Literal["off", "exact", "approx"]
 """What KV of earlier requests a request may use: none, that of equal prefixes, or also that of equal words
 behind other ones."""
@@ -22,8 +25,37 @@ CHAT_TOKENS = 1024
 """Of an answer in a chat at most, where a request does not say."""
 MAX_LOGPROBS = 20
 MAX_WORDS = 64
+MAX_BIASES = 1024
+MAX_GUIDE_CHARS = 1 << 16
 MAX_WORD_CHARS = 256
 GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedDecoding:
+    """A form that an answer must have.
+
+    Attributes:
+        kind: "json" (any object), "json_schema", "regex" or "lark" (a grammar, in llguidance's dialect).
+        guide: the schema as text, the expression or the grammar, at most 64 KiB; "" for "json".
+
+    Raises InvalidRequestError where a field is something else. What the guide says is read by the engine.
+    """
+
+    kind: GuideKind
+    guide: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GuideKind):
+            raise _wrong("guided.kind", self.kind, f"one of {', '.join(get_args(GuideKind))}")
+        if not isinstance(self.guide, str) or (self.kind == "json") != (self.guide == ""):
+            raise _wrong("guided.guide", self.guide, 'a text, "" for json alone')
+        if len(self.guide) > MAX_GUIDE_CHARS:
+            raise InvalidRequestError(
+                f"guided.guide has {len(self.guide)} characters; expected at most {MAX_GUIDE_CHARS}."
+            )
+        if any("\ud800" <= char <= "\udfff" for char in self.guide):
+            raise _wrong("guided.guide", self.guide, "text without lone surrogates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +90,10 @@ class SamplingParams:
         min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
         skip_special_tokens: leave special tokens out of the text, but for a stop word that is to be in it.
         include_stop: let the text end with the stop word instead of before it.
+        logit_bias: at most 1024 token ids, each with -100 to 100 that is added to its logit: a mapping,
+            kept as pairs.
+        guided: a form that the answer must have, or a mapping of its fields; not with `ignore_eos` and
+            `min_tokens`, which would have it go on beyond.
     """
 
     max_tokens: int = 16
@@ -76,6 +112,8 @@ class SamplingParams:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     include_stop: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    guided: GuidedDecoding | None = None
 
     def __post_init__(self) -> None:
         self._check_int("max_tokens", 1, MAX_TOKENS_LIMIT)
@@ -93,6 +131,8 @@ class SamplingParams:
             self._check_int("logprobs", 0, MAX_LOGPROBS)
         self._check_words("stop")
         self._check_words("bad_words")
+        self._check_bias()
+        self._check_guided()
         for field in ("ignore_eos", "skip_special_tokens", "include_stop"):
             if not isinstance(getattr(self, field), bool):
                 raise _wrong(field, getattr(self, field), "true or false")
@@ -130,6 +170,42 @@ class SamplingParams:
             expected = f"above {low:g} and at most {high:g}" if low_is_out else f"from {low:g} to {high:g}"
             raise _wrong(field, value, f"a number {expected}")
         self._set(field, float(value))
+
+    def _check_guided(self) -> None:
+        guided = self.guided
+        if isinstance(guided, Mapping):
+            unknown = [key for key in guided if key not in ("kind", "guide")]
+            if unknown or "kind" not in guided:
+                raise _wrong("guided", dict(guided), "an object with kind and guide")
+            self._set("guided", GuidedDecoding(**guided))
+        elif guided is not None and not isinstance(guided, GuidedDecoding):
+            raise _wrong("guided", guided, "a GuidedDecoding, or nothing")
+        if self.guided is not None and (self.ignore_eos or self.min_tokens):
+            raise InvalidRequestError("guided cannot go with ignore_eos and min_tokens; leave them out.")
+
+    def _check_bias(self) -> None:
+        given = self.logit_bias
+        pairs: Any = tuple(given.items()) if isinstance(given, Mapping) else given
+        expected = "token ids, each with a number from -100 to 100"
+        if not isinstance(pairs, (tuple, list)):
+            raise _wrong("logit_bias", given, expected)
+        if len(pairs) > MAX_BIASES:
+            raise InvalidRequestError(f"logit_bias has {len(pairs)} tokens; expected at most {MAX_BIASES}.")
+        biases: dict[int, float] = {}
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise _wrong("logit_bias", given, expected)
+            token_id: Any = pair[0]
+            bias: Any = pair[1]
+            if isinstance(token_id, str) and re.fullmatch("[0-9]{1,10}", token_id):  # a key of JSON
+                token_id = int(token_id)
+            if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral) or token_id < 0:
+                raise _wrong("logit_bias", given, expected)
+            is_real = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+            if not is_real or not -100 <= bias <= 100:
+                raise _wrong(f"logit_bias[{token_id}]", bias, "a number from -100 to 100")
+            biases[int(token_id)] = float(bias)
+        self._set("logit_bias", tuple(biases.items()))
 
     def _check_words(self, field: str) -> None:
         words = getattr(self, field)

@@ -1,6 +1,6 @@
 """From logits to tokens: penalties, temperature, filters, one draw, log-probabilities.
 
-The order is that of Hugging Face: penalties and banned tokens, temperature, top_k, top_p, min_p. Each
+The order is that of Hugging Face: penalties, biases and banned tokens, temperature, top_k, top_p, min_p. Each
 row is treated alone, so the token of a request does not depend on the rest of the batch.
 
 Knows nothing of sequences, pages or engines.
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from blockzoo.runtime.api.errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
 from blockzoo.runtime.api.request import SamplingParams
 from blockzoo.runtime.sampling.logits_row import LogitsRow, Scratch
+from blockzoo.runtime.sampling.sampler.guided import Guide
 
 Logits = npt.NDArray[np.float32]
 
@@ -50,9 +51,10 @@ class SamplerState:
         bad_word_ids: token sequences whose last token is banned where the ones before it stand; see
             `Tokenizer.bad_word_ids`.
         generated_token_ids: tokens generated earlier, when a request is taken up again.
+        guide: the form that the tokens must have, at its beginning; None: any.
 
     Raises:
-        InvalidRequestError: a token id outside the vocabulary in the prompt.
+        InvalidRequestError: a token id outside the vocabulary, in the prompt or in `params.logit_bias`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SamplerState:
         eos_token_ids: Sequence[int],
         bad_word_ids: Sequence[Sequence[int]] = (),
         generated_token_ids: Sequence[int] = (),
+        guide: Guide | None = None,
     ) -> None:
         prompt = np.asarray(prompt_token_ids, dtype=np.int64)
         if prompt.size and not (prompt.min() >= 0 and prompt.max() < vocab_size):
@@ -73,12 +76,20 @@ class SamplerState:
         self.params = params
         self.vocab_size = vocab_size
         self.num_generated = 0
+        self._guide = guide
         self._eos_ids = [] if params.ignore_eos else [i for i in eos_token_ids if 0 <= i < vocab_size]
         words = [tuple(word) for word in bad_word_ids if word and 0 <= word[-1] < vocab_size]
         self._banned_ids = sorted({word[0] for word in words if len(word) == 1})
         self._banned_sequences = sorted({word for word in words if len(word) > 1})
         self._tail_size = max((len(word) - 1 for word in self._banned_sequences), default=0)
         self._tail = prompt[prompt.size - min(self._tail_size, prompt.size) :].tolist()
+        biases = params.logit_bias
+        if biases and max(biases)[0] >= vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias holds the token id {max(biases)[0]}; the model's are 0 to {vocab_size - 1}."
+            )
+        self._biased_ids = np.array([token_id for token_id, _ in biases], np.int64)
+        self._biases = np.array([bias for _, bias in biases], np.float32)
         self._seen: _SeenTokens | None = None
         if params.has_penalties:
             self._seen = _SeenTokens(prompt if params.repetition_penalty != 1.0 else prompt[:0])
@@ -90,6 +101,8 @@ class SamplerState:
     def append(self, token_id: int) -> None:
         """Takes note of a generated token."""
         self.num_generated += 1
+        if self._guide is not None:
+            self._guide.append(token_id)
         if self._seen is not None:
             self._seen.add(token_id)
         if self._tail_size:
@@ -103,13 +116,19 @@ class SamplerState:
         return float(self._philox.random_raw() >> 11) * 2.0**-53
 
     def edit(self, logits: Logits, out: Logits) -> Logits:
-        """Applies penalties and bans: returns `logits` itself where there are none, else fills `out`."""
+        """Applies penalties, biases, bans: returns `logits` itself where there are none, else fills `out`."""
         banned = self._banned_now()
-        if self._seen is None and not banned:
+        if self._seen is None and not banned and not self._biases.size and self._guide is None:
             return logits
         np.copyto(out, logits)
         if self._seen is not None:
             self._seen.penalize(out, self.params)
+        out[self._biased_ids] += self._biases
+        if self._guide is not None:
+            allowed = self._guide.allowed()
+            if allowed is None:
+                raise GuideError(f"The guide of the answer failed: {self._guide.error}")
+            np.copyto(out, -np.inf, where=~allowed)
         out[banned] = -np.inf
         return out
 
@@ -121,6 +140,10 @@ class SamplerState:
         if self.num_generated < self.params.min_tokens:
             banned += self._eos_ids
         return banned
+
+
+class GuideError(Exception):
+    """A guide that can say no more which tokens may come."""
 
 
 class Sampler:
@@ -169,7 +192,10 @@ class Sampler:
 
 def _sample_row(row: int, logits: Logits, state: SamplerState, scratch: Scratch) -> SampledToken:
     params = state.params
-    edited = state.edit(logits, scratch.logits)
+    try:
+        edited = state.edit(logits, scratch.logits)
+    except GuideError as error:
+        raise SamplingError(row, str(error)) from None
     if params.greedy:
         token_id = int(edited.argmax())  # NaN counts as the largest; the first of equals wins
         _check(row, float(edited[token_id]), logits, edited)
@@ -194,7 +220,8 @@ def _check(row: int, peak: float, logits: Logits, edited: Logits) -> None:
         )
     if not math.isfinite(peak):
         raise SamplingError(
-            row, f"Bad words, min_tokens and penalties leave no token to choose (largest logit {peak})."
+            row,
+            f"Bad words, bounds, biases and guide leave no token to choose (largest logit {peak}).",
         )
 
 

@@ -13,6 +13,7 @@ from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError,
 from blockzoo.runtime.api.request import KVReuse, SamplingParams
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.sampler import SamplerState
+from blockzoo.runtime.sampling.sampler.guided import Guides
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
@@ -45,6 +46,7 @@ class RequestBuilder:
 
     def __init__(self, zoo: Callable[[], LoadedZoo], config: EngineConfig) -> None:
         self._zoo, self._config = zoo, config
+        self._guides = Guides()
 
     def model(self, name: str) -> LoadedModel:
         """A model by its name. Raises UnknownModelError."""
@@ -77,7 +79,10 @@ class RequestBuilder:
         reuse = self._allowed_reuse(loaded, kv_reuse)
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
-        sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words)
+        guide = None
+        if params.guided is not None:
+            guide = self._guides.guide(params.guided, loaded.tokenizer, vocab, tuple(loaded.eos_token_ids))
+        sampler = SamplerState(params, token_ids, vocab, loaded.eos_token_ids, bad_words, guide=guide)
         arrival = time.monotonic()
         seq = TokenSequence(
             request_id,

@@ -104,6 +104,10 @@ class Tokenizer:
             )
         return self.chat_template
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._tokenizer.to_str()
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's logits may be wider (padding)."""

@@ -24,7 +24,7 @@ class ServedZoo:
     """A zoo-serve process and the simplest clients for it."""
 
     def __init__(self, zoo: Path, scratch: Path, *options: str) -> None:
-        ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
+        ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "openai")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), *ports, *options],
             stdout=subprocess.PIPE,
@@ -46,6 +46,8 @@ class ServedZoo:
         text = "".join(self.out)
         self.http_port = int(re.search(r"HTTP +http://127.0.0.1:(\d+)", text)[1])
         self.grpc = re.search(r"gRPC +(\S+)", text)[1]
+        openai = re.search(r"OpenAI +(\S+)/v1", text)
+        self.openai = None if openai is None else openai[1]
         self.metrics_port = int(re.search(r"metrics +http://127.0.0.1:(\d+)", text)[1])
         self.curl = next(line.strip() for line in self.out if "curl" in line)
 

@@ -83,3 +83,13 @@ def test_a_time_limit_is_told_as_the_reason_of_an_abort():
 def test_text_outside_ascii_is_utf8():
     response = Answer(request()).push(output("żółw 🐢", (1,), "stop"))
     assert response.tensors["text_output"][0, 0] == "żółw 🐢".encode()
+
+
+def test_the_likeliest_tokens_come_in_the_tokens_places():
+    answer = Answer(request(stream=True, logprobs=2))
+    first = answer.push(output("a", (1,), logprobs=(TokenLogprob(1, -0.5, ((1, -0.5), (4, -1.0))),)))
+    assert first.tensors["top_token_ids"].tolist() == [[[1, 4]]]
+    assert first.tensors["top_log_probs"].tolist() == [[[-0.5, -1.0]]]
+    assert (first.tensors["top_token_ids"].dtype, first.tensors["top_log_probs"].dtype) == ("i4", "f4")
+    last = answer.push(output("", (), "length", logprobs=()))
+    assert last.tensors["top_token_ids"].shape == last.tensors["top_log_probs"].shape == (1, 0, 2)

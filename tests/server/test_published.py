@@ -80,7 +80,7 @@ def test_bad_options_are_refused_at_once(demo_zoo, documents, capsys, options, m
 
 def test_what_cannot_be_published_ends_the_start(demo_zoo, documents):
     options = ["--publish", str(documents), "--published-kv-share", "0.0001", "--threads", "1"]
-    ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
+    ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "openai")]
     command = [sys.executable, "-m", "blockzoo.server_config.serve", str(demo_zoo), *options, *ports]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blockzoo.runtime.api.errors import InvalidRequestError, RequestError, UnknownModelError
-from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.runtime.api.request import GuidedDecoding, SamplingParams
 from blockzoo.server_config.schema import MAX_TEXT_BYTES, ParsedRequest, parse_request
 from blockzoo.server_config.tensors import INPUTS
 
@@ -94,6 +94,19 @@ def test_sampling_parameters_add_what_has_no_input():
         text_input="x", model="chat", max_tokens=3, sampling_parameters='{"min_p": 0.1, "ignore_eos": true}'
     )
     assert request.params == SamplingParams(max_tokens=3, min_p=0.1, ignore_eos=True)
+    guides = {"guided_decoding_guide_type": "lark_grammar", "guided_decoding_guide": "start: /a/"}
+    request = parse(text_input="x", model="chat", **guides)
+    assert request.params.guided == GuidedDecoding("lark", "start: /a/")
+    text = '{"guided": {"kind": "json"}}'
+    request = parse(text_input="x", model="chat", sampling_parameters=text)
+    assert request.params.guided == GuidedDecoding("json")
+    text = '{"logprobs": 3, "logit_bias": {"7": -1.5}}'
+    request = parse(
+        text_input="x", model="chat", max_tokens=3, return_log_probs=True, sampling_parameters=text
+    )
+    assert request.params == SamplingParams(
+        max_tokens=3, temperature=0.0, logprobs=3, logit_bias=((7, -1.5),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +203,11 @@ def test_the_client_timeout_is_in_microseconds():
         ),
         ({"sampling_parameters": '{"temperature": "hot"}'}, "temperature is 'hot'; expected a number"),
         ({"sampling_parameters": '{"temperature": NaN}'}, "temperature is nan"),
-        ({"sampling_parameters": '{"logprobs": 5}'}, "use return_log_probs"),
+        ({"guided_decoding_guide": "a"}, "guided_decoding_guide_type is missing; expected one of json,"),
+        ({"guided_decoding_guide_type": "regexp"}, "did you mean 'regex'?"),
+        ({"guided_decoding_guide_type": "ebnf_grammar", "guided_decoding_guide": "a"}, "'ebnf_grammar'"),
+        ({"guided_decoding_guide_type": "regex"}, "guided.guide is ''; expected a text"),
+        ({"sampling_parameters": '{"logprobs": 21}'}, "logprobs is 21; expected a whole number from 0 to 20"),
         (
             {"max_tokens": 4, "sampling_parameters": '{"max_tokens": 5}'},
             "max_tokens and sampling_parameters['max_tokens'] are both set; send one",

@@ -35,6 +35,7 @@ def test_defaults_are_valid_and_random():
         ("stop", ("x" * MAX_WORD_CHARS,) * MAX_WORDS),
         ("bad_words", ("x",)),
         ("stop", ("\n",)),
+        ("logit_bias", ((0, -100.0), (7, 100.0))),
     ],
 )
 def test_bounds_are_inclusive(field, value):
@@ -77,6 +78,15 @@ def test_bounds_are_inclusive(field, value):
         ("ignore_eos", 1),
         ("skip_special_tokens", None),
         ("include_stop", "yes"),
+        ("logit_bias", {5: 100.1}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"five": 1.0}),
+        ("logit_bias", {"1" * 11: 1.0}),
+        ("logit_bias", [1, 2]),
+        ("logit_bias", "5"),
+        ("logit_bias", dict.fromkeys(range(1025), 0.0)),
         ("stop", "word"),
         ("stop", ("",)),
         ("stop", ("x" * (MAX_WORD_CHARS + 1),)),

@@ -10,6 +10,7 @@ from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -318,6 +319,21 @@ def test_bad_words_ban_as_hugging_face_does():
             state = state_of(20, prompt=tokens[:cut], generated=tokens[cut:], bad=bad)
             expected = oracle(torch.tensor([tokens]), torch.tensor(logits[None]))[0].numpy()
             np.testing.assert_array_equal(state.edit(logits, np.empty_like(logits)), expected)
+
+
+def test_biases_are_added_as_hugging_face_does():
+    logits = logits_of(5)
+    biases = {int(logits[0].argmax()): -100.0, 11: 3.5, 19_999: 100.0}
+    state = state_of(temperature=0.0, logit_bias=biases, repetition_penalty=1.3, prompt=(11, 12))
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(
+        torch.tensor([[11, 12]]), torch.from_numpy(logits.copy())
+    )
+    processor = SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()})
+    expected = processor(torch.tensor([[11, 12]]), expected)
+    np.testing.assert_allclose(state.edit(logits[0], np.empty(20_000, np.float32)), expected[0].numpy())
+    assert only(Sampler().sample(logits, [state])).token_id == 19_999
+    with pytest.raises(InvalidRequestError, match="logit_bias holds the token id 20000"):
+        state_of(logit_bias={20_000: 1.0})
 
 
 def test_min_tokens_bans_the_end_until_reached():

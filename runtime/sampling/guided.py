@@ -1,0 +1,189 @@
+"""Guided decoding: which tokens a JSON schema, a regular expression or a grammar allows next, by llguidance.
+
+A guide is compiled in the thread that checks a request, within bounds of work, and kept for further requests;
+the engine's thread asks it for a mask before each token and tells it which one was taken.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.api.request import GuidedDecoding
+
+_KEPT = 64  # compiled guides
+_MAX_LOOKS = 256  # at parts of a schema, to say which is at fault
+_MAX_MESSAGE = 500
+_LIMITS = {  # work in compiling (50,000 units take a millisecond) and in one step
+    "initial_lexer_fuel": 5_000_000,
+    "max_grammar_size": 200_000,
+    "max_lexer_states": 50_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "verbose_errors": False,
+}
+# without a bound a model may put spaces until its last token
+_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}", "lenient": False}
+_PARTS = ("properties", "$defs", "definitions", "patternProperties")
+_ITEMS = ("items", "additionalProperties", "anyOf", "oneOf", "allOf", "prefixItems", "not")
+
+
+class Vocabulary(Protocol):
+    """A tokenizer, as far as guides need it."""
+
+    def to_json(self) -> str:
+        """The content of its `tokenizer.json`."""
+
+
+class Guide:
+    """What one request may generate next."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def allowed(self) -> npt.NDArray[np.bool_] | None:
+        """bool [vocab]: the tokens that may come next; None where the guide has failed, as `error` says."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            return None
+        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def append(self, token_id: int) -> None:
+        """Take note of a generated token, which was allowed."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def error(self) -> str:
+        """Why there is no mask."""
+        return self._matcher.get_error()[:_MAX_MESSAGE]
+
+
+class Guides:
+    """Compiles guides. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokenizers: OrderedDict[tuple[int, int, tuple[int, ...]], tuple[Vocabulary, Any]] = (
+            OrderedDict()
+        )
+        self._kept: OrderedDict[tuple[Any, GuidedDecoding], Any] = OrderedDict()
+
+    def guide(
+        self, guided: GuidedDecoding, tokenizer: Vocabulary, vocab_size: int, end_ids: tuple[int, ...]
+    ) -> Guide:
+        """A guide at its beginning.
+
+        Args:
+            vocab_size: width of the logits.
+            end_ids: the tokens that end an answer: allowed where the guide is satisfied.
+
+        Raises:
+            InvalidRequestError: it cannot be compiled; says where it is wrong.
+        """
+        if not end_ids:
+            raise InvalidRequestError("guided: the model has no token that ends an answer, so none could end")
+        place = (id(tokenizer), vocab_size, end_ids)
+        with self._lock:
+            matcher = self._kept.get((place, guided))
+            if matcher is not None:
+                self._kept.move_to_end((place, guided))
+                return Guide(matcher.deep_copy(), vocab_size)
+        matcher = self._compile(guided, self._vocabulary(place, tokenizer))
+        with self._lock:
+            self._kept[place, guided] = matcher
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return Guide(matcher.deep_copy(), vocab_size)
+
+    def _vocabulary(self, place: tuple[int, int, tuple[int, ...]], tokenizer: Vocabulary) -> Any:
+        with self._lock:
+            if place not in self._tokenizers:
+                from llguidance import LLTokenizer
+
+                made = LLTokenizer(tokenizer.to_json(), n_vocab=place[1], eos_token=list(place[2]))
+                self._tokenizers[place] = (tokenizer, made)  # the first keeps its id from being another's
+                while len(self._tokenizers) > _KEPT:
+                    gone, _ = self._tokenizers.popitem(last=False)
+                    for key in [key for key in self._kept if key[0] == gone]:
+                        del self._kept[key]
+            return self._tokenizers[place][1]
+
+    def _compile(self, guided: GuidedDecoding, vocabulary: Any) -> Any:
+        if guided.kind == "regex":
+            problem, matcher = _matcher(vocabulary, "regex", guided.guide)
+        elif guided.kind == "lark":
+            problem, matcher = _matcher(vocabulary, "lark", guided.guide)
+        else:
+            schema = {"type": "object"} if guided.kind == "json" else _schema(guided.guide)
+            problem, matcher = _matcher(vocabulary, "json_schema", schema)
+            if problem:
+                path, problem = _fault(schema, problem)
+                problem = f"at {path}: {problem}"
+        if problem:
+            raise InvalidRequestError(f"guided: the {guided.kind} cannot be used: {problem[:_MAX_MESSAGE]}")
+        return matcher
+
+
+def _matcher(vocabulary: Any, kind: str, guide: Any) -> tuple[str, Any]:
+    """What is wrong ("" if nothing) and the matcher."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    options = {"overrides": _JSON} if kind == "json_schema" else {}
+    grammar = getattr(LLMatcher, f"grammar_from_{kind}")(guide, **options)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    return (matcher.get_error() if matcher.is_error() else ""), matcher
+
+
+def _schema(text: str) -> Any:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"guided: the JSON schema is not JSON: {str(error)[:200]}") from None
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(f"guided: the JSON schema is a {type(schema).__name__}; expected an object")
+    return schema
+
+
+def _fault(schema: Mapping[str, Any], problem: str) -> tuple[str, str]:
+    """JSON pointer of the smallest part that cannot be used, and why."""
+    from llguidance import LLTokenizer
+
+    vocabulary = LLTokenizer("byte")
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    path, looks = "#", 0
+    part: Any = schema
+    while True:
+        for name, child in _children(part):
+            looks += 1
+            if looks > _MAX_LOOKS:
+                return path, problem
+            if not isinstance(child, Mapping):
+                continue
+            found, _ = _matcher(
+                vocabulary, "json_schema", {**shared, **child} if part is not schema else child
+            )
+            if found:
+                path, part, problem = f"{path}/{name}", child, found
+                break
+        else:
+            return path, problem
+
+
+def _children(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in _PARTS:
+        inner = schema.get(name)
+        if isinstance(inner, Mapping):
+            yield from ((f"{name}/{key}", child) for key, child in inner.items())
+    for name in _ITEMS:
+        inner = schema.get(name)
+        if isinstance(inner, list):
+            yield from ((f"{name}/{index}", child) for index, child in enumerate(inner))
+        elif isinstance(inner, Mapping):
+            yield name, inner

@@ -1,0 +1,348 @@
+"""The routes of the OpenAI endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.request
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
+from blockzoo.runtime.api.request import GuidedDecoding
+from blockzoo.server_config.openai.answers import Answer, ChatAnswer, TextAnswer
+from blockzoo.server_config.openai.catalog import Catalog, ServedModel
+from blockzoo.server_config.openai.engine import Delta, EngineClient, EngineRequest
+from blockzoo.server_config.openai.errors import ApiError, full, invalid
+from blockzoo.server_config.openai.fields import Fields
+from blockzoo.server_config.openai.generate import deltas
+from blockzoo.server_config.openai.http import Endpoint, Exchange
+from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
+from blockzoo.server_config.openai.requests import (
+    Chat,
+    Generation,
+    model_name,
+    read_chat,
+    read_completion,
+    read_messages,
+)
+from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
+
+MAX_STREAMS = 1024
+"""Answers that are generated at the same time."""
+_THREADS = 8  # that tokenize, render and read files
+_CHECK_S = 1.0  # how old what is told of health and metrics may be
+Body = dict[str, Any]
+
+
+class OpenAIApp:
+    """Handlers and what they share.
+
+    Args:
+        zoo: path of the zoo that is served.
+        grpc: host:port of tritonserver.
+        metrics: URL of its metrics.
+        keys: that requests must come with; None: none is asked for.
+    """
+
+    def __init__(self, zoo: Path, grpc: str, metrics: str, keys: Keyring | None = None) -> None:
+        self._zoo, self._grpc, self._metrics_url = zoo, grpc, metrics
+        self._keys, self._quotas = keys, Quotas()
+        self._streams = 0
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        post, get = partial(self._route, "POST"), partial(self._route, "GET")
+        routes = [
+            post("/v1/chat/completions", self._chat),
+            post("/v1/completions", self._completion),
+            get("/v1/models", self._list_models),
+            get("/v1/models/{name:path}", self._show_model),
+            post("/tokenize", self._tokenize),
+            post("/detokenize", self._detokenize),
+            get("/metrics", self._metrics),
+            Route("/health", Endpoint(self._health, _anyone), methods=["GET"]),
+        ]
+        errors = {405: _wrong_method}
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=errors)
+        app.router.redirect_slashes = False
+        app.router.default = _NoRoute()
+        return app
+
+    def _route(self, method: str, path: str, handler: Callable[[Exchange, Body], Awaitable[None]]) -> Route:
+        return Route(path, Endpoint(handler, self._guard, has_body=method == "POST"), methods=[method])
+
+    def _guard(self, exchange: Exchange) -> None:
+        if self._keys is not None:
+            exchange.key = self._keys.find(exchange.request.headers.get("authorization"))
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """The client belongs to the loop that serves."""
+        self._engine = EngineClient(self._grpc)
+        self._pool = ThreadPoolExecutor(_THREADS, "blockzoo-openai")
+        self._catalog = Catalog(self._zoo, self._engine, self._pool)
+        self._is_healthy = _Recent(self._engine.check)
+        self._metrics_text = _Recent(lambda: self._catalog.run(self._read_metrics))
+        yield
+        await self._engine.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- generation
+
+    async def _chat(self, exchange: Exchange, body: Body) -> None:
+        generation, chat = read_chat(Fields(body))
+        model = await self._find(exchange, generation.model)
+        prompt = await self._render(model, chat)
+        texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
+        parsers: list[CallParser] = []
+        if chat.tools is not None:
+            kind = await self._catalog.call_format(model)
+            if kind is None:
+                raise no_tools(model.name)
+            parsers = [CallParser(kind, chat.tools) for _ in range(generation.n)]
+            if chat.tools.forced:
+                generation = _forced(generation, chat.tools, kind)
+                prompt += PROMPT_OF_CALL[kind]
+        await self._generate(exchange, generation, (prompt,), ChatAnswer(generation, texts, parsers))
+
+    async def _completion(self, exchange: Exchange, body: Body) -> None:
+        generation = read_completion(Fields(body))
+        model = await self._find(exchange, generation.model)
+        texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
+        shown: tuple[str, ...] = ()
+        if generation.echo:
+            tokenizer = await self._catalog.tokenizer(model)
+            prompts = generation.prompts
+            shown = await self._catalog.run(
+                lambda: tuple(p if isinstance(p, str) else tokenizer.decode(p) for p in prompts)
+            )
+        await self._generate(exchange, generation, generation.prompts, TextAnswer(generation, texts, shown))
+
+    async def _generate(
+        self, exchange: Exchange, generation: Generation, prompts: tuple[str | list[int], ...], answer: Answer
+    ) -> None:
+        requests = [
+            EngineRequest(
+                generation.model,
+                prompt,
+                generation.params_of(index),
+                generation.stream,
+                _scope(exchange, generation),
+                generation.kv_reuse,
+                generation.documents,
+            )
+            for prompt in prompts
+            for index in range(generation.n)
+        ]
+        if self._streams + len(requests) > MAX_STREAMS:
+            raise full(f"{MAX_STREAMS} answers are being generated, the most at once; send it again later.")
+        lease = self._quotas.enter(exchange.key, len(requests), sum(map(_estimate, requests)))
+        self._streams += len(requests)
+        try:
+            async with aclosing(self._counted(requests, exchange.id, answer, lease)) as found:
+                if generation.stream:
+                    async with aclosing(_chunks(found, answer)) as chunks:
+                        await exchange.events(chunks)
+                else:
+                    whole = dict([item async for item in found])
+                    await exchange.json(answer.whole([whole[index] for index in range(len(requests))]))
+        except ApiError as error:
+            if error.param is None and error.message.startswith("guided: "):
+                error.param = generation.guide_field
+            raise
+        finally:
+            self._streams -= len(requests)
+            lease.end()
+
+    async def _counted(
+        self, requests: list[EngineRequest], request_id: str, answer: Answer, lease: Lease
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        async with aclosing(deltas(self._engine, requests, request_id)) as found:
+            async for index, delta in found:
+                answer.count(index, delta)
+                lease.spend(len(delta.token_ids), delta.num_prompt_tokens)
+                yield index, delta
+
+    async def _find(self, exchange: Exchange, name: str) -> ServedModel:
+        if exchange.key is not None:
+            exchange.key.check_model(name)
+        return await self._catalog.find(name)
+
+    async def _render(self, model: ServedModel, chat: Chat) -> str:
+        template = await self._catalog.template(model)
+        try:
+            return await self._catalog.run(
+                lambda: template.render(
+                    chat.messages,
+                    tools=None if chat.tools is None else chat.tools.tools,
+                    add_generation_prompt=chat.add_generation_prompt,
+                    continue_final_message=chat.continue_final_message,
+                    kwargs=chat.template_kwargs,
+                )
+            )
+        except OverloadedError as error:
+            raise full(str(error)) from None
+        except RequestError as error:
+            raise invalid("messages", str(error)) from None
+
+    # ---- models and tokens
+
+    async def _list_models(self, exchange: Exchange, body: Body) -> None:
+        models = (await self._catalog.models()).values()
+        allowed = None if exchange.key is None else exchange.key.models
+        shown = [_model_json(model) for model in models if allowed is None or model.name in allowed]
+        await exchange.json({"object": "list", "data": shown})
+
+    async def _show_model(self, exchange: Exchange, body: Body) -> None:
+        model = await self._find(exchange, exchange.request.path_params["name"])
+        await exchange.json(_model_json(model))
+
+    async def _tokenize(self, exchange: Exchange, body: Body) -> None:
+        fields = Fields(body)
+        name = model_name(fields)
+        special = fields.take("add_special_tokens", bool, True)
+        prompt = fields.take("prompt", str)
+        chat = None if prompt is not None else read_messages(fields)
+        fields.end()
+        model = await self._find(exchange, name)
+        text = prompt if chat is None else await self._render(model, chat)
+        tokenizer = await self._catalog.tokenizer(model)
+        try:
+            tokens = await self._catalog.run(lambda: tokenizer.encode(text or "", special))
+        except RequestError as error:
+            raise invalid("prompt", str(error)) from None
+        await exchange.json({"count": len(tokens), "tokens": tokens})
+
+    async def _detokenize(self, exchange: Exchange, body: Body) -> None:
+        fields = Fields(body)
+        name = model_name(fields)
+        tokens = fields.take("tokens", list)
+        if tokens is None:
+            raise fields.missing("tokens")
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < 2**31:
+                raise fields.wrong("tokens", token, "token ids")
+        fields.end()
+        tokenizer = await self._catalog.tokenizer(await self._find(exchange, name))
+        text = await self._catalog.run(lambda: tokenizer.decode(tokens, skip_special_tokens=False))
+        await exchange.json({"prompt": text})
+
+    # ---- the server itself
+
+    async def _health(self, exchange: Exchange, body: Body) -> None:
+        await self._is_healthy()
+        await exchange.json({"status": "ok"})
+
+    async def _metrics(self, exchange: Exchange, body: Body) -> None:
+        await exchange.data(await self._metrics_text(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _read_metrics(self) -> bytes:
+        try:
+            with urllib.request.urlopen(self._metrics_url, timeout=5) as response:
+                lines = response.read().decode().splitlines(keepends=True)
+        except OSError as error:
+            raise ApiError(503, f"The metrics cannot be read now: {error}", retry_after=2) from None
+        ours = [
+            line for line in lines if line.startswith(("blockzoo_", "# HELP blockzoo_", "# TYPE blockzoo_"))
+        ]
+        return "".join(ours).encode()
+
+
+class _Recent:
+    """A look-up that many may ask for and that is made once a second at most."""
+
+    def __init__(self, look: Callable[[], Awaitable[Any]]) -> None:
+        self._look = look
+        self._lock = asyncio.Lock()
+        self._when = float("-inf")
+        self._result: Any = None
+        self._error: ApiError | None = None
+
+    async def __call__(self) -> Any:
+        async with self._lock:
+            if time.monotonic() - self._when > _CHECK_S:
+                try:
+                    self._result, self._error = await self._look(), None
+                except ApiError as error:
+                    self._error = error
+                self._when = time.monotonic()
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return self._result
+
+
+class _NoRoute:
+    """Answers what no route is for."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = f"{scope['method']} {scope['path']}"
+            await Exchange(scope, receive, send).error(ApiError(404, f"There is no {path:.200}."))
+
+
+def _forced(generation: Generation, tools: Tools, kind: Format) -> Generation:
+    """The generation of a call of one of the tools, and of nothing else."""
+    try:
+        guided = GuidedDecoding("json_schema", tools.schema(kind))
+        params = replace(generation.params, guided=guided)
+    except InvalidRequestError as error:
+        raise invalid("tools", str(error)) from None
+    return replace(generation, params=params, guide_field="tools")
+
+
+def _scope(exchange: Exchange, generation: Generation) -> str | None:
+    if exchange.key is None:
+        return generation.kv_scope
+    if generation.kv_scope is not None:
+        raise invalid("kv_scope", "kv_scope comes from the API key here: leave it out.")
+    return exchange.key.kv_scope
+
+
+def _estimate(request: EngineRequest) -> int:
+    """About how many tokens a prompt has."""
+    prompt = request.prompt
+    texts = sum(map(len, request.documents)) + (len(prompt) if isinstance(prompt, str) else 0)
+    return texts // 4 + (0 if isinstance(prompt, str) else len(prompt))
+
+
+def _anyone(exchange: Exchange) -> None:
+    pass
+
+
+def _wrong_method(request: Request, error: Exception) -> JSONResponse:
+    answer = ApiError(405, f"{request.url.path:.200} does not take {request.method}.")
+    return JSONResponse(answer.body(), answer.status, getattr(error, "headers", None))
+
+
+async def _chunks(found: AsyncIterator[tuple[int, Delta]], answer: Answer) -> AsyncGenerator[list[Any], None]:
+    """The chunks of a stream in batches; the first comes with the engine's first word, so that what it
+    refuses is answered with a status."""
+    opened = False
+    async for index, delta in found:
+        chunks = answer.chunks(index, delta)
+        yield chunks if opened else answer.opening() + chunks
+        opened = True
+    yield answer.closing()
+
+
+def _model_json(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "blockzoo",
+        "root": model.parent or model.name,
+        "parent": model.parent,
+    }

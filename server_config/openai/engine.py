@@ -1,0 +1,188 @@
+"""The engine model `blockzoo` as an asynchronous iterator: one gRPC stream per generated answer.
+
+Closing the iterator, or cancelling the task that waits for it, cancels the stream, which frees the request in
+the engine's next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as triton
+
+from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.server_config.openai.errors import ApiError, of_engine
+from blockzoo.server_config.repository import ENGINE
+
+_CHANNEL = [
+    ("grpc.max_receive_message_length", 256 << 20),  # a long answer in one response
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.lb_policy_name", "pick_first"),
+    # a server that was started again is found within as many milliseconds
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_STATUS = {"triton_grpc_error": "true"}  # errors with their status, not as text alone
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One answer to generate; the fields are those of the engine model's inputs."""
+
+    model: str
+    prompt: str | list[int]
+    params: SamplingParams
+    stream: bool
+    kv_scope: str | None = None
+    kv_reuse: str | None = None
+    documents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What was added to an answer; of a request without `stream` all of it.
+
+    Attributes:
+        text: that is safe to show; it may lag behind the tokens.
+        token_ids: generated.
+        logprobs: of each token; () where they were not asked for.
+        tops: the likeliest tokens in each token's place with their log-probabilities, likewise.
+        finish_reason: "stop" or "length" with the last one, else None.
+        num_prompt_tokens, num_cached_tokens: with the last one, else 0.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...]
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class EngineClient:
+    """Talks to one tritonserver. Belongs to one event loop.
+
+    Args:
+        target: host:port of its gRPC endpoint.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._client = triton.InferenceServerClient(target, channel_args=_CHANNEL)
+        self._looking = asyncio.Semaphore(16)
+
+    async def close(self) -> None:
+        """Cancel everything under way."""
+        await self._client.close()
+
+    async def ready(self, names: Iterable[str]) -> list[str]:
+        """Those of the models that it serves now. Raises ApiError."""
+        names = list(names)
+        try:
+            found = await asyncio.gather(*map(self._is_ready, names))
+        except triton.InferenceServerException as error:
+            raise ApiError(
+                503, f"The engine cannot be reached now: {error.message()}", retry_after=2
+            ) from None
+        return [name for name, is_ready in zip(names, found, strict=True) if is_ready]
+
+    async def _is_ready(self, name: str) -> bool:
+        async with self._looking:
+            return await self._client.is_model_ready(name, client_timeout=5.0)
+
+    async def check(self) -> None:
+        """Ask the engine model how it is. Raises ApiError where it does not serve."""
+        async with aclosing(self._infer([_tensor("health", "BOOL", [True])], timeout_s=5.0)) as results:
+            async for _ in results:
+                pass
+
+    async def generate(self, request: EngineRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        """Deltas until the one with a `finish_reason`. Raises ApiError."""
+        finished = False
+        async with aclosing(self._infer(_inputs(request), request_id)) as results:
+            async for result in results:  # to its end: a stream that has ended is not cancelled
+                delta = _delta(result)
+                finished = delta.finish_reason is not None
+                yield delta
+        if not finished:
+            raise ApiError(500, "The engine ended the request without a last response.")
+
+    async def _infer(
+        self, inputs: list[Any], request_id: str = "", timeout_s: float | None = None
+    ) -> AsyncGenerator[Any, None]:
+        async def one_request() -> AsyncIterator[dict[str, Any]]:
+            yield {"model_name": ENGINE, "inputs": inputs, "request_id": request_id}
+
+        responses = self._client.stream_infer(one_request(), stream_timeout=timeout_s, headers=_STATUS)
+        try:
+            async for result, error in responses:
+                if error is not None:  # a server that does not know the header
+                    raise of_engine(grpc.StatusCode.UNKNOWN, str(error.message()))
+                yield result
+        except grpc.aio.AioRpcError as error:
+            raise of_engine(error.code(), error.details() or error.code().name) from None
+        except triton.InferenceServerException as error:
+            raise ApiError(500, str(error.message())) from None
+        finally:
+            responses.cancel()
+
+
+def _inputs(request: EngineRequest) -> list[Any]:
+    changed = {name: value for name, value in asdict(request.params).items() if value != _DEFAULTS[name]}
+    # where nothing asks for sampling the engine model takes the likeliest token, as its schema has it
+    parameters = json.dumps({**changed, "temperature": request.params.temperature})
+    texts = {
+        "model": request.model,
+        "sampling_parameters": parameters,
+        "kv_scope": request.kv_scope,
+        "kv_reuse": request.kv_reuse,
+    }
+    inputs = [_tensor(name, "BYTES", [text.encode()]) for name, text in texts.items() if text is not None]
+    if isinstance(request.prompt, str):
+        inputs.append(_tensor("text_input", "BYTES", [request.prompt.encode()]))
+    else:
+        inputs.append(_tensor("input_ids", "INT32", request.prompt))
+    if request.documents:
+        inputs.append(_tensor("documents", "BYTES", [text.encode() for text in request.documents]))
+    flags = {"stream": request.stream, "exclude_input_in_output": True}
+    return inputs + [_tensor(name, "BOOL", [value]) for name, value in flags.items()]
+
+
+def _tensor(name: str, kind: str, values: Sequence[Any]) -> Any:
+    array = np.array([values], {"BYTES": object, "INT32": np.int32, "BOOL": np.bool_}[kind])
+    tensor = triton.InferInput(name, list(array.shape), kind)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _delta(result: Any) -> Delta:
+    def last(name: str) -> Any:
+        array = result.as_numpy(name)
+        return None if array is None else array.reshape(-1)[-1]
+
+    problem, reason = last("error"), last("finish_reason")
+    if problem is not None:
+        raise ApiError(500, problem.decode())
+    logprobs, top_ids = result.as_numpy("output_log_probs"), result.as_numpy("top_token_ids")
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+    if top_ids is not None:
+        pairs = zip(top_ids[0].tolist(), result.as_numpy("top_log_probs")[0].tolist(), strict=True)
+        tops = tuple(tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+    return Delta(
+        last("text_output").decode(),
+        tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
+        () if logprobs is None else tuple(logprobs.reshape(-1).tolist()),
+        tops,
+        None if reason is None else reason.decode(),
+        int(last("num_prompt_tokens") or 0),
+        int(last("num_cached_tokens") or 0),
+    )
