@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ class LLM:
     def models(self) -> tuple[str, ...]:
         """Names of the models served."""
         return self.engine.models
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Models of the zoo that are not served, and why."""
+        return self.engine.left_out
 
     def reload(self) -> Reloaded:
         """As `LLMEngine.reload`: serve the models that were added to the zoo, forget those removed."""

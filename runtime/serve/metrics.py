@@ -109,6 +109,7 @@ class Metrics:
         adapter_bytes: adapters kept ready within their budget, copies in use not counted.
         adapter_loads_total: times that the adapter of a block was read from the zoo.
         adapter_evictions_total: times that one was dropped to stay within the budget.
+        models_left_out: models of the zoo that are not served, as something is wrong with them.
         prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
         steps_total: executor runs.
         engine_calls_total: calls of engines in them.
@@ -145,6 +146,7 @@ class Metrics:
     adapter_bytes: int
     adapter_loads_total: int
     adapter_evictions_total: int
+    models_left_out: int
     prefix_hit_tokens: Mapping[str, int]
     steps_total: int
     engine_calls_total: int
@@ -234,6 +236,7 @@ class MetricsRecorder:
         caches: Iterable[KVCache],
         adapters: AdapterCache,
         published: PublishStats = _NOTHING_PUBLISHED,
+        models_left_out: int = 0,
     ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
@@ -262,6 +265,7 @@ class MetricsRecorder:
                 adapter_bytes=adapters.num_bytes,
                 adapter_loads_total=adapters.num_loads,
                 adapter_evictions_total=adapters.num_evictions,
+                models_left_out=models_left_out,
                 prefix_hit_tokens=self._hits_by_layers(stats),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,

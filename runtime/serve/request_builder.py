@@ -122,6 +122,8 @@ def find_model(zoo: LoadedZoo, name: str) -> LoadedModel:
     """A model by its name. Raises UnknownModelError."""
     model = zoo.models.get(name)
     if model is None:
+        if name in zoo.left_out:
+            raise UnknownModelError(f"model {name!r} is left out: {zoo.left_out[name]}")
         close = get_close_matches(name, zoo.models, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(sorted(zoo.models))}"
         raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")
