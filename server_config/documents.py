@@ -43,16 +43,17 @@ def read_documents(paths: Iterable[Path]) -> list[Document]:
     return list(documents.values())
 
 
-def publish_documents(engine: EngineThread, paths: Iterable[str], pb: Any) -> None:
-    """Publish what the files hold, and pass what the runtime warns of on to Triton's log.
+def pass_warnings_on(pb: Any) -> None:
+    """Write what the runtime warns of to Triton's log, marked for the launcher.
 
     Args:
         pb: the `triton_python_backend_utils` module.
-
-    Raises:
-        RequestError: a file, or a document, is not as expected.
     """
     logging.getLogger("blockzoo").addHandler(_TritonLog(pb))
+
+
+def publish_documents(engine: EngineThread, paths: Iterable[str]) -> None:
+    """Publish what the files hold. Raises RequestError where a file, or a document, is not as expected."""
     for document in read_documents(map(Path, paths)):
         engine.publish(*document)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blockzoo.runtime.api.errors import InvalidRequestError
-from blockzoo.server_config.documents import Document, publish_documents, read_documents
+from blockzoo.server_config.documents import Document, pass_warnings_on, publish_documents, read_documents
 
 
 def test_lines_and_whole_files_are_documents(tmp_path: Path) -> None:
@@ -86,7 +86,8 @@ def test_they_are_published_and_warnings_logged(tmp_path: Path) -> None:
     logger = logging.getLogger("blockzoo")
     before = list(logger.handlers)
     try:
-        publish_documents(SimpleNamespace(publish=publish), [str(file)], pb)  # type: ignore[arg-type]
+        pass_warnings_on(pb)
+        publish_documents(SimpleNamespace(publish=publish), [str(file)])  # type: ignore[arg-type]
     finally:
         logger.handlers[:] = before
     assert published == [("manual.txt", "Press the button.", None)]

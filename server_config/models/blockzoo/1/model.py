@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from blockzoo.runtime import EngineConfig, EngineThread
 from blockzoo.server_config.beacon import Beacon
 from blockzoo.server_config.control import SECRET_VARIABLE
-from blockzoo.server_config.documents import publish_documents
+from blockzoo.server_config.documents import pass_warnings_on, publish_documents
 from blockzoo.server_config.front import EngineFront
 from blockzoo.server_config.repository import ServerSettings
 
@@ -23,9 +23,10 @@ class TritonPythonModel:
         """Load the zoo."""
         settings = ServerSettings.of_model(args)
         control_dir = None if settings.control_dir is None else Path(settings.control_dir)
+        pass_warnings_on(pb_utils)
         engine = EngineThread(settings.zoo, EngineConfig(**settings.engine))
         try:
-            publish_documents(engine, settings.publish, pb_utils)
+            publish_documents(engine, settings.publish)
         except BaseException:
             engine.close()  # else its thread keeps the process
             raise
