@@ -64,6 +64,11 @@ class LLM:
         """Names of the models served."""
         return self.engine.models
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Models of the zoo that are not served, and why."""
+        return self.engine.left_out
+
     def reload(self) -> Reloaded:
         """As `LLMEngine.reload`: serve the models that were added to the zoo, forget those removed."""
         return self.engine.reload()

@@ -23,6 +23,7 @@ _GAUGES = {
     "pages_used": "Pages that one request owns",
     "documents": "Published documents",
     "document_pages": "Cached pages that are theirs",
+    "models_left_out": "Models of the zoo that are not served, as something is wrong with them",
     "adapter_bytes": "Bytes of adapters kept ready",
     "mean_batch_per_block": "Mean rows of an engine call",
     "engine_calls_per_step": "Mean engine calls of a step",

@@ -45,28 +45,37 @@ class Follower:
         self._seen = manifest_stamp(self._zoo)
         self.tenants: tuple[str, ...] = ()
         """Models served."""
-        self.left_out: tuple[str, ...] = ()
-        """Why others have no ensemble since the last start."""
+        self.left_out: Mapping[str, str] = {}
+        """The other models of the zoo that no restart alone would serve, and why."""
         self._inputs: tuple[str, ...] = ()  # a tenant's input stays: its ensemble may outlive it by a moment
         self._waiting: Mapping[str, str] = {}
 
     def prepare(self) -> tuple[str, ...]:
         """Bring the repository in line for a server that is about to start; the tenants.
 
-        Models whose names Triton cannot serve stay out, and are named in `left_out`.
+        Models whose names Triton cannot serve stay out, and are named in `left_out`; which others do is known
+        once the engine has read them: `settle`.
 
         Raises:
-            ZooError: the zoo cannot be read, or no name suits Triton.
+            ZooError: the zoo cannot be read, or no name suits Triton; with `strict`: some name does not.
         """
         self._seen, self._waiting = manifest_stamp(self._zoo), {}
         fit, problems = _fit_names(sorted(Zoo.open(self._zoo).manifest.models))
-        if problems and not fit:
-            raise ZooError("\n".join(problems))
-        self.left_out = tuple(problems)
+        if problems and (not fit or self._settings.engine.get("strict")):
+            raise ZooError("\n".join(problems.values()))
+        self.left_out = problems
         self.tenants = self._inputs = update_repository(self._repository, self._settings, fit or None)
         # else Python writes its bytecode there as it starts, and Triton takes that for a change of the models
         compileall.compile_dir(self._repository, quiet=1)
         return self.tenants
+
+    def settle(self) -> None:
+        """Once the server serves: keep the ensembles of those models alone that the engine has loaded.
+
+        Raises:
+            OSError, UnhealthyError: the engine cannot be asked, or the repository not be written.
+        """
+        self._take(self._reload())
 
     def follow(self) -> Change | None:
         """Take over a change of the zoo; None while there is none, or while the engine cannot be asked.
@@ -84,9 +93,9 @@ class Follower:
             return Change(self.tenants, (str(error),))
         except OSError:  # it is asked again; if it is dead, the watchdog sees to it
             return None
-        self.tenants, problems = _fit_names(answer["serving"])
-        self._inputs = tuple(sorted({*self._inputs, *self.tenants}))
-        update_repository(self._repository, self._settings, self.tenants, self._inputs)
+        known = self.left_out
+        self._take(answer)
+        problems = [f"left out: {why}" for name, why in self.left_out.items() if known.get(name) != why]
         changes = [
             f"{key} {', '.join(answer[key])}" for key in ("added", "replaced", "removed") if answer[key]
         ]
@@ -99,14 +108,22 @@ class Follower:
         self._seen = seen
         return Change(self.tenants, (*changes, *problems, *waiting))
 
+    def _take(self, answer: Mapping[str, Any]) -> None:
+        """Bring the repository in line with what the engine says of a reload."""
+        tenants, problems = _fit_names(answer["serving"])
+        inputs = tuple(sorted({*self._inputs, *tenants}))
+        update_repository(self._repository, self._settings, tenants, inputs)
+        broken = {name: f"model {name}: {why}" for name, why in answer["left_out"].items()}
+        self.tenants, self._inputs, self.left_out = tenants, inputs, problems | broken
 
-def _fit_names(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+
+def _fit_names(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Those that Triton can serve, and why it cannot the others."""
-    fit, problems = [], []
+    fit, problems = [], {}
     for name in names:
         try:
             check_name(name)
             fit.append(name)
         except ZooError as error:
-            problems.append(str(error))
+            problems[name] = str(error)
     return tuple(fit), problems

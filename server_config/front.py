@@ -138,7 +138,7 @@ class EngineFront:
         return {**asdict(found), "serving": sorted(self._end_ids)}
 
     def _learn_models(self) -> None:
-        self._end_ids = self._engine.end_ids
+        self._end_ids, self._left_out = self._engine.end_ids, self._engine.left_out
         self._max_bytes = max(self._engine.max_prompt_bytes.values(), default=0) + _OTHER_BYTES
 
     def _start(
@@ -153,7 +153,7 @@ class EngineFront:
             )
         if request.timeout():  # of the infer protocols; generate puts it among the parameters
             parameters["timeout"] = request.timeout()
-        parsed = parse_request(inputs, parameters, self._end_ids)
+        parsed = parse_request(inputs, parameters, self._end_ids, self._left_out)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
         stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline, internal)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -91,6 +92,7 @@ def parse_request(
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, Any],
     end_ids: Mapping[str, tuple[int, ...]],
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> ParsedRequest:
     """Read one request.
 
@@ -99,12 +101,13 @@ def parse_request(
         parameters: the request's parameters. Triton's generate endpoint turns JSON keys that name no
             input into parameters, so unknown ones are refused here.
         end_ids: models served, with their end-of-sequence token ids.
+        left_out: models that are not, and why.
 
     Raises:
         InvalidRequestError, UnknownModelError.
     """
     _refuse_unknown(parameters)
-    model = _model(inputs, end_ids)
+    model = _model(inputs, end_ids, left_out)
     _refuse_unsupported(inputs, end_ids[model])
     text = _text(inputs, "text_input")
     stream = _flag(inputs, "stream")
@@ -168,13 +171,17 @@ def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
             raise InvalidRequestError(f"there is no input {name!r:.200}; {did_you_mean(name, known)}")
 
 
-def _model(inputs: Mapping[str, np.ndarray], end_ids: Mapping[str, tuple[int, ...]]) -> str:
+def _model(
+    inputs: Mapping[str, np.ndarray], end_ids: Mapping[str, tuple[int, ...]], left_out: Mapping[str, str]
+) -> str:
     models = tuple(sorted(end_ids))
     name = _text(inputs, "model")
     if not name and len(models) == 1:
         return models[0]
     if not name:
         raise InvalidRequestError(f"model is missing; name one of {', '.join(models)}")
+    if name not in end_ids and name in left_out:
+        raise UnknownModelError(f"model {name!r} is left out: {left_out[name]}")
     if name not in end_ids:
         raise UnknownModelError(f"there is no model {name!r:.200}; {did_you_mean(name, models)}")
     return name

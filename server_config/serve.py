@@ -21,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zoo-serve",
         description="Serve all models of a zoo over HTTP and gRPC with Triton Inference Server.",
+        epilog="Exit status: 0; 1 where it could not serve, or requests did not end in time; 3 where it "
+        "served, but left models of the zoo out, as something is wrong with them.",
     )
     parser.add_argument("zoo", help="a zoo directory, written by zoo-compile")
     network = parser.add_argument_group("network (port 0 of Triton takes a free one)")
@@ -128,6 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long running requests may go on after SIGTERM or Ctrl-C (default %(default)s)",
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=None,
+        help="refuse to start where some model of the zoo cannot be served, instead of leaving it out",
+    )
     parser.add_argument("--write-only", metavar="DIR", help="write the model repository to DIR and exit")
     parser.add_argument("--verbose", action="store_true", help="show the server's whole log")
     return parser
@@ -197,6 +205,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),
         "schedule": args.schedule,
         "num_threads": args.threads,
+        "strict": args.strict,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)
@@ -272,8 +281,8 @@ def _serve(args: argparse.Namespace) -> int:
         arguments = server_arguments(repository, endpoints, args.drain_seconds, follows=True)
 
         def start() -> TritonProcess:
-            watchdog.tenant = follower.prepare()[0]
-            for why in follower.left_out:
+            follower.prepare()
+            for why in follower.left_out.values():  # the engine model says what else is
                 say(f"left out: {why}")
             return TritonProcess(server, arguments, control_dir, args.verbose)
 

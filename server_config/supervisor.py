@@ -16,11 +16,12 @@ from threading import Event
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.follow import Follower
 from blockzoo.server_config.launcher import TritonProcess
-from blockzoo.server_config.watchdog import Watchdog
+from blockzoo.server_config.watchdog import UnhealthyError, Watchdog
 from blockzoo.zoo.errors import ZooError
 
 _PROBE_EVERY_S = 1.0
 _LONGEST_WAIT_S = 60.0
+NOT_ALL_SERVED = 3  # exit status of a server that ended well, but left models of its zoo out
 _HEALTHY_S = 300.0  # a server that served as long had nothing to do with the failure before
 
 
@@ -83,7 +84,10 @@ class Supervisor:
                 return 1
             say("stopping: running requests finish first, a second signal ends them")
             drained = self._process.stop(self._drain_s, self._watchdog.unfinished)
-            return 0 if drained else 1
+            left_out = self._follower.left_out
+            if left_out:
+                say(f"not all models were served; left out: {', '.join(sorted(left_out))}")
+            return 1 if not drained else NOT_ALL_SERVED if left_out else 0
         except KeyboardInterrupt:
             return 130
         finally:
@@ -123,6 +127,16 @@ class Supervisor:
             for message in change.messages:
                 say(message)
 
+    def _settle(self) -> None:
+        """Learn which models the engine serves. Raises ServerError."""
+        try:
+            self._follower.settle()
+        except (OSError, UnhealthyError) as error:
+            raise ServerError(f"the server started, but its engine does not answer: {error}") from None
+        if not self._follower.tenants:
+            raise ServerError("no model is served:\n" + "\n".join(self._follower.left_out.values()))
+        self._watchdog.tenant = self._follower.tenants[0]
+
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop.is_set():
             raise KeyboardInterrupt
@@ -134,6 +148,7 @@ class Supervisor:
                 raise ServerError(self._process.failure())
             if self._stop.wait(0.1):
                 return
+        self._settle()
         self._watchdog.self_test()
         self._process.forward_errors = True
         self._backoff.serving(time.monotonic())

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
+from blockzoo.runtime.serve.model_files import reason
 from blockzoo.runtime.text.prompt import check_size
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.server_config.answer import Response, integers, send, strings
@@ -44,6 +45,8 @@ class ServedText(NamedTuple):
 class Tokenizers:
     """The tokenizer of each model of a zoo, as it is on disk now; equal ones are loaded once.
 
+    Models whose tokenizer is damaged are answered with the reason.
+
     Args:
         path: of the zoo.
         max_model_len: of the engine, where it is set.
@@ -57,6 +60,7 @@ class Tokenizers:
         self._max_model_len = max_model_len
         self._loaded: dict[Path, Tokenizer] = {}
         self._of_model: dict[str, ServedText] = {}
+        self._damaged: dict[str, str] = {}
         self._read()
 
     @classmethod
@@ -68,13 +72,17 @@ class Tokenizers:
     def _read(self) -> None:
         self._seen = manifest_stamp(self._path)
         zoo = Zoo.open(self._path)
-        folders = {name: zoo.tokenizer_dir(name) for name in zoo.manifest.models}
-        loaded = {folder: self._loaded.get(folder) or Tokenizer.load(folder) for folder in folders.values()}
-        self._loaded = loaded
-        self._of_model = {
-            name: ServedText(loaded[folder], self._max_tokens(zoo.manifest.models[name]))
-            for name, folder in folders.items()
-        }
+        loaded: dict[Path, Tokenizer] = {}
+        of_model, damaged = {}, {}
+        for name, record in zoo.manifest.models.items():
+            try:
+                folder = zoo.tokenizer_dir(name)
+                loaded[folder] = loaded.get(folder) or self._loaded.get(folder) or Tokenizer.load(folder)
+            except ZooError as error:
+                damaged[name] = reason(error, zoo.path)
+            else:
+                of_model[name] = ServedText(loaded[folder], self._max_tokens(record))
+        self._loaded, self._of_model, self._damaged = loaded, of_model, damaged
 
     def _max_tokens(self, model: ModelRecord) -> int:
         """At least what the engine takes, which knows it exactly."""
@@ -84,6 +92,8 @@ class Tokenizers:
         if manifest_stamp(self._path) != self._seen:
             with suppress(ZooError):  # a zoo that cannot be read changes nothing
                 self._read()
+        if model in self._damaged:
+            raise InvalidRequestError(f"model {model!r} is left out: {self._damaged[model]}")
         if model not in self._of_model:
             names = tuple(sorted(self._of_model))
             raise InvalidRequestError(f"there is no model {model!r:.200}; {did_you_mean(model, names)}")

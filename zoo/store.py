@@ -6,6 +6,8 @@ my-zoo/manifest.json   blocks/<id>.safetensors   tokenizers/<sha256>/   plans/te
 import hashlib
 import os
 import threading
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from blockzoo.zoo.blocks import Adapter, AdapterSpec, Block, BlockSpec, BlockTensor, tensor_shapes
@@ -35,6 +37,13 @@ class Zoo:
             seen = "has no manifest.json" if root.is_dir() else "is not a directory"
             raise StoreError(f"{root} {seen}: expected a zoo, written by zoo-compile -o {root}") from None
         return cls(root, manifest)
+
+    def without(self, models: Collection[str]) -> "Zoo":
+        """The zoo as if it did not have some of its models; what is verified in one counts for the other."""
+        left = {name: record for name, record in self.manifest.models.items() if name not in models}
+        zoo = Zoo(self.path, replace(self.manifest, models=left))
+        zoo._verified, zoo._lock = self._verified, self._lock
+        return zoo
 
     def read_block(self, block_id: str) -> Block:
         """Map a block's weights; a tied head gets `weight` from its embed block.
@@ -80,7 +89,10 @@ class Zoo:
             odd = [path.name for path in folder.rglob("*") if not (path.is_file() or path.is_dir())]
             if odd:
                 raise StoreError(f"{folder}: {odd[0]!r} is no regular file; {advice}")
-            seen = files_id(_contents(folder))
+            try:
+                seen = files_id(_contents(folder))
+            except OSError as error:
+                raise StoreError(f"{folder}: cannot be read ({error.strerror})") from error
             if seen != tokenizer:
                 raise StoreError(
                     f"{folder}: the tokenizer files are not what was compiled (their id is {seen}); {advice}"
@@ -99,12 +111,16 @@ class Zoo:
         path = block_path(self.path, block_id)
         advice = "remove the file and compile its models again"
         try:
+            if path.exists() and not path.is_file():  # a fifo would never open
+                raise ValueError("no regular file")
             file = TensorFile(path)
             tensors = {name: file.tensor(name) for name in tensor_shapes(spec)}
         except FileNotFoundError:
             raise StoreError(f"{path}: missing; compile the models that use it again") from None
         except (ValueError, KeyError) as error:
             raise StoreError(f"{path}: corrupt ({error}); {advice}") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
         for name, shape in tensor_shapes(spec).items():
             if tensors[name].shape != shape:
                 raise StoreError(

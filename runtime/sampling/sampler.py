@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from blockzoo.runtime.api.errors import InvalidRequestError, NonFiniteLogitsError, SamplingError
 from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.runtime.sampling.guided import Guide
 from blockzoo.runtime.sampling.logits_row import LogitsRow, Scratch
-from blockzoo.runtime.sampling.sampler.guided import Guide
 
 Logits = npt.NDArray[np.float32]
 

@@ -110,6 +110,7 @@ class EngineConfig:
             by arrival (then nobody can tell from the own waiting time what others have cached).
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
+        strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
     """
 
     backend: Backend | None = None
@@ -136,6 +137,7 @@ class EngineConfig:
     schedule: Policy = "hit-first"
     num_threads: int | None = None
     max_span_layers: int | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in get_args(Backend):

@@ -21,9 +21,6 @@ class DocumentFiles:
         folder: of the files.
         max_bytes: of all of them; those used longest ago go first.
         zoo: what is loaded now.
-
-    Raises:
-        InvalidRequestError: the folder cannot be used.
     """
 
     def __init__(self, folder: Path, max_bytes: int, zoo: Callable[[], LoadedZoo]) -> None:

@@ -50,7 +50,7 @@ class PublishedDocument:
         num_pages: of the pool, that it added to what was published.
         num_loaded: of the models' distinct chains, those whose KV came from disk; the others' was computed.
         seconds: that it took.
-        missing: models that came later and cannot use it, and why.
+        missing: models that it is for and that cannot use it, as they are left out or came later, and why.
     """
 
     name: str
@@ -101,9 +101,6 @@ class DocumentPublisher:
         zoo: what is loaded now; its caches and executors stay.
         config: of the engine.
         runner: of steps.
-
-    Raises:
-        InvalidRequestError: kv_cache_dir cannot be used.
     """
 
     def __init__(self, zoo: Callable[[], LoadedZoo], config: EngineConfig, runner: StepRunner) -> None:
@@ -140,8 +137,13 @@ class DocumentPublisher:
         if not name or name in self._published:
             why = "is published already; withdraw it first" if name else "is no name of a document"
             raise InvalidRequestError(f"{name!r} {why}")
-        served = self._zoo().models
-        names = tuple(dict.fromkeys(served if models is None else models))
+        zoo = self._zoo()
+        served = zoo.models
+        wanted = tuple(dict.fromkeys(served if models is None else models))
+        missing = {n: f"left out: {zoo.left_out[n]}" for n in wanted if n in zoo.left_out and n not in served}
+        if not wanted:
+            raise InvalidRequestError(f"document {name!r} is for no model; name some, or none at all for all")
+        names = tuple(model for model in wanted if model not in missing)
         tasks = self._tasks(name, text, names)
         before, loaded = self._num_pages(), self._loaded
         places: dict[tuple[int, tuple[int, ...]], _InCache] = {}
@@ -155,13 +157,13 @@ class DocumentPublisher:
         document = PublishedDocument(
             name,
             names,
-            max(len(task.token_ids) for task in tasks.values()),
+            max((len(task.token_ids) for task in tasks.values()), default=0),
             self._num_pages() - before,
             self._loaded - loaded,
             time.monotonic() - start,
+            missing,
         )
-        wanted = None if models is None else names
-        self._published[name] = _Entry(document, text, wanted, places, served)
+        self._published[name] = _Entry(document, text, None if models is None else wanted, places, served)
         return document
 
     def withdraw(self, name: str) -> None:
@@ -223,8 +225,6 @@ class DocumentPublisher:
 
     def _tasks(self, name: str, text: str, names: Sequence[str]) -> dict[tuple[int, tuple[int, ...]], _Task]:
         """One per distinct chain and tokenization."""
-        if not names:
-            raise InvalidRequestError(f"document {name!r} is for no model; name some, or none at all for all")
         tasks: dict[tuple[int, tuple[int, ...]], _Task] = {}
         for model_name in names:
             model = find_model(self._zoo(), model_name)

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +69,11 @@ class EngineThread:
     def models(self) -> tuple[str, ...]:
         """Names of the models served."""
         return self.engine.models
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """As `LLMEngine.left_out`."""
+        return self.engine.left_out
 
     @property
     def end_ids(self) -> dict[str, tuple[int, ...]]:

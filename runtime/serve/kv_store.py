@@ -5,8 +5,9 @@
 The identity of a file says what its KV was computed from: all blocks and adapters up to the last layer (block
 ids stand for weights, operators and rotary settings), the tokens, the layout of the pages, and backend,
 version, precision and target. Where any of it changes, another file is meant. It is a cache and no more: a
-file that is missing, damaged or not what it says is computed anew and replaced. The folder must be as well
-guarded as the weights: who can write there decides what the models read.
+file that is missing, damaged or not what it says is computed anew and replaced, and where nothing can be
+written nothing is kept, which is said once. The folder must be as well guarded as the weights: who can write
+there decides what the models read.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import secrets
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile, tensor_file_bytes, write_tensor_file
 
 _FORMAT = 1
@@ -80,9 +81,6 @@ class KVStore:
         folder: made where it does not exist.
         max_bytes: of all files. Those that this process uses are never removed for others.
         engine_facts: backend, version, precision, target.
-
-    Raises:
-        InvalidRequestError: the folder cannot be used.
     """
 
     def __init__(self, folder: Path, max_bytes: int, engine_facts: Mapping[str, object]) -> None:
@@ -91,15 +89,14 @@ class KVStore:
         self._used: set[Path] = set()  # whole, as far as this process has seen
         self.num_loaded = 0
         self.num_rejected = 0
+        self._told = False  # that something could not be kept
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for file in folder.glob(f"{_TEMPORARY}*"):
                 if time.time() - file.stat().st_mtime > _STALE_S:
                     file.unlink(missing_ok=True)
         except OSError as error:
-            raise InvalidRequestError(
-                f"kv_cache_dir {folder} cannot be used ({error}); name a folder that can be written"
-            ) from error
+            self._tell(error)
 
     def load(self, part: KVPart) -> tuple[np.ndarray, np.ndarray] | None:
         """K and V of a part, read only, bf16 as uint16; None where the folder has no sound file of it."""
@@ -109,8 +106,9 @@ class KVStore:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise ValueError("not a file")
             keys, values = _read(path, part, identity)
-            os.utime(path)
-        except FileNotFoundError:
+            with suppress(OSError):  # a folder that can only be read is of use too
+                os.utime(path)
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
             self.num_rejected += 1
@@ -121,7 +119,7 @@ class KVStore:
         return keys, values
 
     def save(self, part: KVPart, keys: np.ndarray, values: np.ndarray) -> None:
-        """Keep K and V, each of part.shape. Where that fails a warning says so, and nothing else happens."""
+        """Keep K and V, each of part.shape. Where that fails a warning says so, the first time."""
         identity = part.identity(self._facts)
         path = self._path(identity)
         if path in self._used:
@@ -137,8 +135,18 @@ class KVStore:
             _sync_folder(self._folder)
             self._used.add(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            _LOG.warning("%s: KV is not kept for the next start: %s", path, error)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning(
+                "kv_cache_dir %s: KV of published documents is not kept for the next start (%s); name a "
+                "folder that can be written, on a disk with room",
+                *(self._folder, error),
+            )
 
     def _make_room(self, num_bytes: int) -> bool:
         """Remove the files used longest ago, but none of this process."""

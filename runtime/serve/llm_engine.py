@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from blockzoo.engines.choose import make_engines
@@ -49,7 +49,7 @@ class LLMEngine:
         progress: called with (engines compiled, engines in all) while loading.
 
     Raises:
-        StoreError, ManifestError: the zoo is missing or damaged.
+        StoreError, ManifestError: the zoo is missing, or no model of it is whole.
         EngineError: the backend cannot run here.
         InvalidRequestError: a setting does not fit the zoo or the machine.
     """
@@ -94,6 +94,11 @@ class LLMEngine:
     def models(self) -> tuple[str, ...]:
         """Names of the models served."""
         return tuple(sorted(self._zoo.models))
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Models of the zoo that are not served, and why."""
+        return self._zoo.left_out
 
     def tokenizer(self, model: str) -> Tokenizer:
         """A model's tokenizer. Raises UnknownModelError."""
@@ -422,7 +427,9 @@ class LLMEngine:
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""
         caches = list(self._zoo.caches.values())
-        return self._recorder.snapshot(self._scheduler, caches, self._zoo.adapters, self._publisher.stats())
+        return self._recorder.snapshot(
+            self._scheduler, caches, self._zoo.adapters, self._publisher.stats(), len(self._zoo.left_out)
+        )
 
 
 def _prefill_tokens(items: list[Scheduled]) -> Counter[str]:

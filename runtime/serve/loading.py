@@ -1,24 +1,29 @@
-"""From a zoo on disk to loaded engines, pools and tokenizers: done once, before the first request."""
+"""From a zoo on disk to loaded engines, pools and tokenizers: done once, before the first request.
+
+What is wrong with one model is no reason not to serve the others: models with damaged files, of spans that do
+not compile and with logits that are not finite are left out, by name.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker, activation_dtype
+from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineError, EngineMaker, activation_dtype
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.executor import Executor, Rows
-from blockzoo.runtime.exec.topology import ChainPlan, Family, Topology, plan_topology
+from blockzoo.runtime.exec.topology import ChainPlan, Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.rope import RopeConfig
@@ -45,7 +50,12 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadedZoo:
-    """A zoo ready to run: one executor and one KV cache per family, one entry per model."""
+    """A zoo ready to run: one executor and one KV cache per family, one entry per model.
+
+    Attributes:
+        left_out: models of the zoo that are not served, and why.
+        unsound: those of them whose files are whole: what they compute is not.
+    """
 
     models: Mapping[str, LoadedModel]
     topology: Topology
@@ -54,19 +64,72 @@ class LoadedZoo:
     boundaries: BoundaryCache
     adapters: AdapterCache
     engine_facts: Mapping[str, object]
+    left_out: Mapping[str, str]
+    unsound: frozenset[str] = frozenset()
+
+
+class _UnsoundError(Exception):
+    """Some chains cannot be run; why, by the model."""
+
+    def __init__(self, models: Mapping[str, Exception]) -> None:
+        super().__init__(", ".join(models))
+        self.models = models
 
 
 def load_zoo(
     zoo: Zoo, config: EngineConfig, maker: EngineMaker, progress: Progress | None = None
 ) -> LoadedZoo:
-    """Compile all spans, allocate the pools and run every engine once.
+    """Compile all spans, allocate the pools and run every engine once; for all models that can be served.
+
+    Those left out are logged as warnings.
 
     Raises:
         InvalidRequestError: the KV budget holds no page for some family, or the zoo has no models.
-        StoreError, EngineError: a block is damaged, a span does not compile.
+        StoreError, TokenizerError, EngineError, InvalidRequestError: no model can be served; or, where
+            `config.strict`, some model cannot.
     """
     if not zoo.manifest.models:
         raise InvalidRequestError(f"{zoo.path} holds no models; add one with zoo-compile")
+    files = ModelFiles(zoo)
+    problems: dict[str, Exception] = {
+        name: error for name in zoo.manifest.models if (error := files.damage(name)) is not None
+    }
+    damaged = frozenset(problems)
+    engines: dict[Span, Engine] = {}
+    while True:
+        _check_enough(zoo, problems, config.strict)
+        try:
+            loaded = _load(zoo.without(problems), files, config, maker, engines, progress)
+            break
+        except _UnsoundError as error:  # what models share depends on which there are: planned again
+            problems |= error.models
+    for block in files.blocks.values():
+        block.drop_pages()
+    left_out = {name: reason(error, zoo.path) for name, error in sorted(problems.items())}
+    for name, why in left_out.items():
+        _LOG.warning("model %s is left out: %s", name, why)
+    return replace(loaded, left_out=left_out, unsound=frozenset(problems) - damaged)
+
+
+def _check_enough(zoo: Zoo, problems: Mapping[str, Exception], strict: bool) -> None:
+    """Raise the first of the problems, which says all, where no model is left, or one must not be missing."""
+    if not problems or (len(problems) < len(zoo.manifest.models) and not strict):
+        return
+    first, *others = problems.values()
+    if all(str(other) == str(first) for other in others):
+        raise first
+    raise type(first)("; ".join(f"model {name}: {error}" for name, error in problems.items())) from first
+
+
+def _load(
+    zoo: Zoo,
+    files: ModelFiles,
+    config: EngineConfig,
+    maker: EngineMaker,
+    engines_of: dict[Span, Engine],
+    progress: Progress | None,
+) -> LoadedZoo:
+    """Load a zoo of undamaged models; `engines_of`: those compiled so far. Raises _UnsoundError."""
     reuse = config.approximate
     topology = plan_topology(
         zoo.manifest,
@@ -76,19 +139,16 @@ def load_zoo(
         scores=reuse is not None and reuse.uses_scores,
     )
     num_pages = pages_per_family(topology, config, maker)
-    load_tokenizer = cache(Tokenizer.load)  # models of a family share one folder, so one tokenizer
     models = {
-        name: _load_model(name, record, topology, load_tokenizer(zoo.tokenizer_dir(name)), config, num_pages)
+        name: _load_model(name, record, topology, files.tokenizer(name), config, num_pages)
         for name, record in zoo.manifest.models.items()
     }
     _warn_of_short_pools(zoo, config, models)
-    embeds = {chain.embed_id: zoo.read_block(chain.embed_id) for chain in topology.chains}
-    embeddings = {embed_id: maker.embedding(block) for embed_id, block in embeds.items()}
-    blocks = {i: zoo.read_block(i) for span in topology.spans for i in span.block_ids}
-    engines = _compile_spans(topology, blocks, maker, progress)
+    embeddings = {embed_id: maker.embedding(files.blocks[embed_id]) for embed_id in _embeds(topology)}
+    engines = _compile_spans(topology, files.blocks, maker, engines_of, progress)
     rope_tables = _rope_tables(zoo, topology, models)
     adapters = AdapterCache(zoo.read_adapter, maker.arrays, config.adapter_cache_bytes)
-    specs = [[blocks[i].spec for i in span.block_ids] for span in topology.spans]
+    specs = [[files.blocks[i].spec for i in span.block_ids] for span in topology.spans]
     executors = {
         family: Executor(
             family,
@@ -106,9 +166,6 @@ def load_zoo(
         for family, pages in num_pages.items()
     }
     _warm_up(topology, executors)
-    blocks |= embeds
-    for block in blocks.values():
-        block.drop_pages()
     boundaries = BoundaryCache(
         config.boundary_cache_bytes if config.prefix_caching else 0, maker.arrays.rows_like
     )
@@ -116,7 +173,11 @@ def load_zoo(
         family: KVCache(pages, config.prefix_caching, boundaries, config.approximate)
         for family, pages in num_pages.items()
     }
-    return LoadedZoo(models, topology, executors, caches, boundaries, adapters, maker.facts())
+    return LoadedZoo(models, topology, executors, caches, boundaries, adapters, maker.facts(), {})
+
+
+def _embeds(topology: Topology) -> set[str]:
+    return {chain.embed_id for chain in topology.chains}
 
 
 def pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
@@ -181,20 +242,43 @@ def _load_model(
 
 
 def _compile_spans(
-    topology: Topology, blocks: Mapping[str, Block], maker: EngineMaker, progress: Progress | None
+    topology: Topology,
+    blocks: Mapping[str, Block],
+    maker: EngineMaker,
+    engines_of: dict[Span, Engine],
+    progress: Progress | None,
 ) -> dict[int, Engine]:
-    engines: dict[int, Engine] = {}
     maker.expect(len(topology.spans))
+    """The engine of each span, compiled where `engines_of` has none. Raises _UnsoundError."""
+    failed: dict[int, Exception] = {}
     for index, span in enumerate(topology.spans):
-        engines[index] = maker.span(
-            [blocks[i] for i in span.block_ids],
-            drops_rows=span.drops_rows,
-            lora=dict(span.lora),
-            scores=span.scores,
-        )
+        if span not in engines_of:
+            try:
+                engines_of[span] = maker.span(
+                    [blocks[i] for i in span.block_ids],
+                    drops_rows=span.drops_rows,
+                    lora=dict(span.lora),
+                    scores=span.scores,
+                )
+            except (EngineError, ZooError) as error:
+                failed[index] = error
         if progress is not None:
             progress(index + 1, len(topology.spans))
-    return engines
+    if failed:
+        raise _UnsoundError(_models_of(topology, _chains_over(topology, failed)))
+    return {index: engines_of[span] for index, span in enumerate(topology.spans)}
+
+
+def _chains_over(topology: Topology, spans: Mapping[int, Exception]) -> dict[int, Exception]:
+    """Of the chains that use one of the spans, the exception of the first."""
+    found = {
+        i: [spans[use.span] for use in c.uses if use.span in spans] for i, c in enumerate(topology.chains)
+    }
+    return {index: errors[0] for index, errors in found.items() if errors}
+
+
+def _models_of(topology: Topology, chains: Mapping[int, Exception]) -> dict[str, Exception]:
+    return {name: chains[index] for name, index in topology.chain_of_model.items() if index in chains}
 
 
 def _rope_tables(
@@ -216,15 +300,18 @@ def _warm_up(topology: Topology, executors: Mapping[Family, Executor]) -> None:
 
     Engines pack their weights at the first run, so that the files' memory can be given back; and a
     broken attention operator shows here and not in an answer.
+
+    Raises:
+        _UnsoundError: the logits of some chains are not finite.
     """
-    for family, executor in executors.items():
-        for index, chain in enumerate(topology.chains):
-            if chain.family != family:
-                continue
-            table = np.zeros((chain.num_layers, 1), np.int32)
-            result = executor.run([Rows(index, np.zeros(1, np.int32), 0, table, True)])
-            if not all(np.isfinite(logits).all() for logits, _ in result.logits):
-                raise InvalidRequestError(
-                    "a model's first logits are not finite: run zoo-inspect --check; bf16 may be too "
-                    "narrow for it, try precision f32"
-                )
+    broken: dict[int, Exception] = {}
+    for index, chain in enumerate(topology.chains):
+        table = np.zeros((chain.num_layers, 1), np.int32)
+        result = executors[chain.family].run([Rows(index, np.zeros(1, np.int32), 0, table, True)])
+        if not all(np.isfinite(logits).all() for logits, _ in result.logits):
+            broken[index] = InvalidRequestError(
+                "its first logits are not finite: run zoo-inspect --check; bf16 may be too narrow for it, "
+                "try precision f32"
+            )
+    if broken:
+        raise _UnsoundError(_models_of(topology, broken))

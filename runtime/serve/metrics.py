@@ -114,6 +114,7 @@ class Metrics:
         adapter_evictions_total: times that one was dropped to stay within the budget.
         adapter_reloads_total: loads of one that had been dropped. Where most are, the adapters that come and
             go do not fit in `adapter_cache_bytes`; those of running requests stay where they are.
+        models_left_out: models of the zoo that are not served, as something is wrong with them.
         prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
         steps_total: executor runs.
         engine_calls_total: calls of engines in them.
@@ -154,6 +155,7 @@ class Metrics:
     adapter_loads_total: int
     adapter_evictions_total: int
     adapter_reloads_total: int
+    models_left_out: int
     prefix_hit_tokens: Mapping[str, int]
     steps_total: int
     engine_calls_total: int
@@ -251,6 +253,7 @@ class MetricsRecorder:
         caches: Iterable[KVCache],
         adapters: AdapterCache,
         published: PublishStats = _NOTHING_PUBLISHED,
+        models_left_out: int = 0,
     ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
@@ -284,6 +287,7 @@ class MetricsRecorder:
                 adapter_loads_total=adapters.num_loads,
                 adapter_evictions_total=adapters.num_evictions,
                 adapter_reloads_total=adapters.num_reloads,
+                models_left_out=models_left_out,
                 prefix_hit_tokens=self._hits_by_layers(stats),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,

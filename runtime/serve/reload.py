@@ -18,8 +18,9 @@ from blockzoo.runtime.exec.segments import Variant, layer_keys, steps
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
+from blockzoo.runtime.serve.model_files import reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
-from blockzoo.zoo.errors import StoreError
+from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
@@ -38,12 +39,14 @@ class Reloaded:
             end as they would have.
         waiting: models of the zoo that are served after a restart only, and why; where there is an older one
             of the name, it is served until then.
+        left_out: models of the zoo that cannot be served as they are, and why; with older ones as above.
     """
 
     added: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     waiting: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class ServedZoo:
@@ -60,7 +63,8 @@ class ServedZoo:
     def __init__(self, zoo: Zoo, loaded: LoadedZoo) -> None:
         self.current = loaded
         self._path = zoo.path
-        self._served: dict[str, ModelRecord] = dict(zoo.manifest.models)
+        self._served = {name: zoo.manifest.models[name] for name in loaded.models}
+        self._left_out = {name: zoo.manifest.models[name] for name in loaded.left_out}
         # of every chain that was ever loaded, what its models have in common
         self._of_chain: dict[int, LoadedModel] = {m.chain_index: m for m in loaded.models.values()}
         self._adapters = dict(zoo.manifest.adapters)
@@ -93,7 +97,7 @@ class ServedZoo:
         loaded, zoo = self.current, Zoo.open(self._path)
         if not zoo.manifest.models:
             raise StoreError(f"{zoo.path} holds no models any more; what was loaded is still served")
-        models, waiting = dict(loaded.models), {}
+        models, waiting, left_out = dict(loaded.models), {}, {}
         changed = [n for n, r in zoo.manifest.models.items() if not _same(r, self._served.get(n))]
         removed = sorted(models.keys() - zoo.manifest.models.keys())
         topology = loaded.topology
@@ -102,23 +106,37 @@ class ServedZoo:
         loaded.adapters.read = Zoo(zoo.path, manifest).read_adapter
         for name in changed:
             record = zoo.manifest.models[name]
-            try:
-                index, topology = join(topology, record, zoo.manifest)
-            except RestartNeededError as error:
-                waiting[name] = str(error)
+            known = _same(record, self._left_out.get(name))
+            if known and name in loaded.unsound:  # it would not become better by joining now
+                left_out[name] = loaded.left_out[name]
                 continue
+            try:
+                index, joined = join(topology, record, zoo.manifest)
+                for adapter_id in record.adapters.values():
+                    zoo.read_adapter(adapter_id).drop_pages()
+                tokenizer = self._tokenizer(zoo.tokenizer_dir(name))
+            except RestartNeededError as error:
+                if known:
+                    left_out[name] = loaded.left_out[name]
+                else:
+                    waiting[name] = str(error)
+                continue
+            except ZooError as error:
+                left_out[name] = reason(error, zoo.path)
+                continue
+            topology = joined
             twin = self._of_chain[_first_of(topology, index)]
             models[name] = replace(
                 twin,
                 name=name,
                 chain_index=index,
                 chain=topology.chains[index],
-                tokenizer=self._tokenizer(zoo.tokenizer_dir(name)),
+                tokenizer=tokenizer,
                 eos_token_ids=record.end_ids,
                 generation_defaults=generation_defaults(record.generation_defaults or {}),
                 max_len=min(twin.max_len, record.config.max_length),
             )
-        return self._commit(zoo, topology, models, removed, waiting)
+        return self._commit(zoo, topology, models, removed, waiting, left_out)
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
         if folder not in self._tokenizers:
@@ -132,6 +150,7 @@ class ServedZoo:
         models: dict[str, LoadedModel],
         removed: list[str],
         waiting: dict[str, str],
+        left_out: dict[str, str],
     ) -> Reloaded:
         loaded = self.current
         for index in range(len(loaded.topology.chains), len(topology.chains)):
@@ -142,13 +161,15 @@ class ServedZoo:
         for name in removed:
             del models[name]
             del self._served[name]
+        self._left_out = {name: zoo.manifest.models[name] for name in left_out}
         self._served |= {name: zoo.manifest.models[name] for name in joined}
-        self.current = replace(loaded, models=models, topology=topology)
+        self.current = replace(loaded, models=models, topology=topology, left_out=left_out)
         return Reloaded(
             tuple(sorted(joined - loaded.models.keys())),
             tuple(sorted(joined & loaded.models.keys())),
             tuple(removed),
             waiting,
+            left_out,
         )
 
 

@@ -12,8 +12,8 @@ from typing import get_args
 from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError, UnknownModelError
 from blockzoo.runtime.api.request import KVReuse, SamplingParams
 from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import SamplerState
-from blockzoo.runtime.sampling.sampler.guided import Guides
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
@@ -129,6 +129,8 @@ def find_model(zoo: LoadedZoo, name: str) -> LoadedModel:
     """A model by its name. Raises UnknownModelError."""
     model = zoo.models.get(name)
     if model is None:
+        if name in zoo.left_out:
+            raise UnknownModelError(f"model {name!r} is left out: {zoo.left_out[name]}")
         close = get_close_matches(name, zoo.models, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"it serves {', '.join(sorted(zoo.models))}"
         raise UnknownModelError(f"no model {name!r} in this zoo; {hint}")

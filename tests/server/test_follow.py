@@ -16,7 +16,7 @@ from blockzoo.server_config.watchdog import UnhealthyError
 from blockzoo.zoo.errors import ZooError
 
 FAST = CompileOptions(verify=False, profile=False)
-NOTHING: dict[str, Any] = {"added": [], "replaced": [], "removed": [], "waiting": {}}
+NOTHING: dict[str, Any] = {"added": [], "replaced": [], "removed": [], "waiting": {}, "left_out": {}}
 
 
 class Engine:
@@ -124,7 +124,7 @@ def test_a_model_that_triton_cannot_serve_keeps_no_other_from_a_start(zoo, engin
     manifest["models"]["blockzoo"] = manifest["models"].pop("notes")
     (zoo / "manifest.json").write_text(json.dumps(manifest))
     assert follower.prepare() == tuple(sorted(manifest["models"].keys() - {"blockzoo"}))
-    (why,) = follower.left_out
+    (why,) = follower.left_out.values()
     assert "model 'blockzoo' has the name of a server model; compile it under another name" in why
     manifest["models"] = {"blockzoo": manifest["models"]["blockzoo"]}
     (zoo / "manifest.json").write_text(json.dumps(manifest))
@@ -132,7 +132,40 @@ def test_a_model_that_triton_cannot_serve_keeps_no_other_from_a_start(zoo, engin
         follower.prepare()
     (zoo / "manifest.json").write_text(text)
     assert "notes" in follower.prepare()
-    assert follower.left_out == ()
+    assert follower.left_out == {}
+
+
+def test_models_that_the_engine_left_out_have_no_ensemble(zoo, engine, tmp_path):
+    repository = tmp_path / "models"
+    follower = Follower(ServerSettings(str(zoo)), repository, engine)
+    follower.prepare()
+    before = (repository / "preprocessing" / "config.pbtxt").stat().st_mtime_ns
+    engine.answer = NOTHING | {"serving": ["base"], "left_out": {"notes": "blocks/a: corrupt"}}
+    follower.settle()
+    assert follower.tenants == ("base",)
+    assert follower.left_out == {"notes": "model notes: blocks/a: corrupt"}
+    assert {path.name for path in repository.iterdir()} == {*RESERVED_NAMES, "base"}
+    assert (repository / "preprocessing" / "config.pbtxt").stat().st_mtime_ns == before
+    assert follower.follow() is None
+
+    touch(zoo)
+    engine.answer = NOTHING | {
+        "added": ["solver"],
+        "serving": ["base", "solver"],
+        "left_out": {"notes": "blocks/a: corrupt", "late": "blocks/b: missing"},
+    }
+    change = follower.follow()
+    assert change.tenants == ("base", "solver")
+    assert change.messages == ("added solver", "left out: model late: blocks/b: missing")
+
+
+def test_strict_refuses_a_name_that_triton_cannot_serve(zoo, engine, tmp_path):
+    manifest = json.loads((zoo / "manifest.json").read_text())
+    manifest["models"]["blockzoo"] = manifest["models"].pop("notes")
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    settings = ServerSettings(str(zoo), {"strict": True})
+    with pytest.raises(ZooError, match="has the name of a server model"):
+        Follower(settings, tmp_path / "models", engine).prepare()
 
 
 def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_path):

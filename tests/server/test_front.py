@@ -119,6 +119,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
         self.end_ids = {"chat": (2,)}
+        self.left_out = {"hurt": "blocks/a.safetensors: corrupt"}
         self.max_prompt_bytes = {"chat": 1000}
         self.gate: threading.Event | None = None  # holds whoever submits, as tokenizing does
         self.order: list[str] = []

@@ -248,3 +248,9 @@ def test_any_json_in_sampling_parameters_is_taken_or_refused():
             except RequestError:
                 continue
             assert isinstance(request.params, SamplingParams)
+
+
+def test_a_model_that_is_left_out_is_refused_with_the_reason():
+    inputs = {"text_input": np.array([b"x"], object), "model": np.array([b"hurt"], object)}
+    with pytest.raises(UnknownModelError, match=r"^model 'hurt' is left out: blocks/a: corrupt$"):
+        parse_request(inputs, {}, {"chat": (2,), "code": (2,)}, {"hurt": "blocks/a: corrupt"})

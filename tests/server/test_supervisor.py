@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -56,12 +55,23 @@ class Dog:
         return 0
 
 
+class Followed:
+    """What the engine serves of a zoo."""
+
+    def __init__(self, follow=lambda: None) -> None:
+        self.follow, self.tenants, self.left_out = follow, ("chat",), {}
+
+    def settle(self) -> None:
+        pass
+
+
 class Run:
     """A supervisor over scripted starts, whose waits are recorded instead of waited for."""
 
     def __init__(self, monkeypatch, *starts, follow=lambda: None) -> None:
         self.starts, self.started, self.waits = list(starts), [], []
-        self.supervisor = Supervisor(self.start, Dog(), SimpleNamespace(follow=follow), 1.0)
+        self.followed = Followed(follow)
+        self.supervisor = Supervisor(self.start, Dog(), self.followed, 1.0)
         self.is_ready = 0
         monkeypatch.setattr(supervisor.signal, "signal", lambda *args: None)
         monkeypatch.setattr(self.supervisor._stop, "wait", self.wait)
@@ -148,7 +158,7 @@ def test_a_zoo_that_cannot_be_followed_ends_nothing(monkeypatch, capsys):
 def test_a_signal_ends_the_wait_at_once(monkeypatch, capsys, number):
     monkeypatch.setattr(supervisor, "_PROBE_EVERY_S", 0.001)
     monkeypatch.setattr(Backoff, "failed", lambda self, now: 3600.0)
-    made = Supervisor(Process, Dog(), SimpleNamespace(), 1.0)
+    made = Supervisor(Process, Dog(), Followed(), 1.0)
     waits = threading.Event()
     monkeypatch.setattr(supervisor, "say", lambda message: waits.set() if "3600" in message else None)
 
@@ -167,3 +177,17 @@ def test_a_signal_ends_the_wait_at_once(monkeypatch, capsys, number):
         sender.join()
         for each, handler in before:
             signal.signal(each, handler)
+
+
+def test_a_server_that_left_models_out_says_so_at_its_end(monkeypatch, capsys):
+    run = Run(monkeypatch, Process(1))
+    run.followed.left_out = {"hurt": "model hurt: its file is corrupt"}
+    assert run.run() == supervisor.NOT_ALL_SERVED == 3
+    assert "not all models were served; left out: hurt" in capsys.readouterr().err
+
+
+def test_a_server_that_serves_no_model_is_an_error(monkeypatch):
+    run = Run(monkeypatch, Process(1))
+    run.followed.left_out, run.followed.tenants = {"hurt": "model hurt: its file is corrupt"}, ()
+    with pytest.raises(ServerError, match="no model is served:\nmodel hurt: its file is corrupt"):
+        run.run()

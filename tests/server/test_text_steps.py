@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.server_config.text_steps import Postprocessor, Preprocessor, Tokenizers
 
@@ -142,3 +145,14 @@ def test_lengths_are_no_less_than_the_engine_takes(demo_zoo):
     for model in engine.models:
         assert served[model].max_tokens >= engine.max_model_len(model)
     assert Tokenizers(str(demo_zoo), 10**6)["base"].max_tokens == Tokenizers(str(demo_zoo))["base"].max_tokens
+
+
+def test_a_damaged_tokenizer_concerns_its_models_alone(demo_zoo, tmp_path):
+    zoo = shutil.copytree(demo_zoo, tmp_path / "zoo")
+    manifest = json.loads((zoo / "manifest.json").read_text())
+    manifest["models"]["notes"]["tokenizer"] = "0" * 64
+    (zoo / "manifest.json").write_text(json.dumps(manifest))
+    tokenizers = Tokenizers(str(zoo))
+    assert tokenizers["base"].tokenizer.encode("x")
+    with pytest.raises(InvalidRequestError, match=r"model 'notes' is left out: tokenizers/0000.* is missing"):
+        tokenizers["notes"]

@@ -282,7 +282,7 @@ def test_a_burst_of_tenant_requests_is_answered(server):
         deadline, statuses = time.monotonic() + 60, []
         for client in clients:
             client.settimeout(max(0.01, deadline - time.monotonic()))
-            with suppress(TimeoutError):  # Triton's HTTP endpoint itself may lose a few on a busy machine
+            with suppress(TimeoutError):  # Triton's HTTP endpoint loses some: docs/exposing.md, bursts
                 statuses.append(client.recv(12))
     finally:
         for client in clients:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
 from blockzoo.zoo.tensors import BlockTensor, write_tensor_file
 
@@ -217,7 +218,51 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [file.exists() for file in (old, new)] == [False, True]
 
 
-def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["file", "file/folder", "/proc/blockzoo"])
+def test_a_folder_that_cannot_be_used_keeps_nothing_and_says_so_once(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidRequestError, match=r"kv_cache_dir .* cannot be used"):
-        opened(tmp_path / "file" / "folder")
+    store = opened(tmp_path / folder)
+    for _ in range(2):
+        assert store.load(PART) is None
+        store.save(PART, KEYS, VALUES)
+    assert [record.getMessage() for record in caplog.records] == [caplog.records[0].getMessage()]
+    assert f"kv_cache_dir {tmp_path / folder}: KV of published documents is not kept" in caplog.text
+    assert store.num_rejected == 0
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may have more than a page: writing ends as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_without_room_keeps_nothing_and_says_so_once(
+    small_files: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path / "folder")
+    large = replace(PART, token_ids=np.tile(PART.token_ids, 64))
+    keys, values = (np.ones(large.shape, np.float32) for _ in range(2))
+    store.save(large, keys, values)
+    store.save(large, keys, values)
+    assert len(caplog.records) == 1
+    assert "written); name a folder that can be written, on a disk with room" in caplog.text
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_folder_that_can_only_be_read_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(tmp_path).save(PART, KEYS, VALUES)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    store = opened(tmp_path)
+    assert store.load(PART) is not None
+    assert (store.num_loaded, store.num_rejected, caplog.text) == (1, 0, "")
