@@ -11,9 +11,9 @@ import pytest
 
 from blockzoo.runtime.api.errors import InvalidRequestError, SamplingError
 from blockzoo.runtime.api.request import MAX_GUIDE_CHARS, GuidedDecoding, SamplingParams
+from blockzoo.runtime.sampling import guided as guided_module
 from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import Sampler, SamplerState
-from blockzoo.runtime.sampling import guided as guided_module
 from blockzoo.runtime.text.tokenizer import Tokenizer
 
 WIDTH = 2080  # of the logits: more than the tokenizer has tokens
