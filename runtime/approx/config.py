@@ -70,6 +70,23 @@ class ReuseConfig:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
 
+    def check_serves(self, other: ReuseConfig) -> None:
+        """Whether engines that were made for this serve another configuration too.
+
+        Raises:
+            ValueError: they do not; the message says what they lack.
+        """
+        if other.uses_scores and not self.uses_scores:
+            raise ValueError(
+                f"this engine was made for selector {self.selector!r} and reads no attention scores, which "
+                f"{other.selector!r} with refresh_order {other.refresh_order!r} needs: make it for that"
+            )
+        if other.uses_check and (not self.uses_check or other.check_layers != self.check_layers):
+            raise ValueError(
+                f"this engine was made for selector {self.selector!r} with check_layers {self.check_layers}, "
+                f"not for {other.selector!r} with {other.check_layers}: make it for that"
+            )
+
     @property
     def uses_check(self) -> bool:
         """Whether the first layers run in full before it is decided what goes on."""

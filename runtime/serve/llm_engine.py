@@ -199,7 +199,7 @@ class LLMEngine:
 
     def refusal(self, request: Request, error: BaseException) -> RequestOutput:
         """The only output of a prepared request that could not be queued."""
-        return self._output(request, "", (), None, "error", str(error))
+        return request.output("", (), None, "error", str(error))
 
     # ---- published documents
 
@@ -248,10 +248,7 @@ class LLMEngine:
             by_family.setdefault(request.model.chain.family, []).append(item)
         for family, items in by_family.items():
             for seq, result in self._execute(family, items):
-                if isinstance(result, RequestError):
-                    outputs.append(self._fail(seq, str(result)))
-                else:
-                    outputs.append(self._take_token(self._requests[seq.request_id], result))
+                outputs.append(self._take_result(self._requests[seq.request_id], result))
         return outputs
 
     def rest(self) -> None:
@@ -295,6 +292,17 @@ class LLMEngine:
             share = request.seq.num_spared / request.seq.prompt_len
             self._recorder.on_started(time.monotonic() - request.arrival, share)
 
+    def _take_result(self, request: Request, result: SampledToken | RequestError) -> RequestOutput:
+        if isinstance(result, RequestError):
+            return self._fail(request.seq, str(result))
+        try:
+            return self._take_token(request, result)
+        except Exception as error:  # a bug of ours: it ends one request
+            traceback.print_exc()
+            self._scheduler.abort(request.seq.request_id)
+            self._requests.pop(request.seq.request_id, None)
+            return request.output("", (), None, "error", f"the engine failed: {error}")
+
     def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
         request.num_generated += 1
         request.seq.append_token(token.token_id)
@@ -313,7 +321,7 @@ class LLMEngine:
         if token.logprob is not None:
             logprobs = (TokenLogprob(token.token_id, token.logprob, token.top),)
         if reason is None:
-            return self._output(request, text, (token.token_id,), logprobs)
+            return request.output(text, (token.token_id,), logprobs)
         self._scheduler.finish(request.seq)
         return self._finish(request, reason, None, text, (token.token_id,), logprobs)
 
@@ -358,30 +366,7 @@ class LLMEngine:
             num_cached_tokens=request.seq.num_cached_told,
         )
         text += request.detokenizer.flush()
-        return self._output(request, text, token_ids, logprobs, reason, error)
-
-    @staticmethod
-    def _output(
-        request: Request,
-        text: str,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...] | None,
-        reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> RequestOutput:
-        return RequestOutput(
-            request_id=request.seq.request_id,
-            model=request.model.name,
-            text=text,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finished=reason is not None,
-            finish_reason=reason,
-            error=error,
-            num_prompt_tokens=request.seq.prompt_len,
-            num_cached_tokens=request.seq.num_cached_told,
-            num_generated=request.num_generated,
-        )
+        return request.output(text, token_ids, logprobs, reason, error)
 
     def configure_reuse(self, reuse: ReuseConfig) -> None:
         """Change how approximate reuse works, from the next request on: all but `window` and `max_donors`.
@@ -393,16 +378,10 @@ class LLMEngine:
         made = self.config.approximate
         if made is None:
             raise InvalidRequestError("this engine has no approximate reuse: set EngineConfig.approximate")
-        if reuse.uses_scores and not made.uses_scores:
-            raise InvalidRequestError(
-                f"this engine was made for selector {made.selector!r} and reads no attention scores, which "
-                f"{reuse.selector!r} with refresh_order {reuse.refresh_order!r} needs: make it for that"
-            )
-        if reuse.uses_check and (not made.uses_check or reuse.check_layers != made.check_layers):
-            raise InvalidRequestError(
-                f"this engine was made for selector {made.selector!r} with check_layers {made.check_layers}, "
-                f"not for {reuse.selector!r} with {reuse.check_layers}: make it for that"
-            )
+        try:
+            made.check_serves(reuse)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
         for cache in self._zoo.caches.values():
             if cache.planner is not None:
                 cache.planner.config = reuse

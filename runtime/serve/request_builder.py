@@ -10,7 +10,13 @@ from difflib import get_close_matches
 from typing import get_args
 
 from blockzoo.runtime.api.errors import InvalidRequestError, PromptTooLongError, UnknownModelError
-from blockzoo.runtime.api.request import KVReuse, SamplingParams
+from blockzoo.runtime.api.request import (
+    FinishReason,
+    KVReuse,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import SamplerState
@@ -34,6 +40,29 @@ class Request:
     started: bool = False
     last_token_time: float | None = None
     num_generated: int = field(default=0)
+
+    def output(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        """What is to be told of it now; with a `reason` for the last time."""
+        return RequestOutput(
+            request_id=self.seq.request_id,
+            model=self.model.name,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finished=reason is not None,
+            finish_reason=reason,
+            error=error,
+            num_prompt_tokens=self.seq.prompt_len,
+            num_cached_tokens=self.seq.num_cached_told,
+            num_generated=self.num_generated,
+        )
 
 
 class RequestBuilder:

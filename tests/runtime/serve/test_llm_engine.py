@@ -268,6 +268,22 @@ def test_an_error_around_a_step_ends_one_request(
     assert "out of luck" in capsys.readouterr().err  # and whoever runs the server sees where
 
 
+def test_a_token_that_cannot_be_shown_ends_one_request(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "bad"):
+        engine.add_request(name, "base", PROMPT, GREEDY)
+
+    def failing(token_id: int) -> str:
+        raise RuntimeError("no such character")
+
+    monkeypatch.setattr(engine._requests["bad"].detokenizer, "push", failing)
+    outputs = run(engine)
+    assert [part.error for part in outputs["bad"]] == ["the engine failed: no such character"]
+    assert outputs["good"][-1].finish_reason == "length"
+    assert "no such character" in capsys.readouterr().err
+
+
 def test_cached_tokens_are_told_in_whole_pages(engine: LLMEngine) -> None:
     """Token by token they would spell out what others have asked."""
     prompt = np.random.default_rng(7).integers(2, 2048, 90).tolist()
