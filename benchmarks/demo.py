@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import re
 import signal
@@ -21,7 +22,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.perf_analyzer import stream
+from benchmarks.perf_analyzer import OPERATOR_KEY, stream
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
@@ -92,7 +93,8 @@ class Server:
 
     def __enter__(self) -> Server:
         start = time.monotonic()
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        env = os.environ | {"BLOCKZOO_OPERATOR_KEY": OPERATOR_KEY}
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, env=env)
         assert self._process.stdout is not None
         for line in self._process.stdout:
             print(f"  {line}", end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import sysconfig
@@ -45,6 +46,10 @@ def perf_analyzer_command() -> tuple[list[str], dict[str, str]]:
     return [str(binary)], {"LD_LIBRARY_PATH": f"{links}:{carried}"}
 
 
+OPERATOR_KEY = secrets.token_urlsafe(32)
+"""Servers that are measured are started with it in BLOCKZOO_OPERATOR_KEY: perf_analyzer reads statistics."""
+
+
 def stream(
     grpc_port: int, requests: Sequence[dict[str, list[Any]]], concurrency: int, seconds: float
 ) -> tuple[str, str]:
@@ -68,6 +73,7 @@ def stream(
         data, export = Path(folder) / "requests.json", Path(folder) / "export.json"
         data.write_text(json.dumps({"data": list(requests)}))
         command += ["-m", "blockzoo", "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc", "--streaming", "--async"]
+        command += ["-H", f"triton-grpc-protocol-locked:{OPERATOR_KEY}"]
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
         command += [
             "-p",

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo import Server
 from benchmarks.families import make_family
-from benchmarks.perf_analyzer import perf_analyzer_command, stream
+from benchmarks.perf_analyzer import OPERATOR_KEY, perf_analyzer_command, stream
 from blockzoo.runtime import EngineConfig, EngineThread, RequestOutput, SamplingParams
 
 Timeline = list[float]  # seconds: start of the request, then each of its tokens
@@ -177,7 +177,7 @@ def _genai_perf(args: argparse.Namespace, server: Server, tenant: str, tokenizer
         command += ["--tokenizer", str(tokenizer.absolute()), "--concurrency", "8", "--num-prompts", "32"]
         command += ["--synthetic-input-tokens-mean", str(args.prompt_tokens)]
         command += ["--output-tokens-mean", str(args.new_tokens), "--request-count", "48"]
-        command += ["--artifact-dir", folder]
+        command += ["--artifact-dir", folder, "-H", f"triton-grpc-protocol-locked:{OPERATOR_KEY}"]
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
         exported = sorted(Path(folder).rglob("profile_export_genai_perf.json"))
         if done.returncode or not exported:

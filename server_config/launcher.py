@@ -61,6 +61,10 @@ class Endpoints:
         return f"http://{self.client_host}:{self.http_port}"
 
 
+OPERATOR_KEY = "BLOCKZOO_OPERATOR_KEY"
+"""Environment variable: who sends its value may use the operators' protocols, as perf_analyzer does for
+statistics (`-H triton-grpc-protocol-locked:KEY`). Unset: nobody may."""
+
 _OPERATORS_APIS = "shared-memory,model-repository,logging,trace,statistics"
 
 
@@ -68,8 +72,8 @@ def server_arguments(
     repository: Path, endpoints: Endpoints, drain_s: float, follows: bool = False
 ) -> list[str]:
     """The flags of tritonserver that the repository counts on; `follows`: it may change."""
-    # a client would read others' tensors, stop models or hush the log; nobody is told the key, so nobody may
-    locked = f"{_OPERATORS_APIS}:locked={secrets.token_urlsafe(32)}"
+    # a client would read others' tensors, stop models or hush the log: for whoever started this, if anybody
+    locked = f"{_OPERATORS_APIS}:locked={os.environ.get(OPERATOR_KEY) or secrets.token_urlsafe(32)}"
     polling = ["--model-control-mode=poll", "--repository-poll-secs=1"] if follows else []
     return [
         *polling,

@@ -170,6 +170,16 @@ def test_what_is_the_operators_is_closed_over_grpc(server, ask):
         ask(client)
 
 
+def test_whoever_started_the_server_may_open_the_operators_protocols(serve_zoo, demo_zoo, monkeypatch):
+    monkeypatch.setenv("BLOCKZOO_OPERATOR_KEY", "known")
+    server = serve_zoo(demo_zoo, "--kv-cache-gb", "0.05")
+    with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+        told = client.get_inference_statistics("base", headers={"triton-grpc-protocol-locked": "known"})
+        assert told.model_stats[0].name == "base"
+        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+            client.get_inference_statistics("base", headers={"triton-grpc-protocol-locked": "guess"})
+
+
 def test_what_clients_need_is_open(server):
     with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
         assert client.is_server_ready()
