@@ -88,3 +88,10 @@ def test_no_torch_on_the_serving_path() -> None:
     for layer in ("engines/openvino", "runtime", "server_config"):
         for path in (ROOT / layer).rglob("*.py"):
             assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers"}, path
+
+
+def test_the_map_names_every_module() -> None:
+    drawn = (ROOT / "docs" / "structure.md").read_text()
+    modules = {path for top in MAY_IMPORT for path in (ROOT / top).rglob("*.py") if path.stem != "__init__"}
+    own = {path for path in modules if not {"demo", "models"} & set(path.parts)}  # folders of one line each
+    assert not {str(path.relative_to(ROOT)) for path in own if f"`{path.name}`" not in drawn}
