@@ -29,15 +29,15 @@ from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.generate import deltas
 from blockzoo.server_config.openai.http import Endpoint, Exchange
 from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
+from blockzoo.server_config.openai.messages import Chat, read_messages
 from blockzoo.server_config.openai.requests import (
-    Chat,
     Generation,
     model_name,
     read_chat,
     read_completion,
-    read_messages,
 )
 from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
+from blockzoo.server_config.schema import MAX_TEXT_BYTES
 
 MAX_STREAMS = 1024
 """Answers that are generated at the same time."""
@@ -214,6 +214,8 @@ class OpenAIApp:
         name = model_name(fields)
         special = fields.take("add_special_tokens", bool, True)
         prompt = fields.take("prompt", str)
+        if prompt is not None and len(prompt) > MAX_TEXT_BYTES:
+            raise fields.wrong("prompt", f"{len(prompt)} characters", f"at most {MAX_TEXT_BYTES}")
         chat = None if prompt is not None else read_messages(fields)
         fields.end()
         model = await self._find(exchange, name)
@@ -231,6 +233,8 @@ class OpenAIApp:
         tokens = fields.take("tokens", list)
         if tokens is None:
             raise fields.missing("tokens")
+        if len(tokens) > MAX_TEXT_BYTES:
+            raise fields.wrong("tokens", f"{len(tokens)} tokens", f"at most {MAX_TEXT_BYTES}")
         for token in tokens:
             if type(token) is not int or not 0 <= token < 2**31:
                 raise fields.wrong("tokens", token, "token ids")
