@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
@@ -36,6 +33,7 @@ from blockzoo.server_config.openai.requests import (
     read_chat,
     read_completion,
 )
+from blockzoo.server_config.openai.status import Status, read_metrics
 from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
 from blockzoo.server_config.schema import MAX_TEXT_BYTES
 
@@ -71,8 +69,8 @@ class OpenAIApp:
             get("/v1/models/{name:path}", self._show_model),
             post("/tokenize", self._tokenize),
             post("/detokenize", self._detokenize),
-            get("/metrics", self._metrics),
-            Route("/health", Endpoint(self._health, _anyone), methods=["GET"]),
+            get("/metrics", self._show_metrics),
+            Route("/health", Endpoint(self._show_health, _anyone), methods=["GET"]),
         ]
         errors = {405: _wrong_method}
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=errors)
@@ -93,8 +91,9 @@ class OpenAIApp:
         self._engine = EngineClient(self._grpc)
         self._pool = ThreadPoolExecutor(_THREADS, "blockzoo-openai")
         self._catalog = Catalog(self._zoo, self._engine, self._pool)
-        self._is_healthy = _Recent(self._engine.check)
-        self._metrics_text = _Recent(lambda: self._catalog.run(self._read_metrics))
+        self._status = Status(
+            self._engine, lambda: self._catalog.run(partial(read_metrics, self._metrics_url))
+        )
         yield
         await self._engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -245,46 +244,12 @@ class OpenAIApp:
 
     # ---- the server itself
 
-    async def _health(self, exchange: Exchange, body: Body) -> None:
-        await self._is_healthy()
+    async def _show_health(self, exchange: Exchange, body: Body) -> None:
+        await self._status.check()
         await exchange.json({"status": "ok"})
 
-    async def _metrics(self, exchange: Exchange, body: Body) -> None:
-        await exchange.data(await self._metrics_text(), "text/plain; version=0.0.4; charset=utf-8")
-
-    def _read_metrics(self) -> bytes:
-        try:
-            with urllib.request.urlopen(self._metrics_url, timeout=5) as response:
-                lines = response.read().decode().splitlines(keepends=True)
-        except OSError as error:
-            raise ApiError(503, f"The metrics cannot be read now: {error}", retry_after=2) from None
-        ours = [
-            line for line in lines if line.startswith(("blockzoo_", "# HELP blockzoo_", "# TYPE blockzoo_"))
-        ]
-        return "".join(ours).encode()
-
-
-class _Recent:
-    """A look-up that many may ask for and that is made once a second at most."""
-
-    def __init__(self, look: Callable[[], Awaitable[Any]]) -> None:
-        self._look = look
-        self._lock = asyncio.Lock()
-        self._when = float("-inf")
-        self._result: Any = None
-        self._error: ApiError | None = None
-
-    async def __call__(self) -> Any:
-        async with self._lock:
-            if time.monotonic() - self._when > _CHECK_S:
-                try:
-                    self._result, self._error = await self._look(), None
-                except ApiError as error:
-                    self._error = error
-                self._when = time.monotonic()
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        return self._result
+    async def _show_metrics(self, exchange: Exchange, body: Body) -> None:
+        await exchange.data(await self._status.metrics(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 class _NoRoute:
