@@ -35,7 +35,7 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.api.request import RequestOutput
-from blockzoo.server_config.answer import Answer, Response, send
+from blockzoo.server_config.answer import Answer, Response, TellingSender, send
 from blockzoo.server_config.control import Control
 from blockzoo.server_config.exporter import MetricsExporter
 from blockzoo.server_config.fair_queue import FairQueue
@@ -113,6 +113,8 @@ class EngineFront:
         internal = False
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if "tell_errors" in inputs and inputs["tell_errors"].any():
+                sender = TellingSender(sender)
             parameters = json.loads(request.parameters() or "{}")
             internal = self._control.take_internal(parameters)
             if not self._control.answer(sender, inputs, parameters):

@@ -32,11 +32,7 @@ _SHM = Path("/dev/shm")
 _EXIT_GRACE_S = 3.0
 _TAIL_LINES = 400
 # on a machine without a GPU each ensemble logs one of these as an error
-_NOISE = (
-    "unable to create stream",
-    "CudaDriverHelper has not been initialized",
-    "HandleCancellation called even when the context was not cancelled",  # a stream cancelled at its end
-)
+_NOISE = ("unable to create stream", "CudaDriverHelper has not been initialized")
 _LOAD_FAILURE = re.compile(r"failed to load '([^']+)' version \d+: \w+: (.*?)(?:\\n|\"$)")
 _WARNING = re.compile(rf'W\d{{4}} .*?{WARNING_MARK}(.*?)"?$')
 

@@ -7,11 +7,12 @@ causes are in the configuration, ends in an error.
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable
-from threading import Event
 
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.follow import Follower
@@ -46,6 +47,34 @@ class Backoff:
         return 0.0 if self._failures == 1 else min(_LONGEST_WAIT_S, 2.0 ** min(self._failures - 2, 10))
 
 
+class StopSignal:
+    """Set by a signal handler, waited for by the thread that the handler interrupts.
+
+    (There an Event would sometimes wait for its own lock, for ever.)
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+        self._readable = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # once it is set
+
+    def set(self) -> None:
+        """From a signal handler, or any thread."""
+        self._set = True
+        os.eventfd_write(self._readable, 1)
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._set
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until it is set, or the time is over; whether it is set."""
+        select.select([self._readable], [], [], timeout_s)
+        return self._set
+
+    def __del__(self) -> None:
+        os.close(self._readable)
+
+
 class Supervisor:
     """Runs in the main thread.
 
@@ -60,7 +89,7 @@ class Supervisor:
         self._start = start
         self._watchdog, self._follower = watchdog, follower
         self._drain_s = drain_s
-        self._stop = Event()
+        self._stop = StopSignal()
         self._backoff = Backoff()
         self._told: str | None = None  # last of what went wrong in following the zoo
 

@@ -53,7 +53,8 @@ SAMPLING_INPUTS = (
 )
 HEALTH_INPUT = TensorField("health", "BOOL")  # ours: answered at once, beside the queue
 RELOAD_INPUT = TensorField("reload", "BOOL")  # ours: take over what has changed in the zoo
-INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT, RELOAD_INPUT)
+TELL_ERRORS_INPUT = TensorField("tell_errors", "BOOL")  # ours: errors as outputs, with a status
+INPUTS = (TEXT_INPUT, INPUT_IDS, MODEL, *SAMPLING_INPUTS, HEALTH_INPUT, TELL_ERRORS_INPUT, RELOAD_INPUT)
 
 TEXT_OUTPUT = TensorField("text_output", "STRING", (-1,))
 OUTPUTS = (
@@ -69,4 +70,5 @@ OUTPUTS = (
     TensorField("num_prompt_tokens", "INT32"),
     TensorField("num_cached_tokens", "INT32"),
     TensorField("error", "STRING"),
+    TensorField("error_status", "STRING"),  # a name of TritonError, for requests with tell_errors
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
@@ -29,15 +26,16 @@ from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.generate import deltas
 from blockzoo.server_config.openai.http import Endpoint, Exchange
 from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
+from blockzoo.server_config.openai.messages import Chat, read_messages
 from blockzoo.server_config.openai.requests import (
-    Chat,
     Generation,
     model_name,
     read_chat,
     read_completion,
-    read_messages,
 )
+from blockzoo.server_config.openai.status import Status, read_metrics
 from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
+from blockzoo.server_config.schema import MAX_TEXT_BYTES
 
 MAX_STREAMS = 1024
 """Answers that are generated at the same time."""
@@ -71,8 +69,8 @@ class OpenAIApp:
             get("/v1/models/{name:path}", self._show_model),
             post("/tokenize", self._tokenize),
             post("/detokenize", self._detokenize),
-            get("/metrics", self._metrics),
-            Route("/health", Endpoint(self._health, _anyone), methods=["GET"]),
+            get("/metrics", self._show_metrics),
+            Route("/health", Endpoint(self._show_health, _anyone), methods=["GET"]),
         ]
         errors = {405: _wrong_method}
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=errors)
@@ -93,8 +91,9 @@ class OpenAIApp:
         self._engine = EngineClient(self._grpc)
         self._pool = ThreadPoolExecutor(_THREADS, "blockzoo-openai")
         self._catalog = Catalog(self._zoo, self._engine, self._pool)
-        self._is_healthy = _Recent(self._engine.check)
-        self._metrics_text = _Recent(lambda: self._catalog.run(self._read_metrics))
+        self._status = Status(
+            self._engine, lambda: self._catalog.run(partial(read_metrics, self._metrics_url))
+        )
         yield
         await self._engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -214,6 +213,8 @@ class OpenAIApp:
         name = model_name(fields)
         special = fields.take("add_special_tokens", bool, True)
         prompt = fields.take("prompt", str)
+        if prompt is not None and len(prompt) > MAX_TEXT_BYTES:
+            raise fields.wrong("prompt", f"{len(prompt)} characters", f"at most {MAX_TEXT_BYTES}")
         chat = None if prompt is not None else read_messages(fields)
         fields.end()
         model = await self._find(exchange, name)
@@ -231,6 +232,8 @@ class OpenAIApp:
         tokens = fields.take("tokens", list)
         if tokens is None:
             raise fields.missing("tokens")
+        if len(tokens) > MAX_TEXT_BYTES:
+            raise fields.wrong("tokens", f"{len(tokens)} tokens", f"at most {MAX_TEXT_BYTES}")
         for token in tokens:
             if type(token) is not int or not 0 <= token < 2**31:
                 raise fields.wrong("tokens", token, "token ids")
@@ -241,46 +244,12 @@ class OpenAIApp:
 
     # ---- the server itself
 
-    async def _health(self, exchange: Exchange, body: Body) -> None:
-        await self._is_healthy()
+    async def _show_health(self, exchange: Exchange, body: Body) -> None:
+        await self._status.check()
         await exchange.json({"status": "ok"})
 
-    async def _metrics(self, exchange: Exchange, body: Body) -> None:
-        await exchange.data(await self._metrics_text(), "text/plain; version=0.0.4; charset=utf-8")
-
-    def _read_metrics(self) -> bytes:
-        try:
-            with urllib.request.urlopen(self._metrics_url, timeout=5) as response:
-                lines = response.read().decode().splitlines(keepends=True)
-        except OSError as error:
-            raise ApiError(503, f"The metrics cannot be read now: {error}", retry_after=2) from None
-        ours = [
-            line for line in lines if line.startswith(("blockzoo_", "# HELP blockzoo_", "# TYPE blockzoo_"))
-        ]
-        return "".join(ours).encode()
-
-
-class _Recent:
-    """A look-up that many may ask for and that is made once a second at most."""
-
-    def __init__(self, look: Callable[[], Awaitable[Any]]) -> None:
-        self._look = look
-        self._lock = asyncio.Lock()
-        self._when = float("-inf")
-        self._result: Any = None
-        self._error: ApiError | None = None
-
-    async def __call__(self) -> Any:
-        async with self._lock:
-            if time.monotonic() - self._when > _CHECK_S:
-                try:
-                    self._result, self._error = await self._look(), None
-                except ApiError as error:
-                    self._error = error
-                self._when = time.monotonic()
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        return self._result
+    async def _show_metrics(self, exchange: Exchange, body: Body) -> None:
+        await exchange.data(await self._status.metrics(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 class _NoRoute:

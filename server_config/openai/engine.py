@@ -30,7 +30,6 @@ _CHANNEL = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-_STATUS = {"triton_grpc_error": "true"}  # errors with their status, not as text alone
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
@@ -122,14 +121,14 @@ class EngineClient:
         async def one_request() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": ENGINE, "inputs": inputs, "request_id": request_id}
 
-        responses = self._client.stream_infer(one_request(), stream_timeout=timeout_s, headers=_STATUS)
+        responses = self._client.stream_infer(one_request(), stream_timeout=timeout_s)
         try:
             async for result, error in responses:
-                if error is not None:  # a server that does not know the header
-                    raise of_engine(grpc.StatusCode.UNKNOWN, str(error.message()))
+                if error is not None:  # of Triton itself, or of a model process that died
+                    raise of_engine("UNKNOWN", str(error.message()))
                 yield result
         except grpc.aio.AioRpcError as error:
-            raise of_engine(error.code(), error.details() or error.code().name) from None
+            raise of_engine(error.code().name, error.details() or error.code().name) from None
         except triton.InferenceServerException as error:
             raise ApiError(500, str(error.message())) from None
         finally:
@@ -153,7 +152,7 @@ def _inputs(request: EngineRequest) -> list[Any]:
         inputs.append(_tensor("input_ids", "INT32", request.prompt))
     if request.documents:
         inputs.append(_tensor("documents", "BYTES", [text.encode() for text in request.documents]))
-    flags = {"stream": request.stream, "exclude_input_in_output": True}
+    flags = {"tell_errors": True, "stream": request.stream, "exclude_input_in_output": True}
     return inputs + [_tensor(name, "BOOL", [value]) for name, value in flags.items()]
 
 
@@ -169,9 +168,9 @@ def _delta(result: Any) -> Delta:
         array = result.as_numpy(name)
         return None if array is None else array.reshape(-1)[-1]
 
-    problem, reason = last("error"), last("finish_reason")
+    problem, status, reason = last("error"), last("error_status"), last("finish_reason")
     if problem is not None:
-        raise ApiError(500, problem.decode())
+        raise of_engine("UNKNOWN" if status is None else status.decode(), problem.decode())
     logprobs, top_ids = result.as_numpy("output_log_probs"), result.as_numpy("top_token_ids")
     tops: tuple[tuple[tuple[int, float], ...], ...] = ()
     if top_ids is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
-
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -14,11 +12,11 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-_STATUS_OF = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-    grpc.StatusCode.UNAVAILABLE: 503,
+_STATUS_OF = {  # names of Triton and of gRPC
+    "INVALID_ARG": 400,
+    "NOT_FOUND": 404,
+    "DEADLINE_EXCEEDED": 504,
+    "UNAVAILABLE": 503,
 }
 
 
@@ -73,9 +71,9 @@ def full(message: str, seconds: int = 1) -> ApiError:
     return ApiError(429, message, None, "rate_limit_exceeded", seconds)
 
 
-def of_engine(status: grpc.StatusCode, message: str) -> ApiError:
+def of_engine(status: str, message: str) -> ApiError:
     """What the engine model, or the way to it, answered."""
-    if status is grpc.StatusCode.UNAVAILABLE and message.rstrip(".").endswith("later"):  # a full queue
+    if status == "UNAVAILABLE" and message.rstrip(".").endswith("again later"):  # a full queue
         return full(message)
     number = _STATUS_OF.get(status, 500)
     if number == 503:

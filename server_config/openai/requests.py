@@ -14,12 +14,10 @@ from blockzoo.runtime.api.request import MAX_LOGPROBS, MAX_TOKENS_LIMIT, GuidedD
 from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
 from blockzoo.server_config.openai.errors import invalid
 from blockzoo.server_config.openai.fields import Fields
-from blockzoo.server_config.openai.tools import Tools
+from blockzoo.server_config.openai.messages import Chat, read_messages, read_tools
 
 MAX_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
-MAX_MESSAGES = 4096
-MAX_TOOLS = 128
 _COMPLETION_TOKENS = 16  # OpenAI's default; chats go on as long as the model's length allows
 
 _SAMPLING = {  # field of the body -> field of SamplingParams
@@ -89,17 +87,6 @@ class Generation:
         return self.params if seed is None else replace(self.params, seed=(seed + index) % 2**64)
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """What a chat's template is given."""
-
-    messages: list[dict[str, Any]]
-    add_generation_prompt: bool
-    continue_final_message: bool
-    template_kwargs: dict[str, Any]
-    tools: Tools | None = None
-
-
 def model_name(fields: Fields) -> str:
     """The field `model`. Raises ApiError."""
     name = fields.take("model", str)
@@ -145,7 +132,7 @@ def read_chat(fields: Fields) -> tuple[Generation, Chat]:
     modalities = fields.take("modalities", list, ["text"])
     if modalities != ["text"]:
         raise fields.wrong("modalities", modalities, '["text"]')
-    tools = _read_tools(fields)
+    tools = read_tools(fields)
     if tools is not None and generation.params.guided is not None:
         raise invalid(
             "response_format",
@@ -155,84 +142,6 @@ def read_chat(fields: Fields) -> tuple[Generation, Chat]:
     fields.refuse(_NO_CHAT)
     fields.end()
     return generation, replace(chat, tools=tools)
-
-
-def read_messages(fields: Fields) -> Chat:
-    """Messages and what goes to the template with them. Raises ApiError."""
-    messages = fields.objects("messages", MAX_MESSAGES)
-    if not messages:
-        raise fields.missing("messages")
-    goes_on = fields.take("continue_final_message", bool, False)
-    begins = fields.take("add_generation_prompt", bool, not goes_on)
-    if goes_on and begins:
-        raise invalid(
-            "continue_final_message", "continue_final_message and add_generation_prompt are both true."
-        )
-    kwargs = fields.take("chat_template_kwargs", dict, {})
-    return Chat([_message(message) for message in messages], begins, goes_on, kwargs)
-
-
-def _message(fields: Fields) -> dict[str, Any]:
-    roles = ("system", "developer", "user", "assistant", "tool")
-    role = fields.one_of("role", roles)
-    if role is None:
-        raise fields.missing("role")
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role}  # templates know no other
-    calls = fields.objects("tool_calls", MAX_TOOLS) if role == "assistant" else None
-    if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-        message["content"] = _content(fields, "")
-    else:
-        message["content"] = _content(fields)
-    if role == "tool":
-        message["tool_call_id"] = fields.take("tool_call_id", str, "")
-    for name in ("name", "reasoning_content"):
-        value = fields.take(name, str)
-        if value is not None:
-            message[name] = value
-    fields.ignore(("refusal",))  # of an earlier answer that is sent back
-    fields.end()
-    return message
-
-
-def _call(fields: Fields) -> dict[str, Any]:
-    """A call of an earlier answer; templates write its arguments as an object."""
-    call_id = fields.take("id", str, "")
-    fields.one_of("type", ("function",))
-    fields.ignore(("index",))
-    function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
-    name = function.take("name", str)
-    if not name:
-        raise function.missing("name")
-    text = function.take("arguments", str, "{}")
-    try:
-        arguments = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise function.wrong("arguments", text, "a JSON object as text")
-    function.end()
-    fields.end()
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _content(fields: Fields, default: str | None = None) -> str:
-    """A text, or the texts of parts."""
-    content = fields.any("content")
-    if content is None and default is not None:
-        return default
-    if content is None:
-        raise fields.missing("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise fields.wrong("content", content, "a text, or a list of parts of type text")
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise fields.wrong(f"content[{index}]", part, 'a part {"type": "text", "text": ...}')
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _read_format(fields: Fields) -> GuidedDecoding | None:
@@ -266,50 +175,6 @@ def _read_format(fields: Fields) -> GuidedDecoding | None:
         raise invalid("response_format", str(error), "invalid_value") from None
     form.end()
     return guided
-
-
-def _read_tools(fields: Fields) -> Tools | None:
-    """The functions offered; None where there are none, or none may be called."""
-    parallel = fields.take("parallel_tool_calls", bool, True)
-    tools = tuple(_tool(tool) for tool in fields.objects("tools", MAX_TOOLS) or ())
-    names = [tool["function"]["name"] for tool in tools]
-    if len(set(names)) < len(names):
-        raise invalid("tools", "tools has two functions of one name; give each a name of its own.")
-    choice = fields.any("tool_choice")
-    forced: tuple[str, ...] = ()
-    if isinstance(choice, dict):
-        named = Fields(choice, "tool_choice.")
-        named.one_of("type", ("function",))
-        function = Fields(named.take("function", dict, {}), "tool_choice.function.")
-        name = function.take("name", str)
-        if name not in names:
-            raise function.wrong("name", name, "the name of one of the tools")
-        function.end()
-        named.end()
-        forced = (name,)
-    elif choice == "required":
-        forced = tuple(names)
-    elif choice not in (None, "none", "auto"):
-        raise fields.wrong("tool_choice", choice, "'none', 'auto', 'required' or a function")
-    if choice == "required" and not tools:
-        raise fields.missing("tools")
-    return Tools(tools, forced, parallel) if tools and choice != "none" else None
-
-
-def _tool(fields: Fields) -> dict[str, Any]:
-    fields.one_of("type", ("function",))
-    function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
-    name = function.take("name", str)
-    if not name:
-        raise function.missing("name")
-    description = function.take("description", str, "")
-    parameters = function.take("parameters", dict, {"type": "object", "properties": {}})
-    function.ignore(("strict",))
-    function.end()
-    fields.end()
-    # templates read all three
-    inner = {"name": name, "description": description, "parameters": parameters}
-    return {"type": "function", "function": inner}
 
 
 def _prompts(fields: Fields) -> tuple[str | list[int], ...]:

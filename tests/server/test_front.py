@@ -239,6 +239,17 @@ def test_a_refused_request_gets_its_error(front, engine):
     assert bad.sender.sent[0].error.code == "NOT_FOUND"
 
 
+def test_a_client_may_be_told_errors_by_outputs(front, engine):
+    engine.refusal = OverloadedError("full")
+    request = Request(text_input="x", tell_errors=True)
+    front.handle(request)
+    wait_for(lambda: request.sender.final)
+    (response,) = request.sender.sent
+    assert response.error is None
+    told = {name: array.reshape(-1) for name, array in response.tensors.items()}
+    assert (told["error"][0], told["error_status"][0]) == (b"full", b"UNAVAILABLE")
+
+
 def test_a_cancelled_request_is_aborted_and_ends_without_a_response(front, engine):
     request = Request(text_input="x")
     take(front, engine, request)

@@ -275,3 +275,16 @@ def test_health_metrics_and_routes_that_are_none(endpoint):
     ):
         status, _, text = endpoint.ask(method, path)
         assert (status, set(json.loads(text)["error"])) == (expected, {"message", "type", "param", "code"})
+
+
+def test_texts_and_tokens_are_bounded(endpoint):
+    for path, field, value in (
+        ("/tokenize", "prompt", "x" * (2 << 20)),
+        ("/detokenize", "tokens", [1] * (2 << 20)),
+    ):
+        status, _, text = endpoint.ask("POST", path, {"model": "base", field: value})
+        error = json.loads(text)["error"]
+        assert (status, error["param"]) == (400, field)
+        assert "at most 1048576" in error["message"]
+    body = {"model": "base", "prompt": "x" * (2 << 20)}
+    assert endpoint.ask("POST", "/v1/completions", body)[0] == 400

@@ -79,6 +79,7 @@ def test_an_engine_that_dies_ends_streams_and_is_served_again(endpoint):
     connection = endpoint.open("POST", "/v1/completions", {**BODY, "stream": True}, timeout=60)
     response = connection.getresponse()
     assert response.readline().startswith(b"data: {")
+    assert response.readline() == b"\n"
     os.kill(endpoint.served.model_pid("blockzoo"), signal.SIGKILL)
     rest = response.read().decode()
     connection.close()
