@@ -7,7 +7,8 @@ stream makes an ensemble over a decoupled model count the request as in flight f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,10 @@ import numpy as np
 
 from blockzoo.runtime.api.request import RequestOutput, TokenLogprob
 from blockzoo.server_config.schema import ParsedRequest
+from blockzoo.server_config.tensors import OUTPUTS
+
+_NUMPY = {"STRING": object, "INT32": np.int32, "FP32": np.float32}
+_TYPE_OF = {field.name: _NUMPY[field.data_type] for field in OUTPUTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +104,22 @@ def strings(text: str) -> np.ndarray:
 def integers(values: Sequence[int]) -> np.ndarray:
     """An INT32 tensor [1, len(values)]."""
     return np.array([values], np.int32).reshape(1, -1)
+
+
+def pack(tensors: Mapping[str, np.ndarray]) -> str:
+    """Output tensors as text; `unpack` gives the same ones back."""
+    return json.dumps({name: [array.shape, _values(array)] for name, array in tensors.items()})
+
+
+def unpack(text: str) -> dict[str, np.ndarray]:
+    """The tensors of a packed text."""
+    found = {}
+    for name, (shape, values) in json.loads(text).items():
+        values = [v.encode() for v in values] if _TYPE_OF[name] is object else values
+        found[name] = np.array(values, _TYPE_OF[name]).reshape(shape)
+    return found
+
+
+def _values(array: np.ndarray) -> list[object]:
+    values = array.reshape(-1).tolist()
+    return [v.decode() for v in values] if array.dtype == np.object_ else values

@@ -20,6 +20,7 @@ from blockzoo.server_config.answer import Response, integers, send, strings
 
 SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
 INTERNAL = "internal"  # parameter of requests that a model of this server sends for a client
+PACKED = "OK"  # begins the error that carries the answer to one of them
 
 
 def internal_mark(secret: str) -> str:

@@ -35,8 +35,8 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.api.request import RequestOutput
-from blockzoo.server_config.answer import Answer, Response, send
-from blockzoo.server_config.control import Control
+from blockzoo.server_config.answer import Answer, Response, pack, send
+from blockzoo.server_config.control import PACKED, Control
 from blockzoo.server_config.exporter import MetricsExporter
 from blockzoo.server_config.fair_queue import FairQueue
 from blockzoo.server_config.schema import ParsedRequest, num_bytes, parse_request
@@ -331,6 +331,8 @@ class EngineFront:
     def _send(self, sender: Any, response: Response, internal: bool) -> None:
         if internal and response.error is not None:  # the status is lost on the way through Triton
             response = replace(response, error=f"{response.status}:{response.error}")
+        elif internal and response.tensors:  # see unary.py
+            response = replace(response, tensors={}, error=f"{PACKED}:{pack(response.tensors)}")
         send(self._pb, sender, response)
 
     def _log(self, message: str) -> None:

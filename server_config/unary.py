@@ -4,6 +4,11 @@ Triton refuses `infer` to a decoupled model, and a model's process holds one mod
 own that calls `blockzoo` inside the server. Calls beyond those under way wait here, in turns of the models,
 and their time runs meanwhile. A call that is cancelled while it waits ends; later the cancellation does not
 reach the inner request, and its time limit bounds it.
+
+Triton's stub (2.51) makes the arrays of an inner response's tensors without holding Python's lock: beside any
+other thread that corrupts the heap, and the process died after some 100 to 1,000 calls. Errors are plain
+strings there, so the engine model sends the answer packed as one. Triton's count of failed requests of
+`blockzoo` therefore holds those that this model forwards too.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from blockzoo.runtime.api.errors import OverloadedError, RequestError
-from blockzoo.server_config.answer import Response, send, strings
-from blockzoo.server_config.control import INTERNAL, internal_mark
+from blockzoo.server_config.answer import Response, send, strings, unpack
+from blockzoo.server_config.control import INTERNAL, PACKED, internal_mark
 from blockzoo.server_config.fair_queue import FairQueue
 from blockzoo.server_config.schema import num_bytes, time_limit
 from blockzoo.server_config.tensors import OUTPUTS
@@ -146,10 +151,12 @@ class UnaryFront:
         for response in inner.exec(decoupled=True):
             if response.has_error():
                 status, _, message = response.error().message().partition(":")
+                if status == PACKED:
+                    return Response(unpack(message), final=True)
                 if status not in _STATUSES:  # of Triton, or of an engine that does not know us
                     status, message = "INVALID_ARG", response.error().message()
                 return Response(error=message, final=True, status=status)
-            if response.output_tensors():
+            if response.output_tensors():  # of an engine that does not know us
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
                 return Response(tensors, final=True)
         return Response(error="the engine model ended the request without a response", final=True)

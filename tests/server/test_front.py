@@ -17,6 +17,7 @@ from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.server_config.answer import unpack
 from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
@@ -477,6 +478,23 @@ def test_without_a_secret_nobody_is_the_launcher(engine, triton):
         front.handle(request)
         assert "reload is not for clients" in request.sender.sent[0].error.message
     front.close(0)
+
+
+def test_a_model_of_the_server_gets_answers_as_text(front, engine):
+    whole, refused = (
+        Request({"internal": MARK}, text_input="x", model="chat"),
+        Request(text_input="x", model="chat"),
+    )
+    for request in (whole, refused):
+        take(front, engine, request)
+    engine.emit("four", "length")
+    wait_for(lambda: whole.sender.final and refused.sender.final)
+    (packed,), (plain,) = whole.sender.sent, refused.sender.sent
+    assert packed.error.message.startswith("OK:")
+    found = unpack(packed.error.message.removeprefix("OK:"))
+    assert found.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        assert np.array_equal(found[name], tensor)
 
 
 def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from blockzoo.server_config import unary
+from blockzoo.server_config.answer import pack
 from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.unary import UnaryFront
 
@@ -112,6 +113,27 @@ def test_the_status_of_an_error_comes_through(front, triton, said, code, message
     request = Request(model="base", text_input="x")
     front.handle(request)
     assert outcome(request) == (code, message)
+
+
+def test_an_answer_comes_through_as_text(front, triton):
+    """Tensors of an inner response would be made without Python's lock."""
+    tensors = {
+        "text_output": np.array([["ż: {"]], object),
+        "token_ids": np.array([[5, -1]], np.int32),
+        "output_log_probs": np.array([[[-0.1, -1e-30, -np.inf]]], np.float32),
+        "finish_reason": np.array([["length"]], object),
+    }
+    for name in ("text_output", "finish_reason"):
+        tensors[name][0, 0] = tensors[name][0, 0].encode()
+    triton.error = f"OK:{pack(tensors)}"
+    request = Request(model="base", text_input="x")
+    front.handle(request)
+    assert outcome(request) == ("ok", "ż: {")
+    (response,) = request.sender.sent
+    assert response.tensors.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert response.tensors[name].dtype == expected.dtype
+        assert np.array_equal(response.tensors[name], expected)
 
 
 def test_time_runs_while_a_call_waits(front, triton):
