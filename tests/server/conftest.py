@@ -118,6 +118,14 @@ class ServedZoo:
         """The Python process of a model; none while it is being restarted."""
         return next(pid for pid, command in _children(self.server_pid()) if f"/{model}/1/model.py" in command)
 
+    def processes(self) -> dict[str, int]:
+        """Process ids by role: "launcher", "tritonserver", and the models that run now."""
+        found = {"launcher": self.process.pid, "tritonserver": self.server_pid()}
+        for pid, command in _children(found["tritonserver"]):
+            if match := re.search(r"/(\w+)/1/model\.py", command):
+                found[match[1]] = pid
+        return found
+
     def shared_memory(self) -> list[str]:
         """Regions of this launcher's servers."""
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"blockzoo-{self.process.pid}-")]
@@ -153,8 +161,8 @@ def serve_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     """Start zoo-serve on a zoo and wait until it serves; all are stopped after the module."""
     started: list[ServedZoo] = []
 
-    def start(zoo: Path, *options: str) -> ServedZoo:
-        served = ServedZoo(zoo, tmp_path_factory.mktemp("serve"), *options)
+    def start(zoo: Path, *options: str, scratch: Path | None = None) -> ServedZoo:
+        served = ServedZoo(zoo, scratch or tmp_path_factory.mktemp("serve"), *options)
         started.append(served)
         served.wait_until_serving()
         return served
