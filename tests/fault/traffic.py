@@ -230,6 +230,8 @@ class Traffic:
             outcome, said = "hung", repr(error)
         except AssertionError as error:
             outcome, said = "wrong", str(error)[:2000]
+        except InferenceServerException as error:  # a stream that ended while it was asked
+            outcome, said = "cut", repr(error)
         except (OSError, http.client.HTTPException) as error:
             outcome, said = "cut", repr(error)
         except Exception:  # a bug of a client must not end its thread unseen

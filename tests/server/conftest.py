@@ -74,7 +74,11 @@ class ServedZoo:
         """An HTTP request that is sent but not yet answered."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=timeout)
         payload = body if isinstance(body, bytes) else json.dumps(body)
-        connection.request("POST", f"/v2/models/{model}/{endpoint}", payload, {"Connection": "close"})
+        try:
+            connection.request("POST", f"/v2/models/{model}/{endpoint}", payload, {"Connection": "close"})
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def generate(self, model: str, text: str, max_tokens: int = 16, /, **inputs: Any) -> dict[str, Any]:
