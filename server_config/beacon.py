@@ -36,8 +36,8 @@ class Beacon:
                 written = self.taken
                 try:
                     _write(self._file, written)
-                except OSError:  # the launcher is gone, or the disk is full: then it is as if hung
-                    return
+                except OSError:  # the disk is full, for now: meanwhile it is as if hung
+                    written = None
             pause.wait(_EVERY_S)
 
 

@@ -17,7 +17,7 @@ from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESSING, UNARY
 
 _PROBE_TIMEOUT_S = 3.0
-_TIMEOUTS_ALLOWED = 3  # in a row: one may only mean that the machine is slow
+_TIMEOUTS_ALLOWED = 8  # in a row, so 30 s: machines were seen to stand still for 11; what has died says so
 _FIRST_INFERENCE_S = 600.0
 _RELOAD_S = 60.0
 _SAMPLE = {

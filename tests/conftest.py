@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for quiet and triton_tensors
 
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, which must be chosen before triton is imported

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import random
@@ -16,13 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-# the server tests' fixture and client
-_path = Path(__file__).parents[1] / "server" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("served_zoo", _path)
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-serve_zoo = _module.serve_zoo
 
 HEALED_WITHIN_S = 30.0  # about 4 s on an idle machine
 TENANTS = ("base", "notes", "solver")

@@ -10,72 +10,19 @@ import itertools
 import random
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from quiet import Live, Quiet, check_equal, note, params, words
 
-from blockzoo.runtime import EngineConfig, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.api.errors import RequestError
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.zoo.manifest import Manifest
 
 MODELS = ("base", "solver", "notes", "notes-merged", "base-sharded")
-NEAR = 2e-3  # two tokens whose log-probabilities differ by less may change places by rounding
-
-
-def words(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 2048, length).tolist()
-
-
-@dataclass
-class Live:
-    model: str  # of the quiet engine, whatever it is called now
-    prompt: list[int]
-    max_tokens: int
-    kv_reuse: str
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-class Quiet:
-    """What each model answers when nothing else goes on."""
-
-    def __init__(self, zoo: Path) -> None:
-        config = EngineConfig(precision="f32", kv_cache_bytes=64 << 20, prefix_caching=False, num_threads=1)
-        self._engine = LLMEngine(zoo, config)
-        self._known: dict[tuple[str, tuple[int, ...], int], Live] = {}
-
-    def answer(self, asked: Live) -> Live:
-        key = asked.model, tuple(asked.prompt), asked.max_tokens
-        if key not in self._known:
-            found = self._known[key] = Live(asked.model, asked.prompt, asked.max_tokens, "off")
-            self._engine.add_request("q", asked.model, asked.prompt, params(asked.max_tokens))
-            while self._engine.has_unfinished():
-                for output in self._engine.step():
-                    note(found, output)
-        return self._known[key]
-
-
-def params(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=0)
-
-
-def note(live: Live, output: RequestOutput) -> None:
-    assert output.error is None, output.error
-    live.tokens += output.token_ids
-    live.logprobs += [entry.logprob for entry in output.logprobs or ()]
-
-
-def check_equal(found: Live, expected: Live) -> None:
-    """Equal tokens and log-probabilities, up to where rounding decides between two tokens."""
-    count = len(expected.tokens)
-    assert len(found.tokens) == count
-    same = next((i for i in range(count) if found.tokens[i] != expected.tokens[i]), count)
-    assert found.logprobs[:same] == pytest.approx(expected.logprobs[:same], abs=5e-3), found
-    if same < count:
-        assert abs(found.logprobs[same] - expected.logprobs[same]) < NEAR, (found, expected)
 
 
 class Fuzz:

@@ -76,7 +76,11 @@ class ServedZoo:
         """An HTTP request that is sent but not yet answered."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=timeout)
         payload = body if isinstance(body, bytes) else json.dumps(body)
-        connection.request("POST", f"/v2/models/{model}/{endpoint}", payload, {"Connection": "close"})
+        try:
+            connection.request("POST", f"/v2/models/{model}/{endpoint}", payload, {"Connection": "close"})
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def generate(self, model: str, text: str, max_tokens: int = 16, /, **inputs: Any) -> dict[str, Any]:
@@ -120,6 +124,14 @@ class ServedZoo:
         """The Python process of a model; none while it is being restarted."""
         return next(pid for pid, command in _children(self.server_pid()) if f"/{model}/1/model.py" in command)
 
+    def processes(self) -> dict[str, int]:
+        """Process ids by role: "launcher", "tritonserver", and the models that run now."""
+        found = {"launcher": self.process.pid, "tritonserver": self.server_pid()}
+        for pid, command in _children(found["tritonserver"]):
+            if match := re.search(r"/(\w+)/1/model\.py", command):
+                found[match[1]] = pid
+        return found
+
     def shared_memory(self) -> list[str]:
         """Regions of this launcher's servers."""
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"blockzoo-{self.process.pid}-")]
@@ -155,8 +167,8 @@ def serve_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
     """Start zoo-serve on a zoo and wait until it serves; all are stopped after the module."""
     started: list[ServedZoo] = []
 
-    def start(zoo: Path, *options: str) -> ServedZoo:
-        served = ServedZoo(zoo, tmp_path_factory.mktemp("serve"), *options)
+    def start(zoo: Path, *options: str, scratch: Path | None = None) -> ServedZoo:
+        served = ServedZoo(zoo, scratch or tmp_path_factory.mktemp("serve"), *options)
         started.append(served)
         served.wait_until_serving()
         return served

@@ -9,10 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from triton_tensors import tensors
 from tritonclient.utils import InferenceServerException
 
 LARGE = ("The quick brown fox jumps over the lazy dog; 12345 def main(x):\n" * 17_000)[: 1 << 20]
@@ -198,7 +198,7 @@ def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
 
     def infer(protocol, asked) -> str:
         try:
-            asked.infer("blockzoo_unary", inputs(protocol, **values))
+            asked.infer("blockzoo_unary", tensors(protocol, **values))
         except InferenceServerException as error:
             return f"{error.status()}: {error.message()}"
         return "answered"
@@ -212,15 +212,3 @@ def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
         said = list(pool.map(lambda _: small.post("blockzoo", values), range(6)))
     assert {answer["error"] for status, answer in said if status != 200} == {refusal}
     small.stop()
-
-
-def inputs(protocol, **values):
-    """Inputs of a Triton client."""
-    made = []
-    for name, value in values.items():
-        text = isinstance(value, str)
-        tensor = protocol.InferInput(name, [1, 1], "BYTES" if text else "INT32")
-        array = np.array([[value.encode()]], object) if text else np.array([[value]], np.int32)
-        tensor.set_data_from_numpy(array)
-        made.append(tensor)
-    return made

@@ -15,14 +15,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from triton_tensors import tensors
 from tritonclient.utils import InferenceServerException
-
-from blockzoo.server_config.tensors import INPUTS
 
 TENANTS = ("base", "notes", "solver")
 PROMPT = "def parse(line):\n    key, value = line."
-NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_, "STRING": object}
-TYPE_OF = {field.name: field.data_type for field in INPUTS}
 FOREVER = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
 
 
@@ -35,19 +32,6 @@ def server(serve_zoo, demo_zoo):
 def grpc(server):
     with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
         yield client
-
-
-def tensors(client, **values):
-    """Inputs of a Triton client with a leading batch dimension."""
-    made = []
-    for name, value in values.items():
-        value = value if isinstance(value, list) else [value]
-        kind = TYPE_OF.get(name, "STRING")
-        array = np.array([[v.encode() if isinstance(v, str) else v for v in value]], NUMPY[kind])
-        tensor = client.InferInput(name, list(array.shape), "BYTES" if kind == "STRING" else kind)
-        tensor.set_data_from_numpy(array)
-        made.append(tensor)
-    return made
 
 
 def grpc_stream(server, model, inputs, **options):
