@@ -60,6 +60,11 @@ class Endpoints:
         """Base URL of the HTTP endpoint, for a client on this machine."""
         return f"http://{self.client_host}:{self.http_port}"
 
+    @property
+    def grpc(self) -> str:
+        """host:port of the gRPC endpoint, likewise."""
+        return f"{self.client_host}:{self.grpc_port}"
+
 
 _OPERATORS_APIS = "shared-memory,model-repository,logging,trace,statistics"
 
