@@ -56,6 +56,11 @@ class Endpoints:
         """Base URL of the HTTP endpoint, for a client on this machine."""
         return f"http://{self.client_host}:{self.http_port}"
 
+    @property
+    def grpc(self) -> str:
+        """host:port of the gRPC endpoint, likewise."""
+        return f"{self.client_host}:{self.grpc_port}"
+
 
 OPERATOR_KEY = "BLOCKZOO_OPERATOR_KEY"
 """Environment variable: who sends its value may use the operators' protocols, as perf_analyzer does for

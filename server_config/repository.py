@@ -59,6 +59,7 @@ class ServerSettings:
         drain_s: seconds that running requests have when the model is unloaded.
         control_dir: folder shared with the launcher; None without one.
         publish: absolute paths of files with documents to publish.
+        grpc: host:port at which the server's models reach its own gRPC endpoint.
     """
 
     zoo: str
@@ -66,6 +67,7 @@ class ServerSettings:
     drain_s: float = 30.0
     control_dir: str | None = None
     publish: tuple[str, ...] = ()
+    grpc: str = "127.0.0.1:8001"
 
     @classmethod
     def of_model(cls, args: Mapping[str, str]) -> ServerSettings:

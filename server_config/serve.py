@@ -231,14 +231,19 @@ def _publish(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _write_only(args: argparse.Namespace) -> int:
+    from blockzoo.runtime.api.errors import InvalidRequestError
     from blockzoo.server_config.launcher import Endpoints, server_arguments
     from blockzoo.server_config.repository import ServerSettings, write_repository
 
     folder = Path(args.write_only).resolve()
     zoo = str(Path(args.zoo).resolve())
-    settings = ServerSettings(zoo, _engine_settings(args), args.drain_seconds, publish=_publish(args))
-    tenants = write_repository(folder, settings)
     endpoints = Endpoints(args.host, args.http_port, args.grpc_port, args.metrics_port)
+    if not endpoints.grpc_port:
+        raise InvalidRequestError("--grpc-port is 0; --write-only needs the port that the server will have")
+    settings = ServerSettings(
+        zoo, _engine_settings(args), args.drain_seconds, publish=_publish(args), grpc=endpoints.grpc
+    )
+    tenants = write_repository(folder, settings)
     command = ["tritonserver", *server_arguments(folder, endpoints, args.drain_seconds)]
     _check_weights(args, tenants)
     print(f"wrote {folder} for {', '.join(tenants)}; serve it with\n\n  " + " \\\n    ".join(command))
@@ -269,7 +274,7 @@ def _serve(args: argparse.Namespace) -> int:
         repository, control_dir = folder / "models", folder / "control"
         control_dir.mkdir()
         zoo = str(Path(args.zoo).resolve())
-        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish)
+        settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish, endpoints.grpc)
         secret = secrets.token_urlsafe(32)
         watchdog = Watchdog(endpoints.http, "", secret, control_dir)
         follower = Follower(settings, repository, watchdog.reload)
@@ -330,7 +335,7 @@ def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path
     metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
     options = {
         "zoo": Path(args.zoo).resolve(),
-        "grpc": f"{endpoints.client_host}:{endpoints.grpc_port}",
+        "grpc": endpoints.grpc,
         "metrics": metrics,
         "host": _openai_host(args),
         "port": args.openai_port,
@@ -348,7 +353,7 @@ def _print_endpoints(
     print(
         f"serving {len(tenants)} models of {args.zoo}: {', '.join(tenants)}\n{openai}"
         f"  HTTP     {endpoints.http}\n"
-        f"  gRPC     {host}:{endpoints.grpc_port}\n"
+        f"  gRPC     {endpoints.grpc}\n"
         f"  metrics  http://{host}:{endpoints.metrics_port}/metrics\n"
         f"  server   tritonserver {version}\n"
         "try\n"

@@ -1,35 +1,21 @@
-"""The engine model `blockzoo` as an asynchronous iterator: one gRPC stream per generated answer.
-
-Closing the iterator, or cancelling the task that waits for it, cancels the stream, which frees the request in
-the engine's next step.
-"""
+"""The engine model `blockzoo` as an asynchronous iterator over an answer."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import grpc
 import numpy as np
 import tritonclient.grpc.aio as triton
 
 from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.server_config.engine_streams import EngineError, EngineStreams
 from blockzoo.server_config.openai.errors import ApiError, of_engine
-from blockzoo.server_config.repository import ENGINE
 
-_CHANNEL = [
-    ("grpc.max_receive_message_length", 256 << 20),  # a long answer in one response
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.lb_policy_name", "pick_first"),
-    # a server that was started again is found within as many milliseconds
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
 _DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 
 
@@ -76,27 +62,25 @@ class EngineClient:
     """
 
     def __init__(self, target: str) -> None:
-        self._client = triton.InferenceServerClient(target, channel_args=_CHANNEL)
+        self._streams = EngineStreams(target)
         self._looking = asyncio.Semaphore(16)
 
     async def close(self) -> None:
         """Cancel everything under way."""
-        await self._client.close()
+        await self._streams.close()
 
     async def ready(self, names: Iterable[str]) -> list[str]:
         """Those of the models that it serves now. Raises ApiError."""
         names = list(names)
         try:
             found = await asyncio.gather(*map(self._is_ready, names))
-        except triton.InferenceServerException as error:
-            raise ApiError(
-                503, f"The engine cannot be reached now: {error.message()}", retry_after=2
-            ) from None
+        except EngineError as error:
+            raise ApiError(503, f"The engine cannot be reached now: {error}", retry_after=2) from None
         return [name for name, is_ready in zip(names, found, strict=True) if is_ready]
 
     async def _is_ready(self, name: str) -> bool:
         async with self._looking:
-            return await self._client.is_model_ready(name, client_timeout=5.0)
+            return await self._streams.is_ready(name)
 
     async def check(self) -> None:
         """Ask the engine model how it is. Raises ApiError where it does not serve."""
@@ -118,21 +102,12 @@ class EngineClient:
     async def _infer(
         self, inputs: list[Any], request_id: str = "", timeout_s: float | None = None
     ) -> AsyncGenerator[Any, None]:
-        async def one_request() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": ENGINE, "inputs": inputs, "request_id": request_id}
-
-        responses = self._client.stream_infer(one_request(), stream_timeout=timeout_s)
         try:
-            async for result, error in responses:
-                if error is not None:  # of Triton itself, or of a model process that died
-                    raise of_engine("UNKNOWN", str(error.message()))
-                yield result
-        except grpc.aio.AioRpcError as error:
-            raise of_engine(error.code().name, error.details() or error.code().name) from None
-        except triton.InferenceServerException as error:
-            raise ApiError(500, str(error.message())) from None
-        finally:
-            responses.cancel()
+            async with aclosing(self._streams.infer(inputs, request_id, timeout_s=timeout_s)) as results:
+                async for result in results:
+                    yield result
+        except EngineError as error:
+            raise of_engine(error.status, str(error)) from None
 
 
 def _inputs(request: EngineRequest) -> list[Any]:

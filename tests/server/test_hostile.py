@@ -203,7 +203,10 @@ def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
             return f"{error.status()}: {error.message()}"
         return "answered"
 
-    refusal = "2 requests are running or waiting; send it again later"
+    refusal = (
+        "2 requests are waiting or running already, 2 of them of 'base', whose share of the 2 that may be "
+        "is 2 (max_waiting): send the request again later"
+    )
     with client, over_http, ThreadPoolExecutor(6) as pool:
         said = list(pool.map(lambda _: infer(tritonclient.grpc, client), range(6)))
         assert set(said) == {"answered", f"StatusCode.UNAVAILABLE: {refusal}"}

@@ -120,6 +120,27 @@ def test_write_only_writes_the_repository_and_prints_the_command(demo_zoo, tmp_p
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ([], "127.0.0.1:8001"),
+        (["--grpc-port", "9001", "--host", "0.0.0.0"], "127.0.0.1:9001"),
+        (["--host", "10.0.0.5"], "10.0.0.5:8001"),
+    ],
+)
+def test_the_models_are_told_where_the_servers_grpc_is(demo_zoo, tmp_path, options, target):
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), *options]) == 0
+    assert (
+        f'\\"grpc\\": \\"{target}\\"' in (tmp_path / "models" / "blockzoo_unary" / "config.pbtxt").read_text()
+    )
+
+
+def test_a_repository_cannot_be_written_for_any_free_port(demo_zoo, tmp_path, capsys):
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), "--grpc-port", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "--grpc-port is 0; --write-only needs the port that the server will have" in said
+
+
 def test_no_model_batches_in_triton():
     texts = configurations(["chat"], ServerSettings("/zoo")).values()
     assert all("max_batch_size: 1\n" in text for text in texts)

@@ -10,6 +10,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,31 @@ def test_plain_infer_over_http_and_grpc(server, grpc):
         with pytest.raises(InferenceServerException, match="no model 'bose'; did you mean 'base'") as caught:
             client.infer("blockzoo_unary", tensors(tritonclient.http, **{**values, "model": "bose"}))
         assert caught.value.status() == "404"
+
+
+def num_threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+@pytest.mark.parametrize("way", ["generate", "gRPC"])
+def test_bursts_of_plain_calls_are_all_answered(server, grpc, way):
+    """200 at once: Triton's requests between models ended the process about every second time."""
+    pid = server.model_pid("blockzoo_unary")
+    values = {"text_input": PROMPT, "model": "base", "max_tokens": 2, "exclude_input_in_output": True}
+    expected = server.generate("base", PROMPT, 2)["text_output"]
+
+    def ask(_: int) -> str:
+        if way == "generate":
+            return server.post("blockzoo_unary", values, timeout=60)[1]["text_output"]
+        result = grpc.infer("blockzoo_unary", tensors(tritonclient.grpc, **values), client_timeout=60)
+        return result.as_numpy("text_output")[0, 0].decode()
+
+    with ThreadPoolExecutor(200) as pool:
+        for _ in range(3):
+            assert set(pool.map(ask, range(200))) == {expected}
+            assert server.model_pid("blockzoo_unary") == pid
+    assert num_threads(pid) < 40  # none for each call
+    assert not any("restarting" in line for line in server.err), server.err
 
 
 def test_a_client_of_the_tensorrt_llm_backend(server):
@@ -389,6 +415,17 @@ def test_a_cancelled_grpc_stream_frees_its_request(server):
         answers.get(timeout=30)
         client.stop_stream(cancel_requests=True)
     server.wait_for(lambda: num_aborted(server) == before + 1)
+    assert server.metrics()["blockzoo_pages_used"] == 0
+
+
+def test_a_cancelled_plain_call_frees_its_request(server):
+    before = num_aborted(server)
+    with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+        inputs = tensors(tritonclient.grpc, text_input="x", model="base", **FOREVER)
+        call = client.async_infer("blockzoo_unary", inputs, lambda result, error: None)
+        server.wait_for(lambda: server.metrics()["blockzoo_requests_running"] == 1)
+        call.cancel()
+        server.wait_for(lambda: num_aborted(server) == before + 1)
     assert server.metrics()["blockzoo_pages_used"] == 0
 
 

@@ -1,18 +1,19 @@
-"""Plain calls beside a scripted engine model: what waits, for how long, and what comes back."""
+"""Plain calls beside a scripted engine model on a gRPC endpoint: what waits, and what comes back."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from blockzoo.server_config import unary
-from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.unary import UnaryFront
 
 _path = Path(__file__).with_name("test_front.py")
@@ -27,56 +28,87 @@ class Request(_module.Request):
         return ""
 
 
-class Triton(RecordingTriton):
-    """Inner requests, answered as a test scripts it."""
+class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """The engine model, answering as a test scripts it, on a port that stays the same."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.gate = threading.Event()
         self.gate.set()
-        self.error: str | None = None
+        self.error: tuple[grpc.StatusCode, str] | None = None
         self.asked: list[SimpleNamespace] = []
+        self.cancelled: list[SimpleNamespace] = []
+        self.port = 0
+        self.start()
 
-    def InferenceRequest(self, **options):  # noqa: N802 -- Triton's name
-        inner = SimpleNamespace(**options)
-        inner.exec = lambda decoupled: self._run(inner)
-        return inner
+    def start(self) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.start()
 
-    def _run(self, inner):
-        self.asked.append(inner)
-        assert self.gate.wait(10)
-        error = self.error
-        tensors = [self.Tensor("text_output", np.array([[b"answer"]], object))]
-        yield SimpleNamespace(
-            has_error=lambda: error is not None,
-            error=lambda: SimpleNamespace(message=lambda: error),
-            output_tensors=lambda: tensors,
-        )
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def ModelStreamInfer(self, requests, context):  # noqa: N802 -- Triton's name
+        for request in requests:
+            parameters = {name: value.string_param for name, value in request.parameters.items()}
+            asked = SimpleNamespace(
+                model=request.model_name,
+                parameters=parameters,
+                timeout=request.parameters["timeout"].int64_param,
+                inputs=dict(
+                    zip([tensor.name for tensor in request.inputs], request.raw_input_contents, strict=True)
+                ),
+            )
+            context.add_callback(lambda asked=asked: self.gate.is_set() or self.cancelled.append(asked))
+            self.asked.append(asked)
+            while not self.gate.wait(0.02):
+                if not context.is_active():
+                    return
+            if self.error is not None:
+                context.abort(*self.error)
+            response = service_pb2.ModelStreamInferResponse()
+            for name, kind, raw in (
+                ("text_output", "BYTES", b"\6\0\0\0answer"),
+                ("token_ids", "INT32", np.array([5, -1], np.int32).tobytes()),
+            ):
+                shape = [1, 1 if kind == "BYTES" else 2]
+                response.infer_response.outputs.add(name=name, datatype=kind, shape=shape)
+                response.infer_response.raw_output_contents.append(raw)
+            yield response
+
+
+@pytest.fixture
+def engine():
+    made = Engine()
+    yield made
+    made.gate.set()
+    made.stop()
 
 
 @pytest.fixture
 def triton():
-    return Triton()
+    return RecordingTriton()
 
 
 @pytest.fixture
-def front(triton, demo_zoo, monkeypatch):
+def front(engine, triton, demo_zoo, monkeypatch):
     monkeypatch.setattr(unary, "_MAX_CALLS", 2)
     monkeypatch.setattr(unary, "_POLL_S", 0.01)
-    made = UnaryFront(triton, demo_zoo, "secret", 600.0)
+    made = UnaryFront(triton, demo_zoo, f"127.0.0.1:{engine.port}", 600.0)
     yield made
-    triton.gate.set()
+    engine.gate.set()
     made.close(10)
     assert triton.logged == []
 
 
-def fill(front, triton) -> list[Request]:
-    """Calls of one model that keep its thread busy until the gate is opened, and one that waits."""
-    triton.gate.clear()
+def fill(front, engine) -> list[Request]:
+    """Calls of one model that keep its place taken until the gate is opened, and one that waits."""
+    engine.gate.clear()
     calls = [Request(model="base", text_input=f"{i}") for i in range(2)]
     for call in calls:
         front.handle(call)
-    wait_for(lambda: len(triton.asked) == 1)
+    wait_for(lambda: len(engine.asked) == 1)
     return calls
 
 
@@ -88,63 +120,110 @@ def outcome(request: Request) -> tuple[str, str]:
     return "ok", response.tensors["text_output"][0, 0].decode()
 
 
-def test_a_call_gets_the_engines_answer(front, triton):
-    request = Request(model="base", text_input="x")
+def test_a_call_gets_the_engines_answer(front, engine):
+    request = Request({"secret": "s", "priority": 1}, model="base", text_input="x", max_tokens=4)
     front.handle(request)
     assert outcome(request) == ("ok", "answer")
-    (inner,) = triton.asked
-    assert inner.parameters["internal"] == internal_mark("secret")
-    assert "secret" not in inner.parameters
-    assert 599e6 < inner.parameters["timeout"] <= 600e6
+    assert request.sender.sent[0].tensors["token_ids"].tolist() == [[5, -1]]
+    (asked,) = engine.asked
+    assert asked.model == "blockzoo"
+    expected = {"model": b"\4\0\0\0base", "text_input": b"\1\0\0\0x", "max_tokens": b"\4\0\0\0"}
+    assert asked.inputs == expected
+    assert asked.parameters.items() >= {"secret": "s"}.items()
+    assert "priority" not in asked.parameters
+    assert 599e6 < asked.timeout <= 600e6
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "message"),
+    ("said", "code"),
     [
-        ("UNAVAILABLE:full", "UNAVAILABLE", "full"),
-        ("NOT_FOUND:no model", "NOT_FOUND", "no model"),
-        ("INVALID_ARG:top_p: wrong", "INVALID_ARG", "top_p: wrong"),
-        ("Stub process: gone", "INVALID_ARG", "Stub process: gone"),
+        (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+        (grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARG"),
+        (grpc.StatusCode.INTERNAL, "INTERNAL"),
     ],
 )
-def test_the_status_of_an_error_comes_through(front, triton, said, code, message):
-    triton.error = said
+def test_the_status_of_an_error_comes_through(front, engine, said, code):
+    engine.error = said, "top_p: wrong"
     request = Request(model="base", text_input="x")
     front.handle(request)
-    assert outcome(request) == (code, message)
+    assert outcome(request) == (code, "top_p: wrong")
 
 
-def test_time_runs_while_a_call_waits(front, triton):
-    calls = fill(front, triton)
+def test_a_parameter_of_any_type_reaches_who_refuses_it(front, engine):
+    request = Request({"top_q": 2**64 - 1, "up": [1]}, model="base", text_input="x")
+    front.handle(request)
+    assert outcome(request) == ("ok", "answer")
+    assert engine.asked[0].parameters.items() >= {"top_q": str(2**64 - 1), "up": "[1]"}.items()
+
+
+def test_a_request_larger_than_a_message_is_refused(front, engine):
+    request = Request(model="base", text_input="x" * (65 << 20))
+    front.handle(request)
+    code, message = outcome(request)
+    assert (code, "larger than max" in message) == ("INVALID_ARG", True), message
+
+
+def test_a_connection_that_breaks_is_made_again(front, engine):
+    under_way, _ = fill(front, engine)
+    engine.stop()
+    code, message = outcome(under_way)
+    assert code == "UNAVAILABLE", message
+    refused = Request(model="base", text_input="x")
+    front.handle(refused)
+    assert outcome(refused)[0] == "UNAVAILABLE"
+    engine.gate.set()
+    engine.start()
+
+    def answered() -> bool:
+        again = Request(model="base", text_input="x")
+        front.handle(again)
+        return outcome(again) == ("ok", "answer")
+
+    wait_for(answered)
+
+
+def test_time_runs_while_a_call_waits(front, engine):
+    calls = fill(front, engine)
     late = Request(timeout=30_000, model="base", text_input="late")
     front.handle(late)
     assert outcome(late) == ("UNAVAILABLE", "the request took longer than its time limit of 0.03 s")
-    triton.gate.set()
+    engine.gate.set()
     assert [outcome(call) for call in calls] == [("ok", "answer")] * 2
-    assert len(triton.asked) == 2
+    assert len(engine.asked) == 2
 
 
-def test_what_has_waited_counts(front, triton):
-    fill(front, triton)
+def test_what_has_waited_counts(front, engine):
+    fill(front, engine)
     waits = Request({"timeout": 10_000_000}, model="base", text_input="waits")
     front.handle(waits)
     threading.Event().wait(0.05)
-    triton.gate.set()
+    engine.gate.set()
     assert outcome(waits) == ("ok", "answer")
-    assert triton.asked[-1].parameters["timeout"] <= 9_950_000
+    assert engine.asked[-1].timeout <= 9_950_000
 
 
-def test_a_call_cancelled_while_it_waits_ends(front, triton):
-    fill(front, triton)
+def test_a_call_cancelled_while_it_waits_ends(front, engine):
+    fill(front, engine)
     cancelled = Request(model="base", text_input="x")
     front.handle(cancelled)
     cancelled.sender.cancelled = True
     assert outcome(cancelled) == ("UNAVAILABLE", "the request was cancelled")
 
 
-def test_a_flood_is_refused_and_holds_no_other_model(front, triton, monkeypatch):
-    fill(front, triton)
-    monkeypatch.setattr(front._queue, "_capacity", 8 << 16)
+def test_a_call_cancelled_under_way_is_cancelled_in_the_engine(front, engine):
+    under_way, waits = fill(front, engine)
+    under_way.sender.cancelled = True
+    assert outcome(under_way) == ("UNAVAILABLE", "the request was cancelled")
+    wait_for(lambda: engine.cancelled == engine.asked[:1])
+    wait_for(lambda: len(engine.asked) == 2)  # its place is free
+    engine.gate.set()
+    assert outcome(waits) == ("ok", "answer")
+
+
+def test_a_flood_is_refused_and_holds_no_other_model(front, engine, monkeypatch):
+    fill(front, engine)
+    monkeypatch.setattr(front._turns, "_capacity", 8 << 16)
     flood = [Request(model="base", text_input="x") for _ in range(20)]
     for call in flood:
         front.handle(call)
@@ -153,34 +232,43 @@ def test_a_flood_is_refused_and_holds_no_other_model(front, triton, monkeypatch)
     assert {outcome(call)[0] for call in refused} == {"UNAVAILABLE"}
     other = Request(model="notes", text_input="other")
     front.handle(other)
-    wait_for(lambda: len(triton.asked) == 2)  # on the thread that a flood leaves free
-    assert triton.asked[-1].inputs[0].as_numpy()[0, 0] == b"notes"
+    wait_for(lambda: len(engine.asked) == 2)  # in the place that a flood leaves free
+    assert engine.asked[-1].inputs["model"].endswith(b"notes")
 
 
-def test_names_that_clients_make_up_share_one_turn(front, triton):
-    triton.gate.clear()
+def test_names_that_clients_make_up_share_one_turn(front, engine):
+    engine.gate.clear()
     made_up = [Request(model=f"made up {i}", text_input="x") for i in range(4)]
     for call in made_up:
         front.handle(call)
-    wait_for(lambda: len(triton.asked) == 1)
+    wait_for(lambda: len(engine.asked) == 1)
     front.handle(Request(model="base", text_input="x"))
-    wait_for(lambda: len(triton.asked) == 2)
-    assert triton.asked[-1].inputs[0].as_numpy()[0, 0] == b"base"
+    wait_for(lambda: len(engine.asked) == 2)
+    assert engine.asked[-1].inputs["model"].endswith(b"base")
 
 
-def test_health_is_answered_while_calls_wait(front, triton):
-    fill(front, triton)
+def test_health_is_answered_while_calls_wait(front, engine):
+    fill(front, engine)
     probe = Request(health=True)
     front.handle(probe)
     assert probe.sender.sent[0].tensors["text_output"].tolist() == [[b"ok"]]
 
 
-def test_calls_that_wait_at_the_end_are_told(triton, demo_zoo, monkeypatch):
+def test_health_tells_of_a_loop_that_hangs(front, monkeypatch):
+    monkeypatch.setattr(unary, "_STALL_S", -1.0)
+    probe = Request(health=True)
+    front.handle(probe)
+    assert outcome(probe) == ("UNAVAILABLE", "the thread that forwards calls has stopped")
+
+
+def test_calls_that_are_left_at_the_end_are_told(engine, triton, demo_zoo, monkeypatch):
     monkeypatch.setattr(unary, "_MAX_CALLS", 2)
-    front = UnaryFront(triton, demo_zoo)
-    calls = fill(front, triton)
+    front = UnaryFront(triton, demo_zoo, f"127.0.0.1:{engine.port}")
+    calls = fill(front, engine)
+    assert engine.asked[0].timeout == 0
     front.close(0)
-    assert outcome(calls[1]) == ("UNAVAILABLE", "the server is shutting down; send the request elsewhere")
-    triton.gate.set()
-    assert outcome(calls[0]) == ("ok", "answer")
-    assert json.dumps(triton.asked[0].parameters) == "{}"
+    late = Request(model="base", text_input="x")
+    front.handle(late)
+    why = "the server is shutting down; send the request elsewhere"
+    assert [outcome(call) for call in (*calls, late)] == [("UNAVAILABLE", why)] * 3
+    assert triton.logged == []

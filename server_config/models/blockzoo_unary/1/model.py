@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.server_config.beacon import Beacon
-from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.repository import ServerSettings
 from blockzoo.server_config.unary import UnaryFront
 
@@ -18,10 +16,10 @@ class TritonPythonModel:
     """Triton's interface to `UnaryFront`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Start the threads that wait for answers."""
+        """Start the thread that waits for answers."""
         settings = ServerSettings.of_model(args)
         limit = settings.engine.get("max_request_seconds")
-        self._front = UnaryFront(pb_utils, Path(settings.zoo), os.environ.get(SECRET_VARIABLE), limit)
+        self._front = UnaryFront(pb_utils, Path(settings.zoo), settings.grpc, limit)
         self._drain_s = settings.drain_s
         self._beacon = Beacon(settings.control_dir, args["model_name"])
 
