@@ -19,12 +19,6 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.server_config.answer import Response, integers, send, strings
 
 SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
-INTERNAL = "internal"  # parameter of requests that a model of this server sends for a client
-
-
-def internal_mark(secret: str) -> str:
-    """What a model of this server shows to be told more of errors; gives no right to what the secret does."""
-    return hmac.new(secret.encode(), INTERNAL.encode(), "sha256").hexdigest()
 
 
 class Control:
@@ -65,13 +59,6 @@ class Control:
             ).start()
         else:
             return False
-        return True
-
-    def take_internal(self, parameters: dict[str, Any]) -> bool:
-        """Whether a model of this server sent a request with these parameters; its mark is taken out."""
-        if self._secret is None or not _same(parameters.get(INTERNAL), internal_mark(self._secret)):
-            return False
-        del parameters[INTERNAL]
         return True
 
     def _from_launcher(self, parameters: Mapping[str, Any]) -> bool:

@@ -63,7 +63,6 @@ class _Stream:
     answer: Answer
     arrival: float
     deadline: float | None
-    internal: bool  # of `blockzoo_unary`
     submitted: float | None = None  # when the engine got it
     last_token: float | None = None
     cancelled: bool = False
@@ -110,17 +109,15 @@ class EngineFront:
     def handle(self, request: Any) -> None:
         """Take one request; whatever happens, its sender gets exactly one final flag, here or later."""
         sender = request.get_response_sender()
-        internal = False
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             if "tell_errors" in inputs and inputs["tell_errors"].any():
                 sender = TellingSender(sender)
             parameters = json.loads(request.parameters() or "{}")
-            internal = self._control.take_internal(parameters)
             if not self._control.answer(sender, inputs, parameters):
-                self._start(request, inputs, parameters, sender, internal)
+                self._start(request, inputs, parameters, sender)
         except Exception as error:
-            self._send(sender, self._refusal(error), internal)
+            send(self._pb, sender, self._refusal(error))
 
     def close(self, timeout_s: float) -> None:
         """Let requests finish for up to `timeout_s`, end the others, stop all threads."""
@@ -143,9 +140,7 @@ class EngineFront:
         self._end_ids, self._left_out = self._engine.end_ids, self._engine.left_out
         self._max_bytes = max(self._engine.max_prompt_bytes.values(), default=0) + _OTHER_BYTES
 
-    def _start(
-        self, request: Any, inputs: dict[str, Any], parameters: dict[str, Any], sender: Any, internal: bool
-    ) -> None:
+    def _start(self, request: Any, inputs: dict[str, Any], parameters: dict[str, Any], sender: Any) -> None:
         if self._drain_deadline is not None:
             raise OverloadedError("the server is shutting down; send the request elsewhere")
         size = sum(map(num_bytes, inputs.values()))
@@ -158,7 +153,7 @@ class EngineFront:
         parsed = parse_request(inputs, parameters, self._end_ids, self._left_out)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
-        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline, internal)
+        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline)
         waiting = self._short if size <= _SHORT_BYTES else self._long
         with self._lock:  # the front thread sees it once it cannot be refused here any more
             if self._ended:
@@ -328,12 +323,7 @@ class EngineFront:
     # ---- both threads
 
     def _answer(self, stream: _Stream, response: Response) -> None:
-        self._send(stream.sender, response, stream.internal)
-
-    def _send(self, sender: Any, response: Response, internal: bool) -> None:
-        if internal and response.error is not None:  # the status is lost on the way through Triton
-            response = replace(response, error=f"{response.status}:{response.error}")
-        send(self._pb, sender, response)
+        send(self._pb, stream.sender, response)
 
     def _log(self, message: str) -> None:
         self._pb.Logger.log_error(message)

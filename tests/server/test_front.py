@@ -17,13 +17,11 @@ from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
 from blockzoo.runtime.serve.metrics import Metrics
 from blockzoo.runtime.serve.reload import Reloaded
-from blockzoo.server_config.control import internal_mark
 from blockzoo.server_config.front import DRAIN_FILE, EngineFront
 from blockzoo.zoo.errors import ManifestError
 
 FINAL = 1
 SECRET = "of the launcher"
-MARK = internal_mark(SECRET)
 
 
 class RecordingTriton:
@@ -469,7 +467,7 @@ def test_a_front_thread_that_dies_ends_every_request(engine, triton, tmp_path, m
 
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}, {"secret": "\ud800"}, {"internal": MARK}],
+    [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}, {"secret": "\ud800"}],
 )
 def test_a_reload_is_not_for_clients(front, engine, parameters):
     request = Request(parameters, reload=True)
@@ -489,16 +487,3 @@ def test_without_a_secret_nobody_is_the_launcher(engine, triton):
         front.handle(request)
         assert "reload is not for clients" in request.sender.sent[0].error.message
     front.close(0)
-
-
-def test_a_model_of_the_server_is_told_the_status_of_errors(front, engine):
-    late, bad = Request({"internal": MARK, "timeout": 10_000}, text_input="x"), Request({"internal": MARK})
-    take(front, engine, late)
-    front.handle(bad)
-    wait_for(lambda: late.sender.final)
-    said = [request.sender.sent[0].error.message for request in (late, bad)]
-    assert said[0] == "UNAVAILABLE:the request took longer than its timeout of 0.01 s"
-    assert said[1].startswith("INVALID_ARG:the prompt is missing")
-    guess = Request({"internal": "guess"}, text_input="x")
-    front.handle(guess)
-    assert "there is no input 'internal'" in guess.sender.sent[0].error.message

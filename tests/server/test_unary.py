@@ -34,7 +34,8 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
-        self.error: tuple[grpc.StatusCode, str] | None = None
+        self.error: tuple[grpc.StatusCode, str] | None = None  # of the way to it
+        self.refusal: dict[str, str] = {}  # outputs of its own
         self.asked: list[SimpleNamespace] = []
         self.cancelled: list[SimpleNamespace] = []
         self.port = 0
@@ -68,10 +69,9 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):
             if self.error is not None:
                 context.abort(*self.error)
             response = service_pb2.ModelStreamInferResponse()
-            for name, kind, raw in (
-                ("text_output", "BYTES", b"\6\0\0\0answer"),
-                ("token_ids", "INT32", np.array([5, -1], np.int32).tobytes()),
-            ):
+            said = {"text_output": "answer", **self.refusal}
+            texts = [(n, "BYTES", len(t).to_bytes(4, "little") + t.encode()) for n, t in said.items()]
+            for name, kind, raw in (*texts, ("token_ids", "INT32", np.array([5, -1], np.int32).tobytes())):
                 shape = [1, 1 if kind == "BYTES" else 2]
                 response.infer_response.outputs.add(name=name, datatype=kind, shape=shape)
                 response.infer_response.raw_output_contents.append(raw)
@@ -128,7 +128,7 @@ def test_a_call_gets_the_engines_answer(front, engine):
     (asked,) = engine.asked
     assert asked.model == "blockzoo"
     expected = {"model": b"\4\0\0\0base", "text_input": b"\1\0\0\0x", "max_tokens": b"\4\0\0\0"}
-    assert asked.inputs == expected
+    assert asked.inputs == expected | {"tell_errors": b"\1"}
     assert asked.parameters.items() >= {"secret": "s"}.items()
     assert "priority" not in asked.parameters
     assert 599e6 < asked.timeout <= 600e6
@@ -145,6 +145,14 @@ def test_a_call_gets_the_engines_answer(front, engine):
 )
 def test_the_status_of_an_error_comes_through(front, engine, said, code):
     engine.error = said, "top_p: wrong"
+    request = Request(model="base", text_input="x")
+    front.handle(request)
+    assert outcome(request) == (code, "top_p: wrong")
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "NOT_FOUND", "INVALID_ARG", "INTERNAL"])
+def test_the_status_of_a_refusal_comes_through(front, engine, code):
+    engine.refusal = {"error": "top_p: wrong", "error_status": code}
     request = Request(model="base", text_input="x")
     front.handle(request)
     assert outcome(request) == (code, "top_p: wrong")
