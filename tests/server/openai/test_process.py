@@ -52,7 +52,7 @@ def test_a_full_server_says_when_to_ask_again(endpoint):
         status, headers, text = endpoint.ask("POST", "/v1/completions", {**BODY, "stream": stream})
         error = json.loads(text)["error"]
         assert (status, headers["retry-after"], error["type"]) == (429, "1", "rate_limit_error")
-        assert "4 requests are running or waiting" in error["message"]
+        assert "4 requests are waiting or running already" in error["message"]
     with pytest.raises(openai.RateLimitError):
         endpoint.client.completions.create(model="base", prompt="x")
     # of several answers one is refused: all end
