@@ -52,7 +52,7 @@ def board() -> tuple[Board, MetricsExporter]:
 def test_who_runs_waits_and_is_refused_by_model() -> None:
     seen, exporter = board()
     recorder, scheduler, cache = MetricsRecorder(), Scheduler(SchedulerConfig(max_num_seqs=2)), KVCache(100)
-    adapters: Any = SimpleNamespace(num_bytes=0, num_loads=0, num_evictions=0)
+    adapters: Any = SimpleNamespace(num_bytes=0, num_loads=0, num_evictions=0, num_reloads=0)
     for number, model in enumerate(["a", "a", "b", "a"]):
         seq = TokenSequence(str(number), model, cache, [Segment(0, 1, "k")], "s", [5, 6], float(number))
         scheduler.add(seq)
