@@ -8,6 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,23 +233,29 @@ def test_a_folder_that_cannot_be_used_keeps_nothing_and_says_so_once(
     assert store.num_rejected == 0
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may have more than a page: writing ends as it does on a full disk."""
+    """No file of this process may have more than a page: writing ends as it does on a full disk.
+
+    Not for longer than the writing: pytest's own output may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_without_room_keeps_nothing_and_says_so_once(
-    small_files: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(tmp_path / "folder")
     large = replace(PART, token_ids=np.tile(PART.token_ids, 64))
     keys, values = (np.ones(large.shape, np.float32) for _ in range(2))
-    store.save(large, keys, values)
-    store.save(large, keys, values)
+    with small_files():
+        store.save(large, keys, values)
+        store.save(large, keys, values)
     assert len(caplog.records) == 1
     assert "written); name a folder that can be written, on a disk with room" in caplog.text
     assert list((tmp_path / "folder").iterdir()) == []
