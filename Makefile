@@ -19,7 +19,7 @@ $(OUT)/zoo: FORCE
 test:
 	@.ci/venv test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all:
 	@.ci/venv test
