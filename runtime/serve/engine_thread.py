@@ -114,7 +114,7 @@ class EngineThread:
             self._pending[request_id] = _Pending(request, on_output)
             self._held[request.seq.tenant] += 1
             self._inbox.append(request)
-            self._wake.notify()
+            self._wake.notify_all()
 
     def _check_queue(self, request: Request) -> None:
         """As the scheduler does, which sees at most these requests: what passes here passes there."""
@@ -130,7 +130,7 @@ class EngineThread:
         """Ask for the end of a request; its last output says "abort". Unknown ids are ignored."""
         with self._wake:
             self._aborts.append(request_id)
-            self._wake.notify()
+            self._wake.notify_all()
 
     def reload(self) -> Reloaded:
         """As `LLMEngine.reload`; in the calling thread, while the engine's goes on."""
@@ -138,7 +138,7 @@ class EngineThread:
             return self.engine.reload()
         finally:
             with self._wake:  # published documents follow in the engine's thread
-                self._wake.notify()
+                self._wake.notify_all()
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Publish a document between two steps and wait for it; running requests pause meanwhile.
@@ -151,7 +151,7 @@ class EngineThread:
             if self.error is not None or self._stop:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")
             self._publications.append((done, (name, text, models)))
-            self._wake.notify()
+            self._wake.notify_all()
         return done.result()
 
     def metrics(self) -> Metrics:
