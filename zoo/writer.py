@@ -133,7 +133,7 @@ class ZooWriter:
             (temporary / name).parent.mkdir(exist_ok=True)
             _write_synced(temporary / name, content)
         for written in {temporary, *((temporary / name).parent for name in files)}:
-            _sync_directory(written)
+            sync_directory(written)
         temporary.rename(folder)
         return tokenizer
 
@@ -151,7 +151,7 @@ class ZooWriter:
         manifest.check("manifest.json")
         for name in _FOLDERS:
             if (self.path / name).is_dir():
-                _sync_directory(self.path / name)
+                sync_directory(self.path / name)
         temporary = self.path / f"{_TEMPORARY}manifest.json"
         content = manifest.to_text().encode()
         self._new.append(temporary)
@@ -163,7 +163,7 @@ class ZooWriter:
             (self.path / _RESERVE).unlink(missing_ok=True)
             _write_synced(temporary, content)
         temporary.rename(self.path / "manifest.json")
-        _sync_directory(self.path)
+        sync_directory(self.path)
         self._new.clear()
         self.manifest = manifest
         freed = self._collect_garbage()
@@ -207,7 +207,8 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory reach the disk."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -85,7 +85,7 @@ class CallGraph:
         """Per call, the earlier ones that it must follow."""
         return _conflicts(self.calls)
 
-    @property
+    @cached_property
     def is_chain(self) -> bool:
         """Whether no two calls may run at the same time."""
         return all(i - 1 in self.waits_for[i] for i in range(1, len(self.calls)))

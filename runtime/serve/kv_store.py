@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile, tensor_file_bytes, write_tensor_file
+from blockzoo.zoo.writer import sync_directory
 
 _FORMAT = 1
 _SUFFIX, _TEMPORARY = ".safetensors", ".tmp-"
@@ -132,7 +133,7 @@ class KVStore:
                 return
             write_tensor_file(temporary, tensors, metadata)
             os.replace(temporary, path)
-            _sync_folder(self._folder)
+            sync_directory(self._folder)
             self._used.add(path)
         except OSError as error:
             with suppress(OSError):
@@ -196,11 +197,3 @@ def _checksum(tensors: Mapping[str, BlockTensor]) -> str:
     for name in ("key", "value"):
         digest.update(np.ascontiguousarray(tensors[name].data).data)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
