@@ -19,7 +19,7 @@ $(OUT)/zoo: FORCE
 test:
 	@.ci/venv test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-all:
 	@.ci/venv test

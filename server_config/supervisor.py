@@ -12,7 +12,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.follow import Follower
@@ -48,31 +49,47 @@ class Backoff:
 
 
 class StopSignal:
-    """Set by a signal handler, waited for by the thread that the handler interrupts.
+    """Set by SIGINT and SIGTERM, and waited for by the main thread, in which handlers run.
 
-    (There an Event would sometimes wait for its own lock, for ever.)
+    Python runs a handler between two instructions: a signal that comes right before a wait begins is noted,
+    and its handler would run behind the wait. So the note itself, a byte in a pipe, ends it.
     """
 
     def __init__(self) -> None:
         self._set = False
-        self._readable = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # once it is set
+        self._readable, self._writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def set(self) -> None:
-        """From a signal handler, or any thread."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals set it, another one then raises KeyboardInterrupt; at the end handlers are as before."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._on_signal) for number in numbers]
+        wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._set:
+            raise KeyboardInterrupt
         self._set = True
-        os.eventfd_write(self._readable, 1)
 
     def is_set(self) -> bool:
-        """Whether it was set."""
+        """Whether a signal came."""
         return self._set
 
     def wait(self, timeout_s: float) -> bool:
-        """Until it is set, or the time is over; whether it is set."""
-        select.select([self._readable], [], [], timeout_s)
+        """Until a signal comes, or the time is over; whether it is set."""
+        if not self._set and select.select([self._readable], [], [], timeout_s)[0]:
+            os.read(self._readable, 4096)
         return self._set
 
     def __del__(self) -> None:
         os.close(self._readable)
+        os.close(self._writable)
 
 
 class Supervisor:
@@ -95,8 +112,10 @@ class Supervisor:
 
     def run(self, on_ready: Callable[[], None]) -> int:
         """Serve; the exit status. Raises ServerError, ZooError when the first start fails."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        with self._stop.listening():
+            return self._run(on_ready)
+
+    def _run(self, on_ready: Callable[[], None]) -> int:
         self._process = self._start()
         try:
             self._wait_until_serving()
@@ -165,11 +184,6 @@ class Supervisor:
         if not self._follower.tenants:
             raise ServerError("no model is served:\n" + "\n".join(self._follower.left_out.values()))
         self._watchdog.tenant = self._follower.tenants[0]
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop.is_set():
-            raise KeyboardInterrupt
-        self._stop.set()
 
     def _wait_until_serving(self) -> None:
         while not self._watchdog.ready():
