@@ -35,11 +35,12 @@ from blockzoo.runtime.api.errors import (
     UnknownModelError,
 )
 from blockzoo.runtime.api.request import RequestOutput
-from blockzoo.server_config.answer import Answer, Response, TellingSender, send
+from blockzoo.server_config.answer import Answer, Response, TellingSender, send, strings
 from blockzoo.server_config.control import Control
 from blockzoo.server_config.exporter import MetricsExporter
 from blockzoo.server_config.fair_queue import FairQueue
 from blockzoo.server_config.schema import ParsedRequest, num_bytes, parse_request
+from blockzoo.server_config.tensors import REQUEST_ID
 
 if TYPE_CHECKING:
     from blockzoo.runtime import EngineThread
@@ -63,6 +64,7 @@ class _Stream:
     answer: Answer
     arrival: float
     deadline: float | None
+    is_step: bool = False  # of a tenant's ensemble
     submitted: float | None = None  # when the engine got it
     last_token: float | None = None
     cancelled: bool = False
@@ -99,6 +101,7 @@ class EngineFront:
         self._short = FairQueue("blockzoo-short", 2, _SHORT_WAITING)
         self._long = FairQueue("blockzoo-long", 1, _LONG_WAITING)
         self._drain_deadline: float | None = None
+        self._abandoned: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._next_check = 0
         self._closing = False
         self._ended = False
@@ -118,6 +121,10 @@ class EngineFront:
                 self._start(request, inputs, parameters, sender)
         except Exception as error:
             send(self._pb, sender, self._refusal(error))
+
+    def abandon(self, request_id: str) -> None:
+        """The client of a request has gone, as another step of its ensemble has seen; from any thread."""
+        self._abandoned.put(request_id)
 
     def close(self, timeout_s: float) -> None:
         """Let requests finish for up to `timeout_s`, end the others, stop all threads."""
@@ -153,7 +160,8 @@ class EngineFront:
         parsed = parse_request(inputs, parameters, self._end_ids, self._left_out)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
-        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline)
+        is_step = {"input_ids", "text_input"} <= inputs.keys()  # clients send one of them
+        stream = _Stream(uuid.uuid4().hex, sender, Answer(parsed), now, deadline, is_step)
         waiting = self._short if size <= _SHORT_BYTES else self._long
         with self._lock:  # the front thread sees it once it cannot be refused here any more
             if self._ended:
@@ -307,14 +315,20 @@ class EngineFront:
                 self._give_up(stream)
 
     def _check_cancellations(self) -> None:
-        """Ask Triton about some of the streams, in turn."""
+        """Take in who has gone, and ask Triton about some of the other streams, in turn."""
+        while not self._abandoned.empty():
+            self._cancel(self._streams.get(self._abandoned.get()))
         streams = self._live()
         for _ in range(min(len(streams), _CANCEL_CHECKS)):
             self._next_check = (self._next_check + 1) % len(streams)
             stream = streams[self._next_check]
             if not stream.cancelled and stream.sender.is_cancelled():
-                stream.cancelled = True
-                self._give_up(stream)
+                self._cancel(stream)
+
+    def _cancel(self, stream: _Stream | None) -> None:
+        if stream is not None and not stream.cancelled:
+            stream.cancelled = True
+            self._give_up(stream)
 
     def _live(self) -> list[_Stream]:
         with self._lock:
@@ -323,6 +337,8 @@ class EngineFront:
     # ---- both threads
 
     def _answer(self, stream: _Stream, response: Response) -> None:
+        if stream.is_step and response.tensors:
+            response.tensors[REQUEST_ID.name] = strings(stream.request_id)
         send(self._pb, stream.sender, response)
 
     def _log(self, message: str) -> None:

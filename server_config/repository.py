@@ -26,6 +26,7 @@ from blockzoo.server_config.tensors import (
     INPUTS,
     MODEL,
     OUTPUTS,
+    REQUEST_ID,
     SAMPLING_INPUTS,
     TEXT_INPUT,
     TEXT_OUTPUT,
@@ -40,6 +41,7 @@ _POSTPROCESSING_INPUTS = (
     TensorField("text", "STRING"),
     TensorField("token_ids", "INT32", (-1,)),
     MODEL,
+    REQUEST_ID,
     HEALTH_INPUT,
 )
 _VALID_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -165,7 +167,7 @@ def configurations(
     known = tenants if inputs is None else inputs
     tenant_inputs = [*(TensorField(tenant_input(tenant), "STRING") for tenant in known), HEALTH_INPUT]
     return {
-        ENGINE: _python_model(ENGINE, INPUTS, OUTPUTS, _ONE_BY_ONE + _DECOUPLED, settings),
+        ENGINE: _python_model(ENGINE, INPUTS, (*OUTPUTS, REQUEST_ID), _ONE_BY_ONE + _DECOUPLED, settings),
         UNARY: _python_model(UNARY, INPUTS, OUTPUTS, _ONE_BY_ONE, settings),
         PREPROCESSING: _python_model(PREPROCESSING, tenant_inputs, (INPUT_IDS, MODEL), _ONE_BY_ONE, settings),
         POSTPROCESSING: _python_model(
@@ -205,9 +207,13 @@ def _ensemble(tenant: str) -> str:
         _step(
             ENGINE,
             {"input_ids": "_ids", "model": "_model", "text_input": "text_input", **sampling},
-            {"text_output": "_text", **passed_on},
+            {"text_output": "_text", REQUEST_ID.name: "_request", **passed_on},
         ),
-        _step(POSTPROCESSING, {"text": "_text"}, {"text_output": "text_output"}),
+        _step(
+            POSTPROCESSING,
+            {"text": "_text", REQUEST_ID.name: "_request"},
+            {"text_output": "text_output"},
+        ),
     )
     return (
         f'name: "{tenant}"\nplatform: "ensemble"\n{_ONE_BY_ONE}'

@@ -72,3 +72,4 @@ OUTPUTS = (
     TensorField("error", "STRING"),
     TensorField("error_status", "STRING"),  # a name of TritonError, for requests with tell_errors
 )
+REQUEST_ID = TensorField("engine_request_id", "STRING")  # ours: of the engine's step in a tenant's stream

@@ -9,7 +9,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from blockzoo.server_config.answer import Response, integers, send, strings
 from blockzoo.server_config.fair_queue import FairQueue
 from blockzoo.server_config.repository import ServerSettings, tenant_input
 from blockzoo.server_config.schema import checked_text, did_you_mean, time_limit
+from blockzoo.server_config.tensors import REQUEST_ID
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.store import Zoo, manifest_stamp
@@ -32,6 +33,7 @@ from blockzoo.zoo.store import Zoo, manifest_stamp
 Tensors = Mapping[str, np.ndarray]
 _PREFIX = tenant_input("")
 _SHORT_BYTES, _SHORT_WAITING, _LONG_WAITING = 1 << 16, 64 << 20, 128 << 20  # as in front.py
+_LOOK_EVERY_S, _MAX_LOOKED_AT = 0.1, 4096
 _OK = {"text_output": strings("ok")}
 
 
@@ -171,20 +173,36 @@ class Postprocessor:
 
     Args:
         pb: the `triton_python_backend_utils` module.
+        tell_abandoned: called with the engine's id of a stream whose client has gone.
     """
 
-    def __init__(self, tokenizers: Tokenizers, pb: Any) -> None:
+    def __init__(self, tokenizers: Tokenizers, pb: Any, tell_abandoned: Callable[[str], None]) -> None:
         self._tokenizers, self._pb = tokenizers, pb
+        self._tell_abandoned = tell_abandoned
+        self._next_look: dict[bytes, float] = {}  # at streams, by their id
 
     def respond(self, request: Any) -> Any:
         """The response to one request, returned from `execute`: senders cost a round trip per token."""
         pb = self._pb
         try:
-            outputs = self.answer({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if REQUEST_ID.name in inputs:
+                self._look_at_client(request, inputs[REQUEST_ID.name].reshape(-1)[0])
+            outputs = self.answer(inputs)
             return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs.items()])
         except BaseException as error:  # a tokenizer that panics raises no Exception
             message, status = _explain(pb, error)
             return pb.InferenceResponse([], error=pb.TritonError(message, getattr(pb.TritonError, status)))
+
+    def _look_at_client(self, request: Any, stream: bytes) -> None:
+        now = time.monotonic()
+        if now < self._next_look.get(stream, now):
+            return
+        if len(self._next_look) >= _MAX_LOOKED_AT:  # most of them have ended
+            self._next_look.clear()
+        self._next_look[stream] = now + _LOOK_EVERY_S
+        if request.is_cancelled():  # a round trip of some 0.05 ms
+            self._tell_abandoned(stream.decode("ascii", "replace"))
 
     def answer(self, inputs: Tensors) -> dict[str, np.ndarray]:
         """Its tensors. Raises InvalidRequestError."""

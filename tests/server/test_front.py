@@ -257,6 +257,22 @@ def test_a_cancelled_request_is_aborted_and_ends_without_a_response(front, engin
     assert request.sender.sent == []
 
 
+def test_a_step_of_an_ensemble_whose_client_has_gone_is_aborted(front, engine):
+    step = Request(text_input="x", input_ids=1, stream=True)
+    others = [Request(text_input="x", stream=True), Request(input_ids=1, stream=True)]
+    take(front, engine, step, *others)
+    engine.emit("a")
+    wait_for(lambda: all(request.sender.sent for request in (step, *others)))
+    (response,) = step.sender.sent
+    assert not any("engine_request_id" in other.sender.sent[0].tensors for other in others)
+    request_id = response.tensors["engine_request_id"][0, 0].decode()
+    front.abandon("0" * 32)
+    front.abandon(request_id)
+    wait_for(lambda: step.sender.final)
+    assert engine.aborted == [request_id]
+    assert step.sender.sent == [response]
+
+
 def test_a_timeout_ends_a_request_with_its_reason(front, engine):
     request = Request(timeout=10_000, text_input="x")
     front.handle(request)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 import shutil
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.text.tokenizer import Tokenizer
+from blockzoo.server_config.abandoned import AbandonedListener, AbandonedTeller
 from blockzoo.server_config.text_steps import Postprocessor, Preprocessor, Tokenizers
 
 _path = Path(__file__).with_name("test_front.py")
@@ -120,7 +124,7 @@ def test_a_tokenizer_that_panics_ends_its_request_alone(step, triton, monkeypatc
 
 
 def test_tokens_become_text_within_bounds(tokenizers, triton, monkeypatch):
-    step = Postprocessor(tokenizers, triton)
+    step = Postprocessor(tokenizers, triton, lambda request_id: None)
     ids = tokenizers["base"].tokenizer.encode("x = 1")
 
     def respond(**values):
@@ -135,6 +139,29 @@ def test_tokens_become_text_within_bounds(tokenizers, triton, monkeypatch):
     request._inputs[-1] = RecordingTriton.Tensor("token_ids", np.zeros((1, count), np.int32))
     assert f"token_ids has {count} tokens; expected at most" in step.respond(request).error.message
     assert "send token_ids and model, or text" in respond().error.message
+
+
+def test_streams_whose_client_has_gone_are_told(tokenizers, triton, tmp_path):
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    AbandonedListener(tmp_path, told.put)
+    step = Postprocessor(tokenizers, triton, AbandonedTeller(str(tmp_path)).tell)
+
+    def token(request_id: str, cancelled: bool = False) -> None:
+        request = Request(text="a", engine_request_id=request_id)
+        request.is_cancelled = lambda: cancelled
+        assert step.respond(request).tensors["text_output"].tolist() == [[b"a"]]
+
+    token("one")
+    token("two", cancelled=True)
+    assert told.get(timeout=10) == "two"
+    assert told.empty()
+    nobody = Postprocessor(tokenizers, triton, AbandonedTeller(None).tell)
+    nobody._look_at_client(SimpleNamespace(is_cancelled=lambda: True), b"three")
+    later = time.monotonic() + 10
+    while told.empty():  # a stream is looked at again, not at every token
+        assert time.monotonic() < later
+        token("one", cancelled=True)
+    assert told.get() == "one"
 
 
 def test_lengths_are_no_less_than_the_engine_takes(demo_zoo):

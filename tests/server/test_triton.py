@@ -393,9 +393,13 @@ def num_aborted(server) -> float:
     return server.metrics().get('blockzoo_requests_total{finish_reason="abort"}', 0)
 
 
-def test_a_closed_sse_connection_frees_its_request(server):
+STREAMED = pytest.mark.parametrize(("model", "more"), [("blockzoo", {"model": "base"}), ("base", {})])
+
+
+@STREAMED
+def test_a_closed_sse_connection_frees_its_request(server, model, more):
     before = num_aborted(server)
-    connection = server.open("blockzoo", {"text_input": "x", "model": "base", "stream": True, **FOREVER})
+    connection = server.open(model, {"text_input": "x", "stream": True, **more, **FOREVER})
     response = connection.getresponse()
     response.read1(10)
     response.close()
@@ -405,13 +409,14 @@ def test_a_closed_sse_connection_frees_its_request(server):
     assert server.metrics()["blockzoo_pages_used"] == 0
 
 
-def test_a_cancelled_grpc_stream_frees_its_request(server):
+@STREAMED
+def test_a_cancelled_grpc_stream_frees_its_request(server, model, more):
     before = num_aborted(server)
     answers: queue.Queue = queue.Queue()
     with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: answers.put(result))
-        inputs = tensors(tritonclient.grpc, text_input="x", model="base", stream=True, **FOREVER)
-        client.async_stream_infer("blockzoo", inputs)
+        inputs = tensors(tritonclient.grpc, text_input="x", stream=True, **more, **FOREVER)
+        client.async_stream_infer(model, inputs)
         answers.get(timeout=30)
         client.stop_stream(cancel_requests=True)
     server.wait_for(lambda: num_aborted(server) == before + 1)

@@ -9,6 +9,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from blockzoo.runtime import EngineConfig, EngineThread
+from blockzoo.server_config.abandoned import AbandonedListener
 from blockzoo.server_config.beacon import Beacon
 from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.documents import pass_warnings_on, publish_documents
@@ -31,6 +32,8 @@ class TritonPythonModel:
             engine.close()  # else its thread keeps the process
             raise
         self._front = EngineFront(engine, pb_utils, control_dir, os.environ.get(SECRET_VARIABLE))
+        if control_dir is not None:
+            AbandonedListener(control_dir, self._front.abandon)
         self._drain_s = settings.drain_s
         self._beacon = Beacon(settings.control_dir, args["model_name"])
 
