@@ -13,10 +13,10 @@ import pytest
 
 from blockzoo.build.inspect import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.report import human_bytes
-from blockzoo.build.sharing import layer_runs, letters, sharing_map
-from blockzoo.build.sharing_page import sharing_page
+from blockzoo.zoo.sharing import layer_runs, letters, sharing_map
+from blockzoo.zoo.sharing_page import sharing_page
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import human_bytes
 from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
 
 FAST = CompileOptions(verify=False, profile=False)

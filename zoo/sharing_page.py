@@ -8,9 +8,9 @@ import html
 import json
 from collections import defaultdict
 
-from blockzoo.build.report import equivalence_text, human_bytes, sharing_bytes, verification_text
-from blockzoo.build.sharing import SharingMap, sharing_map
 from blockzoo.zoo.manifest import BlockRecord, Manifest
+from blockzoo.zoo.sharing import SharingMap, sharing_map
+from blockzoo.zoo.summary import equivalence_text, human_bytes, sharing_bytes, verification_text
 
 _GOLDEN_ANGLE = 137.508
 _TRUNK = 205.0  # hue in degrees

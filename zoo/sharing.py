@@ -3,8 +3,8 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from blockzoo.build.report import model_bytes
 from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.summary import model_bytes
 
 KINDS = ("embed", "attn", "ffn", "head")
 
