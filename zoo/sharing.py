@@ -1,6 +1,6 @@
 """Who shares which block: the map of models x layers that `zoo-inspect` prints and draws."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from blockzoo.zoo.manifest import Manifest
@@ -65,17 +65,21 @@ def sharing_map(manifest: Manifest) -> SharingMap:
 def _ordered(manifest: Manifest) -> tuple[str, ...]:
     """Start with the model that shares most, and let the one follow that shares most with the last."""
     chains = {name: set(model.chain) for name, model in sorted(manifest.models.items())}
+    if not chains:
+        return ()
+    users = Counter(block_id for chain in chains.values() for block_id in chain)
 
     def shared(a: str, b: str) -> int:
         return sum(manifest.blocks[block_id].num_bytes for block_id in chains[a] & chains[b])
 
-    order: list[str] = []
-    while len(order) < len(chains):
-        rest = [name for name in chains if name not in order]
-        against = [order[0], order[-1]] if order else rest
-        order.append(
-            max(rest, key=lambda name: sum(shared(name, other) for other in against if other != name))
-        )
+    def shared_with_others(name: str) -> int:
+        return sum(manifest.blocks[block_id].num_bytes * (users[block_id] - 1) for block_id in chains[name])
+
+    order = [max(chains, key=shared_with_others)]
+    rest = {name: shared(name, order[0]) for name in chains if name != order[0]}
+    while rest:
+        order.append(max(rest, key=lambda name: rest[name] + shared(name, order[-1])))
+        del rest[order[-1]]
     return tuple(order)
 
 
