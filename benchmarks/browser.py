@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over a pipe by its DevTools protocol; it reaches this machine and nothing else."""
+"""Headless Chromium, driven over a pipe by its DevTools protocol; it reaches this machine alone."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Browser:
         if CHROMIUM is None:
             raise BrowserError("there is no chromium on PATH (Debian: apt-get install chromium)")
         self._profile = tempfile.mkdtemp(prefix="blockzoo-chromium-")
+        flags = (*_FLAGS, f"--user-data-dir={self._profile}")
         in_child, self._out = map(_high, os.pipe())
         self._in, out_child = map(_high, os.pipe())
         self._process = subprocess.Popen(
-            ["bash", "-c", f'exec "$0" "$@" 3<&{in_child} 4>&{out_child}', CHROMIUM, *_FLAGS]
-            + [f"--user-data-dir={self._profile}"],
+            ["bash", "-c", f'exec "$0" "$@" 3<&{in_child} 4>&{out_child}', CHROMIUM, *flags],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -170,16 +170,11 @@ class Tab:
         return value
 
     def press(self, key: str, code: int, modifiers: int = 0) -> None:
-        """A key that types nothing, by its name and number; modifiers: 2 for control."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent",
-                type=kind,
-                key=key,
-                code=key,
-                windowsVirtualKeyCode=code,
-                modifiers=modifiers,
-            )
+        """A key by its name and number; modifiers: 2 for control."""
+        names = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        text = {"text": "\r"} if key == "Enter" and not modifiers else {}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, **names, **text)
 
     def type(self, selector: str, text: str) -> None:
         """Put a text into a field as a user does."""

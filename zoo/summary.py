@@ -1,5 +1,8 @@
 """What a manifest says about its models, in bytes and in lines for people."""
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from blockzoo.zoo.manifest import Manifest, ModelRecord, VerificationRecord
 
 
@@ -65,3 +68,16 @@ def adapters_text(manifest: Manifest, name: str) -> str:
             f"(left out: {model.recovery.rounding:.2f} times the rounding)"
         )
     return said
+
+
+def part_of(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest with some of its models, and the blocks and adapters that these use."""
+    models = {name: record for name, record in manifest.models.items() if name in names}
+    blocks = {block_id for model in models.values() for block_id in model.chain}
+    adapters = {adapter_id for model in models.values() for adapter_id in model.adapters.values()}
+    return replace(
+        manifest,
+        models=models,
+        blocks={block_id: record for block_id, record in manifest.blocks.items() if block_id in blocks},
+        adapters={key: record for key, record in manifest.adapters.items() if key in adapters},
+    )

@@ -10,7 +10,7 @@ _STYLE, _SCRIPT = "/* style */", "/* script */"
 
 def part(package: str, name: str) -> str:
     """The text of a file in the folder `page` of a package."""
-    return files(package).joinpath("page", name).read_text("utf-8")
+    return (files(package) / "page" / name).read_text("utf-8")
 
 
 def assemble(html: str, styles: Sequence[str], scripts: Sequence[str]) -> tuple[str, str]:

@@ -25,7 +25,7 @@ function drawSharing(root, data) {
   root.replaceChildren();
   const busy = new Map();
   if (!data.models.length) {
-    root.append(element("p", {}, "There are no models here yet: add one with zoo-compile."));
+    root.append(element("p", {}, "There are no models here."));
     return {busy};
   }
   const bar = element("div");
@@ -61,7 +61,7 @@ function drawTable(map, data, mostRows, busy) {
   const rows = data.models.slice(0, mostRows).map(model => drawRow(data, model, busy));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
   table.classList.toggle("many", data.models.length > 12);
-  table.classList.toggle("deep", data.layers > 20);
+  table.style.setProperty("--tile", `${Math.max(14, Math.min(44, Math.round(600 / data.layers)))}px`);
   map.replaceChildren(table);
 }
 
