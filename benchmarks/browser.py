@@ -84,7 +84,7 @@ class Browser:
         """A new tab at an address, once it is loaded; up to 600 pixels wide it is a phone's."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = self._tabs[session] = Tab(self, session)
+        tab = self._tabs[session] = Tab(self, session, target)
         for domain in ("Page", "Runtime", "Log", "Network"):
             tab.call(f"{domain}.enable")
         tab.look(width, height, dark)
@@ -130,14 +130,18 @@ class Tab:
         requests: addresses that were asked for.
     """
 
-    def __init__(self, browser: Browser, session: str) -> None:
-        self._browser, self._session = browser, session
+    def __init__(self, browser: Browser, session: str, target: str) -> None:
+        self._browser, self._session, self._target = browser, session, target
         self.problems: list[str] = []
         self.requests: list[str] = []
 
     def call(self, method: str, **parameters: Any) -> Any:
         """A command to this page."""
         return self._browser.call(method, self._session, **parameters)
+
+    def close(self) -> None:
+        """Close it."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """Change the size in CSS pixels, and what the user prefers."""

@@ -13,8 +13,7 @@ const MOST_NAMES = 8;    // of one set of models
 /* The names of a set of models in words. */
 function modelNames(data, group) {
   const found = group.models.map(number => data.models[number].name);
-  if (found.length === 1) return `only ${found[0]}`;
-  if (found.length === data.models.length) return "all models";
+  if (found.length === data.models.length && found.length > 1) return "all models";
   const more = found.length - MOST_NAMES;
   return more > 1 ? `${found.slice(0, MOST_NAMES).join(", ")} and ${more} more` : found.join(", ");
 }
@@ -43,7 +42,7 @@ function drawSharing(root, data) {
   const groups = data.groups.map(group => {
     const swatch = element("i");
     swatch.style.backgroundColor = data.blocks.find(block => data.groups[block[4]] === group)[3];
-    return element("li", {}, swatch, element("b", {}, modelNames(data, group)), ` ${group.said}`);
+    return element("li", {}, swatch, element("b", {}, `${group.models.length === 1 ? "only " : ""}${modelNames(data, group)}`), ` ${group.said}`);
   });
   root.append(element("details", {}, element("summary", {}, "Who shares what, in words"), element("ul", {}, ...groups)));
   const about = data.models.map(model => element("li", {}, element("b", {}, model.name), ` ${model.about.join("; ")}`));
@@ -105,9 +104,10 @@ function pointAtBlocks(map, pointed, data) {
     if (id === undefined) return pointed.replaceChildren(rest);
     for (const other of map.querySelectorAll("i")) other.classList.toggle("lit", other.dataset.block === id);
     const [name, kind, size, , group] = data.blocks[id], position = Number(tile.dataset.position);
+    const users = data.groups[group].models;
     const inLayer = kind === "attention" || kind === "feed-forward";
     const where = inLayer ? `${kind}, layer ${(position - 1) >> 1}` : kind;
-    const parts = [where, `block ${name}`, size, `used by ${modelNames(data, data.groups[group])}`];
+    const parts = [where, `block ${name}`, size, `${users.length === 1 ? "only in" : "used by"} ${modelNames(data, data.groups[group])}`];
     if (tile.classList.contains("adapter")) parts.push(`with an adapter of ${tile.dataset.model}`);
     pointed.replaceChildren(...parts.map(text => element("span", {}, text)));
   };

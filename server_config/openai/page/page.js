@@ -80,7 +80,7 @@ function keyIsRefused(message) {
 byId("key-form").onsubmit = event => {
   event.preventDefault();
   key.set(byId("key").value.trim());
-  byId("key").value = "";
+  byId("key").value = byId("key-said").textContent = "";
   live.locked = false;
   if (key.value) look();
 };

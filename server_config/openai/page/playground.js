@@ -32,6 +32,13 @@ function differing(models, most) {
   return [...seen.values()].slice(0, most);
 }
 
+/* Choose all tenants that are shown, or none of them. */
+function chooseShown(wanted) {
+  for (const label of byId("choices").children) {
+    if (!label.hidden && label.firstChild.checked !== wanted) label.firstChild.click();
+  }
+}
+
 function filterChoices() {
   const wanted = byId("filter").hidden ? "" : byId("filter").value.trim().toLowerCase();
   for (const label of byId("choices").children) label.hidden = !label.textContent.toLowerCase().includes(wanted);
@@ -154,5 +161,7 @@ byId("prompt").oninput = allowSending;
 byId("prompt").onkeydown = event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 };
+byId("choose-all").onclick = () => chooseShown(true);
+byId("choose-none").onclick = () => chooseShown(false);
 byId("filter").oninput = filterChoices;
 byId("filter").onkeydown = event => { if (event.key === "Enter") event.preventDefault(); };
