@@ -1,7 +1,9 @@
 """Who shares which block: the map of models x layers that `zoo-inspect` prints and draws."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
+
+import numpy as np
 
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.summary import model_bytes
@@ -64,23 +66,37 @@ def sharing_map(manifest: Manifest) -> SharingMap:
 
 def _ordered(manifest: Manifest) -> tuple[str, ...]:
     """Start with the model that shares most, and let the one follow that shares most with the last."""
-    chains = {name: set(model.chain) for name, model in sorted(manifest.models.items())}
-    if not chains:
-        return ()
-    users = Counter(block_id for chain in chains.values() for block_id in chain)
+    names = sorted(manifest.models)
+    chains = [set(manifest.models[name].chain) for name in names]
+    users: dict[str, list[int]] = defaultdict(list)
+    for number, chain in enumerate(chains):
+        for block_id in chain:
+            users[block_id].append(number)
+    rows = {block_id: np.array(numbers) for block_id, numbers in users.items()}
 
-    def shared(a: str, b: str) -> int:
-        return sum(manifest.blocks[block_id].num_bytes for block_id in chains[a] & chains[b])
+    def shared_with(number: int) -> np.ndarray:
+        """Bytes that each model shares with one: [models] int64."""
+        found = np.zeros(len(names), np.int64)
+        for block_id in chains[number]:
+            found[rows[block_id]] += manifest.blocks[block_id].num_bytes
+        return found
 
-    def shared_with_others(name: str) -> int:
-        return sum(manifest.blocks[block_id].num_bytes * (users[block_id] - 1) for block_id in chains[name])
+    def shared_with_others(number: int) -> int:
+        return sum(
+            manifest.blocks[block_id].num_bytes * (len(users[block_id]) - 1) for block_id in chains[number]
+        )
 
-    order = [max(chains, key=shared_with_others)]
-    rest = {name: shared(name, order[0]) for name in chains if name != order[0]}
-    while rest:
-        order.append(max(rest, key=lambda name: rest[name] + shared(name, order[-1])))
-        del rest[order[-1]]
-    return tuple(order)
+    order: list[int] = []
+    first = np.zeros(len(names), np.int64)
+    while len(order) < len(names):
+        if order:
+            wanted = first + shared_with(order[-1])
+            wanted[order] = -1
+            order.append(int(wanted.argmax()))
+        else:
+            order.append(max(range(len(names)), key=shared_with_others))
+            first = shared_with(order[0])
+    return tuple(names[number] for number in order)
 
 
 def letters(shared: SharingMap) -> dict[tuple[str, str, int], str]:

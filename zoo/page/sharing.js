@@ -39,15 +39,28 @@ function drawSharing(root, data) {
     root.append(all);
   }
   pointAtBlocks(map, pointed, data);
-  const groups = data.groups.map(group => {
-    const swatch = element("i");
-    swatch.style.backgroundColor = data.blocks.find(block => data.groups[block[4]] === group)[3];
-    return element("li", {}, swatch, element("b", {}, `${group.models.length === 1 ? "only " : ""}${modelNames(data, group)}`), ` ${group.said}`);
-  });
-  root.append(element("details", {}, element("summary", {}, "Who shares what, in words"), element("ul", {}, ...groups)));
-  const about = data.models.map(model => element("li", {}, element("b", {}, model.name), ` ${model.about.join("; ")}`));
-  root.append(element("details", {}, element("summary", {}, "How the models were checked"), element("ul", {}, ...about)));
+  root.append(folded("Who shares what, in words", () => groupsInWords(data)));
+  root.append(folded("How the models were checked", () => data.models.map(
+    model => element("li", {}, element("b", {}, model.name), ` ${model.about.join("; ")}`))));
   return {busy};
+}
+
+/* A list that is made when it is opened. */
+function folded(title, lines) {
+  const list = element("ul"), made = element("details", {}, element("summary", {}, title), list);
+  made.ontoggle = () => { if (!list.firstChild) list.append(...lines()); };
+  return made;
+}
+
+function groupsInWords(data) {
+  const colours = [];
+  for (const block of data.blocks) colours[block[4]] ??= block[3];
+  return data.groups.map((group, number) => {
+    const swatch = element("i");
+    swatch.style.backgroundColor = colours[number];
+    const only = group.models.length === 1 ? "only " : "";
+    return element("li", {}, swatch, element("b", {}, only + modelNames(data, group)), ` ${group.said}`);
+  });
 }
 
 function drawTable(map, data, mostRows, busy) {

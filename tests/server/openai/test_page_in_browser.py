@@ -12,6 +12,7 @@ from benchmarks.browser import CHROMIUM, Browser
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.zoo.sharing_page import sharing_page
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import human_bytes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: chromium)")
 FAST = CompileOptions(verify=False, profile=False)
@@ -325,6 +326,8 @@ def test_the_map_of_zoo_inspect_is_drawn_by_the_same_script(browser, zoo, tmp_pa
     assert tab.evaluate(
         "[...document.querySelectorAll('tbody .name')].map(e => e.textContent).sort()"
     ) == sorted(manifest.models)
+    own = sum(manifest.blocks[block_id].num_bytes for block_id in manifest.models["solver"].chain[9:13])
+    shared = sum(block.num_bytes for block in manifest.blocks.values()) - 2 * own
     tiles = sum(len(record.chain) for record in manifest.models.values())
     assert tab.evaluate("document.querySelectorAll('i[data-block]').length") == tiles
     assert tab.evaluate("document.querySelectorAll('i.own').length") == 4  # solver's last two layers
@@ -335,6 +338,13 @@ def test_the_map_of_zoo_inspect_is_drawn_by_the_same_script(browser, zoo, tmp_pa
     said = tab.evaluate("document.querySelector('.pointed').innerText")
     assert said.startswith("attention, layer 4")
     assert said.endswith("only in solver")
+    tab.click("summary")
+    words = "[...document.querySelectorAll('details[open] li')].map(e => e.textContent)"
+    assert tab.wait_for(words + ".length && " + words) == [
+        f"all models 10 blocks, {human_bytes(shared)}",
+        f"base, chat 4 blocks, {human_bytes(own)}",
+        f"only solver 4 blocks, {human_bytes(own)}",
+    ]
     for width in (320, 1280):
         tab.look(width, 800)
         assert tab.evaluate("document.documentElement.scrollWidth") == width
