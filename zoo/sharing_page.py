@@ -76,6 +76,7 @@ def _model(name: str, manifest: Manifest, shared: SharingMap, index: dict[str, i
         "name": name,
         "parent": record.source.base,
         "about": _about(name, record, manifest),
+        "replaced": None if record.equivalence is None else equivalence_text(record),
         "chain": [index[block_id] for block_id in record.chain],
         "adapters": sorted(record.adapters),
         "own": human_bytes(own),
@@ -90,8 +91,6 @@ def _about(name: str, record: ModelRecord, manifest: Manifest) -> list[str]:
     lines = [f"{record.config.architecture}, {checked}"]
     if record.adapters:
         lines.append(adapters_text(manifest, name))
-    if record.equivalence is not None:
-        lines.append(equivalence_text(record))
     return lines
 
 

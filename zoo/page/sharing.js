@@ -39,10 +39,16 @@ function drawSharing(root, data) {
     root.append(all);
   }
   pointAtBlocks(map, pointed, data);
+  const replaced = data.models.filter(model => model.replaced);
+  if (replaced.length) root.append(element("ul", {}, ...replaced.map(model => aboutModel(model, model.replaced))));
   root.append(folded("Who shares what, in words", () => groupsInWords(data)));
-  root.append(folded("How the models were checked", () => data.models.map(
-    model => element("li", {}, element("b", {}, model.name), ` ${model.about.join("; ")}`))));
+  root.append(folded("How the models were checked",
+    () => data.models.map(model => aboutModel(model, model.about.join("; ")))));
   return {busy};
+}
+
+function aboutModel(model, text) {
+  return element("li", {}, element("b", {}, model.name), ` ${text}`);
 }
 
 /* A list that is made when it is opened. */

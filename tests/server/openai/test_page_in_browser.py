@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.browser import CHROMIUM, Browser
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.zoo.manifest import EquivalenceRecord
 from blockzoo.zoo.sharing_page import sharing_page
 from blockzoo.zoo.store import Zoo
-from blockzoo.zoo.summary import human_bytes
+from blockzoo.zoo.summary import equivalence_text, human_bytes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: chromium)")
 FAST = CompileOptions(verify=False, profile=False)
@@ -320,6 +322,9 @@ def test_a_model_that_is_added_appears_and_goes(page, endpoint, zoo, demo_family
 
 def test_the_map_of_zoo_inspect_is_drawn_by_the_same_script(browser, zoo, tmp_path):
     manifest = Zoo.open(zoo).manifest
+    near = EquivalenceRecord({3: "own"}, 0.9, 0.95, 0.01, 0.99, 300, "built-in")
+    record = replace(manifest.models["chat"], equivalence=near)
+    manifest = replace(manifest, models={**manifest.models, "chat": record})
     (tmp_path / "map.html").write_text(sharing_page(manifest, "zoo & <co>"), "utf-8")
     tab = browser.open((tmp_path / "map.html").as_uri())
     assert tab.evaluate("document.querySelector('h1').firstChild.data") == "zoo & <co>"
@@ -338,6 +343,9 @@ def test_the_map_of_zoo_inspect_is_drawn_by_the_same_script(browser, zoo, tmp_pa
     said = tab.evaluate("document.querySelector('.pointed').innerText")
     assert said.startswith("attention, layer 4")
     assert said.endswith("only in solver")
+    assert tab.evaluate("[...document.querySelectorAll('li')].map(e => e.textContent)") == [
+        f"chat {equivalence_text(record)}"
+    ]
     tab.click("summary")
     words = "[...document.querySelectorAll('details[open] li')].map(e => e.textContent)"
     assert tab.wait_for(words + ".length && " + words) == [
