@@ -39,7 +39,7 @@ function pause() {
 
 async function get(path, stop) {
   const response = await ask(path, null, AbortSignal.any([stop, AbortSignal.timeout(PATIENCE_MS)]));
-  return response.json();
+  return response.json().catch(noAnswer("The server does not answer."));
 }
 
 function showZoo(zoo) {

@@ -80,7 +80,7 @@ class Card {
     this.failed = false;
     this.text = document.createTextNode("");
     this.fresh = "";           // came, and is not yet shown
-    this.box = element("pre", {tabIndex: 0, ariaLabel: `Answer of ${model.name}`}, this.text);
+    this.box = element("pre", {tabIndex: 0, role: "group", ariaLabel: `Answer of ${model.name}`}, this.text);
     this.said = element("p", {className: "said"}, "waits for its turn");
     const how = element("span", {className: "soft"}, model.chat ? "chat" : "completion");
     this.root = element("article", {className: "card"},
