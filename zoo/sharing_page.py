@@ -74,7 +74,6 @@ def _model(name: str, manifest: Manifest, shared: SharingMap, index: dict[str, i
     own, total = shared.own_bytes[name], shared.all_bytes[name]
     return {
         "name": name,
-        "parent": record.source.base,
         "about": _about(name, record, manifest),
         "replaced": None if record.equivalence is None else equivalence_text(record),
         "chain": [index[block_id] for block_id in record.chain],

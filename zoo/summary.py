@@ -71,8 +71,15 @@ def adapters_text(manifest: Manifest, name: str) -> str:
 
 
 def part_of(manifest: Manifest, names: Collection[str]) -> Manifest:
-    """The manifest with some of its models, and the blocks and adapters that these use."""
+    """The manifest with some of its models, and the blocks and adapters that these use.
+
+    A verification that was taken over from a model which is not among them does not name that.
+    """
     models = {name: record for name, record in manifest.models.items() if name in names}
+    for name, record in models.items():
+        checked = record.verification
+        if checked is not None and checked.same_as is not None and checked.same_as not in names:
+            models[name] = replace(record, verification=replace(checked, same_as=None))
     blocks = {block_id for model in models.values() for block_id in model.chain}
     adapters = {adapter_id for model in models.values() for adapter_id in model.adapters.values()}
     return replace(
