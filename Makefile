@@ -18,12 +18,14 @@ $(OUT)/zoo: FORCE
 
 test:
 	@.ci/venv test
+	@.ci/chromium
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-all:
 	@.ci/venv test
 	@.ci/venv bench
+	@.ci/chromium
 	$(BIN)/pytest -m "slow or not slow"
 
 # on a machine with an NVIDIA GPU and a python that has torch, triton and pytest: nothing is installed

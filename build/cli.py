@@ -194,7 +194,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
 
 
 def _print_report(report: "CompileReport") -> None:
-    from blockzoo.build.report import human_bytes, verification_text
+    from blockzoo.zoo.summary import human_bytes, verification_text
 
     width = max((len(model.name) for model in report.models), default=0)
     for model in report.models:

@@ -12,7 +12,7 @@ from blockzoo.zoo.console import command
 
 if TYPE_CHECKING:
     from blockzoo.build.progress import ProgressPrinter
-    from blockzoo.build.sharing import SharingMap
+    from blockzoo.zoo.sharing import SharingMap
     from blockzoo.zoo.store import Zoo
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         zoo = Zoo.open(arguments.zoo)
         problems = check(zoo, progress) if arguments.check else None
         if arguments.html:
-            from blockzoo.build.sharing_page import sharing_page
+            from blockzoo.zoo.sharing_page import sharing_page
 
             Path(arguments.html).write_text(sharing_page(zoo.manifest, zoo.path.resolve().name), "utf-8")
     except (ZooError, EngineError, OSError) as error:
@@ -95,9 +95,9 @@ def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
 
 def summary(zoo: "Zoo") -> dict[str, Any]:
     """What `--json` prints."""
-    from blockzoo.build.report import sharing_bytes
-    from blockzoo.build.sharing import sharing_map
+    from blockzoo.zoo.sharing import sharing_map
     from blockzoo.zoo.strict_json import encode
+    from blockzoo.zoo.summary import sharing_bytes
 
     shared = sharing_map(zoo.manifest)
     unshared, stored = sharing_bytes(zoo.manifest)
@@ -142,14 +142,14 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
 def _print_zoo(zoo: "Zoo") -> None:
     from rich.console import Console
 
-    from blockzoo.build.report import (
+    from blockzoo.zoo.sharing import sharing_map
+    from blockzoo.zoo.summary import (
         adapters_text,
         equivalence_text,
         human_bytes,
         sharing_bytes,
         verification_text,
     )
-    from blockzoo.build.sharing import sharing_map
 
     console, manifest = Console(highlight=False, soft_wrap=True), zoo.manifest
     if not manifest.models:
@@ -184,8 +184,8 @@ def _print_zoo(zoo: "Zoo") -> None:
 
 
 def _print_tensorrt_plans(console: Any, zoo: "Zoo") -> None:
-    from blockzoo.build.report import human_bytes
     from blockzoo.build.tensorrt_plans import users_of_plans
+    from blockzoo.zoo.summary import human_bytes
 
     plans, users = zoo.manifest.tensorrt_plans, users_of_plans(zoo.manifest)
     console.print("\nTensorRT   target  library                blocks  size     profiles: scratch")
@@ -207,8 +207,8 @@ def _print_map(console: Any, shared: "SharingMap") -> None:
     """Rows: models. Columns: runs of layers that look the same, a letter for attention and one for ffn."""
     from rich.text import Text
 
-    from blockzoo.build.report import human_bytes
-    from blockzoo.build.sharing import layer_runs, letters
+    from blockzoo.zoo.sharing import layer_runs, letters
+    from blockzoo.zoo.summary import human_bytes
 
     labels = letters(shared)
     colours = ("cyan", "green", "yellow", "magenta", "blue", "red")

@@ -10,15 +10,7 @@ from blockzoo.build import equivalence, profiles
 from blockzoo.build.draft import Draft, weights
 from blockzoo.build.partition import block_tensors, cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
-from blockzoo.build.report import (
-    CompileReport,
-    ModelReport,
-    Status,
-    equivalence_text,
-    left_behind,
-    model_bytes,
-    sharing_bytes,
-)
+from blockzoo.build.report import CompileReport, ModelReport, Status, left_behind
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
 from blockzoo.build.taken_apart import Parts
 from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans
@@ -28,6 +20,7 @@ from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
+from blockzoo.zoo.summary import equivalence_text, model_bytes, sharing_bytes
 from blockzoo.zoo.writer import ZooWriter
 
 Sharing = Literal["exact", "adapter", "equivalent"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blockzoo.build.tensorrt_plans import PlanReport
-from blockzoo.zoo.manifest import Manifest, ModelRecord, VerificationRecord
+from blockzoo.zoo.manifest import Manifest, VerificationRecord
 
 Status = Literal["added", "replaced", "unchanged"]
 
@@ -51,22 +51,6 @@ class CompileReport:
     dry_run: bool
 
 
-def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
-    """Bytes of a model's chain and adapters when nothing of them is shared."""
-    adapters = sum(manifest.adapters[adapter_id].num_bytes for adapter_id in model.adapters.values())
-    return adapters + sum(manifest.blocks[block_id].num_bytes for block_id in model.chain)
-
-
-def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
-    """(bytes of all models if each were a checkpoint of its own, bytes stored)."""
-    # a merged checkpoint is as large as its base: adapters do not count
-    unshared = sum(
-        manifest.blocks[block_id].num_bytes for model in manifest.models.values() for block_id in model.chain
-    )
-    stored = sum(block.num_bytes for block in manifest.blocks.values())
-    return unshared, stored + sum(adapter.num_bytes for adapter in manifest.adapters.values())
-
-
 def left_behind(manifest: Manifest, replaced: str, compiled: Collection[str]) -> list[str]:
     """Adapters of a model that was replaced, and adapters of those, that were not compiled again."""
     stay: list[str] = []
@@ -76,51 +60,3 @@ def left_behind(manifest: Manifest, replaced: str, compiled: Collection[str]) ->
         bases = found - {*compiled, *stay}
         stay += sorted(bases)
     return stay
-
-
-def human_bytes(count: int) -> str:
-    """A byte count for people: 1.5 MB is 1500000 bytes."""
-    if count < 1000:
-        return f"{count} B"
-    value, units = float(count), iter("kMGTP")
-    unit = ""
-    while value >= 999.5:
-        value, unit = value / 1000, next(units)
-    return f"{value:.3g} {unit}B"
-
-
-def verification_text(record: VerificationRecord) -> str:
-    """One line of verification figures."""
-    said = [
-        f"{precision} greedy {figures.greedy_agreement:.1%}, logit error {figures.max_relative_error:.1e}"
-        for precision, figures in sorted(record.figures.items(), key=lambda item: item[0] != "f32")
-    ]
-    if record.rounding_error is not None:
-        said.append(f"rounding of weights {record.rounding_error:.1e}")
-    twin = f" (same chain as {record.same_as})" if record.same_as else ""
-    return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
-
-
-def equivalence_text(model: ModelRecord) -> str:
-    """One line about the blocks of other models that stand for a model's own."""
-    found = model.equivalence
-    assert found is not None
-    return (
-        f"{len(found.own_blocks)} blocks replaced by equivalent ones: cosine {found.cosine:.4f}, KL "
-        f"{found.kl:.1e}, same top token {found.top1:.1%} (asked for {found.threshold:g}, over "
-        f"{found.num_tokens} tokens of {found.probe} text)"
-    )
-
-
-def adapters_text(manifest: Manifest, name: str) -> str:
-    """One line about a model's adapters."""
-    model = manifest.models[name]
-    records = [manifest.adapters[adapter_id] for adapter_id in model.adapters.values()]
-    rank, size = max(r.spec.rank for r in records), human_bytes(sum(r.num_bytes for r in records))
-    said = f"adapters of rank {rank} on {len(records)} blocks, {size}"
-    if model.recovery is not None:
-        said += (
-            f", {len(model.recovery.own_blocks)} of them recovered from merged weights "
-            f"(left out: {model.recovery.rounding:.2f} times the rounding)"
-        )
-    return said

@@ -13,13 +13,13 @@ import numpy as np
 
 from blockzoo.build import oracle
 from blockzoo.build.originals import oracle_for
-from blockzoo.build.report import human_bytes
 from blockzoo.build.sources import Adapted, Source
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.blocks import Adapter, Block, Dtype
 from blockzoo.zoo.errors import CheckpointError, ZooError
 from blockzoo.zoo.manifest import VerificationFigures, VerificationRecord
+from blockzoo.zoo.summary import human_bytes
 
 PROMPTS = (
     "The capital of France is",

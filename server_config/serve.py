@@ -349,7 +349,8 @@ def _print_endpoints(
     args: argparse.Namespace, tenants: tuple[str, ...], endpoints: Endpoints, version: str
 ) -> None:
     host = endpoints.client_host
-    openai = f"  OpenAI   http://{_openai_host(args)}:{args.openai_port}/v1\n" if args.openai_port else ""
+    address = f"http://{_openai_host(args)}:{args.openai_port}"
+    openai = f"  page     {address}/\n  OpenAI   {address}/v1\n" if args.openai_port else ""
     print(
         f"serving {len(tenants)} models of {args.zoo}: {', '.join(tenants)}\n{openai}"
         f"  HTTP     {endpoints.http}\n"

@@ -26,6 +26,7 @@ from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.generate import deltas
 from blockzoo.server_config.openai.http import Endpoint, Exchange
 from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
+from blockzoo.server_config.openai.live_page import LivePage
 from blockzoo.server_config.openai.messages import Chat, read_messages
 from blockzoo.server_config.openai.requests import (
     Generation,
@@ -70,6 +71,9 @@ class OpenAIApp:
             post("/tokenize", self._tokenize),
             post("/detokenize", self._detokenize),
             get("/metrics", self._show_metrics),
+            get("/page/zoo", self._show_zoo),
+            get("/page/figures", self._show_figures),
+            Route("/", Endpoint(self._show_page, _anyone), methods=["GET"]),
             Route("/health", Endpoint(self._show_health, _anyone), methods=["GET"]),
         ]
         errors = {405: _wrong_method}
@@ -94,6 +98,7 @@ class OpenAIApp:
         self._status = Status(
             self._engine, lambda: self._catalog.run(partial(read_metrics, self._metrics_url))
         )
+        self._page = LivePage(self._zoo.resolve().name, self._catalog, self._status, self._keys is not None)
         yield
         await self._engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -247,6 +252,15 @@ class OpenAIApp:
     async def _show_health(self, exchange: Exchange, body: Body) -> None:
         await self._status.check()
         await exchange.json({"status": "ok"})
+
+    async def _show_page(self, exchange: Exchange, body: Body) -> None:
+        await self._page.show(exchange)
+
+    async def _show_zoo(self, exchange: Exchange, body: Body) -> None:
+        await self._page.show_zoo(exchange)
+
+    async def _show_figures(self, exchange: Exchange, body: Body) -> None:
+        await self._page.show_figures(exchange)
 
     async def _show_metrics(self, exchange: Exchange, body: Body) -> None:
         await exchange.data(await self._status.metrics(), "text/plain; version=0.0.4; charset=utf-8")

@@ -18,6 +18,7 @@ from blockzoo.server_config.openai.errors import ApiError, invalid, unknown_mode
 from blockzoo.server_config.openai.tools import Format, format_of
 from blockzoo.zoo.chat_files import templates
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
 _FRESH_S = 1.0
@@ -69,7 +70,9 @@ class Catalog:
         self._zoo, self._engine, self._pool = zoo, engine, pool
         self._models: dict[str, ServedModel] = {}
         self._records: dict[str, ServedModel] = {}
-        self._stamp: tuple[int, int] | None = None
+        self.stamp: tuple[int, int] | None = None
+        """Of the manifest that was read last."""
+        self.manifest = Manifest()
         self._checked = float("-inf")
         self._lock = asyncio.Lock()
         self._loaded: OrderedDict[tuple[str, str], asyncio.Future[Any]] = OrderedDict()
@@ -140,7 +143,7 @@ class Catalog:
 
     async def _read_manifest(self) -> None:
         stamp = manifest_stamp(self._zoo)
-        if stamp is None or stamp == self._stamp:
+        if stamp is None or stamp == self.stamp:
             return
         try:
             zoo = await self.run(lambda: Zoo.open(self._zoo))
@@ -151,4 +154,4 @@ class Catalog:
             name: ServedModel(name, record.source.base, created, zoo.path / "tokenizers" / record.tokenizer)
             for name, record in zoo.manifest.models.items()
         }
-        self._stamp = stamp
+        self.stamp, self.manifest = stamp, zoo.manifest

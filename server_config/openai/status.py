@@ -6,12 +6,13 @@ import asyncio
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Generic, TypeVar
 
 from blockzoo.server_config.openai.engine import EngineClient
 from blockzoo.server_config.openai.errors import ApiError
 
 _CHECK_S = 1.0
+T = TypeVar("T")
 
 
 class Status:
@@ -22,7 +23,7 @@ class Status:
     """
 
     def __init__(self, engine: EngineClient, read: Callable[[], Awaitable[bytes]]) -> None:
-        self._health, self._metrics = _Recent(engine.check), _Recent(read)
+        self._health, self._metrics = Recent(engine.check), Recent(read)
 
     async def check(self) -> None:
         """Raises ApiError where the engine does not serve."""
@@ -31,6 +32,11 @@ class Status:
     async def metrics(self) -> bytes:
         """The engine's metrics as Prometheus reads them. Raises ApiError."""
         return await self._metrics()
+
+    @property
+    def metrics_read(self) -> float:
+        """When they were read last, by the monotonic clock in seconds."""
+        return self._metrics.when
 
 
 def read_metrics(url: str) -> bytes:
@@ -44,24 +50,30 @@ def read_metrics(url: str) -> bytes:
     return "".join(line for line in lines if line.startswith(ours)).encode()
 
 
-class _Recent:
-    """A look-up that many may ask for and that is made once a second at most."""
+class Recent(Generic[T]):
+    """A look-up that many may ask for and that is made once in a while at most.
 
-    def __init__(self, look: Callable[[], Awaitable[Any]]) -> None:
-        self._look = look
+    Args:
+        fresh_s: for how long a result, or an error, is given again.
+    """
+
+    def __init__(self, look: Callable[[], Awaitable[T]], fresh_s: float = _CHECK_S) -> None:
+        self._look, self._fresh_s = look, fresh_s
         self._lock = asyncio.Lock()
-        self._when = float("-inf")
-        self._result: Any = None
+        self.when = float("-inf")
+        """Of the last look-up, by the monotonic clock in seconds."""
+        self._result: T
         self._error: ApiError | None = None
 
-    async def __call__(self) -> Any:
+    async def __call__(self) -> T:
+        """The result of the last look-up. Raises ApiError where it did."""
         async with self._lock:
-            if time.monotonic() - self._when > _CHECK_S:
+            if time.monotonic() - self.when > self._fresh_s:
                 try:
                     self._result, self._error = await self._look(), None
                 except ApiError as error:
                     self._error = error
-                self._when = time.monotonic()
+                self.when = time.monotonic()
         if self._error is not None:
             raise self._error.with_traceback(None)
         return self._result

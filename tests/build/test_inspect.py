@@ -1,10 +1,13 @@
 """zoo-inspect: the map, the check and the page."""
 
+import base64
+import hashlib
 import io
 import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ import pytest
 
 from blockzoo.build.inspect import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.report import human_bytes
-from blockzoo.build.sharing import layer_runs, letters, sharing_map
-from blockzoo.build.sharing_page import sharing_page
+from blockzoo.zoo.sharing import layer_runs, letters, sharing_map
+from blockzoo.zoo.sharing_page import sharing_data, sharing_page
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import human_bytes
 from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
 
 FAST = CompileOptions(verify=False, profile=False)
@@ -95,24 +98,29 @@ def test_check_finds_every_damaged_file(
 
 
 class _Page(HTMLParser):
-    """Collects tags and everything a browser would fetch."""
+    """Collects tags, everything a browser would fetch, and what the page holds besides text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.tiles: list[dict[str, str | None]] = []
         self.fetched: list[str] = []
+        self.policy = ""
+        self.inside: dict[str, str] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "i" and "data-b" in given:
-            self.tiles.append(given)
-        if tag != "meta":
-            self.open.append(tag)
+        assert not [name for name in given if name.startswith("on") or name == "style"]
+        if tag == "meta":
+            self.policy += given.get("content") or "" if "http-equiv" in given else ""
+        else:
+            self.open.append(tag if given.get("type") is None else "data")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open.pop() in (tag, "data")
+
+    def handle_data(self, data: str) -> None:
+        self.inside[self.open[-1] if self.open else ""] = data
 
 
 def test_the_page_is_whole_and_self_contained(zoo: Path, tmp_path: Path) -> None:
@@ -122,17 +130,39 @@ def test_the_page_is_whole_and_self_contained(zoo: Path, tmp_path: Path) -> None
     page.feed(text)
     assert page.open == []
     assert page.fetched == []
-    assert "http" not in text
-    assert len(page.tiles) == 4 * 8
+    assert "http:" not in text
+    assert "https:" not in text
+    for tag in ("style", "script"):  # the policy lets these run, and nothing else
+        digest = base64.b64encode(hashlib.sha256(page.inside[tag].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in page.policy
+    assert json.loads(page.inside["data"]) == sharing_data(Zoo.open(zoo).manifest)
+
+
+def test_what_the_page_draws(zoo: Path) -> None:
     manifest = Zoo.open(zoo).manifest
-    colours = {tile["data-b"]: tile["style"] for tile in page.tiles}
-    assert colours.keys() == manifest.blocks.keys()
-    blocks = json.loads(re.findall(r"const blocks = (.*), table", text)[0])
-    assert "used by base, copy, tuned" in blocks[manifest.models["base"].chain[0]]
+    data = sharing_data(manifest)
+    models = {model["name"]: model for model in data["models"]}
+    assert data["layers"] == 3
+    assert len(data["blocks"]) == len(manifest.blocks)
+    for name, record in manifest.models.items():
+        chain = [data["blocks"][number][0] for number in models[name]["chain"]]
+        assert chain == [block_id[:12] for block_id in record.chain]
+    users = [data["groups"][data["blocks"][number][4]] for number in models["tuned"]["chain"]]
+    names = [[data["models"][number]["name"] for number in group["models"]] for group in users]
+    assert [sorted(group) for group in names] == 6 * [["base", "copy", "tuned"]] + [
+        ["tuned"],
+        ["base", "copy", "tuned"],
+    ]
+    assert models["tuned"]["own"] == "37 kB"
+    colours = {block[3] for block in data["blocks"]}
+    assert all(re.fullmatch(r"hsl\(\d+ \d+% \d+%\)", colour) for colour in colours)
 
 
 def test_the_page_escapes_names(zoo: Path) -> None:
-    assert "<script>alert" not in sharing_page(Zoo.open(zoo).manifest, "<script>alert(1)</script>")
+    hostile = "</script><script>alert(1)</script>"
+    manifest = Zoo.open(zoo).manifest
+    named = replace(manifest, models={hostile: manifest.models["base"]})
+    assert "<script>alert" not in sharing_page(named, hostile)
 
 
 def test_an_empty_zoo(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

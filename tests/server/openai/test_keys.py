@@ -172,6 +172,8 @@ PATHS = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/base"),
     ("GET", "/metrics"),
+    ("GET", "/page/zoo"),
+    ("GET", "/page/figures"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/tokenize"),
@@ -206,6 +208,33 @@ def test_models_of_a_key(endpoint):
         with pytest.raises(openai.NotFoundError) as caught:
             ask()
         assert caught.value.code == "model_not_found"
+
+
+def test_the_page_needs_no_key_and_what_it_shows_is_what_the_key_may_see(endpoint):
+    status, _, page = endpoint.ask("GET", "/")
+    assert status == 200
+    assert "notes" not in page
+    assert 'data-keys="asked"' in page
+
+    def shown(path, key):
+        return json.loads(endpoint.ask("GET", path, headers={"authorization": f"Bearer {key}"})[2])
+
+    zoo = shown("/page/zoo", "kb")
+    assert [model["name"] for model in zoo["models"]] == ["base"]
+    assert "notes" not in json.dumps(zoo)
+    assert len(shown("/page/zoo", "ka")["models"]) == 5
+    versions = {key: shown("/page/figures", key)["zoo"] for key in ("ka", "kb", "kc", "ke")}
+    assert versions["ka"] == versions["ke"]
+    assert len(set(versions.values())) == 3
+
+    stream = as_key(endpoint, "ka").completions.create(
+        model="notes", prompt="x", stream=True, max_tokens=4000, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    endpoint.served.wait_for(lambda: shown("/page/figures", "ka")["models"] == {"notes": [1, 0]})
+    assert shown("/page/figures", "kb")["models"] == {}
+    stream.close()
+    endpoint.wait_until_idle()
 
 
 def test_the_scope_of_cached_kv_is_the_keys(endpoint):

@@ -3,8 +3,10 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from blockzoo.build.report import model_bytes
+import numpy as np
+
 from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.summary import model_bytes
 
 KINDS = ("embed", "attn", "ffn", "head")
 
@@ -64,19 +66,37 @@ def sharing_map(manifest: Manifest) -> SharingMap:
 
 def _ordered(manifest: Manifest) -> tuple[str, ...]:
     """Start with the model that shares most, and let the one follow that shares most with the last."""
-    chains = {name: set(model.chain) for name, model in sorted(manifest.models.items())}
+    names = sorted(manifest.models)
+    chains = [set(manifest.models[name].chain) for name in names]
+    users: dict[str, list[int]] = defaultdict(list)
+    for number, chain in enumerate(chains):
+        for block_id in chain:
+            users[block_id].append(number)
+    rows = {block_id: np.array(numbers) for block_id, numbers in users.items()}
 
-    def shared(a: str, b: str) -> int:
-        return sum(manifest.blocks[block_id].num_bytes for block_id in chains[a] & chains[b])
+    def shared_with(number: int) -> np.ndarray:
+        """Bytes that each model shares with one: [models] int64."""
+        found = np.zeros(len(names), np.int64)
+        for block_id in chains[number]:
+            found[rows[block_id]] += manifest.blocks[block_id].num_bytes
+        return found
 
-    order: list[str] = []
-    while len(order) < len(chains):
-        rest = [name for name in chains if name not in order]
-        against = [order[0], order[-1]] if order else rest
-        order.append(
-            max(rest, key=lambda name: sum(shared(name, other) for other in against if other != name))
+    def shared_with_others(number: int) -> int:
+        return sum(
+            manifest.blocks[block_id].num_bytes * (len(users[block_id]) - 1) for block_id in chains[number]
         )
-    return tuple(order)
+
+    order: list[int] = []
+    first = np.zeros(len(names), np.int64)
+    while len(order) < len(names):
+        if order:
+            wanted = first + shared_with(order[-1])
+            wanted[order] = -1
+            order.append(int(wanted.argmax()))
+        else:
+            order.append(max(range(len(names)), key=shared_with_others))
+            first = shared_with(order[0])
+    return tuple(names[number] for number in order)
 
 
 def letters(shared: SharingMap) -> dict[tuple[str, str, int], str]:

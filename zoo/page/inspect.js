@@ -1,0 +1,1 @@
+drawSharing(document.getElementById("map"), JSON.parse(document.getElementById("data").textContent));
