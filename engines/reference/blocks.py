@@ -47,7 +47,7 @@ class LayerCall:
 
 
 class Weights:
-    """Device copies of blocks' tensors: one that several blocks or spans use is loaded once, and goes with them.
+    """Device copies of blocks' tensors: one that several use is loaded once, and goes with them.
 
     Args:
         dtype, device: of the copies.

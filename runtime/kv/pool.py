@@ -64,7 +64,7 @@ class PagePool:
         self.num_free += count
 
     def resize(self, num_pages: int) -> np.ndarray:
-        """Let more or fewer pages be used, at most the capacity. Returns the ids that are no longer, int32 [n].
+        """Let more or fewer pages be used, at most the capacity. Returns the ids that went, int32 [n].
 
         Raises OutOfPagesError, changing nothing, when fewer are free than are to go.
         """

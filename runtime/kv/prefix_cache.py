@@ -36,10 +36,10 @@ _MAX_CANDIDATES = 64  # pages looked at for one that begins alike
 
 
 def path_lengths(seq: TokenSequence, segments: Chain, parts: Parts) -> list[int] | None:
-    """Pages that a sequence will have in the tree in each of other segments of its layers (`KVCache.reshape`).
+    """Pages that a sequence will have in the tree in each of other segments (`KVCache.reshape`).
 
-    None where it cannot go over to them with its pages: it is about to copy some, or to enter late, or has the
-    pages of one of the segments partly in the tree.
+    None where it cannot go over to them with its pages: it is about to copy some, or to enter late, or has
+    those of one of the segments partly in the tree.
     """
     held = {segment: len(path) for segment, path in zip(seq.segments, seq.nodes, strict=True)}
     if seq.copied_from or len(seq.nodes[0]) > max(seq.num_tree_pages, seq.num_computed // PAGE_TOKENS):
@@ -413,9 +413,10 @@ class KVCache:
 
         Args:
             parts: by segment, those of now that it consists of.
-            chains: by the segments of a chain of now, its new ones. No sequence and no published document is of
-                a chain that is not among them.
-            sequences: all that use this cache; each keeps its segments, or can go over to others (`path_lengths`).
+            chains: by the segments of a chain of now, its new ones. No sequence and no published document is
+                of a chain that is not among them.
+            sequences: all that use this cache; each keeps its segments, or can go over to others
+                (`path_lengths`).
         """
         lengths = {
             seq: found

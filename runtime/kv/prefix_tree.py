@@ -18,9 +18,9 @@ from blockzoo.runtime.kv.pool import PagePool
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 Parts = Mapping[Segment, Sequence[tuple[Segment, slice]]]
-"""By segment, those that were before it whose layers it has, bottom up, and which of their layers; empty where
-some layer is new."""
-_MOST_MADE = 20_000  # nodes of before that a change of segments takes over (about 0.1 s) beside those in use
+"""By segment, those that were before it whose layers it has, bottom up, and which of their layers; empty
+where some layer is new."""
+_MOST_MADE = 20_000  # unreferenced nodes that a change of segments takes over: it holds up a step
 
 
 class PrefixTree:
@@ -102,8 +102,8 @@ class PrefixTree:
     def reshape(self, parts: Parts) -> set[Segment]:
         """Have other segments, with the nodes that can be made of those that there are; the others go.
 
-        Returns the segments whose nodes are new ones, without references: who had referenced what they are made
-        of does so with them. In the others all is as it was.
+        Returns the segments whose nodes are new ones, without references: who had referenced what they are
+        made of does so with them. In the others all is as it was.
         """
         place = {node: i for i, node in enumerate(self._lru)}
         old, self._segments = self._segments, {}

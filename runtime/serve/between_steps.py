@@ -30,7 +30,7 @@ class BetweenSteps:
             yield
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do something while no step runs, here or in the thread that steps; its result, or what it raises."""
+        """Do something while no step runs, here or in the thread that steps: its result, or error."""
         done: Future[T] = Future()
         self._work.append((done, work))
         while not done.done():

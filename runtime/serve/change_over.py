@@ -106,7 +106,7 @@ def _reshape(
 def parts_of(
     before: Sequence[ChainPlan], after: Sequence[ChainPlan]
 ) -> dict[Segment, list[tuple[Segment, slice]]]:
-    """By segment, those of before whose layers it has, bottom up, and which of theirs; none where one is new."""
+    """By segment, those of before that it consists of, for `KVCache.reshape`."""
     home = {
         chain.layer_keys[layer]: (segment, layer - segment.first_layer)
         for chain in before

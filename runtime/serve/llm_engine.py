@@ -416,7 +416,7 @@ class LLMEngine:
         """Take over what has changed in the zoo on disk, under the requests that run; thread-safe.
 
         Engines that are needed are compiled here, while steps go on in other threads; then they take their
-        places between two steps. Those of models that are gone stay until their requests have ended: `settle`.
+        places between two steps. Those of models that are gone stay until their requests end: `settle`.
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from threading import Lock
 
 from blockzoo.engines.base import activation_dtype
@@ -41,8 +40,8 @@ class Reloaded:
     Attributes:
         added, replaced, removed: names of models, sorted. Requests to a model that was replaced or removed
             end as they would have.
-        waiting: models of the zoo for which there is no memory now, and why; where there is an older one of the
-            name, it is served meanwhile. The next reload tries them again.
+        waiting: models of the zoo for which there is no memory now, and why; where there is an older one of
+            the name, it is served meanwhile. The next reload tries them again.
         left_out: models of the zoo that cannot be served as they are, and why; with older ones as above.
     """
 
