@@ -79,8 +79,8 @@ class Executor:
         embeddings: by embed block id.
         rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
         arrays: of the maker of the engines.
-        num_pages: pages of the pool. Key and value pages are [num_pages + 1, kv_heads, 32, head_dim]: one more,
-            for rows that nobody reads.
+        num_pages: pages of the pool. Key and value pages are [num_pages + 1, kv_heads, 32, head_dim]:
+            one more, for rows that nobody reads.
         max_tokens, max_seqs: bounds of a step.
         adapters: their inputs, by call; None in a zoo without any.
         before: whose place it takes, of the same `num_pages`.
