@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,11 @@ def add(zoo: Path, folders: dict[str, Path], *names: str, remove: tuple[str, ...
 
 
 def run(engine: LLMEngine, steps: int | None = None) -> dict[str, list[RequestOutput]]:
-    outputs: dict[str, list[RequestOutput]] = {}
+    outputs: dict[str, list[RequestOutput]] = defaultdict(list)  # steps may leave some out
     while engine.has_unfinished() and steps != 0:
         for output in engine.step():
             assert output.error is None, output.error
-            outputs.setdefault(output.request_id, []).append(output)
+            outputs[output.request_id].append(output)
         steps = None if steps is None else steps - 1
     return outputs
 
@@ -214,7 +215,7 @@ def test_a_prefill_in_the_middle_goes_on(
     engine.add_request("upper", "upper", prompt, GREEDY)
     after = run(engine)
     for name in ("base", "top", "upper"):
-        assert tokens(before.get(name, []), after[name]) == expected(name, prompt), name
+        assert tokens(before[name], after[name]) == expected(name, prompt), name
 
 
 def test_models_with_approximate_kv_go_on(
@@ -290,10 +291,10 @@ def test_requests_of_a_model_that_goes_end_as_they_would_have(
         for output in engine.step():
             after.setdefault(output.request_id, []).append(output)
     for i in range(3):
-        assert tokens(before.get(f"upper {i}", []), after[f"upper {i}"]) == expected("upper")
+        assert tokens(before[f"upper {i}"], after[f"upper {i}"]) == expected("upper")
         last = after[f"lora-top {i}"]
         if last[-1].error is None:
-            assert tokens(before.get(f"lora-top {i}", []), last) == expected("lora-top")
+            assert tokens(before[f"lora-top {i}"], last) == expected("lora-top")
         else:  # its file was gone before it was first read
             assert "missing" in last[-1].error
             assert not before.get(f"lora-top {i}")
@@ -653,3 +654,29 @@ def test_answers_do_not_depend_on_who_comes_and_goes(
     engine.settle()
     assert engine.metrics().pages_used == 0
     assert not engine._zoo.gone
+
+
+def test_torch_engines_come_and_go_too(folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    add(tmp_path, folders, "base", "lora")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS, backend="reference", device="cpu"))
+    weights = engine._make.maker.weights
+    for name in ("base", "lora"):
+        engine.add_request(f"early {name}", name, PROMPT, GREEDY)
+    before, held = run(engine, 5), weights.num_bytes
+    add(tmp_path, folders, "upper", "ffn", "other")
+    found = engine.reload()
+    assert (found.added, found.waiting.keys()) == (("ffn", "upper"), {"other"})
+    assert "divides its memory at the start only" in found.waiting["other"]
+    for name in ("upper", "ffn"):
+        engine.add_request(name, name, PROMPT, GREEDY)
+    after = run(engine)
+    for name in ("base", "lora"):
+        assert tokens(before[f"early {name}"], after[f"early {name}"]) == expected(name)
+    assert [tokens(after[name]) for name in ("upper", "ffn")] == [expected("upper"), expected("ffn")]
+    assert weights.num_bytes > held
+    add(tmp_path, folders, remove=("upper", "ffn"))
+    engine.reload()
+    gc.collect()
+    assert weights.num_bytes == held
+    assert ask(engine, "base", "lora") == {n: expected(n) for n in ("base", "lora")}
