@@ -14,9 +14,11 @@ It knows page ids, token counts and keys; no tensor, no engine.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +69,27 @@ class CacheStats:
     evictions: int  # nodes evicted
     hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
     deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
+    layer_hit_tokens: dict[str, int]  # as hit_tokens, by layers: "0-9" are layers 0 to 9
+
+    def without_pages(self) -> CacheStats:
+        """The counters alone."""
+        return replace(
+            self,
+            pages_total=0,
+            pages_free=0,
+            pages_cached=0,
+            pages_evictable=0,
+            pages_owned=0,
+            published_pages=0,
+        )
+
+    def plus(self, other: CacheStats) -> CacheStats:
+        """Those of two caches together."""
+        both: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            one, more = getattr(self, name), getattr(other, name)
+            both[name] = dict(Counter(one) + Counter(more)) if isinstance(one, dict) else one + more
+        return CacheStats(**both)
 
 
 class KVCache:
@@ -491,6 +514,7 @@ class KVCache:
             evictions=self.tree.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,
+            layer_hit_tokens=self.tree.hits_by_layers(),
         )
 
     def check_integrity(self, sequences: Iterable[TokenSequence]) -> None:

@@ -7,7 +7,7 @@ their sequences meet in the same nodes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -43,8 +43,9 @@ class PrefixTree:
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._segments: dict[Segment, SegmentTree] = {}
         self._lru: OrderedDict[Node, None] = OrderedDict()
-        self._gone_hits: dict[str, int] = {}  # of segments that are no more, by key
-        self._gone_deduped: dict[str, int] = {}
+        self._gone_hits = Counter[str]()  # of segments that are no more, by key
+        self._gone_deduped = Counter[str]()
+        self._gone_hits_by_layers = Counter[str]()
 
     def find(self, segment: Segment) -> SegmentTree | None:
         """The nodes of a segment, where it has had any."""
@@ -136,21 +137,26 @@ class PrefixTree:
         self.num_pages = sum(n.pages.size for tree in self._segments.values() for n in tree.nodes.values())
         self.num_evictable_pages = sum(node.pages.size for node in self._lru)
         for segment, tree in old.items():
-            for counts, more in (
-                (self._gone_hits, tree.hit_tokens),
-                (self._gone_deduped, tree.deduped_tokens),
-            ):
-                counts[segment.key] = counts.get(segment.key, 0) + more
+            self._gone_hits[segment.key] += tree.hit_tokens
+            self._gone_deduped[segment.key] += tree.deduped_tokens
+            self._gone_hits_by_layers[tree.layers] += tree.hit_tokens
         self.version += 1
 
     def gains(self) -> tuple[dict[str, int], dict[str, int]]:
         """By segment key: tokens whose KV was found; tokens computed twice, whose second KV was dropped."""
-        hits, deduped = self._gone_hits.copy(), self._gone_deduped.copy()
+        hits, deduped = dict(self._gone_hits), dict(self._gone_deduped)
         for tree in list(self._segments.values()):  # a copy: others may ask while the engine runs
             key = tree.segment.key
             hits[key] = hits.get(key, 0) + tree.hit_tokens
             deduped[key] = deduped.get(key, 0) + tree.deduped_tokens
         return hits, deduped
+
+    def hits_by_layers(self) -> dict[str, int]:
+        """By the layers of segments: tokens whose KV was found; it only grows, whichever there are."""
+        hits = self._gone_hits_by_layers.copy()
+        for tree in list(self._segments.values()):
+            hits[tree.layers] += tree.hit_tokens
+        return dict(hits)
 
     def check_integrity(self, sequences: Iterable[TokenSequence], pins: Sequence[Node]) -> None:
         """Check all that must hold, given every sequence that may hold pages, and the nodes pinned besides.

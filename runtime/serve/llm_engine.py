@@ -88,7 +88,7 @@ class LLMEngine:
             ReuseSteps(maker.arrays.rows_like),
             shares_models=self.config.kv_sharing == "scope",
         )
-        self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._recorder = MetricsRecorder()
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
@@ -445,7 +445,8 @@ class LLMEngine:
             if self._publisher.is_behind and old.topology.chains and not _has_all(new, old):
                 raise StillUsedError
             take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
-            self._recorder.add_segments(s for chain in new.topology.chains for s in chain.segments)
+            for family in old.caches.keys() - new.caches.keys():
+                self._recorder.on_cache_gone(old.caches[family])
 
         self._between.run(work)
 
