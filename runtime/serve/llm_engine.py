@@ -79,7 +79,9 @@ class LLMEngine:
         self._between = BetweenSteps()
         self._make = making(zoo, self.config, maker)
         loaded = load_zoo(zoo, self._make, progress)
-        self._served = ServedZoo(zoo, self._make, loaded, self._change, self._chains_in_use)
+        self._served = ServedZoo(
+            zoo, self._make, loaded, self._change, lambda: self._between.run(self._chains_in_use)
+        )
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
@@ -442,8 +444,8 @@ class LLMEngine:
         """Between two steps, change over; `take` notes what is loaded then. Raises as `change_over`."""
 
         def work() -> None:
-            if self._publisher.is_behind and old.topology.chains and not _has_all(new, old):
-                raise StillUsedError
+            if self._publisher.is_behind and not old.chain_index.keys() <= new.chain_index.keys():
+                raise StillUsedError  # documents may lie in chains that are about to go
             take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
             for family in old.caches.keys() - new.caches.keys():
                 self._recorder.on_cache_gone(old.caches[family])
@@ -470,10 +472,6 @@ class LLMEngine:
         return self._recorder.snapshot(
             self._scheduler, caches, self._zoo.adapters, self._publisher.stats(), len(self._zoo.left_out)
         )
-
-
-def _has_all(new: LoadedZoo, old: LoadedZoo) -> bool:
-    return old.chain_index.keys() <= new.chain_index.keys()
 
 
 def _prefill_tokens(items: list[Scheduled]) -> Counter[str]:

@@ -60,8 +60,7 @@ def load_zoo(zoo: Zoo, make: Making, progress: Progress | None = None) -> Loaded
             break
         except UnsoundError as error:  # what models share depends on which there are: planned again
             problems |= error.models
-    for block in files.blocks.values():
-        block.drop_pages()
+    files.drop_pages()
     left_out = {name: reason(error, zoo.path) for name, error in sorted(problems.items())}
     for name, why in left_out.items():
         _LOG.warning("model %s is left out: %s", name, why)

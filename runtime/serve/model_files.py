@@ -59,6 +59,11 @@ class ModelFiles:
                 self._fresh[block_id] = self.blocks[block_id]
         return self._fresh[block_id]
 
+    def drop_pages(self) -> None:
+        """Let the memory go of the blocks that were read here."""
+        for block in self._fresh.values():
+            block.drop_pages()
+
     def _check_content(self, block_id: str) -> None:
         assert self._manifest is not None, f"{block_id} is nobody's"
         block, record = self.blocks[block_id], self._manifest.blocks[block_id]

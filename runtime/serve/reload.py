@@ -17,6 +17,7 @@ from threading import Lock
 
 from blockzoo.engines.base import activation_dtype
 from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.exec.segments import Variant
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
@@ -25,7 +26,7 @@ from blockzoo.runtime.serve.memory import available_memory
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
-from blockzoo.zoo.errors import StoreError
+from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
@@ -69,8 +70,8 @@ class ServedZoo:
         zoo: as it was loaded.
         make: made it, and makes what follows.
         loaded: from it.
-        change: puts a loaded zoo in the place of another between two steps, calls back with what is loaded
-            then, and returns; raises as `change_over`.
+        change: (old, new, take) puts a loaded zoo in the place of another between two steps, and hands what
+            is loaded then to `take`; raises as `change_over`.
         in_use: what stands for the chains (`ChainPlan.key`) that requests and documents use.
 
     Attributes:
@@ -108,9 +109,10 @@ class ServedZoo:
                 self._num_begun += 1
                 try:
                     self._last = self._reload()
-                    self._settle()
                 except Exception as error:
                     self._last = error
+                else:
+                    self._try_to_settle()
             if isinstance(self._last, Exception):
                 raise self._last
             return self._last
@@ -184,14 +186,14 @@ class ServedZoo:
                     del found.coming[name]
                     why = error.models.get(name) or next(iter(error.models.values()))
                     found.left_out[name] = reason(why, zoo.path)
-                    found.unsound.add(name)
+                    if name in error.models and not isinstance(why, (ZooError, AdapterUnavailableError)):
+                        found.unsound.add(name)  # no file that could be mended
             except NoRoomError as error:
                 for name, family in self._families(topology).items():
                     if family in error.families and name in found.coming:
                         del found.coming[name]
                         found.waiting[name] = str(error)
-        for block in files.blocks.values():
-            block.drop_pages()
+        files.drop_pages()
 
     def _union(
         self, before: LoadedZoo, manifest: Manifest, coming: Mapping[str, ModelRecord]
@@ -301,7 +303,23 @@ class ServedZoo:
         Returns whether anything has changed.
         """
         with self._lock:
+            return self._try_to_settle()
+
+    def _try_to_settle(self) -> bool:
+        try:
             return self._settle()
+        except StillUsedError:  # a request came late
+            return False
+        except UnsoundError as error:
+            problem: Exception = next(iter(error.models.values()))
+        except Exception as error:  # what is loaded is served on
+            problem = error
+        self._put_off(problem)
+        return False
+
+    def _put_off(self, problem: object) -> None:
+        self._settle_after = time.monotonic() + _RETRY_S
+        _LOG.warning("engines of models that are gone are kept for now: %s", problem)
 
     def _settle(self) -> bool:
         before = self.current
@@ -315,25 +333,18 @@ class ServedZoo:
         kept = {n: r for n, r in before.manifest.models.items() if n in before.models or n in gone}
         manifest = _manifest_of(kept, before.manifest)
         topology = self._make.plan(manifest, before.topology.spans)
-        problem: object = self._lacking_memory(before, topology, before.blocks)
-        if problem is None:
-            engines = dict(before.engines)
-            files = ModelFiles(Zoo.open(self._path), before.blocks, before.manifest)
-            tokenizers = {name: model.tokenizer for name, model in before.models.items()}
-            try:
-                self._make.compile(topology, engines, files.block, runs_once=True)
-                new = self._make.put_together(
-                    manifest, gone, topology, engines, before.blocks, tokenizers, before
-                )
-                self._change_to(new)
-                return True
-            except StillUsedError:  # a request came late
-                return False
-            except UnsoundError as error:
-                problem = next(iter(error.models.values()))
-        self._settle_after = time.monotonic() + _RETRY_S
-        _LOG.warning("engines of models that are gone are kept for now: %s", problem)
-        return False
+        lacking = self._lacking_memory(before, topology, before.blocks)
+        if lacking is not None:
+            self._put_off(lacking)
+            return False
+        engines = dict(before.engines)
+        files = ModelFiles(Zoo.open(self._path), before.blocks, before.manifest)
+        tokenizers = {name: model.tokenizer for name, model in before.models.items()}
+        self._make.compile(topology, engines, files.block, runs_once=True)
+        new = self._make.put_together(manifest, gone, topology, engines, before.blocks, tokenizers, before)
+        self._change_to(new)
+        files.drop_pages()
+        return True
 
 
 def _manifest_of(models: Mapping[str, ModelRecord], *manifests: Manifest) -> Manifest:

@@ -509,7 +509,8 @@ def test_a_block_that_was_damaged_since_is_not_compiled_anew(
     engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS))
     add(tmp_path, folders, "top")
     path = block_path(tmp_path, Zoo.open(tmp_path).manifest.models["base"].chain[2])
-    content = bytearray(path.read_bytes())
+    whole = path.read_bytes()
+    content = bytearray(whole)
     content[-5] ^= 1
     path.unlink()
     path.write_bytes(content)
@@ -517,6 +518,9 @@ def test_a_block_that_was_damaged_since_is_not_compiled_anew(
     assert (found.added, found.left_out.keys()) == ((), {"top"})
     assert "corrupt" in found.left_out["top"]
     assert ask(engine, "base") == {"base": expected("base")}
+    path.write_bytes(whole)
+    assert engine.reload().added == ("top",)
+    assert ask(engine, "base", "top") == {n: expected(n) for n in ("base", "top")}
 
 
 # ---- documents, threads, anything

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import pytest
@@ -220,10 +222,17 @@ def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_p
         follower.prepare()
 
 
+def openai_models(server) -> list[str]:
+    with urllib.request.urlopen(f"{server.openai}/v1/models", timeout=30) as answer:
+        return [model["id"] for model in json.load(answer)["data"]]
+
+
 def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_path):
     zoo = tmp_path / "zoo"
     compile_models({"base": demo_family["base"]}, zoo, FAST)
-    server = serve_zoo(zoo)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = serve_zoo(zoo, "--precision", "f32", f"--openai-port={port}")
     prompt = "Note. The baker Tessa owns the jade lamp.\nQ: Who keeps the jade lamp?\nA:"
     alone = server.generate("base", prompt)["text_output"]
     forever = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}', "stream": True}
@@ -241,9 +250,15 @@ def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_pat
     server.wait_for(lambda: any("added notes, solver" in line for line in server.err))
     server.wait_for(lambda: server.post("solver", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
     assert server.generate("solver", prompt)["text_output"] != alone  # of the last layers its own
-    events = response.read().decode().split("\n\n")
-    assert sum("data: " in event for event in events) >= 398  # the stream went on through it
+    server.wait_for(lambda: {*openai_models(server)} == {"base", "notes", "solver"})  # at most a second old
+    events = [e for e in response.read().decode().split("\n\n") if "data: " in e]
     stream.close()
+    again = server.stream("base", {"text_input": "x", **forever})
+    assert len(again) == 400
+    # the stream went on through it, and said what it says when nothing changes (its begin was read above)
+    texts = [json.loads(event.partition("data: ")[2])["text_output"] for event in events[1:]]
+    assert texts == [event["text_output"] for event in again][-len(texts) :]
+    assert len(texts) >= 397
 
     compile_models({}, zoo, FAST, remove=["notes", "solver"])
     server.wait_for(lambda: any("removed notes, solver" in line for line in server.err))
