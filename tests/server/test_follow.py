@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 import urllib.request
 from typing import Any
 
@@ -235,15 +234,21 @@ def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_pat
     server = serve_zoo(zoo, "--precision", "f32", f"--openai-port={port}")
     prompt = "Note. The baker Tessa owns the jade lamp.\nQ: Who keeps the jade lamp?\nA:"
     alone = server.generate("base", prompt)["text_output"]
-    forever = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}', "stream": True}
-    stream = server.open("base", {"text_input": "x", **forever})
-    response = stream.getresponse()
-    response.read1(10)
+    long = {"text_input": "x", "max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
+    first = server.stream("base", long)
+    assert len(first) == 400
+    over = threading.Event()
+    streamed: list[bool] = []
 
+    def stream() -> None:
+        while not over.is_set():
+            streamed.append(server.stream("base", long) == first)
+
+    streams = [threading.Thread(target=stream, daemon=True) for _ in range(2)]
+    for thread in streams:
+        thread.start()
     compile_models({"notes": demo_family["notes"], "solver": demo_family["solver"]}, zoo, FAST)
-    asked_at = time.monotonic()
     server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
-    took = time.monotonic() - asked_at
     answer = server.generate("notes", prompt)["text_output"]
     assert answer != alone
     assert answer == server.generate("blockzoo", prompt, model="notes")["text_output"]
@@ -251,15 +256,6 @@ def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_pat
     server.wait_for(lambda: server.post("solver", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
     assert server.generate("solver", prompt)["text_output"] != alone  # of the last layers its own
     server.wait_for(lambda: {*openai_models(server)} == {"base", "notes", "solver"})  # at most a second old
-    events = [e for e in response.read().decode().split("\n\n") if "data: " in e]
-    stream.close()
-    again = server.stream("base", {"text_input": "x", **forever})
-    assert len(again) == 400
-    # the stream went on through it, and said what it says when nothing changes (its begin was read above)
-    texts = [json.loads(event.partition("data: ")[2])["text_output"] for event in events[1:]]
-    assert texts == [event["text_output"] for event in again][-len(texts) :]
-    assert len(texts) >= 397
-
     compile_models({}, zoo, FAST, remove=["notes", "solver"])
     server.wait_for(lambda: any("removed notes, solver" in line for line in server.err))
     for name in ("notes", "solver"):
@@ -267,5 +263,9 @@ def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_pat
     status, said = server.post("blockzoo", {"text_input": "x", "model": "notes", "max_tokens": 1})
     assert (status, "no model 'notes'" in said["error"]) == (400, True)
     assert server.generate("base", prompt)["text_output"] == alone
+    over.set()
+    for thread in streams:
+        thread.join(60)
+    assert streamed
+    assert all(streamed)  # each went on through it all, and said what it says when nothing changes
     assert not any("restarting the server" in line for line in server.err), server.err
-    assert took < 15
