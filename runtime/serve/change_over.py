@@ -15,7 +15,8 @@ from blockzoo.runtime.exec.adapters import Pairs
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Topology
 from blockzoo.runtime.kv.prefix_cache import path_lengths
 from blockzoo.runtime.kv.sequence import Segment
-from blockzoo.runtime.serve.loaded import LoadedZoo, Making, check_sound, fitted, most_layers, page_bytes
+from blockzoo.runtime.serve.loaded import LoadedZoo
+from blockzoo.runtime.serve.making import Making, check_sound, fitted, most_layers, page_bytes
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduler
 

@@ -26,8 +26,9 @@ from blockzoo.runtime.serve.between_steps import BetweenSteps
 from blockzoo.runtime.serve.change_over import StillUsedError, bring_up_to_date, change_over
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import DocumentPublisher, PublishedDocument
-from blockzoo.runtime.serve.loaded import LoadedZoo, Progress
+from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.loading import load_zoo, making
+from blockzoo.runtime.serve.making import Progress
 from blockzoo.runtime.serve.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
 from blockzoo.runtime.serve.request_builder import Request, RequestBuilder

@@ -16,7 +16,8 @@ from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.exec.topology import Span
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, Making, Progress, UnsoundError, check_sound
+from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, UnsoundError
+from blockzoo.runtime.serve.making import Making, Progress, check_sound
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.zoo.store import Zoo
 

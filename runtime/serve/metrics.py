@@ -17,7 +17,8 @@ from typing import get_args
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.request import FinishReason
 from blockzoo.runtime.exec.adapters import AdapterCache
-from blockzoo.runtime.kv.prefix_cache import CacheStats, KVCache
+from blockzoo.runtime.kv.cache_stats import CacheStats
+from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import PublishStats
 from blockzoo.runtime.serve.scheduler import Scheduler
 

@@ -21,7 +21,8 @@ from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.exec.segments import Variant
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
-from blockzoo.runtime.serve.loaded import LoadedZoo, Making, UnsoundError
+from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
+from blockzoo.runtime.serve.making import Making
 from blockzoo.runtime.serve.memory import available_memory
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer

@@ -150,7 +150,15 @@ def engines(engine: LLMEngine) -> list[Any]:
 # ---- models come
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "top",
+        "middle",
+        "whole",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("ffn", "upper", "bottom")),
+    ],
+)
 def test_a_model_joins_those_that_run(
     name: str, folders: dict[str, Path], expected: Expected, tmp_path: Path
 ) -> None:
