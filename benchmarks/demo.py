@@ -103,6 +103,11 @@ class Server:
                 return self
         raise SystemExit(f"zoo-serve ended with exit code {self._process.wait()} before it was ready")
 
+    @property
+    def pid(self) -> int:
+        """Of zoo-serve."""
+        return self._process.pid
+
     def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGTERM)
         code = self._process.wait(timeout=60)

@@ -20,7 +20,7 @@ from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.exec.executor import Executor, Rows
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.loading import load_zoo
+from blockzoo.runtime.serve.loading import load_zoo, making
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import f32_to_bf16
@@ -119,7 +119,8 @@ class ExecutorSide:
     ) -> None:
         self._settings = settings
         config = zoo.manifest.models[models[0]].config
-        self._zoo = load_zoo(zoo, settings.engine_config(config, max_span_layers), settings.maker())
+        make = making(zoo, settings.engine_config(config, max_span_layers), settings.maker())
+        self._zoo = load_zoo(zoo, make)
         (self._executor,) = self._zoo.executors.values()
         loaded = [self._zoo.models[model] for model in models]
         self._chains = [loaded[i % len(loaded)].chain_index for i in range(settings.max_seqs)]

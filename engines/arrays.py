@@ -8,6 +8,7 @@ the device's view: one upload a step, and none where the two are the same memory
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -41,13 +42,19 @@ class Arrays(Protocol):
     Attributes:
         records: whether `recorded` gains by steps of equal shapes, so that padding them to few is worth it.
         call_threads: from how many threads engines may run at the same time.
+        is_lazy: whether the memory of zeros is taken only as they are written, and `discard` gives it back.
     """
 
     records: bool
     call_threads: int
+    is_lazy: bool
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
+
+    def discard(self, array: Array, indices: np.ndarray) -> None:
+        """Give back the memory of rows of a lazy array, int [n], which nobody reads again before they are
+        written."""
 
     def rows_like(self, part: Array, num_rows: int) -> Array:
         """A new array of `num_rows` rows, for the rest shaped and typed as `part`; not initialized."""
@@ -87,6 +94,7 @@ class HostArrays:
     """numpy arrays; bf16 activations are held as uint16."""
 
     records = False
+    is_lazy = True
 
     def __init__(self, precision: Precision, call_threads: int = 1) -> None:
         self.call_threads = call_threads
@@ -99,6 +107,19 @@ class HostArrays:
     def zeros(self, shape: Sequence[int], kind: Kind) -> np.ndarray:
         """A new array of zeros."""
         return np.zeros(tuple(shape), self._dtypes[kind])
+
+    def discard(self, array: np.ndarray, indices: np.ndarray) -> None:
+        """Tell the kernel of every run of rows, as far as it is whole pages of memory: they read as zeros."""
+        page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+        begin, _ = byte_range(array)
+        rows = np.sort(indices).astype(np.int64)
+        size = array.nbytes // max(1, len(array))
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+            if run.size:
+                first = -(-(begin + int(run[0]) * size) // page) * page
+                end = (begin + (int(run[-1]) + 1) * size) // page * page
+                if end > first:
+                    libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
     def rows_like(self, part: np.ndarray, num_rows: int) -> np.ndarray:
         """A new array of `num_rows` rows like those of `part`."""

@@ -17,6 +17,7 @@ from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec, HeadSpec
 
 if TYPE_CHECKING:
     from blockzoo.engines.arrays import Array, Arrays
+    from blockzoo.zoo.store import Zoo
 
 Precision = Literal["f32", "bf16"]
 
@@ -121,7 +122,10 @@ class Embedding(Protocol):
 
 
 class EngineMaker(Protocol):
-    """Compiles spans for one backend at one precision; `arrays` makes what its engines are bound to."""
+    """Compiles spans for one backend at one precision; `arrays` makes what its engines are bound to.
+
+    From any thread, one at a time, while its engines run.
+    """
 
     name: str
     precision: Precision
@@ -129,6 +133,9 @@ class EngineMaker(Protocol):
 
     def expect(self, num_spans: int) -> None:
         """Say how many spans will be compiled, before the first: memory that engines keep is shared out."""
+
+    def follow(self, zoo: Zoo) -> None:
+        """Take what a zoo keeps for engines beside its blocks from this one, which has changed."""
 
     def span(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from blockzoo.engines.adapters import lora_matrices, lora_targets, padded
-from blockzoo.engines.arrays import Array
+from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Engine, EngineMaker
 from blockzoo.zoo.blocks import Adapter, AttnSpec, Block, tensor_shapes
 from blockzoo.zoo.model_config import ModelConfig, RopeConfig
@@ -152,6 +152,54 @@ class _ProbeAttention:
         }
         for name, array in inputs.items():
             self._engine.bind(name, self._mirror(array))
+
+
+def first_run(engine: Engine, arrays: Arrays) -> None:
+    """Run an engine on a few tokens of nothing, in pages of its own, so that it packs its weights.
+
+    What it is bound to afterwards is of no use: it is bound anew before it serves.
+    """
+    spec = engine.spec
+    for count in (1, PAGE_TOKENS):  # as in a decode step, and in a prefill
+        engine.bind("hidden", arrays.zeros((count, spec.hidden_size), "activation"))
+        if spec.drops_rows:
+            engine.bind("rows", arrays.mirror(np.arange(count, dtype=np.int32)))
+        if spec.head:
+            engine.bind("logits", arrays.zeros((count, spec.head.vocab_size), "f32"))
+        else:
+            engine.bind("hidden_out", arrays.zeros((count, spec.hidden_size), "activation"))
+        if spec.layers:
+            _bind_pages(engine, arrays, count)
+        for index, names in spec.lora:
+            for name in names:
+                for which, size in zip("ba", tensor_shapes(spec.specs[index])[name], strict=True):
+                    engine.bind(f"lora_{which}.{index}.{name}", arrays.zeros((0, size), "activation"))
+        if spec.lora:
+            engine.bind("lora_versions", np.zeros(0, np.int64))
+            engine.bind("lora_mask", arrays.zeros((count, 0), "activation"))
+        engine.run()
+    arrays.wait()
+
+
+def _bind_pages(engine: Engine, arrays: Arrays, count: int) -> None:
+    """Bind `count` new tokens of one sequence, at most a page, in pages of its own."""
+    layers = engine.spec.layers
+    shape = (len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
+    for name in ("key_cache", "value_cache"):
+        engine.bind(name, arrays.zeros(shape, "activation"))
+    for name in ("cos", "sin"):
+        engine.bind(name, arrays.zeros((count, 1, 1, layers[0].head_dim), "f32"))
+    ints = {
+        "past_lens": [0],
+        "subsequence_begins": [0, count],
+        "block_indices_begins": [0, 1],
+        **{f"block_indices.{layer}": [layer] for layer in range(len(layers))},
+    }
+    if engine.spec.scores:
+        ints["score_windows"] = [0]
+    for name, values in ints.items():
+        engine.bind(name, arrays.mirror(np.array(values, np.int32)))
+    engine.bind("max_context_len", arrays.mirror(np.array(count, np.int32)))
 
 
 def time_block(engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5) -> float:

@@ -70,7 +70,10 @@ class LLM:
         return self.engine.left_out
 
     def reload(self) -> Reloaded:
-        """As `LLMEngine.reload`: serve the models that were added to the zoo, forget those removed."""
+        """As `LLMEngine.reload`: serve the models that were added to the zoo, forget those removed.
+
+        Another thread may generate meanwhile.
+        """
         return self.engine.reload()
 
     def generate(
@@ -130,6 +133,8 @@ class LLM:
             for request in requests:
                 self.engine.abort(request.seq.request_id)
             self.engine.rest()
+            if self.engine.may_settle:
+                self.engine.settle()
         return [_completion(prompt, parts) for prompt, parts in zip(all_prompts, outputs, strict=True)]
 
     def chat(

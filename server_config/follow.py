@@ -1,14 +1,17 @@
 """A running server kept in line with its zoo: what zoo-compile adds or removes appears or goes.
 
-The engine takes the change over first (a `reload` request), then the ensembles of the models that it serves
-are written to the model repository, which Triton looks through every second. Only `preprocessing`, whose
-inputs name the tenants, is loaded again; requests under way finish.
+The engine takes the change over first (a `reload` request, which takes as long as it compiles engines), then
+the ensembles of the models that it serves are written to the model repository, which Triton looks through
+every second. Only `preprocessing`, whose inputs name the tenants, is loaded again; requests under way finish.
 """
 
 from __future__ import annotations
 
 import compileall
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from blockzoo.server_config.repository import ServerSettings, check_name, update
 from blockzoo.server_config.watchdog import UnhealthyError
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, manifest_stamp
+
+_PATIENCE_S = 1.0  # the server is looked after meanwhile
+_RETRY_S = 30.0  # models for which there is no memory are tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,11 @@ class Follower:
         self.tenants: tuple[str, ...] = ()
         """Models served."""
         self.left_out: Mapping[str, str] = {}
-        """The other models of the zoo that no restart alone would serve, and why."""
+        """Models of the zoo that cannot be served as they are, and why."""
         self._inputs: tuple[str, ...] = ()  # a tenant's input stays: its ensemble may outlive it by a moment
         self._waiting: Mapping[str, str] = {}
+        self._retry_at = 0.0
+        self._asked: tuple[Any, Future[Mapping[str, Any]]] | None = None  # with the stamp then
 
     def prepare(self) -> tuple[str, ...]:
         """Bring the repository in line for a server that is about to start; the tenants.
@@ -59,7 +67,7 @@ class Follower:
         Raises:
             ZooError: the zoo cannot be read, or no name suits Triton; with `strict`: some name does not.
         """
-        self._seen, self._waiting = manifest_stamp(self._zoo), {}
+        self._seen, self._waiting, self._asked = manifest_stamp(self._zoo), {}, None
         fit, problems = _fit_names(sorted(Zoo.open(self._zoo).manifest.models))
         if problems and (not fit or self._settings.engine.get("strict")):
             raise ZooError("\n".join(problems.values()))
@@ -78,16 +86,24 @@ class Follower:
         self._take(self._reload())
 
     def follow(self) -> Change | None:
-        """Take over a change of the zoo; None while there is none, or while the engine cannot be asked.
+        """Take over a change of the zoo; None while there is none, or while the engine is at it or cannot be
+        asked.
 
         Raises:
             OSError: the repository cannot be written; the next call tries again.
         """
-        seen = manifest_stamp(self._zoo)
-        if seen in (None, self._seen):
+        if self._asked is None:
+            seen = manifest_stamp(self._zoo)
+            retries = bool(self._waiting) and time.monotonic() >= self._retry_at
+            if seen is None or (seen == self._seen and not retries):
+                return None
+            self._asked = seen, _in_thread(self._reload)
+        seen, asked = self._asked
+        if not wait([asked], _PATIENCE_S).done:
             return None
+        self._asked = None
         try:
-            answer = self._reload()
+            answer = asked.result()
         except UnhealthyError as error:
             self._seen = seen
             return Change(self.tenants, (str(error),))
@@ -100,11 +116,11 @@ class Follower:
             f"{key} {', '.join(answer[key])}" for key in ("added", "replaced", "removed") if answer[key]
         ]
         waiting = [
-            f"{name} is served after a restart: {why}"
+            f"{name} is not served yet: {why}"
             for name, why in answer["waiting"].items()
             if self._waiting.get(name) != why
         ]
-        self._waiting = answer["waiting"]
+        self._waiting, self._retry_at = answer["waiting"], time.monotonic() + _RETRY_S
         self._seen = seen
         return Change(self.tenants, (*changes, *problems, *waiting))
 
@@ -115,6 +131,19 @@ class Follower:
         update_repository(self._repository, self._settings, tenants, inputs)
         broken = {name: f"model {name}: {why}" for name, why in answer["left_out"].items()}
         self.tenants, self._inputs, self.left_out = tenants, inputs, problems | broken
+
+
+def _in_thread(work: Callable[[], Mapping[str, Any]]) -> Future[Mapping[str, Any]]:
+    done: Future[Mapping[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="blockzoo-reload", daemon=True).start()
+    return done
 
 
 def _fit_names(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--enable-lora",
         action="store_true",
         default=None,
-        help="let all engines take LoRAs, so that any that is compiled later is served without a restart",
+        help="let all engines take LoRAs, so that those that are compiled later need no new engines",
     )
     engine.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run at once")
     engine.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="new tokens per step")
@@ -213,7 +213,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:
-    """Name weights of models that are not there (yet: a LoRA may come later)."""
+    """Name weights of models that are not there (yet: it may come later)."""
     from blockzoo.server_config.supervisor import say
 
     for name, _ in args.tenant_weight:

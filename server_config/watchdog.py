@@ -19,7 +19,7 @@ from blockzoo.server_config.repository import ENGINE, POSTPROCESSING, PREPROCESS
 _PROBE_TIMEOUT_S = 3.0
 _TIMEOUTS_ALLOWED = 8  # in a row, so 30 s: machines were seen to stand still for 11; what has died says so
 _FIRST_INFERENCE_S = 600.0
-_RELOAD_S = 60.0
+_RELOAD_S = 3600.0  # engines are compiled meanwhile; a server that dies ends the connection
 _SAMPLE = {
     "text_input": "żółw 🐢",
     "max_tokens": 123456789,

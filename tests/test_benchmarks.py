@@ -78,6 +78,15 @@ def test_fairness(workdir: Path) -> None:
 
 
 @pytest.mark.slow
+def test_live_addition(workdir: Path) -> None:
+    results = run("live_addition", workdir, "--streams", "2", "--seconds", "0.5")
+    assert len(results["phases"]) == 6
+    assert results["streamed_tokens"] > 64
+    assert results["answers_after_s"]["max"] > 0
+    assert all(phase["longest_gap_ms"] > 0 for phase in results["phases"].values())
+
+
+@pytest.mark.slow
 def test_stitch(tmp_path: Path) -> None:
     sizes = [
         "--minutes",

@@ -15,6 +15,7 @@ from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
 from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.store import Zoo
 
 # OpenVINO keeps the kernels that it has made for the shapes of each compiled model, 5000 a model unless told
 # otherwise, at about 0.1 MB each: prompts of random lengths would fill gigabytes. So many are shared out
@@ -103,6 +104,9 @@ class OpenVINOEngines:
         """Share out what all spans together may keep for themselves: see `engines.base.EngineMaker`."""
         kernels = min(max(_KEPT_KERNELS // max(1, num_spans), _FEWEST_KERNELS), _MOST_KERNELS)
         self._properties["CPU_RUNTIME_CACHE_CAPACITY"] = kernels
+
+    def follow(self, zoo: Zoo) -> None:
+        """Nothing to do: engines are made of blocks alone."""
 
     @property
     def version(self) -> str:

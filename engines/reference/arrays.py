@@ -29,6 +29,7 @@ class TorchArrays:
     """
 
     call_threads = 1
+    is_lazy = False
 
     def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
         self.device = device
@@ -40,6 +41,9 @@ class TorchArrays:
     def zeros(self, shape: Sequence[int], kind: Kind) -> torch.Tensor:
         """A new tensor of zeros."""
         return torch.zeros(tuple(shape), dtype=self._dtypes[kind], device=self.device)
+
+    def discard(self, array: torch.Tensor, indices: np.ndarray) -> None:
+        """Nothing: a tensor's memory goes with the tensor."""
 
     def rows_like(self, part: torch.Tensor, num_rows: int) -> torch.Tensor:
         """A new tensor of `num_rows` rows like those of `part`."""

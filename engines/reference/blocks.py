@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
@@ -46,7 +47,7 @@ class LayerCall:
 
 
 class Weights:
-    """Device copies of blocks' tensors: a tensor that several blocks or spans use is loaded once.
+    """Device copies of blocks' tensors: one that several use is loaded once, and goes with them.
 
     Args:
         dtype, device: of the copies.
@@ -54,17 +55,18 @@ class Weights:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._loaded: dict[tuple[str, ...], torch.Tensor] = {}
+        self._loaded: WeakValueDictionary[tuple[str, ...], torch.Tensor] = WeakValueDictionary()
 
     def load(self, block: Block, *names: str) -> torch.Tensor:
         """The block's tensors of these names on top of each other (one product instead of three)."""
         # the tied matrix of a head is keyed by its file, which is the embed block's
         owner = str(block.files[-1].path) if names == ("weight",) and block.files else block.id
         key = (owner, *names)
-        if key not in self._loaded:
+        found = self._loaded.get(key)
+        if found is None:
             parts = [weight_tensor(block.tensors[name], self._dtype, self._device) for name in names]
-            self._loaded[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._loaded[key]
+            found = self._loaded[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return found
 
     def maybe(self, block: Block, *names: str) -> torch.Tensor | None:
         """`load`, or None where the block has no such tensors."""

@@ -23,6 +23,7 @@ from blockzoo.engines.reference.blocks import (
     Weights,
 )
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+from blockzoo.zoo.store import Zoo
 
 
 class AttnBlock(Protocol):
@@ -153,6 +154,9 @@ class ReferenceEngines:
 
     def expect(self, num_spans: int) -> None:
         """Nothing to share out: engines keep their weights alone."""
+
+    def follow(self, zoo: Zoo) -> None:
+        """Nothing to do: engines are made of blocks alone."""
 
     def embedding(self, block: Block) -> TorchEmbedding:
         """The look-up of an embed block, on the device."""

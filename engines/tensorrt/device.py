@@ -33,7 +33,7 @@ class DeviceRuntime:
         settling: Callable[[], bool],
     ) -> None:
         self.settling, self.device = settling, device
-        self._read, self._library = read, library
+        self.read, self._library = read, library
         self._log = library.logger()
         # never empty: a context needs an address even where its plan needs no scratch
         self._arena = torch.empty(_ALIGNMENT, dtype=torch.uint8, device=device)
@@ -44,7 +44,7 @@ class DeviceRuntime:
     def __call__(self, key: str, record: TensorRTPlanRecord) -> DevicePlan:
         """Load a plan. Raises EngineError."""
         with torch.cuda.device_of(self._arena):
-            engine = self._runtime.deserialize_cuda_engine(self._read(key))
+            engine = self._runtime.deserialize_cuda_engine(self.read(key))
         if engine is None:
             raise EngineError(
                 f"{self._library.title} could not load the plan {key[:12]} ({record.part} for "

@@ -172,6 +172,10 @@ class TensorRTEngines(ReferenceEngines):
         self._plans: dict[str, Plan] = {}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
+    def follow(self, zoo: Zoo) -> None:
+        """Take plans from this zoo."""
+        self._records, self._load.read = zoo.manifest.tensorrt_plans, zoo.read_tensorrt_plan
+
     def facts(self) -> dict[str, Any]:
         """Backend, library version, precision and target."""
         machine = self._machine

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -123,20 +123,23 @@ def _runs(donor_of: np.ndarray, place_of: np.ndarray, shortest: int) -> list[Run
     ]
 
 
-class Donors:
+Where = TypeVar("Where", bound=Hashable)
+
+
+class Donors(Generic[Where]):
     """All donors, by scope and chain, bounded in number."""
 
     def __init__(self, config: ReuseConfig) -> None:
         self._config = config
-        self._indexes: dict[object, DonorIndex] = {}
+        self._indexes: dict[Where, DonorIndex] = {}
         # by where it is and its last page's key: what another model's prompt of the same tokens is not
-        self._known: OrderedDict[tuple[object, bytes], int] = OrderedDict()  # oldest use first
+        self._known: OrderedDict[tuple[Where, bytes], int] = OrderedDict()  # oldest use first
         self._count = 0
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, where: object, token_ids: np.ndarray, keys: Sequence[bytes]) -> None:
+    def add(self, where: Where, token_ids: np.ndarray, keys: Sequence[bytes]) -> None:
         """Remember a prompt of whole pages; `where`: scope and chain, only the same may use it."""
         if not keys:
             return
@@ -153,7 +156,14 @@ class Donors:
             if self._indexes[place].remove(number):
                 del self._indexes[place]
 
-    def match(self, where: object, token_ids: np.ndarray, start: int, end: int) -> list[tuple[Run, Donor]]:
+    def move(self, now: Callable[[Where], Where | None]) -> None:
+        """Know donors by other scopes and chains; forget those of which `now` says None."""
+        places = {where: now(where) for where in self._indexes}
+        known = [(places[where], key, number) for (where, key), number in self._known.items()]
+        self._known = OrderedDict(((w, key), number) for w, key, number in known if w is not None)
+        self._indexes = {w: self._indexes[old] for old, w in places.items() if w is not None}
+
+    def match(self, where: Where, token_ids: np.ndarray, start: int, end: int) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of `where` hold."""
         index = self._indexes.get(where)
         if index is None:

@@ -9,7 +9,7 @@ stay as they are. Only when most of the bank has fallen idle the rest is put tog
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import count
 
 import numpy as np
@@ -23,6 +23,7 @@ from blockzoo.zoo.blocks import Adapter, BlockSpec, tensor_shapes
 from blockzoo.zoo.errors import StoreError
 
 Pairs = dict[str, tuple[Array, Array]]  # by projection: A [rank, in], B [rank, out], as activations
+Placed = tuple[tuple[int, str], ...]  # (position in the chain, adapter id)
 
 _NEW_VERSION = count(1)  # no two banks give out the same: a span may stand in two places
 _MAX_IDLE = 2  # a bank has at most this many times the ranks in use
@@ -52,10 +53,14 @@ class AdapterCache:
         self.read, self._budget = read, budget
         self._loaded: OrderedDict[str, Pairs] = OrderedDict()
         self._dropped: set[str] = set()
+        self._held: dict[str, Pairs] = {}  # for who takes them next
         self.num_bytes = self.num_loads = self.num_reloads = self.num_evictions = 0
 
     def get(self, adapter_id: str) -> Pairs:
         """The adapter's matrices. Raises StoreError when its file is damaged."""
+        held = self._held.pop(adapter_id, None)
+        if held is not None:
+            return held
         pairs = self._loaded.get(adapter_id)
         if pairs is not None:
             self._loaded.move_to_end(adapter_id)
@@ -75,6 +80,11 @@ class AdapterCache:
             self.num_evictions += 1
         return pairs
 
+    def hold(self, pairs: Mapping[str, Pairs]) -> None:
+        """Have matrices of adapters, whose files may be gone, ready for the next who asks; those held before
+        are dropped."""
+        self._held = dict(pairs)
+
 
 class AdapterInputs:
     """The adapter inputs of every call of one executor.
@@ -92,7 +102,7 @@ class AdapterInputs:
         spans: Sequence[Span],
         specs: Sequence[Sequence[BlockSpec]],
     ) -> None:
-        self._cache, self.chains, self._spans, self._specs = cache, chains, spans, specs
+        self._cache, self._chains, self._spans, self._specs = cache, chains, spans, specs
         self._banks: dict[tuple[int, int], _Bank] = {}
 
     def of(self, call: Call) -> dict[str, Array]:
@@ -103,13 +113,29 @@ class AdapterInputs:
         key = call.span, call.position
         if key not in self._banks:
             self._banks[key] = _Bank(span, self._specs[call.span], call.position, self._cache)
-        adapters = {chain: self.chains[chain].adapters for chain, _ in call.parts}
-        return self._banks[key].inputs(call.parts, adapters)
+        return self._banks[key].inputs(call.parts, {c: self._chains[c].adapters for c, _ in call.parts})
 
     def stamp(self, call: Call) -> tuple[int, ...]:
         """Changes when the inputs that a call was given are no longer those of its adapters."""
         bank = self._banks.get((call.span, call.position))
-        return () if bank is None else tuple(bank.version(chain) for chain, _ in call.parts)
+        if bank is None:
+            return ()
+        return tuple(bank.version(self._chains[chain].adapters) for chain, _ in call.parts)
+
+    def take_over(self, before: AdapterInputs, running: Iterable[Placed]) -> dict[str, Pairs]:
+        """Go on with the banks of the spans that are the same as before; in steps of `before` no more.
+
+        Returns of the adapters in its other banks those that chains of `running` adapters need, by id.
+        """
+        index, running = {span: i for i, span in enumerate(self._spans)}, tuple(running)
+        held: dict[str, Pairs] = {}
+        for (span, position), bank in before._banks.items():
+            now = index.get(before._spans[span])
+            if now is not None:
+                self._banks[now, position] = bank
+            else:
+                held |= bank.loaded(running)
+        return held
 
 
 class _Bank:
@@ -123,27 +149,47 @@ class _Bank:
             for name in names:
                 for which, features in zip("ba", tensor_shapes(specs[index])[name], strict=True):
                     self._features[f"lora_{which}.{index}.{name}"] = features
-        # chain -> its ranks; the least recently needed first
-        self._slots: OrderedDict[int, slice] = OrderedDict()
+        # adapters of the blocks here -> their ranks; the least recently needed first
+        self._slots: OrderedDict[Placed, slice] = OrderedDict()
         self._versions = np.zeros(0, np.int64)  # by rank that there is room for
         self._matrices = self._zeros(0)
         self._none = self._shown(0)
         self._inputs = self._none
 
-    def version(self, chain: int) -> int:
-        """Of what lies in a chain's slot; -1 where it has none."""
-        slot = self._slots.get(chain)
+    def _here(self, adapters: Placed) -> Placed:
+        """Those of a chain's adapters that are on blocks here, by index of the block."""
+        return tuple((place - self._places.start, key) for place, key in adapters if place in self._places)
+
+    def version(self, adapters: Placed) -> int:
+        """Of what lies in the slot of a chain's adapters; -1 where it has none."""
+        slot = self._slots.get(self._here(adapters))
         return -1 if slot is None else int(self._versions[slot.start])
 
-    def inputs(
-        self, parts: Sequence[tuple[int, int]], adapters: dict[int, tuple[tuple[int, str], ...]]
-    ) -> dict[str, Array]:
+    def loaded(self, chains: Iterable[Placed]) -> dict[str, Pairs]:
+        """Copies of the matrices of those of some chains' adapters that are in slots, by id."""
+        found: dict[str, Pairs] = {}
+        for here in {self._here(adapters) for adapters in chains} & self._slots.keys():
+            slot = self._slots[here]
+            for index, key in here:
+                prefix = f"lora_a.{index}."
+                names = [n.removeprefix(prefix) for n in self._features if n.startswith(prefix)]
+                matrices = {
+                    name: tuple(self._copy(f"lora_{which}.{index}.{name}", slot) for which in "ab")
+                    for name in names
+                }
+                # zeros: it leaves the projection alone
+                found[key] = {n: (a, b) for n, (a, b) in matrices.items() if bool((a != 0).any())}
+        return found
+
+    def _copy(self, name: str, slot: slice) -> Array:
+        part = self._matrices[name][slot]
+        own = self._arrays.rows_like(part, len(part))
+        own[...] = part
+        return own
+
+    def inputs(self, parts: Sequence[tuple[int, int]], adapters: Mapping[int, Placed]) -> dict[str, Array]:
         """The inputs of a call over `parts`, (chain, rows); `adapters` by chain."""
-        here = {
-            chain: {place - self._places.start: key for place, key in found if place in self._places}
-            for chain, found in adapters.items()
-        }
-        here = {chain: found for chain, found in here.items() if found}
+        here = {chain: found for chain, placed in adapters.items() if (found := self._here(placed))}
         num_rows = sum(rows for _, rows in parts)
         if not here:
             return self._none | {"lora_mask": self._arrays.zeros((num_rows, 0), "activation")}
@@ -152,36 +198,39 @@ class _Bank:
         row = 0
         for chain, rows in parts:
             if chain in here:
-                mask[row : row + rows, self._slots[chain]] = 1
+                mask[row : row + rows, self._slots[here[chain]]] = 1
             row += rows
         return self._inputs | {"lora_mask": self._arrays.activations(mask)}
 
-    def _bring_in(self, needed: dict[int, dict[int, str]]) -> None:
-        """Have the adapters of chains in slots; by chain and index of a block, ids."""
-        joining: dict[int, dict[int, Pairs]] = {}
-        for chain, found in needed.items():
-            if chain in self._slots:
-                self._slots.move_to_end(chain)
+    def _bring_in(self, chains: Mapping[int, Placed]) -> None:
+        """Have the adapters of chains in slots."""
+        joining: dict[Placed, dict[int, Pairs]] = {}
+        for chain, found in chains.items():
+            if found in self._slots:
+                self._slots.move_to_end(found)
+                continue
+            if found in joining:  # of two chains
                 continue
             try:
-                joining[chain] = {index: self._cache.get(key) for index, key in found.items()}
+                joining[found] = {index: self._cache.get(key) for index, key in found}
             except StoreError as error:
                 raise AdapterUnavailableError(chain, str(error)) from error
-        ranks = {chain: slot.stop - slot.start for chain, slot in self._slots.items() if chain in needed}
-        for chain, loaded in joining.items():
-            ranks[chain] = max(len(a) for pairs in loaded.values() for a, _ in pairs.values())
+        needed = set(chains.values())
+        ranks = {owner: slot.stop - slot.start for owner, slot in self._slots.items() if owner in needed}
+        for owner, loaded in joining.items():
+            ranks[owner] = max(len(a) for pairs in loaded.values() for a, _ in pairs.values())
         limit = self._limit(sum(ranks.values()))
         if not joining and self._end <= limit:
             return
-        slots = None if self._end > limit else self._place({c: ranks[c] for c in joining}, needed, limit)
+        slots = None if self._end > limit else self._place({o: ranks[o] for o in joining}, needed, limit)
         if slots is None:  # too far apart: side by side
-            self._move({chain: rank for chain, rank in ranks.items() if chain not in joining})
-            slots = self._place({c: ranks[c] for c in joining}, needed, limit)
+            self._move({owner: rank for owner, rank in ranks.items() if owner not in joining})
+            slots = self._place({o: ranks[o] for o in joining}, needed, limit)
             assert slots is not None, "what is side by side leaves the rest of the limit free"
         self._make_room(max([self._end, *(slot.stop for slot in slots.values())]))
-        for chain, slot in slots.items():
-            self._write(slot, joining[chain])
-            self._slots[chain] = slot
+        for owner, slot in slots.items():
+            self._write(slot, joining[owner])
+            self._slots[owner] = slot
         self._inputs = self._shown(_power_of_two(self._end) if self._arrays.records else self._end)
 
     def _limit(self, in_use: int) -> int:
@@ -198,34 +247,34 @@ class _Bank:
         return max((slot.stop for slot in self._slots.values()), default=0)
 
     def _place(
-        self, joining: dict[int, int], needed: dict[int, dict[int, str]], limit: int
-    ) -> dict[int, slice] | None:
-        """Slots below `limit` for chains by their ranks, idle ones dropped as that needs; None: no room."""
+        self, joining: Mapping[Placed, int], needed: Collection[Placed], limit: int
+    ) -> dict[Placed, slice] | None:
+        """Slots below `limit` for adapters by their ranks, idle ones dropped as that needs; None: no room."""
         taken = dict(self._slots)
         placed = {}
-        idle = [chain for chain in self._slots if chain not in needed]
-        for chain, rank in joining.items():
+        idle = [owner for owner in self._slots if owner not in needed]
+        for owner, rank in joining.items():
             while (start := _gap(taken.values(), rank, limit)) is None:
                 if not idle:
                     return None
                 del taken[idle.pop(0)]
-            placed[chain] = taken[chain] = slice(start, start + rank)
-        for chain in self._slots.keys() - taken.keys():
-            del self._slots[chain]
+            placed[owner] = taken[owner] = slice(start, start + rank)
+        for owner in self._slots.keys() - taken.keys():
+            del self._slots[owner]
         return placed
 
-    def _move(self, ranks: dict[int, int]) -> None:
-        """Put the slots of chains side by side, in new matrices, and drop the others."""
+    def _move(self, ranks: Mapping[Placed, int]) -> None:
+        """Put the slots of adapters side by side, in new matrices, and drop the others."""
         old, old_slots = self._matrices, self._slots
         ends = np.cumsum([0, *ranks.values()]).tolist()
         self._slots = OrderedDict(
-            (chain, slice(begin, end)) for chain, begin, end in zip(ranks, ends, ends[1:], strict=False)
+            (owner, slice(begin, end)) for owner, begin, end in zip(ranks, ends, ends[1:], strict=False)
         )
         self._matrices, self._versions = self._zeros(0), np.zeros(0, np.int64)
         self._make_room(ends[-1])
-        for chain, slot in self._slots.items():
+        for owner, slot in self._slots.items():
             for name, matrix in self._matrices.items():
-                matrix[slot] = old[name][old_slots[chain]]
+                matrix[slot] = old[name][old_slots[owner]]
             self._stamp(slot)
 
     def _make_room(self, rank: int) -> None:
@@ -240,7 +289,7 @@ class _Bank:
             matrix[:room] = old[name]
 
     def _write(self, slot: slice, loaded: dict[int, Pairs]) -> None:
-        """Write the adapters of a chain's blocks, by index, into its slot."""
+        """Write adapters, by index of their block, into their slot."""
         for matrix in self._matrices.values():
             matrix[slot] = 0
         for index, pairs in loaded.items():

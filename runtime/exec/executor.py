@@ -7,7 +7,7 @@ engines on what is bound already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -16,13 +16,13 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
-from blockzoo.runtime.exec.adapters import AdapterInputs
+from blockzoo.runtime.exec.adapters import AdapterInputs, Pairs
 from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.exec.parallel_calls import CallRunner
 from blockzoo.runtime.exec.rows import RowChecks, Rows
-from blockzoo.runtime.exec.step_arrays import make_buffers
+from blockzoo.runtime.exec.step_arrays import Buffers, make_buffers
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
@@ -69,6 +69,9 @@ class StepResult(NamedTuple):
 class Executor:
     """Runs steps of the models of one family over one pool.
 
+    Where models come or go another executor takes its place, `before`, between two steps: with the same pool,
+    buffers and threads, and what engines are the same.
+
     Args:
         family: what the models have in common.
         chains, spans: of the whole topology; only those of the family are run.
@@ -76,9 +79,11 @@ class Executor:
         embeddings: by embed block id.
         rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
         arrays: of the maker of the engines.
-        num_pages: pages of the pool. Key and value pages are [num_pages, kv_heads, 32, head_dim].
+        num_pages: pages of the pool. Key and value pages are [num_pages + 1, kv_heads, 32, head_dim]:
+            one more, for rows that nobody reads.
         max_tokens, max_seqs: bounds of a step.
         adapters: their inputs, by call; None in a zoo without any.
+        before: whose place it takes, of the same `num_pages`.
     """
 
     def __init__(
@@ -94,8 +99,9 @@ class Executor:
         max_tokens: int,
         max_seqs: int,
         adapters: AdapterInputs | None = None,
+        before: Executor | None = None,
     ) -> None:
-        self._adapters = adapters
+        self.adapters = adapters
         self.chains, self._spans = tuple(chains), spans
         self._engines, self._embeddings, self._device = engines, embeddings, arrays
         self._rotation = dict(rope_tables)  # on the host; the pages look here too
@@ -103,15 +109,22 @@ class Executor:
         mirrored = {key: tuple(map(arrays.mirror, tables)) for key, tables in unique.items()}
         self._rope_tables = {chain: mirrored[id(tables)] for chain, tables in rope_tables.items()}
         self._num_pages = num_pages
-        self._pool = self._make_pool(family)
+        self._pool: dict[str, Array] = self._make_pool(family) if before is None else before._pool
+        for engine in engines.values():
+            if before is None or not before.has(engine):  # it may run at this moment
+                self._bind_pool(engine)
         self.kv = KVTensors(self._pool, num_pages, self._rotation, arrays)
         vocab = max(chain.vocab_size for chain in chains if chain.family == family)
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
             max_tokens = max(max_tokens, max_seqs)
-        self._buffers = make_buffers(family, arrays, max_tokens, max_seqs, vocab)
+        self._buffers: Buffers
+        if before is not None and len(before._buffers.logits) == max_seqs * vocab:
+            self._buffers = before._buffers
+        else:
+            self._buffers = make_buffers(family, arrays, max_tokens, max_seqs, vocab)
         self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program, Stamps]] = {}
-        self._runner = CallRunner(arrays.call_threads)
+        self._runner: CallRunner = CallRunner(arrays.call_threads) if before is None else before._runner
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
@@ -120,17 +133,39 @@ class Executor:
             self.chains, vocab_sizes, self._rotation, num_pages, family.hidden_size, max_tokens, max_seqs
         )
 
-    def add_chain(self, chain: ChainPlan, like: int) -> int:
-        """Append a chain of the same spans as chain number `like`; its number.
+    def has(self, engine: Engine) -> bool:
+        """Whether it runs an engine."""
+        return any(engine is own for own in self._engines.values())
 
-        From any thread, but one at a time, before rows of it run.
-        """
-        index = len(self.chains)
-        self._rope_tables[index], self._rotation[index] = self._rope_tables[like], self._rotation[like]
-        self.chains = self._check.chains = (*self.chains, chain)
-        if self._adapters is not None:
-            self._adapters.chains = self.chains
-        return index
+    def take_over(self, before: Executor, running: Iterable[int]) -> dict[str, Pairs]:
+        """Go on with the adapters that `before` has in place, of which chains `running` are in use. Returns
+        those of them that were in place in spans that are no more (`AdapterCache.hold`)."""
+        before.forget_bindings()
+        if self.adapters is None or before.adapters is None:
+            return {}
+        return self.adapters.take_over(before.adapters, {before.chains[i].adapters for i in running})
+
+    def forget_bindings(self) -> None:
+        """Bind engines anew before they run: another executor has run them."""
+        self._bound_call.clear()
+
+    def close(self) -> None:
+        """Let go of the engines and all that is bound to them; nothing can be run any more."""
+        self._layouts.clear()
+        self._bound_call.clear()
+        self._engines = {}
+        self.adapters = None
+
+    def discard(self, pages: np.ndarray) -> None:
+        """Give back the memory of pages, int32 [n], that are written before they are read again."""
+        if self._device.is_lazy:
+            for pool in self._pool.values():
+                self._device.discard(pool, pages)
+
+    def is_sound(self, chain: int) -> bool:
+        """Run one token through a chain, in no page of a sequence: whether its logits are finite."""
+        result = self._run([self._padding(chain)])
+        return all(bool(np.isfinite(logits).all()) for logits, _ in result.logits)
 
     def release_memory(self) -> None:
         """Give back the engines' scratch if a step was large enough for that to be worth it."""
@@ -149,6 +184,9 @@ class Executor:
             AdapterUnavailableError: the members of a chain cannot run; nothing was run.
         """
         self._check(batch)
+        return self._run(batch)
+
+    def _run(self, batch: Sequence[Rows]) -> StepResult:
         order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
         ordered = [batch[i] for i in order]
         if self._device.records:
@@ -192,15 +230,13 @@ class Executor:
         return Rows(chain, np.zeros(1, np.int32), 0, table, True)
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
-        # where batches are padded, one page more for the rows that nobody reads
-        num_pages = self._num_pages + self._device.records
-        shape = (num_pages, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
-        pool = {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
-        for engine in self._engines.values():
-            if engine.spec.layers:
-                for name, pages in pool.items():
-                    engine.bind(name, pages)
-        return pool
+        shape = (self._num_pages + 1, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
+        return {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
+
+    def _bind_pool(self, engine: Engine) -> None:
+        if engine.spec.layers:
+            for name, pages in self._pool.items():
+                engine.bind(name, pages)
 
     def _layout_for(self, batch: Sequence[Rows]) -> tuple[StepLayout, Program]:
         """The layout of a batch's shapes, and what runs it; the last ones are kept."""
@@ -222,9 +258,9 @@ class Executor:
         kept = self._layouts.pop(shapes, None)
         if kept is None or kept[2] != self._stamps(kept[0]):
             layout = StepLayout(shapes, self.chains, self._spans, self._buffers, self._device)
-            if self._adapters is not None:
+            if self.adapters is not None:
                 for call in layout.calls:
-                    call.binds |= self._adapters.of(call)
+                    call.binds |= self.adapters.of(call)
             program: Program = partial(self._launch, layout)
             if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
                 program = self._device.recorded(program)
@@ -236,7 +272,7 @@ class Executor:
 
     def _stamps(self, layout: StepLayout) -> Stamps:
         """Change when adapters that the layout's calls are bound to have given way to others."""
-        return () if self._adapters is None else tuple(map(self._adapters.stamp, layout.calls))
+        return () if self.adapters is None else tuple(map(self.adapters.stamp, layout.calls))
 
     def _launch(self, layout: StepLayout) -> list[Hidden]:
         self._gather(layout)

@@ -31,7 +31,8 @@ def plan_segments(
     """Per model the maximal layer ranges whose KV is shared by one and the same set of models.
 
     The KV of a layer depends on every block up to its attention, and on their adapters, so its identity is
-    the hash of that prefix. With each range comes the position in the chain at which its sharers below part.
+    the hash of that prefix. That of a range's last layer says what is in all of it, whatever other models
+    there are or will be. With each range comes the position in the chain at which its sharers below part.
     """
     prefixes = {variant: layer_keys(variant, blocks) for variant in variants}
     sharers: dict[str, set[Variant]] = defaultdict(set)
@@ -46,7 +47,7 @@ def plan_segments(
         boundaries = [1, *(_common_length(sharers[keys[start - 1]]) for start in starts[1:])]
         result[variant] = (
             tuple(
-                Segment(start, end, keys[start], _prefix_key(variant, boundary))
+                Segment(start, end, keys[end - 1], _prefix_key(variant, boundary))
                 for start, end, boundary in zip(starts, ends, boundaries, strict=True)
             ),
             tuple(boundaries),
@@ -58,6 +59,11 @@ def steps(variant: Variant) -> list[str]:
     """What computes, block by block: the block, and its adapter."""
     adapters = dict(variant.adapters)
     return [f"{block_id} {adapters.get(i, '')}" for i, block_id in enumerate(variant.chain)]
+
+
+def variant_key(variant: Variant) -> str:
+    """What stands for a variant, among whichever others."""
+    return hashlib.sha256("\n".join(steps(variant)).encode()).hexdigest()
 
 
 def _common_length(variants: set[Variant]) -> int:

@@ -6,12 +6,12 @@ Ids only; nothing here knows tensors, engines or requests.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from blockzoo.runtime.exec.segments import Variant, is_attn, plan_segments
+from blockzoo.runtime.exec.segments import Variant, is_attn, layer_keys, plan_segments, variant_key
 from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, HeadSpec
 from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest
@@ -71,6 +71,8 @@ class ChainPlan:
         adapters: (position in the chain, adapter id).
         check: the first of `uses` behind the check layers, where rows may leave and enter (approximate reuse
             that looks at deviations); None without such.
+        key: stands for the chain in every topology that has it.
+        layer_keys: per layer, what stands for its K and V in every topology.
     """
 
     family: Family
@@ -82,6 +84,8 @@ class ChainPlan:
     adapters: tuple[tuple[int, str], ...] = ()  # (position in the chain, adapter id)
     entries: tuple[int, ...] = (0,)
     check: int | None = None
+    key: str = ""
+    layer_keys: tuple[str, ...] = ()
 
 
 class _Limits(NamedTuple):
@@ -111,6 +115,7 @@ def plan_topology(
     enable_lora: bool = False,
     check_layers: int | None = None,
     scores: bool = False,
+    known: Iterable[Span] = (),
 ) -> Topology:
     """Derive spans, chains and segments from a manifest.
 
@@ -120,6 +125,7 @@ def plan_topology(
         enable_lora: let every projection take adapters, for those that come later.
         check_layers: cut also after so many layers of each chain that has more; None: nowhere.
         scores: engines with attention tell how much of it each token received.
+        known: spans that are compiled. One of the same blocks goes on taking the adapters that it takes.
     """
     models_of: dict[Variant, list[str]] = defaultdict(list)
     for name, model in manifest.models.items():
@@ -137,6 +143,8 @@ def plan_topology(
         lora = {span: _all_projections(span, manifest.blocks) for span in spans}
     else:
         lora = _lora_targets(variants, runs, manifest.adapters)
+        for span in known:
+            lora[span.block_ids] = _either(lora.get(span.block_ids, ()), span.lora)
     return Topology(
         spans=tuple(
             Span(
@@ -175,6 +183,16 @@ def _lora_targets(
                     found[run][i].update(lora.projection for lora in loras)
             position += len(run)
     return {run: tuple((i, tuple(sorted(names))) for i, names in sorted(found[run].items())) for run in found}
+
+
+def _either(
+    one: Sequence[tuple[int, tuple[str, ...]]], other: Sequence[tuple[int, tuple[str, ...]]]
+) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """The projections that are in one of two (`Span.lora`)."""
+    joined: dict[int, set[str]] = defaultdict(set)
+    for index, names in (*one, *other):
+        joined[index].update(names)
+    return tuple((index, tuple(sorted(names))) for index, names in sorted(joined.items()))
 
 
 def _all_projections(
@@ -262,5 +280,15 @@ def _chain_plan(
     behind = (i for i, use in enumerate(uses) if use.first_layer == check_layers)
     check = next(behind, None) if check_layers != layer else None
     return ChainPlan(
-        family, chain[0], tuple(uses), layer, segments, head.vocab_size, variant.adapters, entries, check
+        family,
+        chain[0],
+        tuple(uses),
+        layer,
+        segments,
+        head.vocab_size,
+        variant.adapters,
+        entries,
+        check,
+        variant_key(variant),
+        tuple(layer_keys(variant, blocks)),
     )

@@ -8,7 +8,7 @@ start at the boundary. The rows are opaque: whatever the executor hands out it t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,11 @@ class BoundaryCache:
             _, evicted = self._pages.popitem(last=False)
             self.num_bytes -= evicted.nbytes
             self.evictions += 1
+
+    def keep(self, boundaries: Collection[str]) -> None:
+        """Forget what is kept at any other boundary."""
+        for name in [name for name in self._pages if name[0] not in boundaries]:
+            self.num_bytes -= self._pages.pop(name).nbytes
 
     def entering(self, seq: TokenSequence, part: Part) -> Rows:
         """The hidden states [n, hidden] of a part that enters late, which the sequence took when it began."""

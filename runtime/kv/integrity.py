@@ -15,14 +15,16 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 def check_partition(
     pool: PagePool, sequences: Sequence[TokenSequence], nodes: Sequence[Node], num_cached: int
 ) -> None:
-    """Check that free + cached + owned pages are each page of the pool once."""
+    """Check that free + cached + owned pages are each page of the pool once, and so many as it has."""
     owned = [seq.own_pages() for seq in sequences]
     cached = [node.pages for node in nodes]
-    everyone = np.concatenate([pool.free_ids(), *cached, *owned])
-    counts = np.bincount(everyone, minlength=pool.num_pages) if everyone.min() >= 0 else None
-    if counts is None or counts.size != pool.num_pages or (counts != 1).any():
+    everyone = np.concatenate([pool.free_ids(), pool.unused_ids(), *cached, *owned])
+    counts = np.bincount(everyone, minlength=pool.capacity) if everyone.min() >= 0 else None
+    if counts is None or counts.size != pool.capacity or (counts != 1).any():
         wrong = everyone.tolist() if counts is None else np.flatnonzero(counts != 1).tolist()
         raise IntegrityError(f"free + cached + owned is not each page once; wrong pages: {wrong[:20]}")
+    if pool.unused_ids().size != pool.capacity - pool.num_pages:
+        raise IntegrityError(f"{pool.unused_ids().size} pages are out of use of {pool.capacity}")
     if sum(pages.size for pages in cached) != num_cached:
         raise IntegrityError(f"{num_cached} cached pages counted, not what the nodes hold")
 

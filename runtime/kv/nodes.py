@@ -44,6 +44,11 @@ class SegmentTree:
         self.hit_tokens = 0
         self.deduped_tokens = 0
 
+    @property
+    def layers(self) -> str:
+        """ "0-9": layers 0 to 9."""
+        return f"{self.segment.first_layer}-{self.segment.end_layer - 1}"
+
     def add(self, node: Node) -> None:
         """Enter a node."""
         self.nodes[node.key] = node

@@ -14,8 +14,7 @@ It knows page ids, token counts and keys; no tensor, no engine.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 
 import numpy as np
@@ -24,36 +23,29 @@ from blockzoo.engines.base import PAGE_TOKENS, pages_for
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.runtime.kv.boundary import BoundaryCache
+from blockzoo.runtime.kv.cache_stats import CacheStats
 from blockzoo.runtime.kv.nodes import Node
 from blockzoo.runtime.kv.pool import PagePool
-from blockzoo.runtime.kv.prefix_tree import PrefixTree
-from blockzoo.runtime.kv.published_pages import Publication, PublishedPages
+from blockzoo.runtime.kv.prefix_tree import Parts, PrefixTree
+from blockzoo.runtime.kv.published_pages import Publication, PublishedPages, nodes_of
 from blockzoo.runtime.kv.reuse_plan import ReusePlanner
-from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.kv.sequence import Chain, Segment, TokenSequence
 
 MIN_COPIED_TOKENS = 4  # fewer are recomputed rather than copied: they ride along in the same batch
 _MAX_CANDIDATES = 64  # pages looked at for one that begins alike
 
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Counters of a KVCache since its start, and its pages now (free + cached + owned = total)."""
+def path_lengths(seq: TokenSequence, segments: Chain, parts: Parts) -> list[int] | None:
+    """Pages that a sequence will have in the tree in each of other segments (`KVCache.reshape`).
 
-    pages_total: int
-    pages_free: int
-    pages_cached: int  # in the tree, used by a running sequence or not
-    pages_evictable: int  # those of the tree that no running sequence uses
-    pages_owned: int  # being filled by running sequences
-    lookups: int  # admissions that asked the cache
-    resumed_tokens: int  # hits of preempted sequences on their own return: saved, but not by sharing
-    copied_pages: int  # copied in part, as they begin alike
-    approximate_tokens: int  # whose KV was taken from equal words behind other ones
-    approximate_pages: int  # the same, of each request in whole pages: what others may know
-    published_pages: int  # those of the tree that are published, so never evicted
-    published_hit_tokens: int  # whose KV was found among them
-    evictions: int  # nodes evicted
-    hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
-    deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
+    None where it cannot go over to them with its pages: it is about to copy some, or to enter late, or has
+    those of one of the segments partly in the tree.
+    """
+    held = {segment: len(path) for segment, path in zip(seq.segments, seq.nodes, strict=True)}
+    if seq.copied_from or len(seq.nodes[0]) > max(seq.num_tree_pages, seq.num_computed // PAGE_TOKENS):
+        return None
+    lengths = [{held[source] for source, _ in parts[segment]} for segment in segments]
+    return [length.pop() for length in lengths] if all(len(length) == 1 for length in lengths) else None
 
 
 class KVCache:
@@ -66,6 +58,7 @@ class KVCache:
 
     Args:
         num_pages: of the pool.
+        capacity: pages that it may grow to (`resize`); None: num_pages.
         prefix_caching: False keeps nothing of a sequence that has gone.
         boundaries: where hidden states are kept with which prefills of other models start late.
         reuse: how sequences that ask for it reuse KV approximately; None: not at all.
@@ -77,8 +70,9 @@ class KVCache:
         prefix_caching: bool = True,
         boundaries: BoundaryCache | None = None,
         reuse: ReuseConfig | None = None,
+        capacity: int | None = None,
     ) -> None:
-        self.pool = PagePool(num_pages)
+        self.pool = PagePool(num_pages, capacity)
         self.prefix_caching = prefix_caching
         self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
         self.planner = None if reuse is None else ReusePlanner(reuse)
@@ -371,7 +365,7 @@ class KVCache:
         """
         assert seq.publishes, f"{seq} belongs to a scope"
         assert all(len(path) == seq.num_pages for path in seq.nodes), f"{seq} is not all in the tree"
-        nodes = tuple(path[page] for page in range(seq.num_pages) for path in seq.nodes)
+        nodes = nodes_of(seq.nodes)
         for node in nodes:
             self.tree.reference(node)
         tokens = seq.token_ids[:num_tokens].copy()
@@ -390,6 +384,49 @@ class KVCache:
         for node in reversed(publication.nodes):
             self.tree.dereference(node)
         self.tree.version += 1
+
+    def reshape(
+        self, parts: Parts, chains: Mapping[Chain, Chain], sequences: Iterable[TokenSequence]
+    ) -> None:
+        """Go over to other segments, with all KV in the tree that they have.
+
+        Args:
+            parts: by segment, those of now that it consists of.
+            chains: by the segments of a chain of now, its new ones. No sequence and no published document is
+                of a chain that is not among them.
+            sequences: all that use this cache; each keeps its segments, or can go over to others
+                (`path_lengths`).
+        """
+        lengths = {
+            seq: found
+            for seq in sequences
+            if chains[seq.segments] != seq.segments
+            and (found := path_lengths(seq, chains[seq.segments], parts)) is not None
+        }
+        made = self.tree.reshape(parts)
+
+        def path(segment: Segment, keys: Sequence[bytes]) -> list[Node]:
+            nodes = [self.tree.node(segment, key) for key in keys]
+            if segment in made:  # others are the nodes that they were, references and all
+                for node in nodes:
+                    self.tree.reference(node)
+            return nodes
+
+        for seq, counts in lengths.items():
+            segments, keys = chains[seq.segments], seq.page_keys(max(counts))
+            nodes = [path(segment, keys[:n]) for segment, n in zip(segments, counts, strict=True)]
+            seq.take_segments(segments, nodes)
+        self.published.reshape(chains, path)
+        if self.planner is not None:
+            self.planner.reshape(chains)
+
+    def resize(self, num_pages: int) -> np.ndarray:
+        """Have the pool as near to `num_pages` as what sequences and published documents hold lets it: evicts
+        what it must. Returns the ids of the pages that went, int32 [n]."""
+        spare = self.pool.num_free + self.tree.num_evictable_pages
+        num_pages = max(num_pages, self.pool.num_pages - spare, 1)
+        self.tree.evict_until_free(max(0, self.pool.num_pages - num_pages))
+        return self.pool.resize(num_pages)
 
     def release(self, seq: TokenSequence) -> None:
         """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
@@ -433,6 +470,7 @@ class KVCache:
             evictions=self.tree.evictions,
             hit_tokens=hits,
             deduped_tokens=deduped,
+            layer_hit_tokens=self.tree.hits_by_layers(),
         )
 
     def check_integrity(self, sequences: Iterable[TokenSequence]) -> None:

@@ -7,8 +7,8 @@ their sequences meet in the same nodes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from blockzoo.runtime.kv.integrity import check_lru, check_partition, check_refe
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.pool import PagePool
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+
+Parts = Mapping[Segment, Sequence[tuple[Segment, slice]]]
+"""By segment, those that were before it whose layers it has, bottom up, and which of their layers; empty
+where some layer is new."""
+_MOST_MADE = 20_000  # unreferenced nodes that a change of segments takes over: it holds up a step
 
 
 class PrefixTree:
@@ -38,6 +43,9 @@ class PrefixTree:
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._segments: dict[Segment, SegmentTree] = {}
         self._lru: OrderedDict[Node, None] = OrderedDict()
+        self._gone_hits = Counter[str]()  # of segments that are no more, by key
+        self._gone_deduped = Counter[str]()
+        self._gone_hits_by_layers = Counter[str]()
 
     def find(self, segment: Segment) -> SegmentTree | None:
         """The nodes of a segment, where it has had any."""
@@ -47,6 +55,10 @@ class PrefixTree:
         """The nodes of each segment of a sequence."""
         segments = self._segments
         return [segments.get(s) or segments.setdefault(s, SegmentTree(s)) for s in seq.segments]
+
+    def node(self, segment: Segment, key: bytes) -> Node:
+        """A node that is there."""
+        return self._segments[segment].nodes[key]
 
     def add(self, node: Node) -> None:
         """Enter a node that one sequence uses."""
@@ -88,15 +100,63 @@ class PrefixTree:
         self.version += 1
         return True
 
+    def reshape(self, parts: Parts) -> set[Segment]:
+        """Have other segments, with the nodes that can be made of those that there are; the others go.
+
+        Returns the segments whose nodes are new ones, without references: who had referenced what they are
+        made of does so with them. In the others all is as it was.
+        """
+        place = {node: i for i, node in enumerate(self._lru)}
+        old, self._segments = self._segments, {}
+        made: set[Segment] = set()
+        order = []  # (when it goes, the deeper and the upper first), node
+        for segment, pieces in parts.items():
+            sources = [(old[source], layers) for source, layers in pieces if source in old]
+            if not sources or len(sources) < len(pieces):
+                continue
+            tree, layers = sources[0]
+            if len(sources) == 1 and layers == slice(0, tree.num_layers):
+                del old[tree.segment]
+                tree.segment = segment
+                order += [((place[n], 0, 0), n) for n in tree.nodes.values() if n.refs == 0]
+            else:
+                made.add(segment)
+                tree = SegmentTree(segment)
+                order += _make_nodes(tree, sources, place)
+            self._segments[segment] = tree
+        self._lru = OrderedDict((node, None) for _, node in sorted(order, key=lambda item: item[0]))
+        self._free_what_is_not_in(made, old)
+        return made
+
+    def _free_what_is_not_in(self, made: set[Segment], old: Mapping[Segment, SegmentTree]) -> None:
+        """Free the pages of the old segments that no node has taken over; count anew."""
+        none = np.zeros(0, np.int32)
+        before = [node.pages for tree in old.values() for node in tree.nodes.values()]
+        taken = [node.pages for segment in made for node in self._segments[segment].nodes.values()]
+        self._pool.free(np.setdiff1d(np.concatenate([none, *before]), np.concatenate([none, *taken])))
+        self.num_pages = sum(n.pages.size for tree in self._segments.values() for n in tree.nodes.values())
+        self.num_evictable_pages = sum(node.pages.size for node in self._lru)
+        for segment, tree in old.items():
+            self._gone_hits[segment.key] += tree.hit_tokens
+            self._gone_deduped[segment.key] += tree.deduped_tokens
+            self._gone_hits_by_layers[tree.layers] += tree.hit_tokens
+        self.version += 1
+
     def gains(self) -> tuple[dict[str, int], dict[str, int]]:
         """By segment key: tokens whose KV was found; tokens computed twice, whose second KV was dropped."""
-        hits: dict[str, int] = {}
-        deduped: dict[str, int] = {}
+        hits, deduped = dict(self._gone_hits), dict(self._gone_deduped)
         for tree in list(self._segments.values()):  # a copy: others may ask while the engine runs
             key = tree.segment.key
             hits[key] = hits.get(key, 0) + tree.hit_tokens
             deduped[key] = deduped.get(key, 0) + tree.deduped_tokens
         return hits, deduped
+
+    def hits_by_layers(self) -> dict[str, int]:
+        """By the layers of segments: tokens whose KV was found; it only grows, whichever there are."""
+        hits = self._gone_hits_by_layers.copy()
+        for tree in list(self._segments.values()):
+            hits[tree.layers] += tree.hit_tokens
+        return dict(hits)
 
     def check_integrity(self, sequences: Iterable[TokenSequence], pins: Sequence[Node]) -> None:
         """Check all that must hold, given every sequence that may hold pages, and the nodes pinned besides.
@@ -109,3 +169,31 @@ class PrefixTree:
         check_partition(self._pool, sequences, nodes, self.num_pages)
         check_references(sequences, nodes, pins)
         check_lru(nodes, list(self._lru), self.num_evictable_pages)
+
+
+def _make_nodes(
+    tree: SegmentTree, sources: Sequence[tuple[SegmentTree, slice]], place: Mapping[Node, int]
+) -> list[tuple[tuple[int, int, int], Node]]:
+    """Fill a tree with nodes of the given layers of others: those that all of these have.
+
+    Returns them with what tells when they go (`place`: of the unreferenced nodes): with the first of their
+    parts, the deeper and the upper first. So each goes before its parent, as its parts did.
+    """
+    in_use, oldest = len(place), len(place) - _MOST_MADE
+    depth: dict[Node, int] = {}
+    order = []
+    top, _ = sources[-1]
+    for key, node in top.nodes.items():  # parents have come before their children
+        pieces = [source.nodes.get(key) for source, _ in sources]
+        found = [piece for piece in pieces if piece is not None]
+        when = min(place.get(piece, in_use) for piece in found)
+        if len(found) < len(pieces) or when < oldest:
+            continue
+        parent = None if node.parent is None else tree.nodes[node.parent.key]
+        pages = np.concatenate([n.pages[layers] for n, (_, layers) in zip(found, sources, strict=True)])
+        new = Node(tree, key, parent, node.parent_key, pages, node.token_ids)
+        new.refs = 0
+        tree.add(new)
+        depth[new] = 0 if parent is None else depth[parent] + 1
+        order.append(((when, -depth[new], -tree.segment.first_layer), new))
+    return order

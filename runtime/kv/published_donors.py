@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blockzoo.runtime.approx.matching import Donor, DonorIndex, Run
-from blockzoo.runtime.kv.sequence import Segment, TokenSequence
+from blockzoo.runtime.kv.sequence import Chain, TokenSequence
 
 if TYPE_CHECKING:
     from blockzoo.runtime.kv.published_pages import Publication
@@ -28,8 +28,8 @@ class PublishedDonors:
         self._window = window
         self._numbers = count()
         self._number_of: dict[Publication, int] = {}
-        self._indexes: dict[tuple[Segment, ...], DonorIndex] = {}
-        self._whole: dict[tuple[Segment, ...], dict[bytes, list[Publication]]] = {}  # by its tokens
+        self._indexes: dict[Chain, DonorIndex] = {}
+        self._whole: dict[Chain, dict[bytes, list[Publication]]] = {}  # by its tokens
 
     def add(self, publication: Publication) -> None:
         """Make a donor of a publication."""
@@ -48,6 +48,12 @@ class PublishedDonors:
         self._whole[segments][words].remove(publication)
         if not self._whole[segments][words]:
             del self._whole[segments][words]
+
+    def reshape(self, chains: Mapping[Chain, Chain]) -> None:
+        """Go over to other segments (`KVCache.reshape`)."""
+        self._indexes = {chains[segments]: index for segments, index in self._indexes.items()}
+        # where nothing is published any more the old segments may stand for no chain
+        self._whole = {chains[s]: whole for s, whole in self._whole.items() if s in chains}
 
     def match(self, seq: TokenSequence, start: int, end: int) -> list[Found]:
         """Runs of tokens [start, end) that are published, without overlap.

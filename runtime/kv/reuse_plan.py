@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,10 @@ from blockzoo.runtime.approx.selection import matched_positions, reused_position
 from blockzoo.runtime.approx.state import ApproximateKV, Borrowed
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
-from blockzoo.runtime.kv.sequence import TokenSequence
+from blockzoo.runtime.kv.sequence import Chain, TokenSequence
+
+Where = tuple[bytes, Chain]
+"""A scope's root key, and a chain."""
 
 
 class Plan(NamedTuple):
@@ -32,13 +35,23 @@ class ReusePlanner:
 
     def __init__(self, config: ReuseConfig) -> None:
         self.config = config  # may be replaced, but for what the donors are indexed by
-        self._donors = Donors(config)
+        self._donors: Donors[Where] = Donors(config)
         self.published = PublishedDonors(config.window)
 
     def remember(self, seq: TokenSequence) -> None:
         """Make a donor of a sequence whose prompt has just entered the tree."""
         pages = seq.num_prompt_pages
         self._donors.add(_where(seq), seq.token_ids[: pages * PAGE_TOKENS], seq.page_keys(pages)[:pages])
+
+    def reshape(self, chains: Mapping[Chain, Chain]) -> None:
+        """Go over to other segments (`KVCache.reshape`); prompts of chains that are gone give no more."""
+
+        def now(where: Where) -> Where | None:
+            root, segments = where
+            return (root, chains[segments]) if segments in chains else None
+
+        self._donors.move(now)
+        self.published.reshape(chains)
 
     def plan(self, seq: TokenSequence, trees: Sequence[SegmentTree]) -> Plan | None:
         """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
@@ -110,6 +123,6 @@ def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:
     return donor.keys[run.donor_start // PAGE_TOKENS : pages_for(run.donor_start + run.length)]
 
 
-def _where(seq: TokenSequence) -> object:
+def _where(seq: TokenSequence) -> Where:
     """Only sequences of one scope and one chain give to each other."""
     return seq.root_key, seq.segments

@@ -18,7 +18,8 @@ from blockzoo.runtime.approx.state import ApproximateKV
 from blockzoo.runtime.kv.page_keys import PUBLIC_ROOT, branch_key, page_key, root_key
 
 if TYPE_CHECKING:
-    from blockzoo.runtime.kv.prefix_cache import KVCache, Node
+    from blockzoo.runtime.kv.nodes import Node
+    from blockzoo.runtime.kv.prefix_cache import KVCache
 
 _PAGE_TABLE_CHUNK = 16  # columns; 512 tokens
 
@@ -36,6 +37,10 @@ class Segment:
     end_layer: int
     key: str
     boundary: str = ""
+
+
+Chain = tuple[Segment, ...]
+"""The segments of a chain, bottom up."""
 
 
 class Part(NamedTuple):
@@ -198,6 +203,12 @@ class TokenSequence:
     def num_prompt_pages(self) -> int:
         """Pages that the prompt fills."""
         return self.prompt_len // PAGE_TOKENS
+
+    def take_segments(self, segments: Chain, nodes: list[list[Node]]) -> None:
+        """Go over to other segments of the same layers, with the nodes of its leading pages in each."""
+        self.segments, self.nodes = segments, nodes
+        boundaries = {segment.boundary for segment in segments}
+        self.unfinished = {name: page for name, page in self.unfinished.items() if name in boundaries}
 
     def own_pages(self) -> np.ndarray:
         """The pages that belong to this sequence alone, int32 [n]."""

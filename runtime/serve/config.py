@@ -75,8 +75,8 @@ class EngineConfig:
             by what a token takes in all layers of their models.
         adapter_cache_bytes: adapters kept ready for when they are needed again, least recently used dropped
             first; those of running requests come on top.
-        enable_lora: let all engines take LoRAs on every projection, so that any LoRA compiled into the zoo
-            later can be served by `LLMEngine.reload`. False: where the zoo has some.
+        enable_lora: let all engines take LoRAs on every projection, so that a LoRA that comes later
+            (`LLMEngine.reload`) needs no new engines. False: where the zoo has some.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: new tokens in one step, all sequences together.
         max_waiting: requests that may wait. Beyond it a tenant's are refused as overloaded once its share of

@@ -10,7 +10,7 @@ from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
-from blockzoo.runtime.serve.loading import LoadedZoo
+from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.zoo.tensors import Dtype
 
 

@@ -31,7 +31,7 @@ from blockzoo.runtime.kv.published_pages import Publication, PublishStats
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_files import DocumentFiles
-from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
+from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo
 from blockzoo.runtime.serve.request_builder import find_model
 from blockzoo.runtime.serve.scheduler import Scheduled
 from blockzoo.runtime.serve.step_runner import StepRunner
@@ -62,6 +62,10 @@ class PublishedDocument:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
+_Key = tuple[str, tuple[int, ...]]
+"""What stands for a chain, and the tokens of a document in it."""
+
+
 class _Task(NamedTuple):
     """A document in one chain: its tokens, of which `lead` begin any prompt."""
 
@@ -70,9 +74,9 @@ class _Task(NamedTuple):
     lead: int
 
     @property
-    def key(self) -> tuple[int, tuple[int, ...]]:
+    def key(self) -> _Key:
         """What tells publications of one document apart."""
-        return self.model.chain_index, self.token_ids
+        return self.model.chain.key, self.token_ids
 
 
 class _InCache(NamedTuple):
@@ -90,7 +94,7 @@ class _Entry:
     document: PublishedDocument
     text: str
     wanted: tuple[str, ...] | None
-    places: dict[tuple[int, tuple[int, ...]], _InCache]
+    places: dict[_Key, _InCache]
     models: Mapping[str, LoadedModel]  # those served when it was last brought in line with them
 
 
@@ -98,7 +102,7 @@ class DocumentPublisher:
     """The published documents of an engine. Called between its steps, from the same thread.
 
     Args:
-        zoo: what is loaded now; its caches and executors stay.
+        zoo: what is loaded now.
         config: of the engine.
         runner: of steps.
     """
@@ -146,7 +150,7 @@ class DocumentPublisher:
         names = tuple(model for model in wanted if model not in missing)
         tasks = self._tasks(name, text, names)
         before, loaded = self._num_pages(), self._loaded
-        places: dict[tuple[int, tuple[int, ...]], _InCache] = {}
+        places: dict[_Key, _InCache] = {}
         try:
             for key, task in tasks.items():
                 places[key] = self._publish_in_chain(name, task)
@@ -197,7 +201,7 @@ class DocumentPublisher:
 
     def _bring_in_line(self, name: str, entry: _Entry, served: Mapping[str, LoadedModel]) -> None:
         missing: dict[str, str] = {}
-        places: dict[tuple[int, tuple[int, ...]], _InCache] = {}
+        places: dict[_Key, _InCache] = {}
         for model in served if entry.wanted is None else entry.wanted:
             if model not in served:
                 continue
@@ -223,9 +227,9 @@ class DocumentPublisher:
     def _num_pages(self) -> int:
         return sum(cache.published.num_pages for cache in self._zoo().caches.values())
 
-    def _tasks(self, name: str, text: str, names: Sequence[str]) -> dict[tuple[int, tuple[int, ...]], _Task]:
+    def _tasks(self, name: str, text: str, names: Sequence[str]) -> dict[_Key, _Task]:
         """One per distinct chain and tokenization."""
-        tasks: dict[tuple[int, tuple[int, ...]], _Task] = {}
+        tasks: dict[_Key, _Task] = {}
         for model_name in names:
             model = find_model(self._zoo(), model_name)
             tokens, lead = document_tokens(model.tokenizer, text)

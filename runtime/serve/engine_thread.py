@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._accepting = True
         self._stop = False
+        self._settling: threading.Thread | None = None
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="blockzoo-engine", daemon=True)
         self._thread.start()
@@ -172,6 +174,8 @@ class EngineThread:
             self._stop = True
             self._wake.notify_all()
         self._thread.join()
+        if self._settling is not None:
+            self._settling.join()
 
     # ---- the engine's thread
 
@@ -181,6 +185,7 @@ class EngineThread:
                 if self.engine.has_unfinished():
                     self._deliver(self.engine.step())
                     self.engine.rest()  # after the answers: what it finds wrong is no reason to lose them
+                    self._settle()
                 self.last_progress = time.monotonic()
             for request_id in list(self._pending):
                 output = self.engine.abort(request_id)
@@ -190,6 +195,20 @@ class EngineThread:
         except BaseException as error:
             self._die(error)
             raise
+
+    def _settle(self) -> None:
+        """Have models let go that are gone, beside the steps."""
+        if self.engine.may_settle and (self._settling is None or not self._settling.is_alive()):
+            self._settling = threading.Thread(target=self._run_settling, name="blockzoo-settle", daemon=True)
+            self._settling.start()
+
+    def _run_settling(self) -> None:
+        try:
+            self.engine.settle()
+        except Exception:  # the zoo cannot be read; what is loaded is served on
+            traceback.print_exc()
+        with self._wake:  # published documents follow in the engine's thread
+            self._wake.notify_all()
 
     def _take_in(self) -> bool:
         """Move what came in to the engine; waits while there is nothing to do. False: stop."""

@@ -2,8 +2,8 @@
 
     schedule -> execute -> advance -> sample -> report
 
-One caller at a time for `enqueue`, `step` and `abort` (EngineThread sees to that); `prepare` may be
-called from any thread.
+One caller at a time for `enqueue`, `step` and `abort` (EngineThread sees to that); `prepare`, `reload` and
+`settle` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from blockzoo.engines.choose import make_engines
-from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
+from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError, UnknownModelError
 from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler
+from blockzoo.runtime.serve.between_steps import BetweenSteps
+from blockzoo.runtime.serve.change_over import StillUsedError, bring_up_to_date, change_over
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import DocumentPublisher, PublishedDocument
-from blockzoo.runtime.serve.loading import LoadedZoo, Progress, load_zoo
+from blockzoo.runtime.serve.loaded import LoadedZoo
+from blockzoo.runtime.serve.loading import load_zoo, making
+from blockzoo.runtime.serve.making import Progress
 from blockzoo.runtime.serve.metrics import Metrics, MetricsRecorder
 from blockzoo.runtime.serve.reload import Reloaded, ServedZoo
 from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
@@ -64,7 +68,7 @@ class LLMEngine:
         # those that the next step will admit wait too, until it begins
         waiting = self.config.max_waiting + self.config.max_num_seqs
         zoo = Zoo.open(zoo_path)
-        self._pace = StepPace(lambda model: measured_pace(zoo.manifest, model))
+        self._pace = StepPace(lambda model: measured_pace(self._zoo.manifest, model))
         self._scheduler = Scheduler(replace(self.config.scheduler(), max_waiting=waiting), pace=self._pace)
         maker = make_engines(
             self.config.backend,
@@ -73,7 +77,12 @@ class LLMEngine:
             num_threads=self.config.num_threads,
             zoo=zoo,
         )
-        self._served = ServedZoo(zoo, load_zoo(zoo, self.config, maker, progress))
+        self._between = BetweenSteps()
+        self._make = making(zoo, self.config, maker)
+        loaded = load_zoo(zoo, self._make, progress)
+        self._served = ServedZoo(
+            zoo, self._make, loaded, self._change, lambda: self._between.run(self._chains_in_use)
+        )
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
         self._requests: dict[str, Request] = {}
         self._sampler = Sampler()
@@ -82,7 +91,7 @@ class LLMEngine:
             ReuseSteps(maker.arrays.rows_like),
             shares_models=self.config.kv_sharing == "scope",
         )
-        self._recorder = MetricsRecorder(s for chain in self._zoo.topology.chains for s in chain.segments)
+        self._recorder = MetricsRecorder()
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
@@ -163,14 +172,26 @@ class LLMEngine:
         return self._builder.build(request_id, model, prompt, params, scope, kv_reuse, documents, tenant)
 
     def enqueue(self, request: Request) -> None:
-        """Queue a prepared request. Raises OverloadedError, InvalidRequestError (id in use)."""
-        try:
-            self._scheduler.add(request.seq)
-        except OverloadedError:
-            self.count_refusal(request)
-            raise
-        self._requests[request.seq.request_id] = request
-        self._recorder.on_request_arrived(request.model.name)
+        """Queue a prepared request.
+
+        Raises:
+            OverloadedError, InvalidRequestError (id in use).
+            UnknownModelError: its model is gone since it was prepared.
+        """
+        with self._between.held():
+            try:
+                bring_up_to_date(request, self._zoo)
+                self._scheduler.add(request.seq)
+            except OverloadedError:
+                self.count_refusal(request)
+                raise
+            except StillUsedError:
+                raise UnknownModelError(
+                    f"model {request.model.name!r} was removed or replaced while the request was on its way: "
+                    "send it again"
+                ) from None
+            self._requests[request.seq.request_id] = request
+            self._recorder.on_request_arrived(request.model.name)
 
     def add_request(
         self,
@@ -188,10 +209,11 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
-        if request_id not in self._requests:
-            return None
-        self._scheduler.abort(request_id)
-        return self._finish(self._requests[request_id], "abort")
+        with self._between.held():
+            if request_id not in self._requests:
+                return None
+            self._scheduler.abort(request_id)
+            return self._finish(self._requests[request_id], "abort")
 
     def count_refusal(self, request: Request) -> None:
         """Note that a prepared request was refused as too many wait. Thread-safe."""
@@ -205,11 +227,13 @@ class LLMEngine:
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Compute or load a document's KV, for some models (all), for every scope: `DocumentPublisher`."""
-        return self._publisher.publish(name, text, models)
+        with self._between.held():
+            return self._publisher.publish(name, text, models)
 
     def withdraw(self, name: str) -> None:
         """End the publication of a document. Raises InvalidRequestError."""
-        self._publisher.withdraw(name)
+        with self._between.held():
+            self._publisher.withdraw(name)
 
     @property
     def documents(self) -> tuple[PublishedDocument, ...]:
@@ -233,6 +257,10 @@ class LLMEngine:
         An error in the engines ends the requests that it concerns with an error output; the others, and the
         engine, go on. Models that came with a reload get the published documents here, one a step.
         """
+        with self._between.held():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         if self._publisher.is_behind:
             self._publisher.follow()
         outputs = self._expired()
@@ -259,10 +287,11 @@ class LLMEngine:
         Raises:
             IntegrityError: one is not: a bug of ours.
         """
-        if not self.has_unfinished():
-            self._check.offer()
-            for executor in self._zoo.executors.values():
-                executor.release_memory()
+        with self._between.held():
+            if not self.has_unfinished():
+                self._check.offer()
+                for executor in self._zoo.executors.values():
+                    executor.release_memory()
 
     def _execute(
         self, family: Family, items: list[Scheduled]
@@ -387,21 +416,56 @@ class LLMEngine:
                 cache.planner.config = reuse
 
     def reload(self) -> Reloaded:
-        """Take over what has changed in the zoo on disk, without touching engines or requests; thread-safe.
+        """Take over what has changed in the zoo on disk, under the requests that run; thread-safe.
+
+        Engines that are needed are compiled here, while steps go on in other threads; then they take their
+        places between two steps. Those of models that are gone stay until their requests end: `settle`.
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
         """
-        reloaded = self._served.reload()
-        self._recorder.add_segments(s for chain in self._zoo.topology.chains for s in chain.segments)
-        return reloaded
+        return self._served.reload()
+
+    @property
+    def may_settle(self) -> bool:
+        """Whether models are gone whose last requests have ended since: then `settle` gives memory back."""
+        if not self._served.may_settle:
+            return False
+        zoo, in_use = self._zoo, self._chains_in_use()
+        return any(zoo.topology.chains[zoo.topology.chain_of_model[n]].key not in in_use for n in zoo.gone)
+
+    def settle(self) -> bool:
+        """Let go of engines and KV that only models used that are gone; compiles as `reload`. Thread-safe.
+
+        Returns whether anything has changed.
+        """
+        return self._served.settle()
+
+    def _change(self, old: LoadedZoo, new: LoadedZoo, take: Callable[[LoadedZoo], None]) -> None:
+        """Between two steps, change over; `take` notes what is loaded then. Raises as `change_over`."""
+
+        def work() -> None:
+            if self._publisher.is_behind and not old.chain_index.keys() <= new.chain_index.keys():
+                raise StillUsedError  # documents may lie in chains that are about to go
+            take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
+            for family in old.caches.keys() - new.caches.keys():
+                self._recorder.on_cache_gone(old.caches[family])
+
+        self._between.run(work)
+
+    def _chains_in_use(self) -> Collection[str]:
+        """Of requests, and while documents do not follow the models yet, all."""
+        if self._publisher.is_behind:
+            return self._zoo.chain_index.keys()
+        return {request.model.chain.key for request in list(self._requests.values())}
 
     # ---- looking in
 
     def check_integrity(self) -> None:
         """Check that every page is accounted for. Raises IntegrityError: a bug of ours."""
-        for cache in self._zoo.caches.values():
-            cache.check_integrity([seq for seq in self._scheduler.running if seq.cache is cache])
+        with self._between.held():
+            for cache in self._zoo.caches.values():
+                cache.check_integrity([seq for seq in self._scheduler.running if seq.cache is cache])
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""

@@ -17,9 +17,9 @@ from typing import get_args
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.request import FinishReason
 from blockzoo.runtime.exec.adapters import AdapterCache
-from blockzoo.runtime.kv.prefix_cache import CacheStats, KVCache
+from blockzoo.runtime.kv.cache_stats import CacheStats
+from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import PublishStats
-from blockzoo.runtime.kv.sequence import Segment
 from blockzoo.runtime.serve.scheduler import Scheduler
 
 TTFT_BOUNDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -168,16 +168,10 @@ class Metrics:
 
 
 class MetricsRecorder:
-    """Collects what happens in one engine. Thread-safe.
+    """Collects what happens in one engine. Thread-safe."""
 
-    Args:
-        segments: all segments of the models served, to report cache hits by layers; hits of a segment
-            that is not among them are reported under its key.
-    """
-
-    def __init__(self, segments: Iterable[Segment] = ()) -> None:
-        self._layers: dict[str, str] = {}
-        self.add_segments(segments)
+    def __init__(self) -> None:
+        self._gone: CacheStats | None = None  # what caches counted that are no more
         self._lock = Lock()
         self._arrived = 0
         self._refused = Counter[str]()  # by model
@@ -194,9 +188,10 @@ class MetricsRecorder:
         self._inter_token = Histogram(INTER_TOKEN_BOUNDS)
         self._e2e = Histogram(E2E_BOUNDS)
 
-    def add_segments(self, segments: Iterable[Segment]) -> None:
-        """Segments of models that came later."""
-        self._layers = self._layers | {s.key: f"{s.first_layer}-{s.end_layer - 1}" for s in segments}
+    def on_cache_gone(self, cache: KVCache) -> None:
+        """No model uses a cache any more: its pages go, what it counted stays."""
+        counted = cache.stats().without_pages()
+        self._gone = counted if self._gone is None else self._gone.plus(counted)
 
     def on_request_arrived(self, model: str) -> None:
         """A request to a model of the zoo was queued."""
@@ -257,6 +252,11 @@ class MetricsRecorder:
     ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
+        if self._gone is not None:
+            stats.append(self._gone)
+        hits = Counter[str]()
+        for each in stats:
+            hits.update(each.layer_hit_tokens)
         running, waiting = scheduler.by_model()
         with self._lock:
             return Metrics(
@@ -288,7 +288,7 @@ class MetricsRecorder:
                 adapter_evictions_total=adapters.num_evictions,
                 adapter_reloads_total=adapters.num_reloads,
                 models_left_out=models_left_out,
-                prefix_hit_tokens=self._hits_by_layers(stats),
+                prefix_hit_tokens=dict(hits),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,
                 engine_calls_per_step=self._engine_calls / max(1, self._steps),
@@ -298,11 +298,3 @@ class MetricsRecorder:
                 inter_token_seconds=self._inter_token.snapshot(),
                 e2e_seconds=self._e2e.snapshot(),
             )
-
-    def _hits_by_layers(self, stats: Iterable[CacheStats]) -> dict[str, int]:
-        hits: dict[str, int] = {}
-        for cache in stats:
-            for key, tokens in cache.hit_tokens.items():
-                label = self._layers.get(key, key)
-                hits[label] = hits.get(label, 0) + tokens
-        return hits

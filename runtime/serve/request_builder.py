@@ -21,7 +21,7 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import SamplerState
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
+from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
 from blockzoo.runtime.text.prompt import Prompt, assemble
 

@@ -167,6 +167,12 @@ class Scheduler:
         failed, self.failed = self.failed, []
         return failed
 
+    def put_back(self, seq: TokenSequence) -> None:
+        """Let a sequence that runs wait again, as if others had taken its pages; what is cached stays so."""
+        entry = self._entries[seq.request_id]
+        if entry.running:
+            self._preempt(_Step(0), entry)
+
     # ---- a step
 
     def schedule(self) -> list[Scheduled]:

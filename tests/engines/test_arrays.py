@@ -37,3 +37,18 @@ def test_a_rotated_key_is_that_of_its_new_position(kind: str, precision: Precisi
     np.testing.assert_allclose(found, at(old + shift), atol=1e-5 if precision == "f32" else 0.03)
     again = arrays.to_host(rows)
     np.testing.assert_array_equal(again, arrays.to_host(arrays.activations(at(old))), "rows are left alone")
+
+
+def test_memory_of_rows_is_given_back() -> None:
+    """What the kernel has been told of reads as zeros; rows beside it are as they were."""
+    arrays = HostArrays("f32")
+    array = arrays.zeros((64, 4096), "f32")  # 16 KiB a row: whole pages of memory, but for the edges
+    array[...] = 1
+    arrays.discard(array, np.array([9, 3, 4, 5, 60]))
+    gone = [3, 4, 5, 9, 60]
+    kept = sorted(set(range(64)) - set(gone))
+    assert (array[kept] == 1).all()
+    assert all((array[row] == 0).sum() >= 2048 for row in gone)
+    arrays.discard(array, np.zeros(0, np.int64))
+    array[gone] = 2
+    assert (array[gone] == 2).all()

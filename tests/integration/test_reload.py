@@ -145,17 +145,27 @@ def test_replaced_adapters_serve_new_requests_only(
     assert tokens(after["new"]) == expected["all"]
 
 
-def test_what_needs_engines_waits_for_a_restart(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_engines_are_made_for_what_needs_them(
+    folders: dict[str, Path], expected: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    """A head of its own, and LoRAs on projections that the base's engine has no inputs for."""
     add(tmp_path, folders, "base", "qv")
-    llm = LLM(tmp_path, **SETTINGS)
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS))
+    for name in ("base", "qv"):
+        engine.add_request(f"early {name}", name, PROMPT, GREEDY)
+    before = run(engine, 6)
     add(tmp_path, folders, "head", "all")
-    found = llm.reload()
-    assert found.added == ()
-    assert found.waiting.keys() == {"head", "all"}
-    assert "1 of its 8 blocks are not loaded" in found.waiting["head"]
-    assert "LoRAs on down, gate, k, o, up" in found.waiting["all"]
-    assert llm.models == ("base", "qv")
-    assert LLM(tmp_path, **SETTINGS).models == ("all", "base", "head", "qv")
+    found = engine.reload()
+    assert (found.added, found.waiting) == (("all", "head"), {})
+    for name in ("all", "head", "base", "qv"):
+        engine.add_request(name, name, PROMPT, GREEDY)
+    after = run(engine)
+    for name in ("base", "qv"):
+        assert tokens(before[f"early {name}"], after[f"early {name}"]) == expected[name]
+    assert {name: tokens(after[name]) for name in ("all", "head", "base", "qv")} == {
+        name: expected[name] for name in ("all", "head", "base", "qv")
+    }
+    engine.check_integrity()
 
 
 def test_a_broken_zoo_changes_nothing(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+import socket
+import threading
+import urllib.request
 from typing import Any
 
 import pytest
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.server_config.follow import Follower
+from blockzoo.server_config.follow import Change, Follower
 from blockzoo.server_config.repository import RESERVED_NAMES, ServerSettings
 from blockzoo.server_config.watchdog import UnhealthyError
 from blockzoo.zoo.errors import ZooError
@@ -69,14 +71,14 @@ def test_a_change_of_the_zoo_changes_what_it_must(zoo, engine, tmp_path):
         "added": ["new"],
         "removed": ["notes"],
         "serving": ["base", "new", "solver"],
-        "waiting": {"big": "3 of its 8 blocks are not loaded"},
+        "waiting": {"big": "9 engines would take about 900 MiB"},
     }
     change = follower.follow()
     assert change.tenants == ("base", "new", "solver")
     assert change.messages == (
         "added new",
         "removed notes",
-        "big is served after a restart: 3 of its 8 blocks are not loaded",
+        "big is not served yet: 9 engines would take about 900 MiB",
     )
     after = stamps(repository)
     assert {path.name for path in repository.iterdir()} == {*RESERVED_NAMES, "base", "new", "solver"}
@@ -90,6 +92,42 @@ def test_a_change_of_the_zoo_changes_what_it_must(zoo, engine, tmp_path):
 
     touch(zoo)
     assert follower.follow().messages == ("added new", "removed notes")  # what waits was told
+
+
+def test_what_waits_for_memory_is_tried_again(zoo, engine, tmp_path, monkeypatch):
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", engine)
+    follower.prepare()
+    touch(zoo)
+    engine.answer = NOTHING | {"serving": ["base"], "waiting": {"big": "no memory"}}
+    assert follower.follow().messages == ("big is not served yet: no memory",)
+    assert follower.follow() is None
+    assert engine.asked == 1
+    monkeypatch.setattr("blockzoo.server_config.follow._RETRY_S", 0)
+    touch(zoo)
+    assert follower.follow().messages == ()
+    engine.answer = NOTHING | {"added": ["big"], "serving": ["base", "big"]}
+    assert follower.follow() == Change(("base", "big"), ("added big",))
+    assert follower.follow() is None
+    assert engine.asked == 3
+
+
+def test_nobody_waits_for_an_engine_that_compiles(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("blockzoo.server_config.follow._PATIENCE_S", 0.01)
+    compiled, asked = threading.Event(), []
+
+    def reload() -> dict[str, Any]:
+        asked.append(1)
+        assert compiled.wait(30)
+        return NOTHING | {"added": ["new"], "serving": ["base", "new"]}
+
+    follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", reload)
+    follower.prepare()
+    touch(zoo)
+    assert [follower.follow() for _ in range(3)] == [None] * 3
+    compiled.set()
+    while (change := follower.follow()) is None:
+        pass
+    assert (change.tenants, change.messages, asked) == (("base", "new"), ("added new",), [1])
 
 
 def test_an_engine_that_cannot_be_asked_is_asked_again(zoo, engine, tmp_path):
@@ -183,35 +221,51 @@ def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_p
         follower.prepare()
 
 
+def openai_models(server) -> list[str]:
+    with urllib.request.urlopen(f"{server.openai}/v1/models", timeout=30) as answer:
+        return [model["id"] for model in json.load(answer)["data"]]
+
+
 def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_path):
     zoo = tmp_path / "zoo"
     compile_models({"base": demo_family["base"]}, zoo, FAST)
-    server = serve_zoo(zoo, "--enable-lora")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = serve_zoo(zoo, "--precision", "f32", f"--openai-port={port}")
     prompt = "Note. The baker Tessa owns the jade lamp.\nQ: Who keeps the jade lamp?\nA:"
     alone = server.generate("base", prompt)["text_output"]
-    forever = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}', "stream": True}
-    stream = server.open("base", {"text_input": "x", **forever})
-    response = stream.getresponse()
-    response.read1(10)
+    long = {"text_input": "x", "max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
+    first = server.stream("base", long)
+    assert len(first) == 400
+    over = threading.Event()
+    streamed: list[bool] = []
 
+    def stream() -> None:
+        while not over.is_set():
+            streamed.append(server.stream("base", long) == first)
+
+    streams = [threading.Thread(target=stream, daemon=True) for _ in range(2)]
+    for thread in streams:
+        thread.start()
     compile_models({"notes": demo_family["notes"], "solver": demo_family["solver"]}, zoo, FAST)
-    asked_at = time.monotonic()
     server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
-    took = time.monotonic() - asked_at
     answer = server.generate("notes", prompt)["text_output"]
     assert answer != alone
     assert answer == server.generate("blockzoo", prompt, model="notes")["text_output"]
-    server.wait_for(lambda: any("added notes" in line for line in server.err))
-    server.wait_for(lambda: any("solver is served after a restart" in line for line in server.err))
-    events = response.read().decode().split("\n\n")
-    assert sum("data: " in event for event in events) >= 398  # the stream went on through it
-    stream.close()
-
-    compile_models({}, zoo, FAST, remove=["notes"])
-    server.wait_for(lambda: any("removed notes" in line for line in server.err))
-    server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 404, 20)
+    server.wait_for(lambda: any("added notes, solver" in line for line in server.err))
+    server.wait_for(lambda: server.post("solver", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
+    assert server.generate("solver", prompt)["text_output"] != alone  # of the last layers its own
+    server.wait_for(lambda: {*openai_models(server)} == {"base", "notes", "solver"})  # at most a second old
+    compile_models({}, zoo, FAST, remove=["notes", "solver"])
+    server.wait_for(lambda: any("removed notes, solver" in line for line in server.err))
+    for name in ("notes", "solver"):
+        server.wait_for(lambda: server.post(name, {"text_input": "x", "max_tokens": 1})[0] == 404, 20)  # noqa: B023
     status, said = server.post("blockzoo", {"text_input": "x", "model": "notes", "max_tokens": 1})
     assert (status, "no model 'notes'" in said["error"]) == (400, True)
     assert server.generate("base", prompt)["text_output"] == alone
+    over.set()
+    for thread in streams:
+        thread.join(60)
+    assert streamed
+    assert all(streamed)  # each went on through it all, and said what it says when nothing changes
     assert not any("restarting the server" in line for line in server.err), server.err
-    assert took < 15

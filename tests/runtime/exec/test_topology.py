@@ -395,3 +395,20 @@ def test_a_chunk_without_logits_skips_the_head(wants: tuple[bool, ...]) -> None:
     heads = [call for call in layout.calls if "logits" in call.binds]
     assert len(heads) == int(any(wants))
     assert all(len(call.binds["logits"]) == sum(wants) for call in heads)
+
+
+def test_what_stands_for_segments_and_chains_does_not_depend_on_who_else_is_there() -> None:
+    chains = {"x": "e a1 f1 a2 f2 a3 f3 h", "y": "e a1 f1 a2 f2 a4 f4 h", "z": "e a1 f1 a5 f5 a3 f3 h"}
+    found: dict[str, set[str]] = {}
+    for names in ("x", "xy", "xz", "xyz"):
+        topology = topology_of({name: chains[name] for name in names})
+        chain = topology.chains[topology.chain_of_model["x"]]
+        found.setdefault("key", set()).add(chain.key)
+        for segment in chain.segments:  # by the layers that it has
+            found.setdefault(f"{segment.first_layer}-{segment.end_layer}", set()).add(segment.key)
+        assert [chain.layer_keys[s.end_layer - 1] for s in chain.segments] == [s.key for s in chain.segments]
+    assert {layers: len(keys) for layers, keys in found.items()} == dict.fromkeys(found, 1)
+    assert found.keys() == {"key", "0-3", "0-2", "2-3", "0-1", "1-3", "1-2"}
+    # equal beginnings and lengths alone are not the same layers
+    x, y = (topology_of({"m": chains[name]}).chains[0].segments for name in "xy")
+    assert x != y

@@ -4,11 +4,15 @@ For each slot of each page the memory holds a number that stands for all its K a
 below and all tokens up to it, and for whose request wrote it. Each step first checks that every page table
 leads to exactly the right numbers for all tokens before it (what attention would read), written in the own
 scope or published; then it writes those of the step's own tokens. Tokens that enter at a boundary must come
-with the right hidden states, and nothing is written in the layers below.
+with the right hidden states, and nothing is written in the layers below. Models come and go in between: what
+layers they share changes, under all that runs and all that is cached.
 """
 
 import random
 from collections import Counter
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -20,18 +24,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
 from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.kv.boundary import BoundaryCache
-from blockzoo.runtime.kv.prefix_cache import KVCache
+from blockzoo.runtime.kv.prefix_cache import KVCache, path_lengths
 from blockzoo.runtime.kv.published_pages import Publication
 from blockzoo.runtime.kv.sequence import Part, Segment, TokenSequence
+from blockzoo.runtime.serve.change_over import parts_of
 from blockzoo.runtime.serve.config import SchedulerConfig
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 
-LOW, MIDDLE = Segment(0, 1, "low"), Segment(1, 2, "low+middle", "out of low")
-MODELS = {  # d leaves a and b after one layer, a and b part after two; c has another geometry and cache
-    "a": (LOW, MIDDLE, Segment(2, 3, "low+a", "out of middle")),
-    "b": (LOW, MIDDLE, Segment(2, 3, "low+b", "out of middle")),
-    "c": (Segment(0, 2, "other"),),
-    "d": (LOW, Segment(1, 3, "low+d", "out of low")),
+LAYERS = {  # d leaves a and b after one layer, a and b part after two; c has another geometry and cache
+    "a": ("low", "low+middle", "low+middle+a"),
+    "b": ("low", "low+middle", "low+middle+b"),
+    "c": ("other", "other+c"),
+    "d": ("low", "low+d", "low+d+d"),
 }
 ROW_BYTES = 8
 PRIME = 2_147_483_629
@@ -52,6 +56,9 @@ class World:
             KVCache(pages, prefix_caching, self.boundaries) for pages in (num_pages, num_pages // 2)
         )
         self.caches = {"a": large, "b": large, "c": small, "d": large}
+        self.shapes = planned("abcd")  # the segments of the models that there are
+        self.seqs: dict[str, TokenSequence] = {}  # of unfinished requests
+        self.num_reshaped = 0
         self.memory = {
             cache: np.zeros((cache.pool.num_pages, PAGE_TOKENS), np.int64) for cache in (large, small)
         }
@@ -62,19 +69,38 @@ class World:
         self.values: dict[str, np.ndarray] = {}
         self.late_tokens = 0
         self.num_published = 0
-        self.published: list[tuple[KVCache, Publication]] = []
+        self.published: list[tuple[KVCache, Publication, str]] = []
 
     def add(self, model: str, scope: str, prompt: list[int], max_tokens: int) -> None:
         name = f"{self.num_added}"
         self.num_added += 1
         self.now += 0.01
-        seq = TokenSequence(name, model, self.caches[model], MODELS[model], scope, prompt, self.now)
+        if model not in self.shapes:
+            self.have({*self.shapes, model})
+        seq = TokenSequence(name, model, self.caches[model], self.shapes[model], scope, prompt, self.now)
         try:
             self.scheduler.add(seq)
         except OverloadedError:
             self.refused += 1
             return
         self.left[name] = max_tokens
+        self.seqs[name] = seq
+
+    def have(self, models: set[str]) -> None:
+        """Have these models, and those that requests or documents need."""
+        in_use = {seq.model for seq in self.seqs.values()} | {model for _, _, model in self.published}
+        before, self.shapes = self.shapes, planned({*models, *in_use, "c"})
+        self.num_reshaped += self.shapes != before
+        parts = parts_of(plans(before, "abd"), plans(self.shapes, "abd"))
+        chains = {before[m]: self.shapes[m] for m in before if m in self.shapes and m != "c"}
+        seqs = [seq for seq in self.seqs.values() if seq.model != "c"]
+        for seq in seqs:
+            now = chains[seq.segments]
+            if now != seq.segments and path_lengths(seq, now, parts) is None:
+                self.scheduler.put_back(seq)
+        self.caches["a"].reshape(parts, chains, seqs)
+        self.boundaries.keep({s.boundary for segments in self.shapes.values() for s in segments})
+        self.check()
 
     def abort(self, choice: int) -> None:
         if self.left:
@@ -90,7 +116,9 @@ class World:
         filled = document + [1] * (-len(document) % PAGE_TOKENS)
         self.num_published += 1
         name = f"document {self.num_published}"
-        seq = TokenSequence(name, model, cache, MODELS[model], "", filled, 0.0, publishes=True)
+        if model not in self.shapes:
+            self.have({*self.shapes, model})
+        seq = TokenSequence(name, model, cache, self.shapes[model], "", filled, 0.0, publishes=True)
         total = cache.published.num_pages + cache.pages_to_publish(seq)
         if not cache.prefix_caching or total > cache.pool.num_pages // 2:
             return
@@ -101,16 +129,26 @@ class World:
             cache.commit(seq)
             for boundary, start, rows in passed:
                 self.boundaries.record(seq, boundary, start, rows)
-            self.published.append((cache, cache.publish(seq, len(document), lead=0)))
+            self.published.append((cache, cache.publish(seq, len(document), lead=0), model))
         cache.release(seq)
 
     def withdraw(self, choice: int) -> None:
         if self.published:
-            cache, publication = self.published.pop(choice % len(self.published))
+            cache, publication, _ = self.published.pop(choice % len(self.published))
             cache.withdraw(publication)
+
+    def leave_only(self, models: str) -> None:
+        """End what others do, so that they can go."""
+        for name in [name for name, seq in self.seqs.items() if seq.model not in models]:
+            self.scheduler.abort(name)
+            self.end(name)
+        for item in [item for item in self.published if item[2] not in models]:
+            self.published.remove(item)
+            item[0].withdraw(item[1])
 
     def end(self, name: str) -> None:
         del self.left[name]
+        self.seqs.pop(name, None)
         self.ended[name] += 1
 
     def step(self, abort: int | None = None, fault: bool = False) -> int:
@@ -181,7 +219,7 @@ class World:
                     passed.append((segment.boundary, start, hidden | author_of(seq) << AUTHOR))
                 written = stop if number < level else start  # of these layers, before the step
                 for layer in range(segment.first_layer, segment.end_layer):
-                    expected = prefix[:stop] ^ crc32(segment.key.encode()) ^ layer
+                    expected = prefix[:stop] ^ crc32(LAYERS[seq.model][layer].encode())
                     pages = seq.page_table[layer, position[:stop] // PAGE_TOKENS]
                     assert (pages >= 0).all()
                     seen = memory[pages[:written], position[:written] % PAGE_TOKENS]
@@ -230,6 +268,31 @@ class World:
             stats = cache.stats()
             assert stats.pages_owned == stats.published_pages == 0
             assert stats.pages_evictable == stats.pages_cached
+
+
+def planned(models: Iterable[str]) -> dict[str, tuple[Segment, ...]]:
+    """The segments of each of some models, as they share layers."""
+    models = sorted(set(models))
+    sharers = {key: {m for m in models if key in LAYERS[m]} for m in models for key in LAYERS[m]}
+    shapes = {}
+    for model in models:
+        keys = LAYERS[model]
+        starts = [i for i in range(len(keys)) if i == 0 or sharers[keys[i]] != sharers[keys[i - 1]]]
+        ends = [*starts[1:], len(keys)]
+        shapes[model] = tuple(
+            Segment(a, b, keys[b - 1], f"out of {keys[a - 1]}" if a else "")
+            for a, b in zip(starts, ends, strict=True)
+        )
+    return shapes
+
+
+def plans(shapes: dict[str, tuple[Segment, ...]], models: str) -> list[Any]:
+    """As parts of chain plans."""
+    return [
+        SimpleNamespace(segments=segments, layer_keys=LAYERS[model])
+        for model, segments in shapes.items()
+        if model in models
+    ]
 
 
 def author_of(seq: TokenSequence) -> int:
@@ -282,6 +345,10 @@ class KVMachine(RuleBasedStateMachine):
     def withdraw(self, choice):
         self.world.withdraw(choice)
 
+    @rule(models=st.sets(st.sampled_from("abd")))
+    def change_models(self, models):
+        self.world.have(models)
+
     @rule(count=st.sampled_from([1, 1, 5, 40]))
     def steps(self, count):
         for _ in range(count):
@@ -324,24 +391,30 @@ def test_soak_sees_every_kind_of_event(seed):
     rng = random.Random(seed)
     config = SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=96, max_waiting=12, ageing_s=0.5)
     world = World(45, config)
-    for _ in range(600):
+    for number in range(800):
+        models = ("aabbcd", "aac", "aabbcd", "abb")[number // 100 % 4]
+        if number % 100 == 0:
+            world.leave_only(models)
         if rng.random() < 0.25:
             shared = rng.choice([0, 32, 64, 100, 130])
             tail = [rng.randrange(3) for _ in range(rng.choice([1, 20, 70, 500]))]
-            world.add(rng.choice("aabbcd"), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
+            world.add(rng.choice(models), rng.choice("xxxy"), [0] * shared + tail, rng.randrange(1, 120))
         if rng.random() < 0.05:
             world.abort(rng.randrange(100))
         if rng.random() < 0.02:
-            world.publish(rng.choice("abd"), [0] * rng.choice([20, 64, 75]) + [2])
+            world.publish(rng.choice(models.replace("c", "")), [0] * rng.choice([20, 64, 75]) + [2])
         if rng.random() < 0.01:
             world.withdraw(rng.randrange(100))
+        if rng.random() < 0.05:
+            world.have(set(rng.sample("abd", rng.randrange(4))))
         world.step(abort=rng.randrange(100) if rng.random() < 0.02 else None, fault=rng.random() < 0.02)
     world.drain()
     stats = world.caches["a"].stats()
     assert stats.evictions > 0
-    assert stats.hit_tokens["low+a"] > 0
-    assert stats.hit_tokens["low"] > stats.hit_tokens["low+a"]
+    assert stats.hit_tokens["low+middle+a"] > 0
+    assert stats.hit_tokens["low"] > 0
     assert stats.deduped_tokens["low"] > 0
+    assert world.num_reshaped > 3
     assert stats.copied_pages > 0
     assert stats.published_hit_tokens > 0
     assert world.late_tokens > 0

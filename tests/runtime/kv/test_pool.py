@@ -58,3 +58,21 @@ def test_a_pool_needs_a_page():
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (31, 1), (32, 1), (33, 2), (64, 2)])
 def test_pages_for(tokens, pages):
     assert pages_for(tokens) == pages
+
+
+def test_a_pool_grows_and_shrinks_within_its_capacity():
+    pool = PagePool(4, capacity=6)
+    held = pool.allocate(2)
+    assert pool.resize(6).size == 0
+    assert (pool.num_pages, pool.num_free) == (6, 4)
+    gone = pool.resize(3)
+    assert (pool.num_pages, pool.num_free, gone.size) == (3, 1, 3)
+    assert not set(gone.tolist()) & {*held.tolist(), *pool.free_ids().tolist()}
+    assert sorted(pool.unused_ids().tolist()) == sorted(gone.tolist())
+    with pytest.raises(OutOfPagesError):  # two are in use
+        pool.resize(1)
+    assert pool.num_pages == 3
+    pool.free(held)
+    assert sorted(pool.allocate(3).tolist()) == sorted({*range(6)} - {*gone.tolist()})
+    with pytest.raises(ValueError, match="expected 1 to 6"):
+        pool.resize(7)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.pool import IntegrityError
-from blockzoo.runtime.kv.prefix_cache import KVCache
+from blockzoo.runtime.kv.prefix_cache import KVCache, path_lengths
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 
 LOW = Segment(0, 2, "low")
@@ -485,3 +486,92 @@ def test_check_integrity_finds(damage):
     damage(cache, seq)
     with pytest.raises(IntegrityError):
         cache.check_integrity([seq])
+
+
+# ---- segments that change
+
+
+def test_a_segment_that_splits_keeps_pages_references_and_order():
+    cache = KVCache(60)
+    whole, low, high = Segment(0, 3, "a"), Segment(0, 2, "low"), Segment(2, 3, "a", "out")
+    held = run(cache, tokens(1, 2), (whole,))
+    for pages in ((3, 4), (5,)):
+        cache.release(run(cache, tokens(*pages), (whole,)))
+    before = table(held)
+    cache.reshape(
+        {low: [(whole, slice(0, 2))], high: [(whole, slice(2, 3))]}, {(whole,): (low, high)}, [held]
+    )
+    cache.check_integrity([held])
+    assert (table(held), held.segments, [len(path) for path in held.nodes]) == (before, (low, high), [2, 2])
+    assert cache.probe(sequence(cache, tokens(3, 4, extra=1), (low, high))) == 64
+    other = Segment(2, 3, "b", "out")
+    assert cache.probe(sequence(cache, tokens(3, 4, extra=1), (low, other))) == 0  # no hidden states
+    cache.release(held)
+    cache.check_integrity([])
+    order = [key for key, _ in evicted_one_by_one(cache)]
+    # who came last goes last, and of a page the upper layers first
+    assert order == ["a", "low"] * 5
+
+
+def test_segments_that_merge_keep_what_both_have():
+    cache = KVCache(60)
+    low, high, other = Segment(0, 2, "low"), Segment(2, 3, "a"), Segment(2, 3, "b")
+    whole = Segment(0, 3, "a")
+    held = run(cache, tokens(1, 2), (low, high))
+    cache.release(run(cache, tokens(1, 2, 3), (low, other)))  # shares two pages of the lower layers
+    cache.release(run(cache, tokens(7), (low, high)))
+    before, free = table(held), cache.pool.num_free
+    cache.reshape({whole: [(low, slice(0, 2)), (high, slice(0, 1))]}, {(low, high): (whole,)}, [held])
+    cache.check_integrity([held])
+    assert (table(held), held.segments) == (before, (whole,))
+    assert cache.pool.num_free == free + 3 + 2  # the upper layer of b, and the third page below it
+    assert cache.probe(sequence(cache, tokens(7, extra=1), (whole,))) == 32
+    assert cache.probe(sequence(cache, tokens(1, 2, 3, extra=1), (whole,))) == 64
+    assert cache.stats().hit_tokens["low"] == 0
+    assert cache.stats().deduped_tokens["low"] == 64  # also of a segment that is no more
+
+
+def test_a_sequence_that_enters_late_cannot_go_over_to_a_merged_segment():
+    cache = KVCache(60, boundaries=BoundaryCache(1 << 20))
+    low, high, other = Segment(0, 2, "low"), Segment(2, 3, "a", "out"), Segment(2, 3, "b", "out")
+    first = run(cache, tokens(1, 2, extra=1), (low, high))
+    cache.boundaries.record(first, "out", 0, np.zeros((64, 4), np.float32))
+    late = sequence(cache, tokens(1, 2, extra=1), (low, other))
+    cache.begin(late)
+    assert [len(path) for path in late.nodes] == [2, 0]
+    split = {low: [(low, slice(0, 2))], other: [(other, slice(0, 1))]}
+    merged = {Segment(0, 3, "b"): [(low, slice(0, 2)), (other, slice(0, 1))]}
+    assert path_lengths(late, (low, other), split) is None  # its hidden states are still to enter
+    assert path_lengths(late, tuple(merged), merged) is None
+    assert cache.reserve(late, late.num_tokens)
+    late.num_computed = late.num_tokens
+    assert path_lengths(late, (low, other), split) == [2, 0]  # it has run: as where KV is approximate
+    assert path_lengths(late, tuple(merged), merged) is None
+    assert path_lengths(first, (low, high), {low: split[low], high: [(high, slice(0, 1))]}) == [2, 2]
+
+
+def test_documents_and_their_pages_go_over_to_other_segments():
+    cache = KVCache(60)
+    whole, low, high = Segment(0, 3, "a"), Segment(0, 2, "low"), Segment(2, 3, "a")
+    seq = TokenSequence("d", "m", cache, (whole,), "", tokens(1, 2), 0.0, publishes=True)
+    cache.begin(seq)
+    publication = cache.publish(compute(seq), 64, 0)
+    cache.release(seq)
+    cache.reshape({low: [(whole, slice(0, 2))], high: [(whole, slice(2, 3))]}, {(whole,): (low, high)}, [])
+    cache.check_integrity([])
+    assert cache.stats().published_pages == 6
+    assert cache.begin(sequence(cache, tokens(1, 2, extra=1), (low, high), scope="any")) == 64
+    cache.withdraw(publication)
+    assert cache.stats().published_pages == 0
+
+
+def test_a_cache_shrinks_by_what_nobody_uses():
+    cache = KVCache(12, capacity=20)
+    held = run(cache, tokens(1, 2))  # 6 pages
+    cache.release(run(cache, tokens(5)))
+    assert cache.resize(2).size == 6
+    cache.check_integrity([held])
+    assert (cache.pool.num_pages, cache.stats().pages_cached) == (6, 6)
+    assert cache.resize(20).size == 0
+    cache.check_integrity([held])
+    assert cache.pool.num_free == 14

@@ -11,7 +11,7 @@ import pytest
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Topology
-from blockzoo.runtime.serve.loading import pages_per_family
+from blockzoo.runtime.serve.making import pages_per_family
 
 MAKER: Any = SimpleNamespace(precision="bf16")
 LARGE, SMALL = Family(4096, 8, 128), Family(768, 4, 64)

@@ -81,15 +81,25 @@ def test_pages_and_hits_come_from_the_caches_by_layers():
         scheduler.add(seq)
         assert snapshot(MetricsRecorder(), [cache], scheduler).requests_waiting == 1
         scheduled = scheduler.schedule()
-        running = snapshot(MetricsRecorder(segments), [cache, other], scheduler)
+        running = snapshot(MetricsRecorder(), [cache, other], scheduler)
         assert (running.requests_running, running.requests_waiting) == (1, 0)
         scheduler.advance(scheduled)
         scheduler.finish(seq)
-    taken = snapshot(MetricsRecorder(segments), [cache, other], scheduler)
+    recorder = MetricsRecorder()
+    taken = snapshot(recorder, [cache, other], scheduler)
     assert taken.prefix_hit_tokens == {"0-1": 64, "2-2": 64}
     assert (taken.pages_total, taken.pages_cached, taken.pages_used) == (40, 6, 0)
     assert taken.pages_free + taken.pages_cached + taken.pages_used == taken.pages_total
-    assert set(snapshot(MetricsRecorder(), [cache], scheduler).prefix_hit_tokens) == {"shared", "own"}
+    whole = Segment(0, 3, "own")
+    parts = {whole: [(segments[0], slice(0, 2)), (segments[1], slice(0, 1))]}
+    cache.reshape(parts, {segments: (whole,)}, [])
+    assert snapshot(recorder, [cache], scheduler).prefix_hit_tokens == {"0-1": 64, "2-2": 64, "0-2": 0}
+    recorder.on_cache_gone(cache)  # what was counted stays
+    taken = snapshot(recorder, [other], scheduler)
+    assert taken.prefix_hit_tokens == {"0-1": 64, "2-2": 64, "0-2": 0}
+    assert (taken.pages_total, taken.pages_cached) == (10, 0)
+    recorder.on_cache_gone(cache)  # one more that counted as much
+    assert snapshot(recorder, [other], scheduler).prefix_hit_tokens == {"0-1": 128, "2-2": 128}
 
 
 def test_nothing_is_lost_between_threads():

@@ -1,0 +1,76 @@
+"""A zoo that is loaded: what serves its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from blockzoo.engines.base import Embedding, Engine
+from blockzoo.runtime.exec.adapters import AdapterCache
+from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.topology import ChainPlan, Family, Span, Topology
+from blockzoo.runtime.kv.boundary import BoundaryCache
+from blockzoo.runtime.kv.prefix_cache import KVCache
+from blockzoo.runtime.text.tokenizer import Tokenizer
+from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.rope import RopeConfig
+
+RopeTables = Mapping[tuple[RopeConfig, int], tuple[np.ndarray, np.ndarray]]
+"""By settings and head_dim, (cos, sin) float32 [positions, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a request needs to know of its model."""
+
+    name: str
+    chain_index: int
+    chain: ChainPlan
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    max_len: int  # tokens of prompt and answer together
+    plain_rope: bool  # rotating a key by a difference of positions moves it there
+    generation_defaults: Mapping[str, float | int]  # of its maker, as fields of SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedZoo:
+    """A zoo ready to run: one executor and one KV cache per family, one entry per model.
+
+    Attributes:
+        models: those served.
+        manifest: of these, and of models that are no more, whose requests are still under way.
+        gone: names of the latter in the manifest.
+        engines, blocks, embeddings, ropes: what it is made of.
+        chain_index: of each chain, by what stands for it (`ChainPlan.key`).
+        left_out: models of the zoo that are not served, and why.
+        unsound: those of them whose files are whole: what they compute is not.
+    """
+
+    models: Mapping[str, LoadedModel]
+    manifest: Manifest
+    topology: Topology
+    executors: Mapping[Family, Executor]
+    caches: Mapping[Family, KVCache]
+    boundaries: BoundaryCache
+    adapters: AdapterCache
+    engines: Mapping[Span, Engine]
+    blocks: Mapping[str, Block]
+    embeddings: Mapping[str, Embedding]
+    ropes: RopeTables
+    chain_index: Mapping[str, int]
+    engine_facts: Mapping[str, object]
+    gone: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    unsound: frozenset[str] = frozenset()
+
+
+class UnsoundError(Exception):
+    """Some chains cannot be run; why, by the model."""
+
+    def __init__(self, models: Mapping[str, Exception]) -> None:
+        super().__init__(", ".join(models))
+        self.models = models

@@ -1,0 +1,327 @@
+"""A manifest -> a loaded zoo: spans are compiled, pools and executors put around them.
+
+What another zoo, whose place it takes, has of that already is taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineError, EngineMaker, activation_dtype
+from blockzoo.engines.probe import first_run
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
+from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
+from blockzoo.runtime.kv.boundary import BoundaryCache
+from blockzoo.runtime.kv.prefix_cache import KVCache
+from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, RopeTables, UnsoundError
+from blockzoo.runtime.text.tokenizer import Tokenizer
+from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.generation_defaults import generation_defaults
+from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.rope import RopeConfig
+
+Progress = Callable[[int, int], None]  # engines done, engines in all
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """What makes loaded zoos.
+
+    Attributes:
+        config: of the engine.
+        maker: of engines.
+        boundaries, adapters: of all that are made, one after the other.
+        kv_bytes: of all pools together.
+    """
+
+    config: EngineConfig
+    maker: EngineMaker
+    boundaries: BoundaryCache
+    adapters: AdapterCache
+    kv_bytes: int
+
+    def plan(self, manifest: Manifest, known: Iterable[Span] = ()) -> Topology:
+        """The topology of a manifest, as the configuration wants it."""
+        reuse = self.config.approximate
+        return plan_topology(
+            manifest,
+            self.config.max_span_layers,
+            self.config.enable_lora,
+            check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
+            scores=reuse is not None and reuse.uses_scores,
+            known=known,
+        )
+
+    def pages(self, topology: Topology, before: LoadedZoo | None = None) -> dict[Family, int]:
+        """Pages of each family's pool; those of `before` where it has the same families.
+
+        Raises:
+            InvalidRequestError: the KV budget holds no page for some family.
+        """
+        if before is not None and before.caches.keys() == {chain.family for chain in topology.chains}:
+            return {family: cache.pool.num_pages for family, cache in before.caches.items()}
+        return pages_per_family(topology, replace(self.config, kv_cache_bytes=self.kv_bytes), self.maker)
+
+    def compile(
+        self,
+        topology: Topology,
+        engines: dict[Span, Engine],
+        block: Callable[[str], Block],
+        progress: Progress | None = None,
+        runs_once: bool = False,
+    ) -> None:
+        """Add the engine of each span that has none; `runs_once`: it is run, so that it packs its weights.
+
+        Raises:
+            UnsoundError: some cannot be compiled; the others were added.
+        """
+        self.maker.expect(len(topology.spans))
+        failed: dict[int, Exception] = {}
+        for index, span in enumerate(topology.spans):
+            if span not in engines:
+                try:
+                    engine = self.maker.span(
+                        [block(i) for i in span.block_ids],
+                        drops_rows=span.drops_rows,
+                        lora=dict(span.lora),
+                        scores=span.scores,
+                    )
+                    if runs_once:
+                        first_run(engine, self.maker.arrays)
+                    engines[span] = engine
+                except (EngineError, ZooError) as error:
+                    failed[index] = error
+            if progress is not None:
+                progress(index + 1, len(topology.spans))
+        if failed:
+            raise UnsoundError(models_of(topology, _chains_over(topology, failed)))
+
+    def put_together(
+        self,
+        manifest: Manifest,
+        gone: Collection[str],
+        topology: Topology,
+        engines: Mapping[Span, Engine],
+        blocks: Mapping[str, Block],
+        tokenizers: Mapping[str, Tokenizer],
+        before: LoadedZoo | None = None,
+    ) -> LoadedZoo:
+        """A loaded zoo of engines that are compiled; nothing of `before`, whose place it takes, is changed.
+
+        Args:
+            manifest, gone, engines, blocks: see `LoadedZoo`.
+            topology: planned from the manifest.
+            tokenizers: by model.
+
+        Raises:
+            InvalidRequestError: the KV budget holds no page for some family.
+        """
+        maker, config = self.maker, self.config
+        pages = self.pages(topology, before)
+        caches = {
+            family: before.caches[family]
+            if before is not None and family in before.caches
+            else self._cache(family, count)
+            for family, count in pages.items()
+        }
+        capacity = {family: cache.pool.capacity for family, cache in caches.items()}
+        embeds = {chain.embed_id for chain in topology.chains}
+        known = {} if before is None else before.embeddings
+        embeddings = {key: known.get(key) or maker.embedding(blocks[key]) for key in embeds}
+        ropes = _ropes(manifest, topology, capacity, config, {} if before is None else before.ropes)
+        executors = {
+            family: self._executor(
+                family, topology, engines, blocks, embeddings, ropes, manifest, capacity[family], before
+            )
+            for family in pages
+        }
+        models = {
+            name: _model(name, manifest, topology, tokenizers[name])
+            for name in manifest.models
+            if name not in gone
+        }
+        return LoadedZoo(
+            fitted(models, manifest, config, pages),
+            manifest,
+            topology,
+            executors,
+            caches,
+            self.boundaries,
+            self.adapters,
+            {span: engines[span] for span in topology.spans},
+            {i: blocks[i] for chain in topology.chains for i in topology.chain_ids(chain)},
+            embeddings,
+            ropes,
+            {chain.key: index for index, chain in enumerate(topology.chains)},
+            maker.facts(),
+            frozenset(gone),
+        )
+
+    def _cache(self, family: Family, num_pages: int) -> KVCache:
+        """A pool that may grow to all there is for KV, where that takes no memory before it is used."""
+        most = self.kv_bytes // page_bytes(family, self.maker) if self.maker.arrays.is_lazy else 0
+        return KVCache(
+            num_pages,
+            self.config.prefix_caching,
+            self.boundaries,
+            self.config.approximate,
+            max(num_pages, most),
+        )
+
+    def _executor(
+        self,
+        family: Family,
+        topology: Topology,
+        engines: Mapping[Span, Engine],
+        blocks: Mapping[str, Block],
+        embeddings: Mapping[str, Embedding],
+        ropes: RopeTables,
+        manifest: Manifest,
+        num_pages: int,
+        before: LoadedZoo | None,
+    ) -> Executor:
+        chains = topology.chains
+        used = {use.span for chain in chains if chain.family == family for use in chain.uses}
+        specs = [[blocks[i].spec for i in span.block_ids] for span in topology.spans]
+        return Executor(
+            family,
+            chains,
+            topology.spans,
+            {index: engines[topology.spans[index]] for index in used},
+            embeddings,
+            {
+                index: ropes[manifest.models[name].config.rope, chains[index].family.head_dim]
+                for name, index in topology.chain_of_model.items()
+            },
+            self.maker.arrays,
+            num_pages,
+            max_tokens=self.config.max_num_batched_tokens,
+            max_seqs=self.config.max_num_seqs,
+            adapters=AdapterInputs(self.adapters, chains, topology.spans, specs),
+            before=None if before is None else before.executors.get(family),
+        )
+
+
+def page_bytes(family: Family, maker: EngineMaker) -> int:
+    """K and V of 32 tokens in a layer."""
+    itemsize = activation_dtype(maker.precision).itemsize
+    return 2 * PAGE_TOKENS * family.num_kv_heads * family.head_dim * itemsize
+
+
+def pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:
+    """Split the budget between families by what a token takes in all layers of their models together."""
+    shares: dict[Family, int] = {}
+    for chain_index in topology.chain_of_model.values():
+        chain = topology.chains[chain_index]
+        more = chain.num_layers * page_bytes(chain.family, maker)
+        shares[chain.family] = shares.get(chain.family, 0) + more
+    budget, total = config.resolved_kv_bytes(), sum(shares.values())
+    pages = {}
+    for family, share in shares.items():
+        size = page_bytes(family, maker)
+        pages[family] = budget * share // (total * size)
+        layers = most_layers(topology, family)
+        if pages[family] < layers:
+            need = -(-layers * size * total // share)
+            raise InvalidRequestError(
+                f"kv_cache_bytes is {budget}; one page of {PAGE_TOKENS} tokens in each of {layers} layers "
+                f"needs {need}: raise it"
+            )
+    return pages
+
+
+def most_layers(topology: Topology, family: Family) -> int:
+    """Of the chains of a family."""
+    return max(chain.num_layers for chain in topology.chains if chain.family == family)
+
+
+def fitted(
+    models: Mapping[str, LoadedModel],
+    manifest: Manifest,
+    config: EngineConfig,
+    pages: Mapping[Family, int],
+) -> dict[str, LoadedModel]:
+    """Models with the longest sequence that they, the configuration and so many pages allow."""
+    found = {}
+    for name, model in models.items():
+        pool = pages[model.chain.family] // model.chain.num_layers * PAGE_TOKENS
+        found[name] = replace(model, max_len=min(pool, _own_length(name, manifest, config)))
+    return found
+
+
+def _own_length(name: str, manifest: Manifest, config: EngineConfig) -> int:
+    own = manifest.models[name].config.max_length
+    return own if config.max_model_len is None else min(own, config.max_model_len)
+
+
+def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokenizer) -> LoadedModel:
+    record, index = manifest.models[name], topology.chain_of_model[name]
+    plain = record.config.rope.rope_type == "default"
+    defaults = generation_defaults(record.generation_defaults or {})
+    return LoadedModel(name, index, topology.chains[index], tokenizer, record.end_ids, 0, plain, defaults)
+
+
+def _ropes(
+    manifest: Manifest,
+    topology: Topology,
+    capacity: Mapping[Family, int],
+    config: EngineConfig,
+    known: RopeTables,
+) -> RopeTables:
+    """Tables as long as the longest model of each needs: chains with one rotary embedding share one.
+
+    Those that there are go on being used where they are long enough: requests under way may need them.
+    """
+    longest: dict[tuple[RopeConfig, int], int] = {}
+    for name, index in topology.chain_of_model.items():
+        chain = topology.chains[index]
+        key = manifest.models[name].config.rope, chain.family.head_dim
+        most = capacity[chain.family] // chain.num_layers * PAGE_TOKENS
+        longest[key] = max(longest.get(key, 0), min(most, _own_length(name, manifest, config)))
+    return {
+        (rope, dim): known[rope, dim]
+        if (rope, dim) in known and len(known[rope, dim][0]) >= length
+        else rope.tables(dim, length)
+        for (rope, dim), length in longest.items()
+    }
+
+
+def _chains_over(topology: Topology, spans: Mapping[int, Exception]) -> dict[int, Exception]:
+    """Of the chains that use one of the spans, the exception of the first."""
+    found = {
+        i: [spans[use.span] for use in c.uses if use.span in spans] for i, c in enumerate(topology.chains)
+    }
+    return {index: errors[0] for index, errors in found.items() if errors}
+
+
+def models_of(topology: Topology, chains: Mapping[int, Exception]) -> dict[str, Exception]:
+    """The exception of the chain of each model that has one."""
+    return {name: chains[index] for name, index in topology.chain_of_model.items() if index in chains}
+
+
+def check_sound(topology: Topology, executors: Mapping[Family, Executor], chains: Iterable[int]) -> None:
+    """Run one token through chains.
+
+    At the start engines pack their weights here, so that the files' memory can be given back; and a broken
+    attention operator shows here and not in an answer.
+
+    Raises:
+        UnsoundError: the logits of some are not finite.
+    """
+    broken: dict[int, Exception] = {}
+    for index in chains:
+        try:
+            if not executors[topology.chains[index].family].is_sound(index):
+                broken[index] = InvalidRequestError(
+                    "its first logits are not finite: run zoo-inspect --check; bf16 may be too narrow for "
+                    "it, try precision f32"
+                )
+        except AdapterUnavailableError as error:
+            broken[index] = error
+    if broken:
+        raise UnsoundError(models_of(topology, broken))
