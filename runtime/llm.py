@@ -15,6 +15,7 @@ from blockzoo.runtime.api.request import (
     CHAT_TOKENS,
     FinishReason,
     KVReuse,
+    PromptLogprobs,
     RequestOutput,
     SamplingParams,
     TokenLogprob,
@@ -42,6 +43,7 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class LLM:
@@ -253,6 +255,7 @@ def _completion(prompt: Prompt, parts: list[RequestOutput]) -> Completion:
         finish_reason=last.finish_reason or "error",
         num_prompt_tokens=last.num_prompt_tokens,
         num_cached_tokens=last.num_cached_tokens,
+        prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), None),
     )
 
 

@@ -19,12 +19,12 @@ from blockzoo.runtime.exec.executor import Executor, Rows
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.generation_defaults import generation_defaults
+from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.store import Zoo
@@ -162,6 +162,7 @@ def _load(
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             adapters=AdapterInputs(adapters, topology.chains, topology.spans, specs),
+            max_more_logits=MAX_PROMPT_LOGITS,
         )
         for family, pages in num_pages.items()
     }
@@ -237,7 +238,7 @@ def _load_model(
     if config.max_model_len is not None:
         bounds.append(config.max_model_len)
     plain = record.config.rope.rope_type == "default"
-    defaults = generation_defaults(record.generation_defaults or {})
+    defaults = sampling_defaults(record.generation_defaults)
     return LoadedModel(name, index, chain, tokenizer, record.end_ids, min(bounds), plain, defaults)
 
 
@@ -307,7 +308,7 @@ def _warm_up(topology: Topology, executors: Mapping[Family, Executor]) -> None:
     broken: dict[int, Exception] = {}
     for index, chain in enumerate(topology.chains):
         table = np.zeros((chain.num_layers, 1), np.int32)
-        result = executors[chain.family].run([Rows(index, np.zeros(1, np.int32), 0, table, True)])
+        result = executors[chain.family].run([Rows(index, np.zeros(1, np.int32), 0, table, 1)])
         if not all(np.isfinite(logits).all() for logits, _ in result.logits):
             broken[index] = InvalidRequestError(
                 "its first logits are not finite: run zoo-inspect --check; bf16 may be too narrow for it, "

@@ -21,7 +21,7 @@ from blockzoo.runtime.serve.loading import LoadedModel, LoadedZoo
 from blockzoo.runtime.serve.model_files import reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.errors import StoreError, ZooError
-from blockzoo.zoo.generation_defaults import generation_defaults
+from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
@@ -133,7 +133,7 @@ class ServedZoo:
                 chain=topology.chains[index],
                 tokenizer=tokenizer,
                 eos_token_ids=record.end_ids,
-                generation_defaults=generation_defaults(record.generation_defaults or {}),
+                generation_defaults=sampling_defaults(record.generation_defaults),
                 max_len=min(twin.max_len, record.config.max_length),
             )
         return self._commit(zoo, topology, models, removed, waiting, left_out)

@@ -30,6 +30,23 @@ class EngineRequest:
     kv_scope: str | None = None
     kv_reuse: str | None = None
     documents: tuple[str, ...] = ()
+    tenant: str | None = None
+    """Whose share of the engine it takes; None: the model's."""
+    weight: float = 1.0
+    """Of the tenant."""
+
+
+Tops = tuple[tuple[tuple[int, float], ...], ...]
+"""The likeliest tokens in the places of some, with their log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Of a prompt, all its tokens; and log-probabilities and `tops` of all but the first."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tops: Tops
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +60,17 @@ class Delta:
         tops: the likeliest tokens in each token's place with their log-probabilities, likewise.
         finish_reason: "stop" or "length" with the last one, else None.
         num_prompt_tokens, num_cached_tokens: with the last one, else 0.
+        prompt: with the first one, where its log-probabilities were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    tops: tuple[tuple[tuple[int, float], ...], ...]
+    tops: Tops
     finish_reason: str | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt: PromptTokens | None = None
 
 
 class EngineClient:
@@ -59,10 +78,11 @@ class EngineClient:
 
     Args:
         target: host:port of its gRPC endpoint.
+        secret: of the launcher, by which the engine model believes whose requests these are.
     """
 
-    def __init__(self, target: str) -> None:
-        self._streams = EngineStreams(target)
+    def __init__(self, target: str, secret: str | None = None) -> None:
+        self._streams, self._secret = EngineStreams(target), secret
         self._looking = asyncio.Semaphore(16)
 
     async def close(self) -> None:
@@ -91,7 +111,10 @@ class EngineClient:
     async def generate(self, request: EngineRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         """Deltas until the one with a `finish_reason`. Raises ApiError."""
         finished = False
-        async with aclosing(self._infer(_inputs(request), request_id)) as results:
+        told = None
+        if request.tenant is not None and self._secret is not None:
+            told = {"secret": self._secret, "tenant": request.tenant, "weight": str(request.weight)}
+        async with aclosing(self._infer(_inputs(request), request_id, told)) as results:
             async for result in results:  # to its end: a stream that has ended is not cancelled
                 delta = _delta(result)
                 finished = delta.finish_reason is not None
@@ -100,10 +123,15 @@ class EngineClient:
             raise ApiError(500, "The engine ended the request without a last response.")
 
     async def _infer(
-        self, inputs: list[Any], request_id: str = "", timeout_s: float | None = None
+        self,
+        inputs: list[Any],
+        request_id: str = "",
+        parameters: dict[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[Any, None]:
+        answers = self._streams.infer(inputs, request_id, parameters, timeout_s=timeout_s)
         try:
-            async with aclosing(self._streams.infer(inputs, request_id, timeout_s=timeout_s)) as results:
+            async with aclosing(answers) as results:
                 async for result in results:
                     yield result
         except EngineError as error:
@@ -146,17 +174,26 @@ def _delta(result: Any) -> Delta:
     problem, status, reason = last("error"), last("error_status"), last("finish_reason")
     if problem is not None:
         raise of_engine("UNKNOWN" if status is None else status.decode(), problem.decode())
-    logprobs, top_ids = result.as_numpy("output_log_probs"), result.as_numpy("top_token_ids")
-    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
-    if top_ids is not None:
-        pairs = zip(top_ids[0].tolist(), result.as_numpy("top_log_probs")[0].tolist(), strict=True)
-        tops = tuple(tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+    logprobs, prompt_ids = result.as_numpy("output_log_probs"), result.as_numpy("prompt_token_ids")
+    prompt = None
+    if prompt_ids is not None:
+        values = result.as_numpy("prompt_log_probs").reshape(-1).tolist()
+        prompt = PromptTokens(tuple(prompt_ids[0].tolist()), tuple(values), _tops(result, "prompt_top"))
     return Delta(
         last("text_output").decode(),
         tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
         () if logprobs is None else tuple(logprobs.reshape(-1).tolist()),
-        tops,
+        _tops(result, "top"),
         None if reason is None else reason.decode(),
         int(last("num_prompt_tokens") or 0),
         int(last("num_cached_tokens") or 0),
+        prompt,
     )
+
+
+def _tops(result: Any, name: str) -> Tops:
+    ids = result.as_numpy(f"{name}_token_ids")
+    if ids is None:
+        return ()
+    pairs = zip(ids[0].tolist(), result.as_numpy(f"{name}_log_probs")[0].tolist(), strict=True)
+    return tuple(tuple(zip(tokens, values, strict=True)) for tokens, values in pairs)
