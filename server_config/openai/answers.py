@@ -253,13 +253,13 @@ class TextAnswer(Answer):
         assert self._texts is not None
         for place, token_id in enumerate(token_ids):
             text, data = self._texts.of(token_id)
-            told["tokens"].append(text)
+            told["tokens"].append(self._name(token_id))
             told["token_logprobs"].append(_finite(logprobs[place]) if logprobs else None)
             top: Json | None = None
-            if tops:  # tokens of one text count as the likeliest of them; the one told is always there
+            if tops:  # the one told is always there
                 top = {}
                 for token, value in (*tops[place], (token_id, logprobs[place])):
-                    top.setdefault(self._texts.of(token)[0], _finite(value))
+                    top.setdefault(self._name(token), _finite(value))
             told["top_logprobs"].append(top)
             offset = self._offsets.setdefault(index, 0)
             told["text_offset"].append(offset)
@@ -267,6 +267,14 @@ class TextAnswer(Answer):
                 continue  # put there by the tokenizer
             # characters are counted where they begin: a token may be a part of one
             self._offsets[index] += sum(byte & 0xC0 != 0x80 for byte in data)
+
+    def _name(self, token_id: int) -> str:
+        """A token's text, or as OpenAI writes it "bytes:\\xe4" where it is a part of a character."""
+        assert self._texts is not None
+        text, data = self._texts.of(token_id)
+        if text.encode() == data:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def token_logprobs(delta: Delta, texts: TokenTexts) -> list[Json]:
