@@ -167,33 +167,55 @@ def _tensor(name: str, kind: str, values: Sequence[Any]) -> Any:
 
 
 def _delta(result: Any) -> Delta:
-    def last(name: str) -> Any:
-        array = result.as_numpy(name)
-        return None if array is None else array.reshape(-1)[-1]
-
-    problem, status, reason = last("error"), last("error_status"), last("finish_reason")
+    outputs = _Outputs(result)
+    problem = outputs.text("error")
     if problem is not None:
-        raise of_engine("UNKNOWN" if status is None else status.decode(), problem.decode())
-    logprobs, prompt_ids = result.as_numpy("output_log_probs"), result.as_numpy("prompt_token_ids")
+        raise of_engine(outputs.text("error_status") or "UNKNOWN", problem)
+    token_ids, prompt_ids = outputs.integers("token_ids"), outputs.integers("prompt_token_ids")
     prompt = None
-    if prompt_ids is not None:
-        values = result.as_numpy("prompt_log_probs").reshape(-1).tolist()
-        prompt = PromptTokens(tuple(prompt_ids[0].tolist()), tuple(values), _tops(result, "prompt_top"))
+    if prompt_ids:
+        tops = outputs.tops("prompt_top", len(prompt_ids) - 1)
+        prompt = PromptTokens(tuple(prompt_ids), tuple(outputs.reals("prompt_log_probs")), tops)
     return Delta(
-        last("text_output").decode(),
-        tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
-        () if logprobs is None else tuple(logprobs.reshape(-1).tolist()),
-        _tops(result, "top"),
-        None if reason is None else reason.decode(),
-        int(last("num_prompt_tokens") or 0),
-        int(last("num_cached_tokens") or 0),
+        outputs.text("text_output") or "",
+        tuple(token_ids),
+        tuple(outputs.reals("output_log_probs")),
+        outputs.tops("top", len(token_ids)),
+        outputs.text("finish_reason"),
+        sum(outputs.integers("num_prompt_tokens")),
+        sum(outputs.integers("num_cached_tokens")),
         prompt,
     )
 
 
-def _tops(result: Any, name: str) -> Tops:
-    ids = result.as_numpy(f"{name}_token_ids")
-    if ids is None:
-        return ()
-    pairs = zip(ids[0].tolist(), result.as_numpy(f"{name}_log_probs")[0].tolist(), strict=True)
-    return tuple(tuple(zip(tokens, values, strict=True)) for tokens, values in pairs)
+class _Outputs:
+    """The tensors of one response, whatever their shapes. (`as_numpy` looks through all for each of them.)"""
+
+    def __init__(self, result: Any) -> None:
+        response = result.get_response()
+        names = [output.name for output in response.outputs]
+        self._raw: dict[str, bytes] = dict(zip(names, response.raw_output_contents, strict=True))
+
+    def text(self, name: str) -> str | None:
+        """The only text of a tensor, behind its length of 4 bytes; None where there is no such tensor."""
+        raw = self._raw.get(name)
+        return None if raw is None else raw[4:].decode()
+
+    def integers(self, name: str) -> list[int]:
+        """Of an INT32 tensor; [] where there is none."""
+        raw = self._raw.get(name)
+        return np.frombuffer(raw, "<i4").tolist() if raw else []
+
+    def reals(self, name: str) -> list[float]:
+        """Of an FP32 tensor; [] where there is none."""
+        raw = self._raw.get(name)
+        return np.frombuffer(raw, "<f4").tolist() if raw else []
+
+    def tops(self, name: str, num_tokens: int) -> Tops:
+        """The likeliest tokens in the places of `num_tokens`; () where there are none."""
+        ids = self.integers(f"{name}_token_ids")
+        if not ids:
+            return ()
+        pairs = list(zip(ids, self.reals(f"{name}_log_probs"), strict=True))
+        size = len(pairs) // num_tokens
+        return tuple(tuple(pairs[begin : begin + size]) for begin in range(0, len(pairs), size))
