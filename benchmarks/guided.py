@@ -1,4 +1,4 @@
-"""What a JSON schema costs: decode steps of eight guided answers against eight free ones, SmolLM2-135M-Instruct.
+"""What a JSON schema costs: decode steps of eight guided answers against eight free ones, SmolLM2-135M.
 
     python -m benchmarks.guided
 
@@ -87,7 +87,6 @@ def main() -> int:
     sides = {"free": lambda: bench.steps(None), "guided": lambda: bench.steps(guided)}
     samples = interleave(sides, args.repeats)
     results = _results(samples, bench)
-    rows = [(side, *results[side].values()) for side in sides]
     columns = ("side", "step ms", "p10", "p90", "steps", "choosing tokens ms", "ratio", "p10", "p90")
     rows = [
         (
