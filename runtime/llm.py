@@ -154,7 +154,7 @@ class LLM:
             model: one model for all conversations, or one per conversation.
             messages: a conversation, [{"role": ..., "content": ...}, ...], or a list of them.
             params: one for all, or one per conversation; None: as each model's generation_config.json has it,
-                and at most 1024 tokens.
+                and at most 1024 tokens where it has no max_new_tokens.
             tools, chat_template_kwargs: of all conversations; see `ChatTemplate.render`.
             continue_final_message: go on within the last message instead of answering it.
             scope, kv_reuse, documents, progress: as in `generate`.
