@@ -76,7 +76,10 @@ def stream(
 def stream_openai(
     port: int, endpoint: str, bodies: Sequence[dict[str, Any]], concurrency: int, seconds: float
 ) -> tuple[str, str]:
-    """The same for bodies of an endpoint ("v1/completions") of the OpenAI front; all have `stream`."""
+    """The same for bodies of an endpoint ("v1/completions") of the OpenAI front.
+
+    All have `stream`: perf_analyzer 2.51 reads events, but takes its own `--streaming` for gRPC alone.
+    """
     options = ["-m", "blockzoo", "-u", f"127.0.0.1:{port}"]
     options += ["--service-kind", "openai", "--endpoint", endpoint]
     return _run(options, [{"payload": [body]} for body in bodies], concurrency, seconds)

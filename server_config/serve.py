@@ -220,9 +220,13 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:
-    """Name weights of models that are not there (yet: a LoRA may come later)."""
+    """Name weights of models that are not there (yet: a LoRA may come later), or count for few."""
     from blockzoo.server_config.supervisor import say
 
+    if args.tenant_weight and args.api_keys is not None:
+        say(
+            "--tenant-weight is for Triton's clients: requests with an API key take the key's share and weight"
+        )
     for name, _ in args.tenant_weight:
         if name not in tenants:
             say(f"--tenant-weight {name}: {args.zoo} has no such model now; it has {', '.join(tenants)}")

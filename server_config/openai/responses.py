@@ -34,7 +34,6 @@ _REFUSED = {
     "prompt": _STATELESS,
     "max_tool_calls": "no tool is called here: your program calls functions",
     "context_management": "nothing is left out of the input",
-    "reasoning": "see the template's own switches, chat_template_kwargs",
     "moderation": "nothing is moderated",
 }
 
@@ -105,6 +104,10 @@ def _read_options(fields: Fields) -> None:
     options = Fields(fields.take("stream_options", dict, {}), "stream_options.")
     options.ignore(("include_obfuscation",))
     options.end()
+    reasoning = Fields(fields.take("reasoning", dict, {}), "reasoning.")
+    reasoning.refuse(
+        dict.fromkeys(reasoning.plain(), "see the template's own switches, chat_template_kwargs")
+    )
     fields.ignore((*IGNORED, "prompt_cache_retention", "prompt_cache_options"))
     fields.refuse(_REFUSED)
 

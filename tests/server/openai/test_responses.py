@@ -126,7 +126,7 @@ def test_the_events_of_a_text(endpoint, client):
 
 
 def test_the_clients_stream(endpoint, client):
-    asked = {"model": "chat", "input": INPUT, "seed": 3, "max_output_tokens": 300}
+    asked = {"model": "chat", "input": INPUT, "seed": 3, "max_output_tokens": 300, "reasoning": {}}
     extra = {"extra_body": {"seed": asked.pop("seed")}}
     with client.responses.stream(**asked, **extra, text_format=Answer) as stream:
         snapshot = ""
@@ -257,7 +257,8 @@ def test_tools_that_may_be_called_and_are_not(client):
         ({"conversation": "conv_1"}, "conversation", "keeps no responses"),
         ({"prompt": {"id": "p"}}, "prompt", "keeps no responses"),
         ({"truncation": "auto"}, "truncation", "'disabled'"),
-        ({"reasoning": {"effort": "low"}}, "reasoning", "chat_template_kwargs"),
+        ({"reasoning": {"effort": "low", "summary": None}}, "reasoning.effort", "chat_template_kwargs"),
+        ({"reasoning": "low"}, "reasoning", "an object"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "not supported"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "Missing"),
         (
