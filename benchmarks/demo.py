@@ -75,10 +75,13 @@ def free_ports(count: int) -> list[int]:
 
 
 class Server:
-    """A zoo-serve process on free ports, ready when entered, stopped cleanly when left."""
+    """A zoo-serve process on free ports, ready when entered, stopped cleanly when left.
 
-    def __init__(self, zoo: Path, *options: str) -> None:
-        self.http, self.grpc, self.metrics = free_ports(3)
+    `openai`: with the OpenAI endpoint, too.
+    """
+
+    def __init__(self, zoo: Path, *options: str, openai: bool = False) -> None:
+        self.http, self.grpc, self.metrics, self.openai = free_ports(4)
         ports = (
             "--http-port",
             self.http,
@@ -86,7 +89,8 @@ class Server:
             self.grpc,
             "--metrics-port",
             self.metrics,
-            "--no-openai",
+            "--openai-port",
+            self.openai if openai else 0,
         )
         serve = Path(sys.executable).parent / "zoo-serve"
         self._command = [str(serve), str(zoo), *map(str, ports), *options]

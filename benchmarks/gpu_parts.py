@@ -161,8 +161,8 @@ def scattered(bench: Bench, shape: str, facts: Facts) -> None:
     rng = np.random.default_rng(0)
     for share in (0.05, 0.15):
         places = np.sort(rng.choice(length - 1, int(share * length), replace=False))
-        batch = [zoo.rows(0, 0, 1, int(p))._replace(wants_logits=False) for p in places]
-        batch[-1] = batch[-1]._replace(wants_logits=True)
+        batch = [zoo.rows(0, 0, 1, int(p))._replace(num_logits=0) for p in places]
+        batch[-1] = batch[-1]._replace(num_logits=1)
         seconds = bench.step(zoo, batch, inner=1)
         facts[f"{share:.0%} of rows"] = {"ms": seconds * 1e3, "times_faster": whole / seconds}
 

@@ -53,7 +53,7 @@ OPERATOR_KEY = secrets.token_urlsafe(32)
 def stream(
     grpc_port: int, requests: Sequence[dict[str, list[Any]]], concurrency: int, seconds: float
 ) -> tuple[str, str]:
-    """Stream `requests` to the model blockzoo in a closed loop.
+    """Stream `requests` to the model blockzoo over gRPC in a closed loop.
 
     Args:
         grpc_port: on loopback.
@@ -68,23 +68,33 @@ def stream(
     Raises:
         SystemExit: perf_analyzer failed; the message is its output.
     """
+    options = ["-m", "blockzoo", "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc", "--streaming"]
+    options += ["-H", f"triton-grpc-protocol-locked:{OPERATOR_KEY}"]
+    return _run(options, requests, concurrency, seconds)
+
+
+def stream_openai(
+    port: int, endpoint: str, bodies: Sequence[dict[str, Any]], concurrency: int, seconds: float
+) -> tuple[str, str]:
+    """The same for bodies of an endpoint ("v1/completions") of the OpenAI front.
+
+    All have `stream`: perf_analyzer 2.51 reads events, but takes its own `--streaming` for gRPC alone.
+    """
+    options = ["-m", "blockzoo", "-u", f"127.0.0.1:{port}"]
+    options += ["--service-kind", "openai", "--endpoint", endpoint]
+    return _run(options, [{"payload": [body]} for body in bodies], concurrency, seconds)
+
+
+def _run(
+    options: Sequence[str], requests: Sequence[dict[str, list[Any]]], concurrency: int, seconds: float
+) -> tuple[str, str]:
     command, env = perf_analyzer_command()
     with tempfile.TemporaryDirectory() as folder:
         data, export = Path(folder) / "requests.json", Path(folder) / "export.json"
         data.write_text(json.dumps({"data": list(requests)}))
-        command += ["-m", "blockzoo", "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc", "--streaming", "--async"]
-        command += ["-H", f"triton-grpc-protocol-locked:{OPERATOR_KEY}"]
-        command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
-        command += [
-            "-p",
-            str(int(seconds * 1000)),
-            "-s",
-            "500",
-            "-r",
-            "3",
-            "--profile-export-file",
-            str(export),
-        ]
+        command += [*options, "--async", "--input-data", str(data)]
+        command += ["--concurrency-range", str(concurrency), "-p", str(int(seconds * 1000))]
+        command += ["-s", "500", "-r", "3", "--profile-export-file", str(export)]
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise SystemExit(f"perf_analyzer failed ({done.returncode}):\n{done.stdout}{done.stderr}")

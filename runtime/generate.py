@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """What `sampling_params` reads."""
-    parser.add_argument("--max-tokens", type=int, help=f"default: 64, in a chat {CHAT_TOKENS}")
+    parser.add_argument(
+        "--max-tokens", type=int, help=f"default: 64; in a chat as the model has it, else {CHAT_TOKENS}"
+    )
     parser.add_argument("--temperature", type=float, help="0 is greedy; the default but in a chat")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)

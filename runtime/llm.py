@@ -15,6 +15,7 @@ from blockzoo.runtime.api.request import (
     CHAT_TOKENS,
     FinishReason,
     KVReuse,
+    PromptLogprobs,
     RequestOutput,
     SamplingParams,
     TokenLogprob,
@@ -42,6 +43,7 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class LLM:
@@ -157,7 +159,7 @@ class LLM:
             model: one model for all conversations, or one per conversation.
             messages: a conversation, [{"role": ..., "content": ...}, ...], or a list of them.
             params: one for all, or one per conversation; None: as each model's generation_config.json has it,
-                and at most 1024 tokens.
+                and at most 1024 tokens where it has no max_new_tokens.
             tools, chat_template_kwargs: of all conversations; see `ChatTemplate.render`.
             continue_final_message: go on within the last message instead of answering it.
             scope, kv_reuse, documents, progress: as in `generate`.
@@ -258,6 +260,7 @@ def _completion(prompt: Prompt, parts: list[RequestOutput]) -> Completion:
         finish_reason=last.finish_reason or "error",
         num_prompt_tokens=last.num_prompt_tokens,
         num_cached_tokens=last.num_cached_tokens,
+        prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), None),
     )
 
 

@@ -37,6 +37,8 @@ class Answer:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._sum_logprobs = 0.0
+        self._num_prompt_top = request.params.prompt_logprobs
+        self._prompt: dict[str, np.ndarray] = {}  # tensors about the prompt, not sent yet
         self._has_responded = False
 
     def push(self, output: RequestOutput, problem: str | None = None) -> Response | None:
@@ -51,6 +53,8 @@ class Answer:
         self._token_ids += output.token_ids
         self._logprobs += output.logprobs or ()
         self._sum_logprobs += sum(token.logprob for token in output.logprobs or ())
+        if output.prompt_logprobs is not None:
+            self._prompt = _prompt_tensors(output, self._num_prompt_top or 0)
         if not output.finished:
             if not self._stream:
                 return None
@@ -75,13 +79,28 @@ class Answer:
             values = [token.logprob for token in self._logprobs]
             tensors["output_log_probs"] = np.array([[values]], np.float32)  # [1, beam, num_tokens]
         if self._num_top:
-            shape = (1, len(self._logprobs), -1 if self._logprobs else self._num_top)
-            tops = [token.top for token in self._logprobs]
-            ids = np.array([[token_id for token_id, _ in top] for top in tops], np.int32)
-            top_values = np.array([[value for _, value in top] for top in tops], np.float32)
-            tensors["top_token_ids"], tensors["top_log_probs"] = ids.reshape(shape), top_values.reshape(shape)
-        self._texts, self._token_ids, self._logprobs = [], [], []
+            tensors["top_token_ids"], tensors["top_log_probs"] = _tops(self._logprobs, self._num_top)
+        tensors |= self._prompt
+        self._texts, self._token_ids, self._logprobs, self._prompt = [], [], [], {}
         return tensors
+
+
+def _tops(tokens: Sequence[TokenLogprob], num_top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and log-probabilities float32 of the likeliest tokens, [1, tokens, tops]."""
+    shape = (1, len(tokens), -1 if tokens else num_top)
+    ids = np.array([[token_id for token_id, _ in token.top] for token in tokens], np.int32)
+    values = np.array([[value for _, value in token.top] for token in tokens], np.float32)
+    return ids.reshape(shape), values.reshape(shape)
+
+
+def _prompt_tensors(output: RequestOutput, num_top: int) -> dict[str, np.ndarray]:
+    assert output.prompt_token_ids is not None, "they come together"
+    tokens = [token for token in output.prompt_logprobs or () if token is not None]
+    values = np.array([[token.logprob for token in tokens]], np.float32)
+    tensors = {"prompt_token_ids": integers(output.prompt_token_ids), "prompt_log_probs": values}
+    if num_top:
+        tensors["prompt_top_token_ids"], tensors["prompt_top_log_probs"] = _tops(tokens, num_top)
+    return tensors
 
 
 class TellingSender:

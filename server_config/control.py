@@ -1,6 +1,7 @@
-"""Requests about the server itself, answered beside any queue: `health` and `reload`.
+"""Requests about the server itself, answered beside any queue: `health` and `reload`; and who asks.
 
-Who knows the launcher's secret, sent as the parameter `secret`, gets details and may ask for a reload.
+Who knows the launcher's secret, sent as the parameter `secret`, gets details, may ask for a reload, and may
+say whose share of the engine a request takes (`tenant`, and its `weight`), as the OpenAI endpoint does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.server_config.answer import Response, integers, send, strings
 
 SECRET_VARIABLE = "BLOCKZOO_SECRET"  # of the server's environment
+
+
+_TENANT_PARAMETERS = ("tenant", "weight")
 
 
 class Control:
@@ -60,6 +64,24 @@ class Control:
         else:
             return False
         return True
+
+    def take_tenant(self, parameters: dict[str, Any]) -> tuple[str | None, float | None]:
+        """Whose share of the engine a request takes, and with what weight; None: its model's.
+
+        Takes out of the parameters what says so.
+
+        Raises:
+            InvalidRequestError: a client says it.
+        """
+        if not any(name in parameters for name in _TENANT_PARAMETERS):
+            return None, None
+        if not self._from_launcher(parameters):
+            raise InvalidRequestError(
+                "tenant and weight are not for clients; they need the launcher's secret"
+            )
+        del parameters["secret"]
+        tenant, weight = (parameters.pop(name, None) for name in _TENANT_PARAMETERS)
+        return tenant, None if weight is None else float(weight)
 
     def _from_launcher(self, parameters: Mapping[str, Any]) -> bool:
         return self._secret is not None and _same(parameters.get("secret"), self._secret)

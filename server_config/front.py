@@ -157,6 +157,7 @@ class EngineFront:
             )
         if request.timeout():  # of the infer protocols; generate puts it among the parameters
             parameters["timeout"] = request.timeout()
+        tenant, weight = self._control.take_tenant(parameters)
         parsed = parse_request(inputs, parameters, self._end_ids, self._left_out)
         now = time.monotonic()
         deadline = None if parsed.timeout_s is None else now + parsed.timeout_s
@@ -166,10 +167,13 @@ class EngineFront:
         with self._lock:  # the front thread sees it once it cannot be refused here any more
             if self._ended:
                 raise OverloadedError("the server is about to start again; send the request later")
-            waiting.put(parsed.model, parsed.kv_scope, size, partial(self._submit, stream, parsed))
+            submit = partial(self._submit, stream, parsed, tenant, weight)
+            waiting.put(tenant or parsed.model, parsed.kv_scope, size, submit)
             self._streams[stream.request_id] = stream
 
-    def _submit(self, stream: _Stream, parsed: ParsedRequest) -> None:
+    def _submit(
+        self, stream: _Stream, parsed: ParsedRequest, tenant: str | None, weight: float | None
+    ) -> None:
         """A thread of the queue: tokenize, unless the request was given up while it waited."""
         with self._lock:
             if stream.request_id not in self._streams:
@@ -184,6 +188,8 @@ class EngineFront:
                 parsed.kv_scope,
                 parsed.kv_reuse,
                 parsed.documents,
+                tenant,
+                weight,
             )
         except BaseException as error:  # a tokenizer that panics raises no Exception
             self._outbox.put((stream, error, time.monotonic()))

@@ -52,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="keys that requests to the OpenAI endpoint must come with, see docs/openai.md; Triton, which "
         "asks for none, is then served to this machine alone",
     )
+    network.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="how answers of the OpenAI endpoint are chosen where a request does not say: as the model's "
+        "generation_config.json has it (auto, the default), or by OpenAI's defaults alone (none)",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
@@ -213,9 +220,11 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:
-    """Name weights of models that are not there (yet: it may come later)."""
+    """Name weights of models that are not there (yet: it may come later), or count for few."""
     from blockzoo.server_config.supervisor import say
 
+    if args.tenant_weight and args.api_keys is not None:
+        say("--tenant-weight is for Triton's clients: those with an API key take its share and weight")
     for name, _ in args.tenant_weight:
         if name not in tenants:
             say(f"--tenant-weight {name}: {args.zoo} has no such model now; it has {', '.join(tenants)}")
@@ -292,7 +301,7 @@ def _serve(args: argparse.Namespace) -> int:
             return TritonProcess(server, arguments, control_dir, args.verbose)
 
         supervisor = Supervisor(start, watchdog, follower, args.drain_seconds)
-        openai = _openai_process(args, endpoints, folder)
+        openai = _openai_process(args, endpoints, folder, secret)
 
         def on_ready() -> None:
             if openai is not None:
@@ -326,7 +335,9 @@ def _check_keys(args: argparse.Namespace) -> None:
     read_keys(Path(args.api_keys))
 
 
-def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path) -> OpenAIProcess | None:
+def _openai_process(
+    args: argparse.Namespace, endpoints: Endpoints, folder: Path, secret: str
+) -> OpenAIProcess | None:
     if not args.openai_port:
         return None
     from blockzoo.server_config.openai.process import OpenAIProcess
@@ -339,10 +350,12 @@ def _openai_process(args: argparse.Namespace, endpoints: Endpoints, folder: Path
         "metrics": metrics,
         "host": _openai_host(args),
         "port": args.openai_port,
+        "generation-config": args.generation_config,
     }
     if args.api_keys is not None:
         options["api-keys"] = Path(args.api_keys).resolve()
-    return OpenAIProcess([f"--{name}={value}" for name, value in options.items()], folder, say)
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return OpenAIProcess(arguments, folder, say, secret)
 
 
 def _print_endpoints(

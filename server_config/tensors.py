@@ -64,6 +64,11 @@ OUTPUTS = (
     # ours, where sampling_parameters asks for `logprobs` above 0: the likeliest tokens in each token's place
     TensorField("top_token_ids", "INT32", (-1, -1)),
     TensorField("top_log_probs", "FP32", (-1, -1)),
+    # ours, once, where it asks for `prompt_logprobs`: the prompt's tokens; the others for all but the first
+    TensorField("prompt_token_ids", "INT32", (-1,)),
+    TensorField("prompt_log_probs", "FP32", (-1,)),
+    TensorField("prompt_top_token_ids", "INT32", (-1, -1)),
+    TensorField("prompt_top_log_probs", "FP32", (-1, -1)),
     # ours, token_ids with every response and the others with the last one
     TensorField("token_ids", "INT32", (-1,)),
     TensorField("finish_reason", "STRING"),

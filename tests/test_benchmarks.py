@@ -86,6 +86,20 @@ def test_live_addition(workdir: Path) -> None:
     assert all(phase["longest_gap_ms"] > 0 for phase in results["phases"].values())
 
 
+def test_openai_load(workdir: Path) -> None:
+    options = ["--shape", "tiny", "--repeats", "1", "--seconds", "1", "--threads", "1", "--concurrency", "4"]
+    folders = ["--workdir", str(workdir), "--out", str(workdir)]
+    command = [sys.executable, "-m", "benchmarks.openai_load", *options, *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workdir / "openai_load.json").read_text())["shapes"]["tiny"]["results"]
+    assert results["openai"]["requests"]["median"] > 4
+    assert results["openai"]["openai_cpu_ms_per_token"]["median"] > 0
+    ratio = results["tokens_per_s_to_grpc"]["median"]
+    sides = [results[side]["tokens_per_s"]["median"] for side in ("openai", "grpc")]
+    assert ratio == pytest.approx(sides[0] / sides[1], rel=1e-2)
+
+
 @pytest.mark.slow
 def test_stitch(tmp_path: Path) -> None:
     sizes = [

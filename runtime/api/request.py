@@ -66,7 +66,7 @@ class SamplingParams:
     and the range. Lists are accepted for `stop` and `bad_words` and kept as tuples.
 
     Attributes:
-        max_tokens: tokens to generate at most, 1 to 1,000,000.
+        max_tokens: tokens to generate at most, 1 to 1,000,000; with `prompt_logprobs` also 0.
         temperature: 0 to 100. Below 1e-5 the choice is greedy (as in vLLM): dividing logits by less
             only makes them overflow.
         top_k: keep the k likeliest tokens; 0 is off, and so is -1, which is stored as 0.
@@ -86,6 +86,8 @@ class SamplingParams:
         bad_words: at most 64 texts of 1 to 256 characters never to be generated.
         logprobs: number of top alternatives reported per token, 0 (the chosen token alone) to 20;
             None reports none.
+        prompt_logprobs: the same for the tokens of the prompt, from the second on. All of them are computed:
+            nothing cached is used, and nothing left.
         ignore_eos: go on past the model's end-of-sequence tokens, but for one named in `stop`.
         min_tokens: neither end-of-sequence nor stop words end the generation before as many tokens.
         skip_special_tokens: leave special tokens out of the text, but for a stop word that is to be in it.
@@ -108,6 +110,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
@@ -116,7 +119,10 @@ class SamplingParams:
     guided: GuidedDecoding | None = None
 
     def __post_init__(self) -> None:
-        self._check_int("max_tokens", 1, MAX_TOKENS_LIMIT)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 0, MAX_LOGPROBS)
+        self._check_int("max_tokens", 1 if self.prompt_logprobs is None else 0, MAX_TOKENS_LIMIT)
         self._check_int("top_k", -1, 2**31 - 1)
         self._check_int("min_tokens", 0, MAX_TOKENS_LIMIT)
         self._check_real("temperature", 0.0, 100.0)
@@ -127,8 +133,6 @@ class SamplingParams:
         self._check_real("frequency_penalty", -2.0, 2.0)
         if self.seed is not None:
             self._check_int("seed", 0, 2**64 - 1)
-        if self.logprobs is not None:
-            self._check_int("logprobs", 0, MAX_LOGPROBS)
         self._check_words("stop")
         self._check_words("bad_words")
         self._check_bias()
@@ -227,7 +231,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one generated token and of the likeliest tokens in its place.
+    """Log-probability of one token and of the likeliest tokens in its place.
 
     Natural logarithms under the model's own distribution: before temperature, penalties and
     filters. `top` is sorted from the likeliest down and holds as many entries as were asked for.
@@ -238,6 +242,9 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+PromptLogprobs = tuple[TokenLogprob | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What one step added to one request.
@@ -245,7 +252,9 @@ class RequestOutput:
     `text`, `token_ids` and `logprobs` are deltas; put together they give the whole. The text may
     lag behind the tokens (half characters and possible beginnings of stop words are held back) and
     a stop word is cut from the text but not from the tokens. The last output of a request has
-    `finished` set and a `finish_reason`; `error` is set with the reason "error" only.
+    `finished` set and a `finish_reason`; `error` is set with the reason "error" only. `prompt_token_ids`
+    and `prompt_logprobs`, where they are asked for, come with the first output, one for each token of the
+    prompt; that of the first is None.
     """
 
     request_id: str
@@ -259,6 +268,8 @@ class RequestOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated: int
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def shown(value: object) -> str:

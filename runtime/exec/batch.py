@@ -33,7 +33,7 @@ class SeqShape(NamedTuple):
     chain: int  # index into the topology's chains
     num_tokens: int  # new tokens
     table_len: int  # page-table entries handed to the engines, >= pages in use
-    wants_logits: bool  # of its last new token
+    num_logits: int  # of so many of its last new tokens
     entry: int = 0  # the first of its chain's span uses that runs
     keeps_hidden: bool = False  # what enters the chain's later entries is kept
     exit: int | None = None  # the first of its chain's span uses that does not run; what enters it is kept
@@ -82,7 +82,7 @@ class StepLayout:
         self._constants: dict[bytes, Array] = {}
         counts = np.array([shape.num_tokens for shape in shapes])
         entries = np.array([shape.table_len for shape in shapes])
-        self._wants = np.array([shape.wants_logits for shape in shapes])
+        self._num_logits = np.array([shape.num_logits for shape in shapes], np.int32)
         num_layers = max(chains[shape.chain].num_layers for shape in shapes)
         sizes = int(counts.sum()), len(shapes), (num_layers, int(entries.sum()))
         self._flat = np.zeros(StepArrays.size(*sizes), np.int32)
@@ -91,7 +91,7 @@ class StepLayout:
         self.device_arrays = StepArrays.over(self._device_flat, *sizes)
         self.seq_begins = _begins(counts)  # [S + 1], first token row of each sequence
         self.table_begins = _begins(entries)  # [S + 1], first page-table entry of each sequence
-        self._kept_begins = _begins(self._wants.astype(np.int32))
+        self._kept_begins = _begins(self._num_logits)
         self.logits: list[tuple[Array, list[int]]] = []  # float32 [n, vocab] and whose rows they are
         self._logits_used = 0
         self._groups = self._make_groups()
@@ -253,8 +253,8 @@ class StepLayout:
                 keep.append(np.arange(offset, offset + count))
             else:
                 count = _length(group.range.rows)
-                last = self.seq_begins[1:][group.range.seqs] - 1 - group.range.rows.start
-                keep.append(offset + last[self._wants[group.range.seqs]])
+                ends = self.seq_begins[1:][group.range.seqs] - group.range.rows.start
+                keep.append(offset + _last_rows(ends, self._num_logits[group.range.seqs]))
             offset += count
         return np.concatenate(keep).astype(np.int32)
 
@@ -290,7 +290,8 @@ class StepLayout:
                     call.passed.append(Passed(seq, use, hidden[begins[seq] : begins[seq + 1]]))
 
     def _bind_logits(self, call: Call, groups: list[_Group]) -> None:
-        seqs = [i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop) if self._wants[i]]
+        places = np.concatenate([np.arange(g.range.seqs.start, g.range.seqs.stop) for g in groups])
+        seqs = np.repeat(places, self._num_logits[places]).tolist()
         vocab = self._chains[groups[0].chain].vocab_size
         count = max(1, len(seqs))  # a span that ends a prefill chunk without logits still has one row
         begin = self._logits_used
@@ -320,6 +321,12 @@ def batch_order(kinds: Sequence[tuple[int, int, bool]]) -> list[int]:
 def _side_at(use: int) -> int:
     """The buffer that holds token rows before a chain's span use: every call moves them to the other."""
     return use % 2
+
+
+def _last_rows(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The last `counts[i]` rows before each `ends[i]`, int [sum(counts)]."""
+    begins = np.cumsum(counts) - counts
+    return np.repeat(ends - counts - begins, counts) + np.arange(counts.sum())
 
 
 def _length(part: slice) -> int:

@@ -51,7 +51,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         logits: matrices float32 [n, vocab], valid until the next run, each with the indices of the
-            batch whose last new token its rows belong to. Every index that wanted logits is in one.
+            batch whose last new tokens its rows belong to, in order. All that were wanted are in one.
         num_calls: engine calls made.
         num_call_rows: rows that went through them.
         hidden: of the batch's rows that keep theirs; the caller's own.
@@ -82,6 +82,7 @@ class Executor:
         num_pages: pages of the pool. Key and value pages are [num_pages + 1, kv_heads, 32, head_dim]:
             one more, for rows that nobody reads.
         max_tokens, max_seqs: bounds of a step.
+        max_more_logits: rows of logits that a step may have besides one for each sequence.
         adapters: their inputs, by call; None in a zoo without any.
         before: whose place it takes, of the same `num_pages`.
     """
@@ -99,6 +100,7 @@ class Executor:
         max_tokens: int,
         max_seqs: int,
         adapters: AdapterInputs | None = None,
+        max_more_logits: int = 0,
         before: Executor | None = None,
     ) -> None:
         self.adapters = adapters
@@ -118,11 +120,12 @@ class Executor:
         if arrays.records:  # padding at most doubles a decode step
             max_seqs *= 2
             max_tokens = max(max_tokens, max_seqs)
+        max_logits = max_seqs + max_more_logits
         self._buffers: Buffers
-        if before is not None and len(before._buffers.logits) == max_seqs * vocab:
+        if before is not None and len(before._buffers.logits) == max_logits * vocab:
             self._buffers = before._buffers
         else:
-            self._buffers = make_buffers(family, arrays, max_tokens, max_seqs, vocab)
+            self._buffers = make_buffers(family, arrays, max_tokens, max_logits, vocab)
         self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program, Stamps]] = {}
         self._runner: CallRunner = CallRunner(arrays.call_threads) if before is None else before._runner
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
@@ -130,7 +133,7 @@ class Executor:
         self._scores: dict[int, np.ndarray] = {}  # of the step that runs, by place in its layout
         vocab_sizes = {embed_id: table.vocab_size for embed_id, table in embeddings.items()}
         self._check = RowChecks(
-            self.chains, vocab_sizes, self._rotation, num_pages, family.hidden_size, max_tokens, max_seqs
+            self.chains, vocab_sizes, self._rotation, num_pages, family.hidden_size, max_tokens, max_logits
         )
 
     def has(self, engine: Engine) -> bool:
@@ -212,7 +215,7 @@ class Executor:
     def _padded(self, order: list[int], batch: list[Rows]) -> tuple[list[int], list[Rows]]:
         """A decode step with each chain's sequences filled up to a power of two, by rows of index -1."""
         if any(
-            len(r.token_ids) > 1 or not r.wants_logits or r.entry or r.keeps_hidden or r.exit for r in batch
+            len(r.token_ids) > 1 or not r.num_logits or r.entry or r.keeps_hidden or r.exit for r in batch
         ):
             return order, batch
         indices: list[int] = []
@@ -227,7 +230,7 @@ class Executor:
     def _padding(self, chain: int) -> Rows:
         """A row that nobody reads: one token in the page beyond those that sequences have."""
         table = np.full((self.chains[chain].num_layers, 1), self._num_pages, np.int32)
-        return Rows(chain, np.zeros(1, np.int32), 0, table, True)
+        return Rows(chain, np.zeros(1, np.int32), 0, table, 1)
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
         shape = (self._num_pages + 1, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
@@ -248,7 +251,7 @@ class Executor:
                 rows.chain,
                 len(rows.token_ids),
                 length,
-                rows.wants_logits,
+                rows.num_logits,
                 rows.entry,
                 rows.keeps_hidden,
                 rows.exit,

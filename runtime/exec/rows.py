@@ -20,7 +20,7 @@ class Rows(NamedTuple):
         token_ids: int32 [n], the new tokens.
         past_len: tokens before them, whose K and V are in the pool.
         page_table: int32 [num_layers, >= pages]; only the columns that cover past_len + n are read.
-        wants_logits: whether the logits of the last new token are needed.
+        num_logits: of so many of the last new tokens the logits are needed.
         entry: the first of the chain's span uses to run, one of its `entries`; the KV of the layers below is
             in the pages already.
         hidden: with an entry above 0, the hidden states [n, hidden] that enter there.
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     token_ids: np.ndarray
     past_len: int
     page_table: np.ndarray
-    wants_logits: bool
+    num_logits: int
     entry: int = 0
     hidden: Array | None = None
     keeps_hidden: bool = False
@@ -69,7 +69,7 @@ class RowChecks:
         rope_tables: per chain index, (cos, sin) [positions, head_dim].
         num_pages: of the pool.
         hidden_size: of hidden states that enter late.
-        max_tokens, max_logits: rows of a batch, and those that want logits.
+        max_tokens, max_logits: rows of a batch, and rows of logits.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class RowChecks:
                 raise RowError(member, problem)
         if not batch:
             return
-        tokens, logits = sum(len(r.token_ids) for r in batch), sum(r.wants_logits for r in batch)
+        tokens, logits = sum(len(r.token_ids) for r in batch), sum(r.num_logits for r in batch)
         if tokens > self._max_tokens or logits > self._max_logits:
             most = f"{self._max_tokens} and {self._max_logits}"
             raise ValueError(f"a step of {tokens} rows and {logits} rows of logits; its buffers hold {most}")
@@ -119,6 +119,8 @@ class RowChecks:
         chain, count = self.chains[rows.chain], len(rows.token_ids)
         if count < 1 or rows.past_len < 0:
             return f"{count} new tokens after {rows.past_len}: expected at least 1 after 0 or more"
+        if not 0 <= rows.num_logits <= count:
+            return f"{rows.num_logits} rows of logits for {count} new tokens"
         if rows.entry not in (0, *chain.entries, chain.check):
             return f"rows enter at span {rows.entry}; expected one of {chain.entries}"
         if rows.exit not in (None, chain.check) or (rows.exit is not None and rows.entry >= rows.exit):

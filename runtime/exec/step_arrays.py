@@ -16,10 +16,10 @@ class Buffers:
 
     Attributes:
         hidden: two arrays [max_tokens, hidden]: a call reads one and writes the other.
-        kept: the same for logit rows, [max_seqs, hidden].
+        kept: the same for logit rows, [max_logits, hidden].
         scratch: two arrays [max_tokens, hidden] for calls whose rows are not neighbours.
         cos, sin: float32 [max_tokens, 1, 1, head_dim].
-        logits: float32 flat [max_seqs * largest vocabulary].
+        logits: float32 flat [max_logits * largest vocabulary].
     """
 
     hidden: tuple[Array, Array]
@@ -60,7 +60,7 @@ class StepArrays:
         return 2 * num_rows + 2 * num_seqs + table_shape[0] * table_shape[1] + 1
 
 
-def make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int, vocab: int) -> Buffers:
+def make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_logits: int, vocab: int) -> Buffers:
     """Buffers for steps of so many rows, and rows of `vocab` logits."""
 
     def pair(rows: int) -> tuple[Array, Array]:
@@ -69,9 +69,9 @@ def make_buffers(family: Family, arrays: Arrays, max_tokens: int, max_seqs: int,
 
     return Buffers(
         hidden=pair(max_tokens),
-        kept=pair(max_seqs),
+        kept=pair(max_logits),
         scratch=pair(max_tokens),
         cos=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
         sin=arrays.zeros((max_tokens, 1, 1, family.head_dim), "f32"),
-        logits=arrays.zeros((max_seqs * vocab,), "f32"),
+        logits=arrays.zeros((max_logits * vocab,), "f32"),
     )

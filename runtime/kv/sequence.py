@@ -70,6 +70,7 @@ class TokenSequence:
         "documents",
         "documents_version",
         "entering",
+        "logits_from",
         "model",
         "nodes",
         "num_cached",
@@ -88,6 +89,7 @@ class TokenSequence:
         "segments",
         "tenant",
         "unfinished",
+        "weight",
     )
 
     def __init__(
@@ -105,17 +107,20 @@ class TokenSequence:
         ends_line: np.ndarray | None = None,
         chain_index: int = -1,
         tenant: str | None = None,
+        weight: float | None = None,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
         Only sequences of one `scope` share KV, but for what an operator's sequence `publishes`: it leaves its
         pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces. `ends_line`, bool
         [vocabulary], tells which tokens end a line of text. `chain_index`, into the topology's chains, is how
-        executors know the chain. `tenant` is whose share of the engine it takes; None: the model's.
+        executors know the chain. `tenant` is whose share of the engine it takes; None: the model's. `weight`
+        is the tenant's, where it came with the request.
         """
         self.request_id = request_id
         self.model = model
         self.tenant = model if tenant is None else tenant
+        self.weight = weight
         self.chain_index = chain_index
         self.cache = cache
         self.segments = tuple(segments)
@@ -131,6 +136,7 @@ class TokenSequence:
         self.num_computed = 0  # leading tokens whose KV is written
         self.num_cached = 0  # of these, tokens taken from the cache since the last admission
         self.num_preemptions = 0
+        self.logits_from = self.prompt_len  # prompt tokens from here on need logits, too
 
         self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]
         self.num_pages = 0  # valid columns of page_table
@@ -168,6 +174,15 @@ class TokenSequence:
         """Tokens whose KV is still to be computed."""
         left = self.num_tokens - self.num_computed
         return left if self.approx is None else left - self.approx.num_reused(self.num_computed)
+
+    @property
+    def lacks_prompt_logits(self) -> bool:
+        """Whether some tokens of the prompt still need the logits before them."""
+        return self.logits_from < self.prompt_len - 1
+
+    def num_prompt_logits(self, end: int) -> int:
+        """Of how many of the tokens from num_computed to `end`, the last ones, logits are needed for that."""
+        return max(0, end - max(self.num_computed, self.logits_from)) if self.lacks_prompt_logits else 0
 
     def end_after(self, num_rows: int) -> int:
         """What num_computed will be when `num_rows` more tokens have been computed."""

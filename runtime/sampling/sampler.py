@@ -169,9 +169,7 @@ class Sampler:
                 f"logits are {logits.dtype} {logits.shape}; expected float32 [{len(states)}, vocab]"
             )
         vocab_size = logits.shape[1]
-        scratch = self._scratches.get(vocab_size)
-        if scratch is None:
-            scratch = self._scratches[vocab_size] = Scratch(vocab_size)
+        scratch = self._scratch(vocab_size)
         results: list[SampledToken | SamplingError] = []
         # overflow to -inf (a tiny temperature) is meant; NaN is looked for by ourselves
         with np.errstate(over="ignore", invalid="ignore"):
@@ -188,6 +186,30 @@ class Sampler:
                     state.append(token.token_id)
                     results.append(token)
         return results
+
+    def judge(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[SampledToken]:
+        """The log-probabilities of given tokens, and of the likeliest in their places.
+
+        Args:
+            logits: [n, vocab] float32.
+            token_ids: n of them.
+            num_top: likeliest tokens of each place.
+
+        Raises:
+            NonFiniteLogitsError: of a row; nothing is said of the others.
+        """
+        scratch, found = self._scratch(logits.shape[1]), []
+        with np.errstate(over="ignore", invalid="ignore"):
+            for row, token_id in enumerate(token_ids):
+                model = LogitsRow(logits[row], scratch)
+                _check(row, model.peak, logits[row], logits[row])
+                found.append(_with_logprobs(token_id, model, num_top))
+        return found
+
+    def _scratch(self, vocab_size: int) -> Scratch:
+        if vocab_size not in self._scratches:
+            self._scratches[vocab_size] = Scratch(vocab_size)
+        return self._scratches[vocab_size]
 
 
 def _sample_row(row: int, logits: Logits, state: SamplerState, scratch: Scratch) -> SampledToken:

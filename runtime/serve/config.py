@@ -13,7 +13,10 @@ from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.serve.memory import available_memory
 
 _DEFAULT_KV_BYTES = 2 << 30
-_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 1000
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
+"""Of a tenant."""
+MAX_PROMPT_LOGITS = 128
+"""Prompt tokens of a step that may have log-probabilities: each takes a row of logits."""
 
 Policy = Literal["hit-first", "fair"]
 
@@ -51,10 +54,10 @@ class SchedulerConfig:
             raise ValueError(f"tenant_weights is {self.tenant_weights!r}, expected a weight by tenant")
         for name, weight in self.tenant_weights.items():
             is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not is_number or not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+            if not is_number or not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
                 raise ValueError(
-                    f"tenant_weights[{name!r}] is {weight!r}, expected a number from {_LEAST_WEIGHT} to "
-                    f"{_MOST_WEIGHT}"
+                    f"tenant_weights[{name!r}] is {weight!r}, expected a number from {LEAST_WEIGHT} to "
+                    f"{MOST_WEIGHT}"
                 )
         if self.max_step_seconds is not None and not self.max_step_seconds > 0:
             raise ValueError(f"max_step_seconds is {self.max_step_seconds}, expected above 0, or None")

@@ -51,6 +51,7 @@ class EngineThread:
         self.error: BaseException | None = None
         self._pending: dict[str, _Pending] = {}
         self._held: Counter[str] = Counter()  # of these, by tenant
+        self._weights: dict[str, float] = {}  # of tenants that hold some, where requests said
         self._inbox: deque[Request] = deque()
         self._aborts: deque[str] = deque()
         self._publications: deque[tuple[Future[PublishedDocument], Publication]] = deque()
@@ -98,13 +99,16 @@ class EngineThread:
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
         tenant: str | None = None,
+        weight: float | None = None,
     ) -> None:
         """Check a request in the calling thread, which tokenizes there, and hand it to the engine.
 
         Raises:
             RequestError: of the kind that fits; `on_output` is then never called.
         """
-        request = self.engine.prepare(request_id, model, prompt, params, scope, kv_reuse, documents, tenant)
+        request = self.engine.prepare(
+            request_id, model, prompt, params, scope, kv_reuse, documents, tenant, weight
+        )
         with self._wake:
             if self.error is not None:
                 raise RequestError(f"the engine has stopped: {self.error}; restart it")
@@ -112,6 +116,8 @@ class EngineThread:
                 raise OverloadedError("the server is shutting down; send the request elsewhere")
             if request_id in self._pending:
                 raise InvalidRequestError(f"request id {request_id!r} is in use: give each request its own")
+            if weight is not None:
+                self._weights[request.seq.tenant] = weight
             self._check_queue(request)
             self._pending[request_id] = _Pending(request, on_output)
             self._held[request.seq.tenant] += 1
@@ -122,8 +128,9 @@ class EngineThread:
         """As the scheduler does, which sees at most these requests: what passes here passes there."""
         config = self.engine.config
         limit = config.max_num_seqs + config.max_waiting
+        weights = {**config.tenant_weights, **self._weights}
         try:
-            check_queue(request.seq.tenant, self._held, limit, config.tenant_weights, "waiting or running")
+            check_queue(request.seq.tenant, self._held, limit, weights, "waiting or running")
         except OverloadedError:
             self.engine.count_refusal(request)
             raise
@@ -272,6 +279,7 @@ class EngineThread:
                 self._held[tenant] -= 1
                 if not self._held[tenant]:
                     del self._held[tenant]
+                    self._weights.pop(tenant, None)
             if not self._pending:
                 self._wake.notify_all()
 

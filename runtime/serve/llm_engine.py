@@ -16,7 +16,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from blockzoo.engines.choose import make_engines
-from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError, UnknownModelError
+from blockzoo.runtime.api.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    SamplingError,
+    UnknownModelError,
+)
 from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.topology import Family
@@ -36,7 +42,7 @@ from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.sparing import Sparing
 from blockzoo.runtime.serve.step_pace import StepPace, measured_pace
-from blockzoo.runtime.serve.step_runner import StepRunner
+from blockzoo.runtime.serve.step_runner import StepOutcome, StepRunner
 from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
@@ -151,6 +157,7 @@ class LLMEngine:
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
         tenant: str | None = None,
+        weight: float | None = None,
     ) -> Request:
         """Check a request and make it ready to enqueue. Thread-safe.
 
@@ -165,11 +172,15 @@ class LLMEngine:
             documents: texts put before the prompt as they are, each tokenized on its own: a published one of
                 the same text then is found whole.
             tenant: whose share of the engine the request takes; None: the model's.
+            weight: of the tenant, 0.001 to 1000, from now on; None: as it is, at first as
+                EngineConfig.tenant_weights has it.
 
         Raises:
             UnknownModelError, InvalidRequestError, PromptTooLongError.
         """
-        return self._builder.build(request_id, model, prompt, params, scope, kv_reuse, documents, tenant)
+        return self._builder.build(
+            request_id, model, prompt, params, scope, kv_reuse, documents, tenant, weight
+        )
 
     def enqueue(self, request: Request) -> None:
         """Queue a prepared request.
@@ -203,9 +214,12 @@ class LLMEngine:
         kv_reuse: KVReuse | None = None,
         documents: Sequence[str] = (),
         tenant: str | None = None,
+        weight: float | None = None,
     ) -> None:
         """`prepare` and `enqueue` in one."""
-        self.enqueue(self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents, tenant))
+        self.enqueue(
+            self.prepare(request_id, model, prompt, params, scope, kv_reuse, documents, tenant, weight)
+        )
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, in whatever state: its last output, or None when there is none."""
@@ -295,19 +309,26 @@ class LLMEngine:
 
     def _execute(
         self, family: Family, items: list[Scheduled]
-    ) -> list[tuple[TokenSequence, SampledToken | RequestError]]:
-        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end."""
-        results: list[tuple[TokenSequence, SampledToken | RequestError]]
+    ) -> list[tuple[TokenSequence, SampledToken | RequestError | None]]:
+        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end, or None
+        where it is to have none."""
+        results: list[tuple[TokenSequence, SampledToken | RequestError | None]]
         try:
             start = time.monotonic()
             done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
             self._pace.observe(_prefill_tokens(items), time.monotonic() - start)
             self._recorder.on_step(done.num_calls, done.num_call_rows)
+            self._judge_prompts(items, done)
             results = [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
             for logits, indices in done.logits:
                 seqs = [items[i].seq for i in indices]
-                states = [self._requests[seq.request_id].sampler for seq in seqs]
-                tokens = self._sampler.sample(logits, states)
+                requests = [self._requests[seq.request_id] for seq in seqs]
+                if not all(request.max_tokens for request in requests):
+                    wanted = [row for row, request in enumerate(requests) if request.max_tokens]
+                    results += [(seq, None) for row, seq in enumerate(seqs) if row not in wanted]
+                    logits, indices = logits[wanted], [indices[row] for row in wanted]
+                    seqs, requests = [seqs[row] for row in wanted], [requests[row] for row in wanted]
+                tokens = self._sampler.sample(logits, [request.sampler for request in requests])
                 sampled = zip(indices, seqs, tokens, strict=True)
                 results += [(seq, token) for i, seq, token in sampled if i not in done.failed]
         except Exception as error:
@@ -315,15 +336,34 @@ class LLMEngine:
             return [(seq, RequestError(f"the engine failed: {error}")) for seq, _ in items]
         return results
 
+    def _judge_prompts(self, items: list[Scheduled], done: StepOutcome) -> None:
+        """Log-probabilities of the prompts' tokens whose logits the step gave."""
+        for index, begin, logits in done.prompt_logits:
+            if index in done.failed:
+                continue
+            request = self._requests[items[index].seq.request_id]
+            following = request.seq.token_ids[begin + 1 : begin + 1 + len(logits)].tolist()
+            try:
+                found = self._sampler.judge(
+                    logits[: len(following)], following, request.params.prompt_logprobs or 0
+                )
+            except SamplingError as error:
+                done.failed[index] = str(error)
+            else:
+                request.add_prompt_logprobs(begin, found)
+
     def _note_start(self, request: Request) -> None:
         if not request.started:
             request.started = True
             share = request.seq.num_spared / request.seq.prompt_len
             self._recorder.on_started(time.monotonic() - request.arrival, share)
 
-    def _take_result(self, request: Request, result: SampledToken | RequestError) -> RequestOutput:
+    def _take_result(self, request: Request, result: SampledToken | RequestError | None) -> RequestOutput:
         if isinstance(result, RequestError):
             return self._fail(request.seq, str(result))
+        if result is None:
+            self._scheduler.finish(request.seq)
+            return self._finish(request, "length")
         try:
             return self._take_token(request, result)
         except Exception as error:  # a bug of ours: it ends one request

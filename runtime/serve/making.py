@@ -16,12 +16,12 @@ from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
-from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, RopeTables, UnsoundError
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.generation_defaults import generation_defaults
+from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.rope import RopeConfig
 
@@ -202,6 +202,7 @@ class Making:
             num_pages,
             max_tokens=self.config.max_num_batched_tokens,
             max_seqs=self.config.max_num_seqs,
+            max_more_logits=MAX_PROMPT_LOGITS,
             adapters=AdapterInputs(self.adapters, chains, topology.spans, specs),
             before=None if before is None else before.executors.get(family),
         )
@@ -262,7 +263,7 @@ def _own_length(name: str, manifest: Manifest, config: EngineConfig) -> int:
 def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokenizer) -> LoadedModel:
     record, index = manifest.models[name], topology.chain_of_model[name]
     plain = record.config.rope.rope_type == "default"
-    defaults = generation_defaults(record.generation_defaults or {})
+    defaults = sampling_defaults(record.generation_defaults)
     return LoadedModel(name, index, topology.chains[index], tokenizer, record.end_ids, 0, plain, defaults)
 
 

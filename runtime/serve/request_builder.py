@@ -19,8 +19,8 @@ from blockzoo.runtime.api.request import (
 )
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.guided import Guides
-from blockzoo.runtime.sampling.sampler import SamplerState
-from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.sampling.sampler import SampledToken, SamplerState
+from blockzoo.runtime.serve.config import LEAST_WEIGHT, MOST_WEIGHT, EngineConfig
 from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
 from blockzoo.runtime.text.prompt import Prompt, assemble
@@ -40,6 +40,16 @@ class Request:
     started: bool = False
     last_token_time: float | None = None
     num_generated: int = field(default=0)
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # of its first tokens; None once they are told
+
+    def add_prompt_logprobs(self, begin: int, found: Sequence[SampledToken]) -> None:
+        """Those of the tokens that follow the one at place `begin`."""
+        assert self.prompt_logprobs is not None, f"{self.seq} wants no log-probabilities of its prompt"
+        del self.prompt_logprobs[begin + 1 :]
+        for token in found:
+            assert token.logprob is not None, "it was asked for"
+            self.prompt_logprobs.append(TokenLogprob(token.token_id, token.logprob, token.top))
+        self.seq.logits_from = begin + len(found)
 
     def output(
         self,
@@ -50,6 +60,10 @@ class Request:
         error: str | None = None,
     ) -> RequestOutput:
         """What is to be told of it now; with a `reason` for the last time."""
+        prompt_ids, prompt_logprobs = None, None
+        if self.prompt_logprobs is not None and len(self.prompt_logprobs) == self.seq.prompt_len:
+            prompt_logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), None
+            prompt_ids = tuple(self.seq.token_ids[: self.seq.prompt_len].tolist())
         return RequestOutput(
             request_id=self.seq.request_id,
             model=self.model.name,
@@ -62,6 +76,8 @@ class Request:
             num_prompt_tokens=self.seq.prompt_len,
             num_cached_tokens=self.seq.num_cached_told,
             num_generated=self.num_generated,
+            prompt_token_ids=prompt_ids,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -91,8 +107,13 @@ class RequestBuilder:
         kv_reuse: KVReuse | None,
         documents: Sequence[str],
         tenant: str | None,
+        weight: float | None,
     ) -> Request:
         """See `LLMEngine.prepare`."""
+        if weight is not None and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise InvalidRequestError(
+                f"weight is {weight!r}; expected a number from {LEAST_WEIGHT} to {MOST_WEIGHT}"
+            )
         zoo = self._zoo()
         loaded = find_model(zoo, model)
         token_ids, spans = assemble(
@@ -105,7 +126,11 @@ class RequestBuilder:
                 f"the prompt has {len(token_ids)} tokens; {model} takes at most {loaded.max_len - 1}, so "
                 "that one can be generated: shorten it"
             )
+        if params.prompt_logprobs is not None and kv_reuse == "approx":
+            raise InvalidRequestError("prompt_logprobs cannot go with kv_reuse 'approx'; leave one out")
         reuse = self._allowed_reuse(loaded, kv_reuse)
+        if params.prompt_logprobs is not None:
+            reuse = "off"  # what is taken from the cache has no logits
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
         vocab = loaded.chain.vocab_size
         guide = None
@@ -127,10 +152,14 @@ class RequestBuilder:
             ends_line=loaded.tokenizer.ends_line if reuse == "approx" else None,
             chain_index=loaded.chain_index,
             tenant=tenant,
+            weight=weight,
         )
+        known: list[TokenLogprob | None] | None = None
+        if params.prompt_logprobs is not None:
+            seq.logits_from, known = 0, [None]
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
-        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival)
+        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival, prompt_logprobs=known)
 
     def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
         """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""

@@ -15,8 +15,8 @@ Tenants share by weight what they all want; what one leaves is lent to the other
   in at the next step whatever others run, and no two tenants ever take from each other in turn.
 - **Prefill rows**, by deficit round robin (Shreedhar and Varghese, 1996), a step being a round: each tenant
   that has prompts to compute gets its share of the step's rows and keeps what it has not used, up to a step's
-  and a page (and owes no more); without work it keeps nothing. What is left goes to whom most is owed, on
-  account where others want it too.
+  and a page (and owes no more); without work it keeps nothing. Who is owed a whole step comes first in it.
+  What is left goes to whom most is owed, on account where others want it too.
 - **First tokens.** A step in which a prompt of a tenant ends leaves out those that run more than it and have
   more waiting, so that it is short; but never two steps in a row.
 
@@ -41,7 +41,7 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.serve.admission_order import AdmissionOrder
-from blockzoo.runtime.serve.config import SchedulerConfig
+from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, SchedulerConfig
 from blockzoo.runtime.serve.step_pace import StepPace
 from blockzoo.runtime.serve.tenants import Entry, Tenant, check_queue
 
@@ -65,6 +65,7 @@ class _Step:
     """One schedule() in the making."""
 
     budget: int  # tokens
+    logits: int = MAX_PROMPT_LOGITS  # rows of them for tokens of prompts
     seconds: float = math.inf  # for prefills, where others would wait for them
     decodes: dict[Entry, int] = field(default_factory=dict)  # tokens: 1
     prefills: dict[Entry, int] = field(default_factory=dict)  # tokens
@@ -135,19 +136,27 @@ class Scheduler:
         if seq.request_id in self._entries:
             raise InvalidRequestError(f"request id {seq.request_id!r} is in use: give each request its own")
         held = {name: tenant.num_waiting for name, tenant in self._tenants.items()}
-        check_queue(seq.tenant, held, self.config.max_waiting, self.config.tenant_weights)
+        tenant = self._tenants.get(seq.tenant)
+        weight = self._weight_of(seq, tenant)
+        weights = {name: tenant.weight for name, tenant in self._tenants.items()} | {seq.tenant: weight}
+        check_queue(seq.tenant, held, self.config.max_waiting, weights)
         if not seq.cache.can_ever_hold(seq):
             self._fail(seq)
             return
-        tenant = self._tenants.get(seq.tenant)
         if tenant is None:
-            weight = self.config.tenant_weights.get(seq.tenant, 1.0)
             tenant = self._tenants[seq.tenant] = Tenant(seq.tenant, weight, self._num_admitted)
+        tenant.weight = weight
         entry = Entry(seq, tenant, (seq.arrival, self._num_added))
         self._num_added += 1
         self._entries[seq.request_id] = entry
         tenant.waiting[entry] = None
         self._order.on_added(entry)
+
+    def _weight_of(self, seq: TokenSequence, tenant: Tenant | None) -> float:
+        """What came last with a request, else what the tenant has."""
+        if seq.weight is not None:
+            return seq.weight
+        return self.config.tenant_weights.get(seq.tenant, 1.0) if tenant is None else tenant.weight
 
     def finish(self, seq: TokenSequence) -> None:
         """Forget a sequence and give back its pages."""
@@ -190,7 +199,8 @@ class Scheduler:
                     step.budget -= 1
         self._schedule_refresh(step)
         self._begin_round(step)
-        for tenant in sorted(step.tenants, key=_slot_order):
+        budget = step.budget
+        for tenant in sorted(step.tenants, key=lambda t: (t.deficit < budget, _slot_order(t))):
             if tenant.deficit >= min(PAGE_TOKENS, step.budget):  # less than a page is not worth a row
                 self._take_turn(step, tenant, tenant.deficit)
         self._lend(step)
@@ -301,6 +311,9 @@ class Scheduler:
         """Run up to `limit` rows of a prompt, on top of what the step runs of it already."""
         seq, before = entry.seq, step.prefills.get(entry, 0)
         most = before + min(limit, step.budget, self._rows_within(step, seq))
+        logits_before = seq.num_prompt_logits(seq.num_computed + before)
+        if seq.lacks_prompt_logits:
+            most = min(most, max(0, seq.logits_from - seq.num_computed) + logits_before + step.logits)
         rows, end = seq.num_uncomputed, seq.num_tokens
         if rows > most:
             rows, end = most, seq.end_after(most)
@@ -313,6 +326,7 @@ class Scheduler:
         if step.seconds != math.inf and self._pace is not None:
             step.seconds -= (rows - before) * (self._pace.seconds_per_token(seq.model) or step.seconds)
         step.prefills[entry] = rows
+        step.logits -= seq.num_prompt_logits(seq.num_computed + rows) - logits_before
         step.budget -= rows - before
         step.rows[entry.tenant] += rows - before
         if end == seq.num_tokens:
@@ -345,6 +359,7 @@ class Scheduler:
         step.decodes.pop(entry, None)
         rows = step.prefills.pop(entry, 0)
         step.budget += rows
+        step.logits += entry.seq.num_prompt_logits(entry.seq.num_computed + rows)
         step.rows[entry.tenant] -= rows
         entry.seq.cache.release(entry.seq)
         entry.seq.num_preemptions += 1

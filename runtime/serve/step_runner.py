@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
@@ -34,12 +35,14 @@ class StepOutcome:
     """What a step gave; indices are into what was scheduled.
 
     Attributes:
-        logits: float32 [n, vocab], valid until the next step, and whose rows they are.
+        logits: float32 [n, vocab], valid until the next step, and whose rows they are: of the last token.
+        prompt_logits: of prompts, likewise: whose they are, the place of the first row's token, the rows.
         failed: why a sequence did not run, or did not come to its end.
         num_calls, num_call_rows: engine calls made, and the rows that went through them.
     """
 
     logits: list[tuple[np.ndarray, list[int]]] = field(default_factory=list)
+    prompt_logits: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
     num_calls: int = 0
     num_call_rows: int = 0
@@ -99,9 +102,37 @@ class StepRunner:
             if index not in outcome.failed:
                 with outcome.blaming(index):
                     self._reuse.after(seq, executor.kv)
-        outcome.logits = [(rows, [owners[i][0] for i in indices]) for rows, indices in step.logits]
+        for logits, members in step.logits:
+            self._sort_logits(items, owners, logits, members, outcome)
         outcome.num_calls, outcome.num_call_rows = step.num_calls, step.num_call_rows
         return outcome
+
+    @staticmethod
+    def _sort_logits(
+        items: Sequence[Scheduled],
+        owners: list[tuple[int, Part]],
+        logits: np.ndarray,
+        members: list[int],
+        outcome: StepOutcome,
+    ) -> None:
+        """Tell rows from which tokens are chosen from those of prompts whose log-probabilities are asked for.
+
+        A prompt's last row is both.
+        """
+        if not any(items[owners[member][0]].seq.lacks_prompt_logits for member in members):
+            outcome.logits.append((logits, [owners[member][0] for member in members]))
+            return
+        last: dict[int, int] = {}  # by index, its last row
+        for member, own in groupby(range(len(members)), key=members.__getitem__):
+            index, part = owners[member]
+            seq, places = items[index].seq, list(own)
+            begin = part.end - len(places)
+            if seq.lacks_prompt_logits:
+                outcome.prompt_logits.append((index, begin, logits[places]))
+            if part.end == seq.num_tokens:
+                last[index] = places[-1]
+        if last:
+            outcome.logits.append((logits[list(last.values())], list(last)))
 
     @staticmethod
     def _run_those_that_can(
@@ -163,7 +194,10 @@ class StepRunner:
             seq.token_ids[part.start : part.end],
             part.start,
             seq.page_table,
-            wants_logits=part.end == seq.num_tokens and (first_pass is None or first_pass.done),
+            num_logits=max(
+                part.end == seq.num_tokens and (first_pass is None or first_pass.done),
+                seq.num_prompt_logits(part.end),
+            ),
             entry=entry,
             hidden=hidden,
             # not of what stands behind approximate KV: others could not tell

@@ -75,7 +75,8 @@ def check_queue(
     Args:
         tenant: whose request it is.
         held: waiting requests by tenant, of all that have any or run some.
-        max_waiting, weights: see `SchedulerConfig`.
+        max_waiting: see `SchedulerConfig`.
+        weights: by tenant; 1 where there is none.
         state: what the error says of them.
 
     Raises:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, RequestError
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.server_config.openai.answers import Answer, ChatAnswer, TextAnswer
-from blockzoo.server_config.openai.catalog import Catalog, ServedModel
+from blockzoo.server_config.openai.catalog import Catalog, ServedModel, TokenTexts
 from blockzoo.server_config.openai.engine import Delta, EngineClient, EngineRequest
 from blockzoo.server_config.openai.errors import ApiError, full, invalid
 from blockzoo.server_config.openai.fields import Fields
@@ -28,12 +28,9 @@ from blockzoo.server_config.openai.http import Endpoint, Exchange
 from blockzoo.server_config.openai.keys import Keyring, Lease, Quotas
 from blockzoo.server_config.openai.live_page import LivePage
 from blockzoo.server_config.openai.messages import Chat, read_messages
-from blockzoo.server_config.openai.requests import (
-    Generation,
-    model_name,
-    read_chat,
-    read_completion,
-)
+from blockzoo.server_config.openai.requests import Generation, model_name, read_chat, read_completion
+from blockzoo.server_config.openai.response_answers import ResponseAnswer
+from blockzoo.server_config.openai.responses import read_response
 from blockzoo.server_config.openai.status import Status, read_metrics
 from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
 from blockzoo.server_config.schema import MAX_TEXT_BYTES
@@ -53,10 +50,21 @@ class OpenAIApp:
         grpc: host:port of tritonserver.
         metrics: URL of its metrics.
         keys: that requests must come with; None: none is asked for.
+        secret: of the launcher; see `EngineClient`.
+        defaults: whether answers are chosen as generation_config.json says where a request does not.
     """
 
-    def __init__(self, zoo: Path, grpc: str, metrics: str, keys: Keyring | None = None) -> None:
-        self._zoo, self._grpc, self._metrics_url = zoo, grpc, metrics
+    def __init__(
+        self,
+        zoo: Path,
+        grpc: str,
+        metrics: str,
+        keys: Keyring | None = None,
+        secret: str | None = None,
+        defaults: bool = True,
+    ) -> None:
+        self._zoo, self._grpc, self._metrics_url, self._defaults = zoo, grpc, metrics, defaults
+        self._secret = secret
         self._keys, self._quotas = keys, Quotas()
         self._streams = 0
 
@@ -66,6 +74,7 @@ class OpenAIApp:
         routes = [
             post("/v1/chat/completions", self._chat),
             post("/v1/completions", self._completion),
+            post("/v1/responses", self._respond),
             get("/v1/models", self._list_models),
             get("/v1/models/{name:path}", self._show_model),
             post("/tokenize", self._tokenize),
@@ -92,9 +101,9 @@ class OpenAIApp:
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The client belongs to the loop that serves."""
-        self._engine = EngineClient(self._grpc)
+        self._engine = EngineClient(self._grpc, self._secret)
         self._pool = ThreadPoolExecutor(_THREADS, "blockzoo-openai")
-        self._catalog = Catalog(self._zoo, self._engine, self._pool)
+        self._catalog = Catalog(self._zoo, self._engine, self._pool, self._defaults)
         self._status = Status(
             self._engine, lambda: self._catalog.run(partial(read_metrics, self._metrics_url))
         )
@@ -106,25 +115,47 @@ class OpenAIApp:
     # ---- generation
 
     async def _chat(self, exchange: Exchange, body: Body) -> None:
-        generation, chat = read_chat(Fields(body))
-        model = await self._find(exchange, generation.model)
+        fields = Fields(body)
+        model = await self._find(exchange, model_name(fields))
+        generation, chat = read_chat(fields, model)
+        generation, parsers = await self._prepare(model, generation, chat)
+        await self._generate(
+            exchange, generation, ChatAnswer(generation, await self._texts(model, generation), parsers)
+        )
+
+    async def _respond(self, exchange: Exchange, body: Body) -> None:
+        fields = Fields(body)
+        model = await self._find(exchange, model_name(fields))
+        generation, chat, asked = read_response(fields, model)
+        generation, parsers = await self._prepare(model, generation, chat)
+        texts = await self._texts(model, generation)
+        await self._generate(
+            exchange, generation, ResponseAnswer(generation, texts, asked, parsers[0] if parsers else None)
+        )
+
+    async def _prepare(
+        self, model: ServedModel, generation: Generation, chat: Chat
+    ) -> tuple[Generation, list[CallParser]]:
+        """With the prompt, and the form of a call that must be one; parsers for answers that may be calls."""
         prompt = await self._render(model, chat)
-        texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
-        parsers: list[CallParser] = []
-        if chat.tools is not None:
-            kind = await self._catalog.call_format(model)
-            if kind is None:
-                raise no_tools(model.name)
-            parsers = [CallParser(kind, chat.tools) for _ in range(generation.n)]
-            if chat.tools.forced:
-                generation = _forced(generation, chat.tools, kind)
-                prompt += PROMPT_OF_CALL[kind]
-        await self._generate(exchange, generation, (prompt,), ChatAnswer(generation, texts, parsers))
+        if chat.tools is None:
+            return replace(generation, prompts=(prompt,)), []
+        kind = await self._catalog.call_format(model)
+        if kind is None:
+            raise no_tools(model.name)
+        if chat.tools.forced:
+            generation = _forced(generation, chat.tools, kind)
+            prompt += PROMPT_OF_CALL[kind]
+        parsers = [CallParser(kind, chat.tools) for _ in range(generation.n)]
+        return replace(generation, prompts=(prompt,)), parsers
+
+    async def _texts(self, model: ServedModel, generation: Generation) -> TokenTexts | None:
+        return None if generation.params.logprobs is None else await self._catalog.token_texts(model)
 
     async def _completion(self, exchange: Exchange, body: Body) -> None:
-        generation = read_completion(Fields(body))
-        model = await self._find(exchange, generation.model)
-        texts = None if generation.params.logprobs is None else await self._catalog.token_texts(model)
+        fields = Fields(body)
+        model = await self._find(exchange, model_name(fields))
+        generation = read_completion(fields, model)
         shown: tuple[str, ...] = ()
         if generation.echo:
             tokenizer = await self._catalog.tokenizer(model)
@@ -132,33 +163,35 @@ class OpenAIApp:
             shown = await self._catalog.run(
                 lambda: tuple(p if isinstance(p, str) else tokenizer.decode(p) for p in prompts)
             )
-        await self._generate(exchange, generation, generation.prompts, TextAnswer(generation, texts, shown))
+        texts = await self._texts(model, generation)
+        await self._generate(exchange, generation, TextAnswer(generation, texts, shown))
 
-    async def _generate(
-        self, exchange: Exchange, generation: Generation, prompts: tuple[str | list[int], ...], answer: Answer
-    ) -> None:
+    async def _generate(self, exchange: Exchange, generation: Generation, answer: Answer) -> None:
+        scope, key = _scope(exchange, generation), exchange.key
         requests = [
             EngineRequest(
                 generation.model,
                 prompt,
                 generation.params_of(index),
                 generation.stream,
-                _scope(exchange, generation),
+                scope,
                 generation.kv_reuse,
                 generation.documents,
+                None if key is None else key.tenant,
+                1.0 if key is None else key.weight,
             )
-            for prompt in prompts
+            for prompt in generation.prompts
             for index in range(generation.n)
         ]
         if self._streams + len(requests) > MAX_STREAMS:
             raise full(f"{MAX_STREAMS} answers are being generated, the most at once; send it again later.")
-        lease = self._quotas.enter(exchange.key, len(requests), sum(map(_estimate, requests)))
+        lease = self._quotas.enter(key, len(requests), sum(map(_estimate, requests)))
         self._streams += len(requests)
         try:
             async with aclosing(self._counted(requests, exchange.id, answer, lease)) as found:
                 if generation.stream:
-                    async with aclosing(_chunks(found, answer)) as chunks:
-                        await exchange.events(chunks)
+                    async with aclosing(_events(found, answer)) as events:
+                        await exchange.events(events, answer.failed)
                 else:
                     whole = dict([item async for item in found])
                     await exchange.json(answer.whole([whole[index] for index in range(len(requests))]))
@@ -185,7 +218,7 @@ class OpenAIApp:
         return await self._catalog.find(name)
 
     async def _render(self, model: ServedModel, chat: Chat) -> str:
-        template = await self._catalog.template(model)
+        template = await self._catalog.template(model, chat.field)
         try:
             return await self._catalog.run(
                 lambda: template.render(
@@ -199,7 +232,7 @@ class OpenAIApp:
         except OverloadedError as error:
             raise full(str(error)) from None
         except RequestError as error:
-            raise invalid("messages", str(error)) from None
+            raise invalid(chat.field, str(error)) from None
 
     # ---- models and tokens
 
@@ -309,14 +342,14 @@ def _wrong_method(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(answer.body(), answer.status, getattr(error, "headers", None))
 
 
-async def _chunks(found: AsyncIterator[tuple[int, Delta]], answer: Answer) -> AsyncGenerator[list[Any], None]:
-    """The chunks of a stream in batches; the first comes with the engine's first word, so that what it
-    refuses is answered with a status."""
+async def _events(found: AsyncIterator[tuple[int, Delta]], answer: Answer) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; the first come with the engine's first word, so that what it refuses is
+    answered with a status."""
     opened = False
     async for index, delta in found:
-        chunks = answer.chunks(index, delta)
-        yield chunks if opened else answer.opening() + chunks
+        opening = b"" if opened else answer.opening()
         opened = True
+        yield opening + answer.events(index, delta)
     yield answer.closing()
 
 

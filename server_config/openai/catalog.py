@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from blockzoo.server_config.openai.errors import ApiError, invalid, unknown_mode
 from blockzoo.server_config.openai.tools import Format, format_of
 from blockzoo.zoo.chat_files import templates
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
@@ -35,6 +36,8 @@ class ServedModel:
     created: int
     folder: Path
     """Of its tokenizer files."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """How its answers are chosen where a request does not say, as fields of `SamplingParams`."""
 
 
 class TokenTexts:
@@ -43,6 +46,10 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, bytes]] = {}
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text."""
+        return token_id in self._tokenizer.special_tokens
 
     def of(self, token_id: int) -> tuple[str, bytes]:
         """The text of a token in the middle of a text (U+FFFD for a part of a character) and its bytes."""
@@ -64,10 +71,13 @@ class Catalog:
     Args:
         zoo: path of the zoo.
         pool: of threads that read files and tokenize.
+        defaults: whether answers are chosen as generation_config.json says where a request does not.
     """
 
-    def __init__(self, zoo: Path, engine: EngineClient, pool: ThreadPoolExecutor) -> None:
-        self._zoo, self._engine, self._pool = zoo, engine, pool
+    def __init__(
+        self, zoo: Path, engine: EngineClient, pool: ThreadPoolExecutor, defaults: bool = True
+    ) -> None:
+        self._zoo, self._engine, self._pool, self._defaults = zoo, engine, pool, defaults
         self._models: dict[str, ServedModel] = {}
         self._records: dict[str, ServedModel] = {}
         self.stamp: tuple[int, int] | None = None
@@ -107,12 +117,12 @@ class Catalog:
 
         return await self._load("texts", model, make)
 
-    async def template(self, model: ServedModel) -> ChatTemplate:
-        """Raises ApiError where the model has none."""
+    async def template(self, model: ServedModel, field: str = "messages") -> ChatTemplate:
+        """Raises ApiError where the model has none, which `field` of the body needs."""
         template = await self._load("template", model, ChatTemplate.load)
         if template is None:
             raise invalid(
-                "messages",
+                field,
                 f"The model {model.name!r} has no chat template: use /v1/completions, or compile the model "
                 "from a folder with a chat_template.jinja.",
             )
@@ -151,7 +161,13 @@ class Catalog:
             raise ApiError(500, f"The zoo cannot be read: {error}") from None
         created = stamp[0] // 10**9
         self._records = {
-            name: ServedModel(name, record.source.base, created, zoo.path / "tokenizers" / record.tokenizer)
+            name: ServedModel(
+                name,
+                record.source.base,
+                created,
+                zoo.path / "tokenizers" / record.tokenizer,
+                sampling_defaults(record.generation_defaults) if self._defaults else {},
+            )
             for name, record in zoo.manifest.models.items()
         }
         self.stamp, self.manifest = stamp, zoo.manifest

@@ -30,6 +30,23 @@ class EngineRequest:
     kv_scope: str | None = None
     kv_reuse: str | None = None
     documents: tuple[str, ...] = ()
+    tenant: str | None = None
+    """Whose share of the engine it takes; None: the model's."""
+    weight: float = 1.0
+    """Of the tenant."""
+
+
+Tops = tuple[tuple[tuple[int, float], ...], ...]
+"""The likeliest tokens in the places of some, with their log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Of a prompt, all its tokens; and log-probabilities and `tops` of all but the first."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tops: Tops
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +60,17 @@ class Delta:
         tops: the likeliest tokens in each token's place with their log-probabilities, likewise.
         finish_reason: "stop" or "length" with the last one, else None.
         num_prompt_tokens, num_cached_tokens: with the last one, else 0.
+        prompt: with the first one, where its log-probabilities were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    tops: tuple[tuple[tuple[int, float], ...], ...]
+    tops: Tops
     finish_reason: str | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt: PromptTokens | None = None
 
 
 class EngineClient:
@@ -59,10 +78,11 @@ class EngineClient:
 
     Args:
         target: host:port of its gRPC endpoint.
+        secret: of the launcher, by which the engine model believes whose requests these are.
     """
 
-    def __init__(self, target: str) -> None:
-        self._streams = EngineStreams(target)
+    def __init__(self, target: str, secret: str | None = None) -> None:
+        self._streams, self._secret = EngineStreams(target), secret
         self._looking = asyncio.Semaphore(16)
 
     async def close(self) -> None:
@@ -91,7 +111,10 @@ class EngineClient:
     async def generate(self, request: EngineRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         """Deltas until the one with a `finish_reason`. Raises ApiError."""
         finished = False
-        async with aclosing(self._infer(_inputs(request), request_id)) as results:
+        told = None
+        if request.tenant is not None and self._secret is not None:
+            told = {"secret": self._secret, "tenant": request.tenant, "weight": str(request.weight)}
+        async with aclosing(self._infer(_inputs(request), request_id, told)) as results:
             async for result in results:  # to its end: a stream that has ended is not cancelled
                 delta = _delta(result)
                 finished = delta.finish_reason is not None
@@ -100,10 +123,15 @@ class EngineClient:
             raise ApiError(500, "The engine ended the request without a last response.")
 
     async def _infer(
-        self, inputs: list[Any], request_id: str = "", timeout_s: float | None = None
+        self,
+        inputs: list[Any],
+        request_id: str = "",
+        parameters: dict[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[Any, None]:
+        answers = self._streams.infer(inputs, request_id, parameters, timeout_s=timeout_s)
         try:
-            async with aclosing(self._streams.infer(inputs, request_id, timeout_s=timeout_s)) as results:
+            async with aclosing(answers) as results:
                 async for result in results:
                     yield result
         except EngineError as error:
@@ -139,24 +167,55 @@ def _tensor(name: str, kind: str, values: Sequence[Any]) -> Any:
 
 
 def _delta(result: Any) -> Delta:
-    def last(name: str) -> Any:
-        array = result.as_numpy(name)
-        return None if array is None else array.reshape(-1)[-1]
-
-    problem, status, reason = last("error"), last("error_status"), last("finish_reason")
+    outputs = _Outputs(result)
+    problem = outputs.text("error")
     if problem is not None:
-        raise of_engine("UNKNOWN" if status is None else status.decode(), problem.decode())
-    logprobs, top_ids = result.as_numpy("output_log_probs"), result.as_numpy("top_token_ids")
-    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
-    if top_ids is not None:
-        pairs = zip(top_ids[0].tolist(), result.as_numpy("top_log_probs")[0].tolist(), strict=True)
-        tops = tuple(tuple(zip(ids, values, strict=True)) for ids, values in pairs)
+        raise of_engine(outputs.text("error_status") or "UNKNOWN", problem)
+    token_ids, prompt_ids = outputs.integers("token_ids"), outputs.integers("prompt_token_ids")
+    prompt = None
+    if prompt_ids:
+        tops = outputs.tops("prompt_top", len(prompt_ids) - 1)
+        prompt = PromptTokens(tuple(prompt_ids), tuple(outputs.reals("prompt_log_probs")), tops)
     return Delta(
-        last("text_output").decode(),
-        tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
-        () if logprobs is None else tuple(logprobs.reshape(-1).tolist()),
-        tops,
-        None if reason is None else reason.decode(),
-        int(last("num_prompt_tokens") or 0),
-        int(last("num_cached_tokens") or 0),
+        outputs.text("text_output") or "",
+        tuple(token_ids),
+        tuple(outputs.reals("output_log_probs")),
+        outputs.tops("top", len(token_ids)),
+        outputs.text("finish_reason"),
+        sum(outputs.integers("num_prompt_tokens")),
+        sum(outputs.integers("num_cached_tokens")),
+        prompt,
     )
+
+
+class _Outputs:
+    """The tensors of one response, whatever their shapes. (`as_numpy` looks through all for each of them.)"""
+
+    def __init__(self, result: Any) -> None:
+        response = result.get_response()
+        names = [output.name for output in response.outputs]
+        self._raw: dict[str, bytes] = dict(zip(names, response.raw_output_contents, strict=True))
+
+    def text(self, name: str) -> str | None:
+        """The only text of a tensor, behind its length of 4 bytes; None where there is no such tensor."""
+        raw = self._raw.get(name)
+        return None if raw is None else raw[4:].decode()
+
+    def integers(self, name: str) -> list[int]:
+        """Of an INT32 tensor; [] where there is none."""
+        raw = self._raw.get(name)
+        return np.frombuffer(raw, "<i4").tolist() if raw else []
+
+    def reals(self, name: str) -> list[float]:
+        """Of an FP32 tensor; [] where there is none."""
+        raw = self._raw.get(name)
+        return np.frombuffer(raw, "<f4").tolist() if raw else []
+
+    def tops(self, name: str, num_tokens: int) -> Tops:
+        """The likeliest tokens in the places of `num_tokens`; () where there are none."""
+        ids = self.integers(f"{name}_token_ids")
+        if not ids:
+            return ()
+        pairs = list(zip(ids, self.reals(f"{name}_log_probs"), strict=True))
+        size = len(pairs) // num_tokens
+        return tuple(tuple(pairs[begin : begin + size]) for begin in range(0, len(pairs), size))

@@ -90,6 +90,10 @@ class Fields:
             raise self.wrong(name, value, _NAMES[kind])
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether a field is there; it is still to be taken."""
+        return name in self._rest
+
     def any(self, name: str) -> Any:
         """A field as it is; None where it is missing."""
         self._known.append(name)

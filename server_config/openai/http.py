@@ -7,7 +7,6 @@ answers it is cancelled, and with it the streams to the engine.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import traceback
 import uuid
@@ -17,6 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
+from blockzoo.server_config.openai.answers import encode
 from blockzoo.server_config.openai.errors import ApiError
 from blockzoo.server_config.openai.fields import parse_json
 from blockzoo.server_config.openai.keys import Key
@@ -50,6 +50,7 @@ class Exchange:
         self.id = uuid.uuid4().hex
         self._send = send
         self._sending_since: float | None = None
+        self._failed: Callable[[ApiError], bytes] = _nothing_more
         self.started = False
         self.key: Key | None = None
 
@@ -80,8 +81,7 @@ class Exchange:
 
     async def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """Answer with JSON."""
-        data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        await self.data(data, "application/json", status, headers)
+        await self.data(encode(value).encode(), "application/json", status, headers)
 
     async def data(
         self, data: bytes, content_type: str, status: int = 200, headers: Mapping[str, str] | None = None
@@ -94,20 +94,22 @@ class Exchange:
     async def error(self, error: ApiError) -> None:
         """Answer with an error, or end a stream that has begun with it."""
         if self.started:
-            await self._write(_event(error.body()) + _DONE, last=True)
+            await self._write(self._failed(error), last=True)
             return
         # the rest of a body that is not read would be taken for the next request
         closing = {"connection": "close"} if error.status in (408, 413, 415) else {}
         await self.json(error.body(), error.status, {**error.headers(), **closing})
 
-    async def events(self, values: AsyncIterator[list[Any]]) -> None:
-        """Answer with a stream of events, `[DONE]` at its end; it starts with the first that is ready."""
-        async for batch in values:
+    async def events(self, events: AsyncIterator[bytes], failed: Callable[[ApiError], bytes]) -> None:
+        """Answer with a stream of events, which starts with the first that is ready; `failed` makes those
+        that end it before its time."""
+        self._failed = failed
+        async for data in events:
             if not self.started:
                 await self._start(200, _EVENT_STREAM)
-            if batch:
-                await self._write(b"".join(map(_event, batch)))
-        await self._write(_DONE, last=True)
+            if data:
+                await self._write(data)
+        await self._write(b"", last=True)
 
     @property
     def stalled(self) -> bool:
@@ -193,12 +195,8 @@ def _nothing() -> None:
     pass
 
 
-def _event(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
-
-
-_DONE = b"data: [DONE]\n\n"
+def _nothing_more(error: ApiError) -> bytes:
+    return b""
 
 
 def _too_large() -> ApiError:

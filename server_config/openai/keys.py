@@ -10,6 +10,7 @@ The file has a line for each key: a name, the SHA-256 of the key in hex, and per
     kv_scope=s            keys of one scope share cached KV (default: the key's name)
     requests=n            answers that are generated for it at once (default: no limit)
     tokens_per_minute=n   of prompts and answers (default: no limit)
+    weight=w              how much more (or less) than 1 it gets where others want the engine too
 
 The file is read again when it has changed; one that is wrong leaves the keys as they were.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockzoo.runtime.serve.config import LEAST_WEIGHT, MOST_WEIGHT
 from blockzoo.server_config.openai.errors import ApiError, full, unknown_model
 from blockzoo.server_config.schema import MAX_SCOPE_CHARS
 from blockzoo.zoo.errors import ZooError
@@ -33,7 +35,7 @@ _LOOK_EVERY_S = 1.0
 _MAX_FILE_BYTES = 4 << 20
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_SETTINGS = ("models", "kv_scope", "requests", "tokens_per_minute")
+_SETTINGS = ("models", "kv_scope", "requests", "tokens_per_minute", "weight")
 
 
 class KeysError(ZooError):
@@ -50,6 +52,12 @@ class Key:
     kv_scope: str
     requests: int | None
     tokens_per_minute: int | None
+    weight: float = 1.0
+
+    @property
+    def tenant(self) -> str:
+        """Whose share of the engine its requests take; no model has such a name."""
+        return f"key:{self.name}"
 
     def check_model(self, name: str) -> None:
         """Raises ApiError where the model may not be asked: as if it were not there."""
@@ -103,6 +111,7 @@ def _read_line(words: list[str], where: str) -> Key:
         scope,
         _count(settings, "requests", where),
         _count(settings, "tokens_per_minute", where),
+        _weight(settings.get("weight", "1"), where),
     )
 
 
@@ -113,6 +122,17 @@ def _count(settings: dict[str, str], name: str, where: str) -> int | None:
     if not re.fullmatch("[0-9]{1,12}", value) or int(value) < 1:
         raise KeysError(f"{where}: {name} is {value!r:.40}; expected a whole number above 0")
     return int(value)
+
+
+def _weight(text: str, where: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        expected = f"a number from {LEAST_WEIGHT} to {MOST_WEIGHT}"
+        raise KeysError(f"{where}: weight is {text!r:.40}; expected {expected}")
+    return weight
 
 
 class Keyring:

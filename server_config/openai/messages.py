@@ -23,6 +23,8 @@ class Chat:
     continue_final_message: bool
     template_kwargs: dict[str, Any]
     tools: Tools | None = None
+    field: str = "messages"
+    """Of the body, that it comes from."""
 
 
 def read_messages(fields: Fields) -> Chat:
@@ -64,24 +66,30 @@ def _message(fields: Fields) -> dict[str, Any]:
 
 
 def _call(fields: Fields) -> dict[str, Any]:
-    """A call of an earlier answer; templates write its arguments as an object."""
+    """A call of an earlier answer."""
     call_id = fields.take("id", str, "")
     fields.one_of("type", ("function",))
     fields.ignore(("index",))
     function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
-    name = function.take("name", str)
+    call = {"id": call_id, "type": "function", "function": called(function)}
+    function.end()
+    fields.end()
+    return call
+
+
+def called(fields: Fields) -> dict[str, Any]:
+    """The name and the arguments of a call; templates write those as an object. Raises ApiError."""
+    name = fields.take("name", str)
     if not name:
-        raise function.missing("name")
-    text = function.take("arguments", str, "{}")
+        raise fields.missing("name")
+    text = fields.take("arguments", str, "{}")
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise function.wrong("arguments", text, "a JSON object as text")
-    function.end()
-    fields.end()
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        raise fields.wrong("arguments", text, "a JSON object as text")
+    return {"name": name, "arguments": arguments}
 
 
 def _content(fields: Fields, default: str | None = None) -> str:
@@ -103,10 +111,13 @@ def _content(fields: Fields, default: str | None = None) -> str:
     return "".join(texts)
 
 
-def read_tools(fields: Fields) -> Tools | None:
-    """The functions offered; None where there are none, or none may be called. Raises ApiError."""
+def read_tools(fields: Fields, flat: bool = False) -> Tools | None:
+    """The functions offered; None where there are none, or none may be called. Raises ApiError.
+
+    `flat`: a function's fields stand beside `type`, as in /v1/responses, and not in an object `function`.
+    """
     parallel = fields.take("parallel_tool_calls", bool, True)
-    tools = tuple(_tool(tool) for tool in fields.objects("tools", MAX_TOOLS) or ())
+    tools = tuple(_tool(tool, flat) for tool in fields.objects("tools", MAX_TOOLS) or ())
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise invalid("tools", "tools has two functions of one name; give each a name of its own.")
@@ -115,7 +126,7 @@ def read_tools(fields: Fields) -> Tools | None:
     if isinstance(choice, dict):
         named = Fields(choice, "tool_choice.")
         named.one_of("type", ("function",))
-        function = Fields(named.take("function", dict, {}), "tool_choice.function.")
+        function = named if flat else Fields(named.take("function", dict, {}), "tool_choice.function.")
         name = function.take("name", str)
         if name not in names:
             raise function.wrong("name", name, "the name of one of the tools")
@@ -131,9 +142,9 @@ def read_tools(fields: Fields) -> Tools | None:
     return Tools(tools, forced, parallel) if tools and choice != "none" else None
 
 
-def _tool(fields: Fields) -> dict[str, Any]:
+def _tool(fields: Fields, flat: bool) -> dict[str, Any]:
     fields.one_of("type", ("function",))
-    function = Fields(fields.take("function", dict, {}), f"{fields.where}function.")
+    function = fields if flat else Fields(fields.take("function", dict, {}), f"{fields.where}function.")
     name = function.take("name", str)
     if not name:
         raise function.missing("name")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.environment import ServerError
 from blockzoo.server_config.launcher import end_with_parent
 from blockzoo.server_config.supervisor import Backoff
@@ -31,14 +32,18 @@ class OpenAIProcess:
     Args:
         arguments: of `blockzoo.server_config.openai.server`.
         folder: a file in it tells that the process is well.
+        secret: of the launcher.
         say: tells whoever runs the server.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, say: Callable[[str], None], secret: str = ""
+    ) -> None:
         self._heartbeat = folder / "openai.heartbeat"
         module = "blockzoo.server_config.openai.server"
         self._command = [sys.executable, "-m", module, *arguments, f"--heartbeat={self._heartbeat}"]
         self._say = say
+        self._environment = {**os.environ, SECRET_VARIABLE: secret}
         self._stop = threading.Event()
         self._settled = threading.Event()
         self._problem: str | None = None
@@ -66,6 +71,7 @@ class OpenAIProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
+                env=self._environment,
                 preexec_fn=end_with_parent,
             )
             backoff.serving(time.monotonic())

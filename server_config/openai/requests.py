@@ -6,15 +6,18 @@ Ranges of sampling parameters are those of `SamplingParams`, which says what is 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import MAX_LOGPROBS, MAX_TOKENS_LIMIT, GuidedDecoding, SamplingParams
 from blockzoo.runtime.text.prompt import MAX_DOCUMENTS
+from blockzoo.server_config.openai.catalog import ServedModel
 from blockzoo.server_config.openai.errors import invalid
 from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.messages import Chat, read_messages, read_tools
+from blockzoo.server_config.openai.tools import Tools
 
 MAX_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
@@ -36,9 +39,8 @@ _SAMPLING = {  # field of the body -> field of SamplingParams
     "include_stop_str_in_output": "include_stop",
 }
 _BODY_NAMES = {field: name for name, field in _SAMPLING.items()}
-# they say who asks, how to bill, what to keep: nothing here depends on them
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_IGNORED_OF_CHAT = ("prompt_cache_retention",)
+IGNORED = ("user", "service_tier", "safety_identifier", "prompt_cache_key")
+"""Fields that say who asks and how to bill: nothing here depends on them."""
 _NO_COMPLETION = {
     "suffix": "models here go on from a prompt, they fill no gaps",
 }
@@ -60,25 +62,25 @@ class Generation:
 
     Attributes:
         prompts: texts or token ids; of a chat, its rendered messages.
-        n: answers to each prompt.
         params: of the first answer; see `params_of`.
+        kv_scope: the client's own; None: not said.
+        documents: texts set before each prompt.
+        n: answers to each prompt.
         include_usage: end a stream with a chunk that counts tokens.
         echo: begin each text with its prompt.
-        documents: texts set before each prompt.
-        kv_scope: the client's own; None: not said.
         guide_field: of the body, that the guide of `params` comes from.
     """
 
     model: str
     prompts: tuple[str | list[int], ...]
-    n: int
     params: SamplingParams
     stream: bool
-    include_usage: bool
-    echo: bool
     kv_reuse: str | None
     kv_scope: str | None
     documents: tuple[str, ...]
+    n: int = 1
+    include_usage: bool = False
+    echo: bool = False
     guide_field: str = "response_format"
 
     def params_of(self, index: int) -> SamplingParams:
@@ -95,61 +97,75 @@ def model_name(fields: Fields) -> str:
     return name
 
 
-def read_completion(fields: Fields) -> Generation:
-    """The body of /v1/completions. Raises ApiError."""
-    model = model_name(fields)
+def read_completion(fields: Fields, model: ServedModel) -> Generation:
+    """The body of /v1/completions, but for `model`. Raises ApiError."""
     prompts = _prompts(fields)
-    logprobs = fields.take("logprobs", int)
-    limit = fields.take("max_tokens", int, _COMPLETION_TOKENS)
     echo = fields.take("echo", bool, False)
-    if echo and logprobs is not None:
-        raise invalid("echo", "echo with logprobs is not supported: prompts get no log-probabilities.")
-    generation = _generation(fields, model, prompts, limit, "max_tokens", logprobs, "logprobs", echo)
+    logprobs = num_top(fields, "logprobs")
+    # how long an answer is by default is OpenAI's to say here, as clients count on it
+    defaults = {**model.defaults, "max_tokens": _COMPLETION_TOKENS}
+    guided = read_form(fields, "response_format")
+    params = read_sampling(fields, defaults, "max_tokens", logprobs, guided, prompts_too=echo)
+    n, stream, include_usage = _how_many(fields, len(prompts))
+    generation = read_rest(fields, model, prompts, params, stream)
+    generation = replace(generation, n=n, include_usage=include_usage, echo=echo)
+    if generation.documents and params.prompt_logprobs is not None:
+        raise invalid("documents", "documents cannot go with echo and logprobs: leave them out.")
     best_of = fields.take("best_of", int, generation.n)
     if best_of != generation.n:
         raise fields.wrong("best_of", best_of, f"n ({generation.n}), or nothing: answers are not ranked")
-    fields.ignore(_IGNORED)
+    fields.ignore((*IGNORED, "metadata", "store"))
     fields.refuse(_NO_COMPLETION)
     fields.end()
     return generation
 
 
-def read_chat(fields: Fields) -> tuple[Generation, Chat]:
-    """The body of /v1/chat/completions; the generation's prompt is still to be rendered. Raises ApiError."""
-    model = model_name(fields)
+def read_chat(fields: Fields, model: ServedModel) -> tuple[Generation, Chat]:
+    """The body of /v1/chat/completions, but for `model`; the generation's prompt is still to be rendered.
+
+    Raises ApiError.
+    """
     chat = read_messages(fields)
-    limits = [(name, fields.take(name, int)) for name in ("max_completion_tokens", "max_tokens")]
-    given = [(name, value) for name, value in limits if value is not None]
-    if len(given) > 1:
-        raise invalid("max_tokens", "max_tokens and max_completion_tokens are both set; send one.")
-    name, limit = given[0] if given else ("max_completion_tokens", MAX_TOKENS_LIMIT)
+    limit = "max_completion_tokens"
+    if fields.has("max_tokens"):
+        if fields.has(limit):
+            raise invalid("max_tokens", "max_tokens and max_completion_tokens are both set; send one.")
+        limit = "max_tokens"
+    top = num_top(fields, "top_logprobs")
     wanted = fields.take("logprobs", bool, False)
-    top = fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true.")
-    logprobs = (top or 0) if wanted else None
-    generation = _generation(fields, model, ("",), limit, name, logprobs, "top_logprobs", False)
+    guided = read_form(fields, "response_format")
+    params = read_sampling(fields, model.defaults, limit, (top or 0) if wanted else None, guided)
+    n, stream, include_usage = _how_many(fields, 1)
+    generation = replace(read_rest(fields, model, ("",), params, stream), n=n, include_usage=include_usage)
     modalities = fields.take("modalities", list, ["text"])
     if modalities != ["text"]:
         raise fields.wrong("modalities", modalities, '["text"]')
     tools = read_tools(fields)
-    if tools is not None and generation.params.guided is not None:
-        raise invalid(
-            "response_format",
-            "response_format with tools would keep the model from calling: send one of them.",
-        )
-    fields.ignore((*_IGNORED, *_IGNORED_OF_CHAT))
+    check_tools(tools, params, "response_format")
+    fields.ignore((*IGNORED, "metadata", "store", "prompt_cache_retention"))
     fields.refuse(_NO_CHAT)
     fields.end()
     return generation, replace(chat, tools=tools)
 
 
-def _read_format(fields: Fields) -> GuidedDecoding | None:
-    """The form that `response_format` asks for."""
-    given = fields.take("response_format", dict)
+def check_tools(tools: Tools | None, params: SamplingParams, field: str) -> None:
+    """Raises ApiError where tools are offered for an answer whose form `field` says."""
+    if tools is not None and params.guided is not None:
+        raise invalid(field, f"{field} with tools would keep the model from calling: send one of them.")
+
+
+def read_form(fields: Fields, name: str, flat: bool = False) -> GuidedDecoding | None:
+    """The form of the answer that a field asks for. Raises ApiError.
+
+    `flat`: a schema's fields stand beside `type`, as in /v1/responses, and not in an object `json_schema`.
+    """
+    given = fields.take(name, dict)
     if given is None:
         return None
-    form = Fields(given, "response_format.")
+    path = fields.where + name
+    form = Fields(given, f"{path}.")
     kind = form.one_of("type", ("text", "json_object", "json_schema", "grammar"))
     guided: GuidedDecoding | None = None
     try:
@@ -158,7 +174,7 @@ def _read_format(fields: Fields) -> GuidedDecoding | None:
         if kind == "json_object":
             guided = GuidedDecoding("json")
         elif kind == "json_schema":
-            schema = Fields(form.take("json_schema", dict, {}), "response_format.json_schema.")
+            schema = form if flat else Fields(form.take("json_schema", dict, {}), f"{path}.json_schema.")
             body = schema.take("schema", dict)
             if body is None:
                 raise schema.missing("schema")
@@ -172,7 +188,7 @@ def _read_format(fields: Fields) -> GuidedDecoding | None:
                 raise form.missing("definition" if syntax else "syntax")
             guided = GuidedDecoding("regex" if syntax == "regex" else "lark", definition)
     except InvalidRequestError as error:
-        raise invalid("response_format", str(error), "invalid_value") from None
+        raise invalid(path, str(error), "invalid_value") from None
     form.end()
     return guided
 
@@ -201,21 +217,11 @@ def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
     return tuple(prompt)
 
 
-def _generation(
-    fields: Fields,
-    model: str,
-    prompts: tuple[str | list[int], ...],
-    max_tokens: int,
-    limit_name: str,
-    logprobs: int | None,
-    logprobs_name: str,
-    echo: bool,
-) -> Generation:
+def _how_many(fields: Fields, num_prompts: int) -> tuple[int, bool, bool]:
+    """Answers to each prompt, whether they are streamed, and whether with usage."""
     n = fields.take("n", int, 1)
-    if not 1 <= n <= MAX_CHOICES // len(prompts):
-        raise fields.wrong("n", n, f"a whole number from 1 to {MAX_CHOICES // len(prompts)}")
-    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-        raise fields.wrong(logprobs_name, logprobs, f"a whole number from 0 to {MAX_LOGPROBS}")
+    if not 1 <= n <= MAX_CHOICES // num_prompts:
+        raise fields.wrong("n", n, f"a whole number from 1 to {MAX_CHOICES // num_prompts}")
     stream = fields.take("stream", bool, False)
     options = Fields(fields.take("stream_options", dict, {}), "stream_options.")
     include_usage = options.take("include_usage", bool, False)
@@ -223,29 +229,60 @@ def _generation(
     options.end()
     if include_usage and not stream:
         raise invalid("stream_options", "stream_options needs stream to be true.")
+    return n, stream, include_usage
+
+
+def num_top(fields: Fields, name: str) -> int | None:
+    """How many likely tokens are told in each token's place. Raises ApiError."""
+    value = fields.take(name, int)
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise fields.wrong(name, value, f"a whole number from 0 to {MAX_LOGPROBS}")
+    return value
+
+
+def read_rest(
+    fields: Fields,
+    model: ServedModel,
+    prompts: tuple[str | list[int], ...],
+    params: SamplingParams,
+    stream: bool,
+) -> Generation:
+    """A generation with the fields that are ours alone. Raises ApiError."""
     documents = fields.take("documents", list, [])
     if len(documents) > MAX_DOCUMENTS:
         raise fields.wrong("documents", f"{len(documents)} texts", f"at most {MAX_DOCUMENTS}")
     for index, text in enumerate(documents):
         if not isinstance(text, str) or not text:
             raise fields.wrong(f"documents[{index}]", text, "a text that is not empty")
-    return Generation(
-        model,
-        prompts,
-        n,
-        _sampling(fields, max_tokens, limit_name, logprobs),
-        stream,
-        include_usage,
-        echo,
-        fields.one_of("kv_reuse", ("off", "exact", "approx")),
-        fields.take("kv_scope", str),
-        tuple(documents),
-    )
+    kv_reuse = fields.one_of("kv_reuse", ("off", "exact", "approx"))
+    kv_scope = fields.take("kv_scope", str)
+    return Generation(model.name, prompts, params, stream, kv_reuse, kv_scope, tuple(documents))
 
 
-def _sampling(fields: Fields, max_tokens: int, limit_name: str, logprobs: int | None) -> SamplingParams:
-    given: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "guided": _read_format(fields)}
-    for name, field in _SAMPLING.items():
+def read_sampling(
+    fields: Fields,
+    defaults: Mapping[str, Any],
+    limit: str,
+    logprobs: int | None,
+    guided: GuidedDecoding | None,
+    prompts_too: bool = False,
+) -> SamplingParams:
+    """How tokens are chosen. Raises ApiError.
+
+    Args:
+        defaults: of fields that the body does not say.
+        limit: the field that bounds the tokens of an answer.
+        prompts_too: log-probabilities of the prompt's tokens, too.
+    """
+    given: dict[str, Any] = {
+        "max_tokens": MAX_TOKENS_LIMIT,
+        **defaults,
+        "logprobs": logprobs,
+        "guided": guided,
+    }
+    if prompts_too:
+        given["prompt_logprobs"] = logprobs
+    for name, field in {**_SAMPLING, limit: "max_tokens"}.items():
         value = fields.any(name)
         if value is not None:
             given[field] = value
@@ -262,5 +299,5 @@ def _sampling(fields: Fields, max_tokens: int, limit_name: str, logprobs: int | 
     except InvalidRequestError as error:
         message = str(error)
         field = message.split(" ", 1)[0].split("[", 1)[0]
-        name = limit_name if field == "max_tokens" else _BODY_NAMES.get(field, field)
+        name = limit if field == "max_tokens" else _BODY_NAMES.get(field, field)
         raise invalid(name, name + message[len(field) :], "invalid_value") from None

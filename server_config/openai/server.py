@@ -15,6 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.openai.app import OpenAIApp
 from blockzoo.server_config.openai.keys import Keyring
 
@@ -104,12 +105,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-keys", type=Path, help="file of keys that requests must come with")
+    parser.add_argument("--generation-config", choices=("auto", "none"), default="auto")
     parser.add_argument("--heartbeat", type=Path, help="file whose time says that the process is well")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.api_keys is not None and SECRET_VARIABLE not in os.environ:
+        parser.error(f"{SECRET_VARIABLE} is not set: the engine would not believe whose requests these are")
     keys = None if args.api_keys is None else Keyring(args.api_keys, _say)
     config = uvicorn.Config(
-        OpenAIApp(args.zoo, args.grpc, args.metrics, keys).application(),
+        OpenAIApp(
+            args.zoo,
+            args.grpc,
+            args.metrics,
+            keys,
+            os.environ.get(SECRET_VARIABLE),
+            defaults=args.generation_config == "auto",
+        ).application(),
         host=args.host,
         port=args.port,
         loop="asyncio",

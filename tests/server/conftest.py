@@ -124,6 +124,10 @@ class ServedZoo:
         """The Python process of a model; none while it is being restarted."""
         return next(pid for pid, command in _children(self.server_pid()) if f"/{model}/1/model.py" in command)
 
+    def openai_pid(self) -> int:
+        """The process of the OpenAI endpoint."""
+        return next(pid for pid, command in _children(self.process.pid) if "openai.server" in command)
+
     def processes(self) -> dict[str, int]:
         """Process ids by role: "launcher", "tritonserver", and the models that run now."""
         found = {"launcher": self.process.pid, "tritonserver": self.server_pid()}

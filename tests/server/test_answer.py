@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,25 @@ def test_log_probabilities_add_up(stream):
     assert last.tensors["output_log_probs"].tolist() == ([[[-0.25]]] if stream else [[[-0.5, -0.25]]])
     if stream:
         assert first.tensors["output_log_probs"].shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_log_probabilities_of_a_prompt_come_once(stream, num_top):
+    params = SamplingParams(prompt_logprobs=num_top)
+    answer = Answer(ParsedRequest("chat", "p", params, stream, "", None, None, (), None))
+    tops = (((7, -0.5), (8, -1.0)), ((9, -0.25), (8, -4.0)))
+    told = (None, *(TokenLogprob(t, -0.5 * t, top[:num_top]) for t, top in zip((8, 9), tops, strict=True)))
+    first = answer.push(replace(output("a", (1,)), prompt_token_ids=(6, 8, 9), prompt_logprobs=told))
+    last = answer.push(output("b", (2,), "length"))
+    with_them, without = (first, last) if stream else (last, None)
+    tensors = {name: a.tolist() for name, a in with_them.tensors.items() if name.startswith("prompt_")}
+    expected = {"prompt_token_ids": [[6, 8, 9]], "prompt_log_probs": [[-4.0, -4.5]]}
+    if num_top:
+        expected["prompt_top_token_ids"] = [[[7, 8], [9, 8]]]
+        expected["prompt_top_log_probs"] = [[[-0.5, -1.0], [-0.25, -4.0]]]
+    assert tensors == expected
+    assert without is None or not any(name.startswith("prompt_") for name in without.tensors)
 
 
 def test_an_error_before_any_response_is_an_error():

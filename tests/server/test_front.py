@@ -130,7 +130,17 @@ class ScriptedEngine:
         return self.found
 
     def submit(
-        self, request_id, model, prompt, params, on_output, scope=None, kv_reuse=None, documents=()
+        self,
+        request_id,
+        model,
+        prompt,
+        params,
+        on_output,
+        scope=None,
+        kv_reuse=None,
+        documents=(),
+        tenant=None,
+        weight=None,
     ) -> None:
         self.order.append(prompt)
         if self.gate is not None:
@@ -145,6 +155,8 @@ class ScriptedEngine:
             scope=scope,
             kv_reuse=kv_reuse,
             documents=documents,
+            tenant=tenant,
+            weight=weight,
         )
 
     def emit(self, text: str, reason=None, error=None) -> None:
@@ -494,6 +506,24 @@ def test_a_reload_is_not_for_clients(front, engine, parameters):
     probe = Request(parameters, health=True, text_input="x")
     front.handle(probe)
     assert texts(probe.sender) == ["ok"]
+
+
+@pytest.mark.parametrize("said", [{"tenant": "key:alice"}, {"weight": "9"}, {"tenant": "a", "weight": "9"}])
+@pytest.mark.parametrize("secret", [{}, {"secret": "guess"}, {"secret": ""}, {"secret": 5}])
+def test_clients_do_not_say_whose_share_they_take(front, engine, said, secret):
+    request = Request({**said, **secret}, model="chat", text_input="x")
+    front.handle(request)
+    assert request.sender.sent[0].error.code == "INVALID_ARG"
+    assert "tenant and weight are not for clients" in request.sender.sent[0].error.message
+    assert not engine.requests
+
+
+def test_who_knows_the_secret_says_whose_share_a_request_takes(front, engine):
+    told = {"secret": SECRET, "tenant": "key:alice", "weight": "2.5"}
+    front.handle(Request(told, model="chat", text_input="x"))
+    front.handle(Request({}, model="chat", text_input="x"))
+    wait_for(lambda: len(engine.requests) == 2)
+    assert {(r.tenant, r.weight) for r in engine.requests.values()} == {("key:alice", 2.5), (None, None)}
 
 
 def test_without_a_secret_nobody_is_the_launcher(engine, triton):

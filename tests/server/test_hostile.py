@@ -98,6 +98,15 @@ def test_what_is_the_launchers_is_refused_to_clients(server):
     assert server.post("blockzoo", {"health": True})[1]["text_output"] == "ok"
 
 
+def test_no_client_claims_a_tenant(server):
+    body = {"model": "base", "text_input": "x", "max_tokens": 1}
+    for model in ("blockzoo", "blockzoo_unary", "base"):
+        for claim in ({"tenant": "key:alice"}, {"weight": 5.0}, {"tenant": "x", "secret": "a guess"}):
+            given = body if model != "base" else {"text_input": "x", "max_tokens": 1}
+            status, answer = server.post(model, {**given, **claim})
+            assert (status, "tenant and weight are not for clients" in answer["error"]) == (400, True), answer
+
+
 def test_the_secret_shows_nowhere_but_in_the_environment(server):
     environment = Path(f"/proc/{server.server_pid()}/environ").read_bytes().split(b"\0")
     (secret,) = (v.partition(b"=")[2] for v in environment if v.startswith(b"BLOCKZOO_SECRET="))

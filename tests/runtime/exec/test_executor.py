@@ -95,7 +95,7 @@ def test_rows_of_all_models_meet_in_any_mixture(setup: Setup) -> None:
             for logits, indices in result.logits
             for row, index in zip(logits, indices, strict=True)
         }
-        assert sorted(found) == [i for i, rows in enumerate(batch) if rows.wants_logits]
+        assert sorted(found) == [i for i, rows in enumerate(batch) if rows.num_logits]
         for index, row in found.items():
             expected = jobs[owners[index]][3][done[owners[index]] - 1]
             np.testing.assert_allclose(row, expected, atol=2e-4, rtol=1e-4)

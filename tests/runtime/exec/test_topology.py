@@ -311,7 +311,7 @@ def test_every_row_goes_through_its_own_chain_in_any_order_of_calls(
     passed: dict[tuple[int, int], np.ndarray] = {}
     _run_in_any_order(layout.graph, lambda call: _run_call(topology, call, written, passed), rng)
     found = {seq: row for matrix, seqs in layout.logits for row, seq in zip(matrix, seqs, strict=True)}
-    assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.wants_logits]
+    assert sorted(found) == [i for i, shape in enumerate(shapes) if shape.num_logits]
     expected_kv: KV = {}
     for i, model in enumerate(models):
         begin, end = layout.seq_begins[i : i + 2]

@@ -39,12 +39,19 @@ class Bench:
         self.rows: Counter[str] = Counter()  # by tenant
         self.firsts: list[str] = []  # ids, in the order of their first tokens
 
-    def add(self, tenant: str, prompt: int | list[int], max_tokens: int = 1000, name: str = "") -> str:
+    def add(
+        self,
+        tenant: str,
+        prompt: int | list[int],
+        max_tokens: int = 1000,
+        name: str = "",
+        weight: float | None = None,
+    ) -> str:
         number = next(self.numbers)
         self.now += 0.001
         tokens = [1000 + number] * prompt if isinstance(prompt, int) else prompt
         name = name or f"{tenant}{number}"
-        seq = TokenSequence(name, tenant, self.cache, LAYERS, "s", tokens, self.now)
+        seq = TokenSequence(name, tenant, self.cache, LAYERS, "s", tokens, self.now, weight=weight)
         self.scheduler.add(seq)
         self.left[name], self.seqs[name] = max_tokens, seq
         return name
@@ -130,6 +137,42 @@ def test_slots_are_shared_by_weight(weights: dict[str, float], expected: dict[st
     for _ in range(50):
         bench.step()
     assert bench.scheduler.num_preemptions == preempted, "they take from each other in turn"
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(8, 30), (200, 2)])
+def test_weights_that_come_with_requests_share_the_steps(prompt: int, max_tokens: int) -> None:
+    """Decodes, then prefills: rows by weight while both tenants have more than may run."""
+    bench = Bench(max_num_seqs=8, max_num_batched_tokens=256, tenant_weights={"heavy": 0.5})
+    for _ in range(400):
+        for tenant, weight in (("light", 1.0), ("heavy", 3.0)):
+            while sum(left > 0 and name.startswith(tenant) for name, left in bench.left.items()) < 20:
+                bench.add(tenant, prompt, max_tokens, weight=weight)
+        bench.step()
+    assert bench.rows["heavy"] / bench.rows["light"] == pytest.approx(3, rel=0.1)
+
+
+def test_the_latest_weight_counts_and_one_that_is_not_said_stays() -> None:
+    bench = Bench(max_num_seqs=8)
+    for weight in (1.0, None):
+        for tenant in "ab":
+            for _ in range(10):
+                bench.add(tenant, 5, weight=weight)
+            bench.step()
+    assert bench.running() == {"a": 4, "b": 4}
+    bench.add("b", 5, weight=3.0)
+    bench.add("b", 5)
+    for _ in range(4):
+        bench.step()
+    assert bench.running() == {"a": 2, "b": 6}
+
+
+def test_weights_that_come_with_requests_share_the_queue() -> None:
+    bench = Bench(max_waiting=4, max_num_seqs=1)
+    for tenant, count, weight in (("a", 4, 1.0), ("b", 3, 3.0)):
+        for _ in range(count):
+            bench.add(tenant, 5, weight=weight)
+    with pytest.raises(OverloadedError, match=r"'b', whose share of the 4 that may be is 3 "):
+        bench.add("b", 5, weight=3.0)
 
 
 def test_a_free_slot_goes_to_whom_has_fewest() -> None:

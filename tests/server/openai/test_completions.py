@@ -7,6 +7,8 @@ import json
 
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from blockzoo.runtime import LLM, SamplingParams
 
@@ -16,7 +18,8 @@ FOREVER = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
 
 @pytest.fixture(scope="module")
 def endpoint(serve_openai, demo_zoo):
-    return serve_openai(demo_zoo, "--kv-reuse", "on-request", "--max-num-seqs", "96")
+    options = ("--kv-reuse", "on-request", "--max-num-seqs", "96", "--precision", "f32")
+    return serve_openai(demo_zoo, *options)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def client(endpoint):
 
 @pytest.fixture(scope="module")
 def llm(demo_zoo):
-    return LLM(demo_zoo)
+    return LLM(demo_zoo, precision="f32")
 
 
 def test_models_and_what_they_are_adapters_of(client):
@@ -89,6 +92,62 @@ def test_log_probabilities_are_those_of_the_library(client, llm):
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
         joined = [item for part in parts for item in getattr(part, name) or []]
         assert joined == getattr(whole.logprobs, name)
+
+
+def test_prompts_are_echoed_with_their_log_probabilities(endpoint, client, demo_family):
+    """As lm-evaluation-harness asks for them, to judge continuations: in token ids, against transformers."""
+    texts = [PROMPT, "Größe = 🐢\n" * 30]
+    asked = [endpoint.ask("POST", "/tokenize", {"model": "base", "prompt": text}) for text in texts]
+    ids = [json.loads(text)["tokens"] for _, _, text in asked]
+    model = AutoModelForCausalLM.from_pretrained(demo_family["base"], dtype=torch.float32)
+    asked = {"model": "base", "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    choices = client.completions.create(**asked).choices
+    for choice, tokens, text in zip(choices, ids, texts, strict=True):
+        with torch.no_grad():
+            oracle = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1)[:-1]
+        told = choice.logprobs
+        assert choice.text.startswith(text)
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+        expected = oracle[range(len(oracle)), tokens[1:]].tolist()
+        assert told.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-3)
+        for value, top, row in zip(told.token_logprobs[1:-1], told.top_logprobs[1:-1], oracle, strict=True):
+            assert value in top.values()
+            assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-3)
+        assert len(told.tokens) == len(tokens) + 1
+        for offset, token in zip(told.text_offset, told.tokens, strict=True):
+            if not token.startswith("bytes:\\x"):
+                assert choice.text[offset : offset + len(token)] == token
+    whole = [choice.to_dict() for choice in choices]
+    parts = list(client.completions.create(**asked, stream=True))
+    for index, choice in enumerate(whole):
+        mine = [part.choices[0] for part in parts if part.choices[0].index == index]
+        assert "".join(part.text for part in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [x for part in mine if part.logprobs for x in getattr(part.logprobs, name)] == values
+
+
+def test_a_prompt_alone_is_judged(client):
+    asked = {"model": "notes", "prompt": PROMPT, "logprobs": 3, "echo": True, "temperature": 0}
+    alone = client.completions.create(**asked, max_tokens=0)
+    longer = client.completions.create(**asked, max_tokens=2)
+    (choice,), (other,) = alone.choices, longer.choices
+    assert (choice.text, choice.finish_reason, alone.usage.completion_tokens) == (PROMPT, "length", 0)
+    assert choice.logprobs.tokens == other.logprobs.tokens[:-2]
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(other.logprobs.token_logprobs[1:-2], abs=2e-2)
+    (streamed,) = client.completions.create(**asked, max_tokens=0, stream=True)
+    assert streamed.choices[0].logprobs == choice.logprobs
+    assert streamed.choices[0].finish_reason == "length"
+
+
+def test_the_token_told_is_among_the_likeliest_told(client):
+    asked = {"model": "base", "prompt": PROMPT, "max_tokens": 24, "seed": 1, "logprobs": 1}
+    told = client.completions.create(**asked, temperature=0).choices[0].logprobs
+    assert {len(top) for top in told.top_logprobs} == {1}
+    told = client.completions.create(**asked, temperature=2).choices[0].logprobs
+    assert max(len(top) for top in told.top_logprobs) == 2
+    for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[token] >= value
+        assert max(top.values()) == next(iter(top.values()))
 
 
 def test_each_of_n_answers_has_a_seed_of_its_own(client):
@@ -193,7 +252,8 @@ def test_the_events_of_a_stream_are_openais(endpoint):
         ({"seed": 2**64}, 400, "seed", "invalid_value"),
         ({"stop": 5}, 400, "stop", "invalid_value"),
         ({"logprobs": 21}, 400, "logprobs", "invalid_value"),
-        ({"echo": True, "logprobs": 1}, 400, "echo", None),
+        ({"echo": True, "logprobs": 1, "documents": ["a"]}, 400, "documents", None),
+        ({"echo": True, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
         ({"logit_bias": {"a": 1}}, 400, "logit_bias", "invalid_value"),
         ({"logit_bias": {"99999999": 1}}, 400, None, None),
         ({"suffix": "x"}, 400, "suffix", "unsupported_parameter"),

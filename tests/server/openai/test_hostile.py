@@ -10,6 +10,7 @@ import pytest
 
 CHAT = {"model": "chat", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 TEXT = {"model": "chat", "prompt": "x", "max_tokens": 1}
+RESPONSE = {"model": "chat", "input": "x", "max_output_tokens": 1}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 FIELDS = [
     "model",
@@ -55,6 +56,17 @@ FIELDS = [
     "tokens",
     "add_special_tokens",
     "unheard_of",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "text",
+    "include",
+    "metadata",
+    "store",
+    "truncation",
+    "background",
+    "previous_response_id",
+    "reasoning",
 ]
 LEAVES = (
     *(None, True, False, 0, 1, -1, 3, 10**18, 2**64, 0.5, -1e300, "", "x", "required", "approx"),
@@ -73,6 +85,10 @@ KEYS = (
     "5",
     "$ref",
     "",
+    "format",
+    "call_id",
+    "output",
+    "parameters",
 )
 
 
@@ -82,7 +98,11 @@ def any_value(draw: random.Random, depth: int = 0):
         return draw.choice(LEAVES)
     if kind < 0.8:
         return [any_value(draw, depth + 1) for _ in range(draw.randrange(4))]
-    return {draw.choice(KEYS): any_value(draw, depth + 1) for _ in range(draw.randrange(4))}
+    return any_object(draw, depth + 1)
+
+
+def any_object(draw: random.Random, depth: int = 1):
+    return {draw.choice(KEYS): any_value(draw, depth) for _ in range(draw.randrange(4))}
 
 
 def near_value(draw: random.Random):
@@ -100,7 +120,22 @@ def near_value(draw: random.Random):
             {"type": "function", "function": any_value(draw)},
             {str(draw.choice(LEAVES)): any_value(draw)},
             [TOOL],
+            [{"role": "user", "content": [{"type": "input_text", "text": any_value(draw)}]}],
+            [
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": any_value(draw)},
+                {"type": "function_call_output", "call_id": "c", "output": any_value(draw)},
+            ],
+            [{"type": draw.choice(("message", "reasoning", "function_call")), **any_object(draw)}],
+            [{"type": "function", "name": "f", "parameters": any_value(draw)}],
+            {"format": {"type": "json_schema", "name": "x", "schema": any_value(draw)}},
         )
+    )
+
+
+def named_nowhere(message: str) -> bool:
+    """Errors of no one field: of values that do not go together, and of the engine."""
+    return message.startswith(
+        ("guided cannot go with", "the prompt has", "logit_bias holds", "The prompt holds")
     )
 
 
@@ -109,12 +144,14 @@ def endpoint(serve_openai, chat_zoo):
     return serve_openai(chat_zoo)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_body_is_answered(endpoint, seed):
     draw = random.Random(seed)
     for _ in range(100):
         path, body = draw.choice(
             (
+                ("/v1/responses", RESPONSE),
+                ("/v1/responses", RESPONSE),
                 ("/v1/chat/completions", CHAT),
                 ("/v1/completions", TEXT),
                 ("/tokenize", TEXT),
@@ -124,14 +161,16 @@ def test_any_body_is_answered(endpoint, seed):
         body = dict(body)
         for _ in range(draw.randrange(1, 4)):
             body[draw.choice(FIELDS)] = near_value(draw) if draw.random() < 0.4 else any_value(draw)
-        body["max_tokens"] = draw.choice((1, 2, body.get("max_tokens")))
-        if body["max_tokens"] not in (1, 2) or "max_completion_tokens" in body:
-            body["ignore_eos"], body["max_tokens"] = False, 1
+        limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body[limit] = draw.choice((1, 2, body.get(limit)))
+        if body[limit] not in (1, 2) or "max_completion_tokens" in body:
+            body["ignore_eos"], body[limit] = False, 1
         status, _, text = endpoint.ask("POST", path, body, timeout=60)
         assert status in (200, 400, 404), (body, status, text)
         if status != 200:
             error = json.loads(text)["error"]
             assert error["message"], body
+            assert path != "/v1/responses" or error["param"] or named_nowhere(error["message"]), (body, error)
             assert len(text) < 4000
         else:
             assert "Internal error" not in text

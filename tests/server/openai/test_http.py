@@ -205,6 +205,10 @@ def test_connections_are_bounded(monkeypatch):
     assert served.startswith(b"HTTP/1.1 200 ")
 
 
+def failed(error):
+    return f"data: {json.dumps(error.body())}\n\n".encode()
+
+
 def test_a_client_that_does_not_read_is_cut_off_and_costs_no_memory(monkeypatch):
     monkeypatch.setattr(http, "STALLED_SECONDS", 0.5)
     monkeypatch.setattr(http, "_LOOK_EVERY_S", 0.1)
@@ -215,11 +219,11 @@ def test_a_client_that_does_not_read_is_cut_off_and_costs_no_memory(monkeypatch)
             try:
                 while True:
                     made.append(1)
-                    yield ["x" * 10_000]
+                    yield b"x" * 10_000
             finally:
                 ended.set()
 
-        await exchange.events(events())
+        await exchange.events(events(), failed)
 
     async def main():
         async with serving(Endpoint(endless, anyone)) as port:
@@ -243,10 +247,10 @@ def test_a_failure_of_ours_is_a_500_or_ends_the_stream(capsys):
 
     async def late(exchange, body):
         async def events():
-            yield [{"a": 1}]
+            yield b'data: {"a":1}\n\n'
             raise ApiError(500, "the engine failed")
 
-        await exchange.events(events())
+        await exchange.events(events(), failed)
 
     async def main(handler):
         async with serving(Endpoint(handler, anyone)) as port:
@@ -265,6 +269,6 @@ def test_a_failure_of_ours_is_a_500_or_ends_the_stream(capsys):
     connection.receive_data(b"")
     events = [connection.next_event() for _ in range(20)]
     text = b"".join(event.data for event in events if isinstance(event, h11.Data)).decode()
-    first, second, done, rest = text.split("\n\n")
-    assert (first, done, rest) == ('data: {"a":1}', "data: [DONE]", "")
+    first, second, rest = text.split("\n\n")
+    assert (first, rest) == ('data: {"a":1}', "")
     assert json.loads(second.removeprefix("data: "))["error"]["message"] == "the engine failed"

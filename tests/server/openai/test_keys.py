@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import openai
 import pytest
@@ -30,11 +32,12 @@ def test_a_file_of_keys(tmp_path):
     file = tmp_path / "keys"
     file.write_text(
         f"# ours\n\nalice {digest('a')}  # full rights\n"
-        f"bot@x {digest('b').upper()} models=chat,legal kv_scope=team requests=4 tokens_per_minute=600\n"
+        f"bot@x {digest('b').upper()} models=chat,legal kv_scope=team requests=4 tokens_per_minute=600 "
+        "weight=2.5\n"
     )
     assert read_keys(file) == (
         Key("alice", digest("a"), None, "alice", None, None),
-        Key("bot@x", digest("b"), frozenset({"chat", "legal"}), "team", 4, 600),
+        Key("bot@x", digest("b"), frozenset({"chat", "legal"}), "team", 4, 600, 2.5),
     )
 
 
@@ -47,7 +50,10 @@ def test_a_file_of_keys(tmp_path):
         ("alice", "keys:1: the second word is no SHA-256 in hex"),
         (f"\n{SECRET}!! x", "keys:2: the first word is no name"),
         (f"alice {digest('a')} models", "keys:1: expected name=value, each once, of models, kv_scope"),
-        (f"alice {digest('a')} weight=2", "keys:1: expected name=value"),
+        (f"alice {digest('a')} priority=2", "keys:1: expected name=value"),
+        (f"alice {digest('a')} weight=0", "keys:1: weight is '0'; expected a number from 0.001 to 1000"),
+        (f"alice {digest('a')} weight=nan", "weight is 'nan'"),
+        (f"alice {digest('a')} weight=much", "weight is 'much'"),
         (f"alice {digest('a')} requests=1 requests=2", "keys:1: expected name=value"),
         (f"alice {digest('a')} requests=0", "requests is '0'; expected a whole number above 0"),
         (f"alice {digest('a')} tokens_per_minute=1e5", "tokens_per_minute is '1e5'"),
@@ -155,13 +161,15 @@ def file(tmp_path_factory):
         f"bob {digest('kb')} models=base requests=1 kv_scope=team\n"
         f"carol {digest('kc')} models=base,notes kv_scope=team\n"
         f"erin {digest('ke')} tokens_per_minute=10\n"
+        f"light {digest('kl')} kv_scope=shares\n"
+        f"heavy {digest('kh')} kv_scope=shares weight=3\n"
     )
     return path
 
 
 @pytest.fixture(scope="module")
 def endpoint(serve_openai, demo_zoo, file):
-    return serve_openai(demo_zoo, "--api-keys", str(file), "--host", "0.0.0.0")
+    return serve_openai(demo_zoo, "--api-keys", str(file), "--host", "0.0.0.0", "--max-num-seqs", "4")
 
 
 def as_key(endpoint, key):
@@ -176,6 +184,7 @@ PATHS = [
     ("GET", "/page/figures"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 ]
@@ -269,6 +278,41 @@ def test_quotas_of_a_key(endpoint):
     with pytest.raises(openai.RateLimitError, match="10 tokens a minute") as caught:
         erin.completions.create(model="notes", prompt="x", max_tokens=1)
     assert int(caught.value.response.headers["retry-after"]) > 1
+
+
+def test_keys_share_the_engine_by_weight(endpoint):
+    """Of one model, in one scope, with more requests each than may run: answers are counted, not time."""
+    ended = {"kl": 0, "kh": 0}
+
+    async def ask(key, client, number):
+        asked = {"model": "base", "prompt": f"{key} {number}", "max_tokens": 200}
+        await client.completions.create(**asked, extra_body={"ignore_eos": True})
+        ended[key] += 1
+
+    async def main():
+        async with endpoint.async_client("kl") as light, endpoint.async_client("kh") as heavy:
+            clients = {"kl": light, "kh": heavy}
+            tasks = {
+                key: [asyncio.ensure_future(ask(key, client, number)) for number in range(24)]
+                for key, client in clients.items()
+            }
+            await asyncio.gather(*tasks["kh"])
+            counted = ended["kl"]
+            for task in tasks["kl"]:
+                task.cancel()
+            await asyncio.gather(*tasks["kl"], return_exceptions=True)
+            return counted
+
+    assert 6 <= asyncio.run(main()) <= 10  # to 24
+    endpoint.wait_until_idle()
+
+
+def test_the_processes_secret_is_in_no_command(endpoint):
+    pid = endpoint.served.openai_pid()
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    (secret,) = (v.partition(b"=")[2] for v in environment if v.startswith(b"BLOCKZOO_SECRET="))
+    assert len(secret) > 30
+    assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_a_new_key_counts_at_once(endpoint, file):
