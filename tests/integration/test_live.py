@@ -513,6 +513,30 @@ def test_what_cannot_be_served_keeps_nobody_else_away(
     assert ask(engine, "base", "top") == {n: expected(n) for n in ("base", "top")}
 
 
+def test_an_engine_that_cannot_be_made_leaves_out_who_needs_it(
+    folders: dict[str, Path], expected: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is one of the base, which is cut for who comes."""
+    add(tmp_path, folders, "base")
+    engine = LLMEngine(tmp_path, EngineConfig(**SETTINGS))
+    add(tmp_path, folders, "top", "whole")
+    (last,) = (i for i in Zoo.open(tmp_path).manifest.models["base"].chain[5:6])
+    make = engine._make.maker.span
+
+    def span(blocks: Any, **settings: Any) -> Any:
+        if any(block.id == last for block in blocks):
+            raise RuntimeError("no room for it")
+        return make(blocks, **settings)
+
+    monkeypatch.setattr(engine._make.maker, "span", span)
+    found = engine.reload()
+    assert (found.added, dict(found.left_out)) == ((), dict.fromkeys(["top", "whole"], "no room for it"))
+    assert ask(engine, "base") == {"base": expected("base")}
+    monkeypatch.undo()
+    assert engine.reload().added == ("top", "whole")
+    assert ask(engine, "base", "top", "whole") == {n: expected(n) for n in ("base", "top", "whole")}
+
+
 def test_a_block_that_was_damaged_since_is_not_compiled_anew(
     folders: dict[str, Path], expected: Expected, tmp_path: Path
 ) -> None:
