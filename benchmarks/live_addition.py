@@ -3,10 +3,10 @@
     python -m benchmarks.live_addition --models out/demo/models
     python -m benchmarks.live_addition --shape 110m
 
-Per round: some seconds of quiet; `zoo-compile` adds a model; from its end on the seconds until the model
-answers (`blockzoo` takes it; then its own ensemble); `zoo-compile` removes it; some seconds of rest. All the
-while streams of the first model run, whose longest gap between two tokens is told for each phase, and the
-memory of the engine's process, sampled every 50 ms.
+A round, after one that is not counted: some seconds of quiet; `zoo-compile` adds a model; from its end on the
+seconds until the model answers (`blockzoo` takes it; then its own ensemble); `zoo-compile` removes it; some
+seconds of rest. All the while streams of the first model run, whose longest gap between two tokens is told
+for each phase, and the memory of the engine's process, sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def run(zoo: Path, base: Path, comes: Path, args: argparse.Namespace) -> dict[st
         engine = engine_pid(server)
         streams = [Stream(server.http, args.context) for _ in range(args.streams)]
         watch = Watch(engine)
-        rounds: list[dict[str, Any]] = []
-        for _ in range(args.repeats):
-            rounds.append(one_round(server, zoo, comes, watch, args.seconds))
+        rounds = [one_round(server, zoo, comes, watch, args.seconds) for _ in range(1 + args.repeats)][1:]
         for stream in streams:
             stream.stop()
         watch.stop()

@@ -27,6 +27,22 @@ _FEWEST_KERNELS, _MOST_KERNELS = 32, 256  # of a span
 _DTYPES = {"H": "bf16", "f": "f32", "i": "i32"}  # numpy's type characters
 
 
+class _Bound:
+    """What an infer request is bound to: it would not keep that alive itself.
+
+    It knows the engine not, so that who drops an engine frees it at once.
+    """
+
+    def __init__(self, request: ov.InferRequest) -> None:
+        self._request = request
+        self._tensors: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
+
+    def set(self, name: str, array: np.ndarray) -> None:
+        tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
+        self._request.set_tensor(name, tensor)
+        self._tensors[name] = tensor
+
+
 class OpenVINOEngine:
     """A compiled span with one infer request. Not thread-safe: one caller at a time."""
 
@@ -34,8 +50,8 @@ class OpenVINOEngine:
         self.spec = spec
         self._blocks = tuple(blocks)  # keeps the files mapped over which the graph's constants lie
         self._request = compiled.create_infer_request()
-        self._bound: dict[str, ov.Tensor] = {}  # a wrapper that is dropped leaves the request dangling
-        self._adapters = AdapterPacker(spec, self._set)
+        self._bound = _Bound(self._request)
+        self._adapters = AdapterPacker(spec, self._bound.set)
 
     def bind(self, name: str, array: np.ndarray) -> None:
         """Bind an input or output; see `engines.base.Engine` for names, types and shapes."""
@@ -43,12 +59,7 @@ class OpenVINOEngine:
         if takes or name == "rows":  # which rows stay
             self._adapters.give(name, array)
         if not takes:
-            self._set(name, array)
-
-    def _set(self, name: str, array: np.ndarray) -> None:
-        tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
-        self._request.set_tensor(name, tensor)
-        self._bound[name] = tensor
+            self._bound.set(name, array)
 
     def run(self) -> None:
         """Run the span on what is bound."""

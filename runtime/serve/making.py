@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineError, EngineMaker, activation_dtype
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineMaker, activation_dtype
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
@@ -94,7 +94,7 @@ class Making:
                     if runs_once:
                         first_run(engine, self.maker.arrays)
                     engines[span] = engine
-                except (EngineError, ZooError) as error:
+                except (RuntimeError, ZooError) as error:  # an EngineError, or what a first run came to
                     failed[index] = error
             if progress is not None:
                 progress(index + 1, len(topology.spans))
