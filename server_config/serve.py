@@ -224,7 +224,7 @@ def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:
     from blockzoo.server_config.supervisor import say
 
     if args.tenant_weight and args.api_keys is not None:
-        say("--tenant-weight is for Triton's clients: those with an API key take its share and weight")
+        say("--tenant-weight is for Triton's clients: requests with an API key have the key's weight")
     for name, _ in args.tenant_weight:
         if name not in tenants:
             say(f"--tenant-weight {name}: {args.zoo} has no such model now; it has {', '.join(tenants)}")
