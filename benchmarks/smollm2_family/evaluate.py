@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks.common import machine_facts, print_table, save_report
@@ -27,13 +26,7 @@ from .assemble import FAMILY, assemble
 from .recipes import RECIPES
 
 COLUMNS = ("trade", "asked", "right", "first answer")
-EVALUATION_SEED = 20_000_000
 MEBIBYTE = 1 << 20
-
-
-def held_out(trade: ModuleType, count: int) -> list[samples.Sample]:
-    """The samples that the figures are about; the same ones for everyone."""
-    return samples.draw(trade, EVALUATION_SEED, count, held_out=True)
 
 
 def answers(llm: LLM, model: str, asked: Sequence[samples.Sample], max_tokens: int) -> list[str]:
@@ -46,7 +39,7 @@ def answers(llm: LLM, model: str, asked: Sequence[samples.Sample], max_tokens: i
 def figures(llm: LLM, name: str, count: int) -> dict[str, Any]:
     """Share of right answers of the base and of every model of a trade, and their first answers."""
     trade = RECIPES[name].trade
-    asked = held_out(trade, count)
+    asked = samples.held_out(trade, count)
     sides = {"base": ("base", asked)}
     rules = getattr(trade, "RULES", None)
     if rules is not None:

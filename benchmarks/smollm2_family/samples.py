@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+HELD_OUT_SEED = 20_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -28,6 +30,11 @@ class Sample:
 def draw(trade: ModuleType, seed: int, count: int, held_out: bool) -> list[Sample]:
     """`count` samples of a trade's module, no prompt twice; the same ones for the same arguments."""
     return list(_distinct(trade, seed, count, held_out))
+
+
+def held_out(trade: ModuleType, count: int) -> list[Sample]:
+    """The samples that a trade's figures are about: the same ones for everyone, none of them in training."""
+    return draw(trade, HELD_OUT_SEED, count, held_out=True)
 
 
 def _distinct(trade: ModuleType, seed: int, count: int, held_out: bool) -> Iterator[Sample]:
