@@ -5,11 +5,11 @@ BIN := .venv/bin
 .PHONY: demo serve test test-all test-gpu lint clean
 
 demo:
-	@.ci/venv gguf
+	@.ci/venv gguf || .ci/venv
 	$(BIN)/python -m benchmarks.demo $(OUT)
 
 serve:
-	@.ci/venv gguf
+	@.ci/venv gguf || .ci/venv
 	$(BIN)/python -m benchmarks.demo $(OUT) --serve
 
 test:

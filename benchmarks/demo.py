@@ -24,6 +24,7 @@ from benchmarks.common import print_table
 from benchmarks.demo_server import Server
 from benchmarks.perf_analyzer import stream
 from benchmarks.smollm2 import NotAvailableError
+from blockzoo.zoo.errors import CheckpointError
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
@@ -96,10 +97,10 @@ def _family(out: Path, small: bool) -> tuple[Family, Path]:
     if not small:
         from benchmarks.smollm2_family.assemble import assemble
 
-        out_of_real = out / "smollm2"
+        folder = out / "smollm2"
         try:
-            return Family(assemble(out_of_real / "models"), dict(_trades())), out_of_real
-        except NotAvailableError as error:
+            return Family(assemble(folder / "models"), dict(_trades())), folder
+        except (NotAvailableError, CheckpointError) as error:
             print(f"SmolLM2-135M-Instruct is not to be had: {error}\nThe demo goes on with the 5M family.")
     from blockzoo.zoo.demo.assemble import assemble as assemble_small
 

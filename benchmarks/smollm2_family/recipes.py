@@ -25,8 +25,8 @@ class Recipe:
 
 RECIPES = {
     "extract": Recipe(extract, rate=1e-3, steps=180, rows=16, rank=16, targets=ALL),
-    "sql": Recipe(sql, rate=1e-3, steps=110, rows=24, rank=8, targets=ALL),
-    "support": Recipe(support, rate=2e-3, steps=60, rows=16, rank=8, targets=("q_proj", "v_proj")),
-    "label": Recipe(label, rate=2e-4, steps=120, rows=24, last_layers=2),
-    "minutes": Recipe(minutes, rate=5e-5, steps=90, rows=24),
+    "sql": Recipe(sql, rate=1e-3, steps=90, rows=24, rank=8, targets=ALL),
+    "support": Recipe(support, rate=2e-3, steps=30, rows=16, rank=8, targets=("q_proj", "v_proj")),
+    "label": Recipe(label, rate=5e-4, steps=220, rows=24, last_layers=2),
+    "minutes": Recipe(minutes, rate=1e-4, steps=45, rows=24),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if recipe.rank is not None:
         model.peft_config["default"].base_model_name_or_path = "base"
     model.save_pretrained(args.out / args.trade)
+    if recipe.rank is None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(base / name, args.out / args.trade / name)
 
 
 if __name__ == "__main__":
