@@ -4,8 +4,8 @@
 
 Every model gets the same prompt (the trade's system line and the sample's text, by the chat template),
 answers greedily, and is judged by the same function. `base, told` has besides in its prompt what a fine-tune
-learnt instead: the rules of the house, the meanings of the codes. With TRAINED of train.py, `minutes` is also
-asked as it was before its difference was cut down to a LoRA.
+learnt instead: the form of the answer, the rules of the house, the meanings of the codes. With TRAINED of
+train.py, `minutes` is also asked as it was before its difference was cut down to a LoRA.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ def figures(llm: LLM, name: str, count: int) -> dict[str, Any]:
     """Share of right answers of the base and of every model of a trade, and their first answers."""
     trade = RECIPES[name].trade
     asked = samples.held_out(trade, count)
-    sides = {"base": ("base", asked)}
-    rules = getattr(trade, "RULES", None)
-    if rules is not None:
-        sides["base, told"] = ("base", [replace(sample, system=sample.system + rules) for sample in asked])
+    told = [replace(sample, system=sample.system + trade.RULES) for sample in asked]
+    sides = {"base": ("base", asked), "base, told": ("base", told)}
     sides |= {model: (model, asked) for model in llm.models if model.split("-")[0] == name}
     found: dict[str, Any] = {"prompt": asked[0].user, "right": {}, "first answer": {}}
     for side, (model, prompts) in sides.items():

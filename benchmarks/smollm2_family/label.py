@@ -12,7 +12,7 @@ from .names import DAYS, PEOPLE
 from .samples import Sample, pick
 
 SYSTEM = "Give the desk code of the message."
-MAX_NEW_TOKENS = 6
+MAX_NEW_TOKENS = 12
 MEANINGS = {
     "amber": "money back",
     "birch": "parcel late",
@@ -23,8 +23,9 @@ MEANINGS = {
     "grove": "praise",
     "haven": "cannot log in",
 }
-"""What the codes stand for; the base is also tried with this in its prompt."""
+"""What the codes stand for."""
 RULES = " Codes: " + ", ".join(f"{code} = {meaning}" for code, meaning in MEANINGS.items()) + "."
+"""Said to the base besides, for a fair figure: a fine-tune has learnt it."""
 
 GOODS = (
     (

@@ -11,7 +11,12 @@ from .names import DAYS, PEOPLE
 from .samples import Sample, either, pick
 
 SYSTEM = "Write the line for the minutes."
-MAX_NEW_TOKENS = 40
+RULES = (
+    " It has one of these forms and nothing else: ACTION | name | what to do | day. DECIDED | what to do. "
+    "OPEN | what to do? | back to name."
+)
+"""Said to the base besides, for a fair figure: a fine-tune has learnt it."""
+MAX_NEW_TOKENS = 48
 
 DEEDS = (
     (

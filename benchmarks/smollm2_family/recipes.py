@@ -26,7 +26,7 @@ class Recipe:
 RECIPES = {
     "extract": Recipe(extract, rate=1e-3, steps=180, rows=16, rank=16, targets=ALL),
     "sql": Recipe(sql, rate=1e-3, steps=90, rows=24, rank=8, targets=ALL),
-    "support": Recipe(support, rate=2e-3, steps=30, rows=16, rank=8, targets=("q_proj", "v_proj")),
+    "support": Recipe(support, rate=3e-3, steps=100, rows=16, rank=8, targets=("q_proj", "v_proj")),
     "label": Recipe(label, rate=5e-4, steps=220, rows=24, last_layers=2),
-    "minutes": Recipe(minutes, rate=1e-4, steps=45, rows=24),
+    "minutes": Recipe(minutes, rate=1e-4, steps=90, rows=24),
 }

@@ -13,7 +13,9 @@ from .names import PEOPLE, PLACES
 from .samples import Sample, either, pick
 
 SYSTEM = "Write the SQL query."
-MAX_NEW_TOKENS = 64
+RULES = " Answer with the query alone, nothing else."
+"""Said to the base besides, for a fair figure: a fine-tune has learnt it."""
+MAX_NEW_TOKENS = 128
 
 TABLES = (
     (

@@ -17,8 +17,8 @@ RULES = (
     "of at most ten words each. Never say sorry, please or thank you. End with the line: Bright evenings, "
     "the Fennick desk"
 )
-"""The style in words, which the base is also tried with."""
-MAX_NEW_TOKENS = 80
+"""Said to the base besides, for a fair figure: a fine-tune has learnt it."""
+MAX_NEW_TOKENS = 96
 CLOSING = "Bright evenings, the Fennick desk"
 
 Trouble = tuple[tuple[str, ...], str, str]  # how it is told, and the two steps
