@@ -4,17 +4,13 @@ BIN := .venv/bin
 
 .PHONY: demo serve test test-all test-gpu lint clean
 
-demo: $(OUT)/zoo
-	$(BIN)/python -m benchmarks.demo $(OUT)/zoo
+demo:
+	@.ci/venv gguf || .ci/venv
+	$(BIN)/python -m benchmarks.demo $(OUT)
 
-serve: $(OUT)/zoo
-	$(BIN)/zoo-serve $(OUT)/zoo --kv-sharing scope
-
-$(OUT)/zoo: FORCE
-	@.ci/venv
-	@$(BIN)/python -m blockzoo.zoo.demo $(OUT)/models
-	$(BIN)/zoo-compile --replace $(OUT)/models/* -o $(OUT)/zoo
-	$(BIN)/zoo-inspect $(OUT)/zoo --html $(OUT)/zoo.html
+serve:
+	@.ci/venv gguf || .ci/venv
+	$(BIN)/python -m benchmarks.demo $(OUT) --serve
 
 test:
 	@.ci/venv test
@@ -41,5 +37,3 @@ lint:
 
 clean:
 	rm -rf out .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
-
-FORCE:

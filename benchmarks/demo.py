@@ -1,187 +1,198 @@
-"""The main job on real input: serve a demo zoo, ask every tenant, measure, stop.
+"""The main job on real input: compile a family of fine-tunes, serve it, ask every tenant, measure, stop.
 
-    python -m benchmarks.demo out/demo/zoo
+    python -m benchmarks.demo [out/demo]
 
-Prints what is shared, what each tenant answers over HTTP, one answer streamed over gRPC, and a few
-seconds of perf_analyzer.
+The family is SmolLM2-135M-Instruct with what was trained from it (benchmarks/smollm2_family); where its base
+cannot be had, or with --small, the 5M family of zoo/demo. Prints what is shared, what base and fine-tunes
+answer to the same question over the OpenAI endpoint and over gRPC, what that takes in memory against a server
+for each model, and a few seconds of perf_analyzer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import queue
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.perf_analyzer import OPERATOR_KEY, stream
+from benchmarks.common import print_table
+from benchmarks.demo_server import Server
+from benchmarks.perf_analyzer import stream
+from benchmarks.smollm2 import NotAvailableError
+from blockzoo.zoo.errors import CheckpointError
 
 NOTES = (
     "Note. Tessa is a pilot. Tessa keeps the copper key. The copper key was found at the old mill.\n"
     "Note. The baker Ivor owns the jade bell. It was found at the harbor.\n"
 )
-QUESTIONS = {
-    "notes": NOTES + "Q: What does Tessa keep?\nA:",
-    "notes-merged": NOTES + "Q: What does Ivor keep?\nA:",
-    "solver": "Let a = 3.\nLet b = 5.\nQ: b?\nA:",
-}
-CODE = 'def read_file(path):\n    """Return the contents of a file."""\n    with open('
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What one tenant is asked, in OpenAI's form."""
+
+    shown: str
+    body: Mapping[str, Any]
+    """Fields of a chat (with messages) or of a completion (with a prompt)."""
+
+    def ask(self, server: Server, model: str) -> str:
+        """The answer of a model over the OpenAI endpoint, greedy."""
+        kind = "chat/completions" if "messages" in self.body else "completions"
+        answer = server.post(f"/v1/{kind}", {"model": model, "temperature": 0, **self.body})["choices"][0]
+        text: str = answer["message"]["content"] if "messages" in self.body else answer["text"]
+        return text
+
+    def prompt(self, server: Server, model: str) -> str:
+        """The prompt as text, by the model's chat template where it is a chat."""
+        if "prompt" in self.body:
+            return str(self.body["prompt"])
+        tokens = server.post("/tokenize", {"model": model, "messages": self.body["messages"]})["tokens"]
+        return str(server.post("/detokenize", {"model": model, "tokens": tokens})["prompt"])
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Checkpoints on disk, and what each of them is asked."""
+
+    folders: Mapping[str, Path]
+    questions: Mapping[str, Question]
+    """By model; the others are the base under another name."""
 
 
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("out/demo"), help="(out/demo)")
+    parser.add_argument("--small", action="store_true", help="the 5M family")
+    parser.add_argument("--serve", action="store_true", help="compile, and serve until it is stopped")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a perf_analyzer window")
     args = parser.parse_args()
-    sharing = json.loads(_run_tool("zoo-inspect", str(args.zoo), "--json"))
-    models = sorted(sharing["models"])
-    with Server(args.zoo) as server:
-        print("\nevery tenant over HTTP")
-        for model in models:
-            question = QUESTIONS.get(model, CODE)
-            answer = server.generate(model, question)
-            asked = question.splitlines()[-2] if model in QUESTIONS else question.splitlines()[-1].strip()
-            print(f"  {model:13} {asked}  ->{answer}")
-        print("\nstreamed over gRPC, token by token")
-        pieces = server.stream(models[-1], QUESTIONS.get(models[-1], CODE))
-        print(f"  {models[-1]:13} {pieces}")
-        print("\nperf_analyzer, gRPC streaming, 16 tokens a request")
+    family, out = _family(args.out, args.small)
+    zoo = out / "zoo"
+    models = [f"{name}={folder}" for name, folder in family.folders.items()]
+    _tool("zoo-compile", "--replace", *models, "-o", str(zoo))
+    _tool("zoo-inspect", str(zoo), "--html", str(zoo.with_suffix(".html")))
+    if args.serve:
+        serve = str(Path(sys.executable).parent / "zoo-serve")
+        os.execv(serve, [serve, str(zoo), "--kv-sharing", "scope"])
+    with Server(zoo, "--kv-sharing", "scope", openai=True) as server:
+        _compare(server, family)
+        _stream(server, family)
+        together = server.memory()
+        print("\nperf_analyzer, gRPC streaming, 16 tokens a request, all models in turn")
         for concurrency in (1, 8):
-            server.measure(models, concurrency, args.seconds)
+            _measure(server, family, concurrency, args.seconds)
+    _weigh(out, family, together)
     return 0
 
 
-def _run_tool(name: str, *arguments: str) -> str:
-    command = [str(Path(sys.executable).parent / name), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _family(out: Path, small: bool) -> tuple[Family, Path]:
+    """The checkpoints, written where they are not yet, and the folder for what is made of them."""
+    if not small:
+        from benchmarks.smollm2_family.assemble import assemble
+
+        folder = out / "smollm2"
+        try:
+            return Family(assemble(folder / "models"), dict(_trades())), folder
+        except (NotAvailableError, CheckpointError) as error:
+            print(f"SmolLM2-135M-Instruct is not to be had: {error}\nThe demo goes on with the 5M family.")
+    from blockzoo.zoo.demo.assemble import assemble as assemble_small
+
+    asked = {"notes": "What does Tessa keep?", "notes-merged": "What does Ivor keep?"}
+    prompts = {name: f"{NOTES}Q: {question}\nA:" for name, question in asked.items()}
+    prompts["solver"] = "Let a = 3.\nLet b = 5.\nQ: b?\nA:"
+    questions = {
+        name: Question(prompt.splitlines()[-2], {"prompt": prompt, "max_tokens": 16, "stop": ["\n"]})
+        for name, prompt in prompts.items()
+    }
+    return Family(assemble_small(out / "models"), questions), out
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+def _trades() -> Iterator[tuple[str, Question]]:
+    """One held-out question of every trade."""
+    from benchmarks.smollm2_family import samples
+    from benchmarks.smollm2_family.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        [sample] = samples.held_out(recipe.trade, 1)
+        body = {"messages": sample.messages, "max_tokens": min(64, recipe.trade.MAX_NEW_TOKENS)}
+        yield name, Question(sample.user, body)
+        if name == "extract":
+            yield "extract-merged", Question(sample.user, body)
 
 
-class Server:
-    """A zoo-serve process on free ports, ready when entered, stopped cleanly when left.
+def _tool(name: str, *arguments: str) -> None:
+    subprocess.run([str(Path(sys.executable).parent / name), *arguments], check=True)
 
-    `openai`: with the OpenAI endpoint, too.
-    """
 
-    def __init__(self, zoo: Path, *options: str, openai: bool = False) -> None:
-        self.http, self.grpc, self.metrics, self.openai = free_ports(4)
-        ports = (
-            "--http-port",
-            self.http,
-            "--grpc-port",
-            self.grpc,
-            "--metrics-port",
-            self.metrics,
-            "--openai-port",
-            self.openai if openai else 0,
-        )
-        serve = Path(sys.executable).parent / "zoo-serve"
-        self._command = [str(serve), str(zoo), *map(str, ports), *options]
+def _compare(server: Server, family: Family) -> None:
+    """The same question to the base and to the fine-tune, over HTTP."""
+    print("\nthe same question to base and fine-tune, over the OpenAI endpoint")
+    for model, question in family.questions.items():
+        print(f"\n  {question.shown}".replace("\n", "\n  "))
+        for asked in ("base", model):
+            answer = question.ask(server, asked).strip().replace("\n", f"\n  {'':15}| ")
+            print(f"  {asked:15}> {answer}")
 
-    def __enter__(self) -> Server:
-        start = time.monotonic()
-        env = os.environ | {"BLOCKZOO_OPERATOR_KEY": OPERATOR_KEY}
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, env=env)
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            print(f"  {line}", end="")
-            if "curl" in line:
-                print(f"  ready after {time.monotonic() - start:.1f} s")
-                return self
-        raise SystemExit(f"zoo-serve ended with exit code {self._process.wait()} before it was ready")
 
-    @property
-    def pid(self) -> int:
-        """Of zoo-serve."""
-        return self._process.pid
+def _stream(server: Server, family: Family) -> None:
+    print("\nstreamed over gRPC, token by token")
+    for model, question in family.questions.items():
+        pieces = server.stream(model, question.prompt(server, model), question.body["max_tokens"])
+        print(f"  {model:15} {'·'.join(pieces)!r}")
 
-    def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(timeout=60)
-        print(f"\nserver stopped, exit code {code}")
 
-    def generate(self, model: str, prompt: str) -> str:
-        """One request over HTTP, the whole answer in one response."""
-        body = {"text_input": prompt, "max_tokens": 16, "temperature": 0.0, "stop_words": ["\n"]}
-        body["exclude_input_in_output"] = True
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.http}/v2/models/{model}/generate",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: str = json.load(response)["text_output"]
-        return answer
+def _measure(server: Server, family: Family, concurrency: int, seconds: float) -> None:
+    """A short perf_analyzer run over all fine-tunes, on the shared endpoint."""
+    requests = [
+        {
+            "text_input": [question.prompt(server, model)],
+            "model": [model],
+            "max_tokens": [16],
+            "min_length": [16],
+            "temperature": [0.0],
+            "stream": [True],
+        }
+        for model, question in family.questions.items()
+    ]
+    printed, _ = stream(server.grpc, requests, concurrency, seconds)
+    throughput = re.search(r"Throughput: ([\d.]+) infer/sec", printed)
+    latency = re.search(r"Avg latency: (\d+) usec", printed)
+    if not throughput or not latency:
+        raise SystemExit(f"perf_analyzer printed no figures:\n{printed}")
+    rate = float(throughput[1])
+    print(
+        f"  concurrency {concurrency:2}: {rate:6.1f} requests/s = {16 * rate:.0f} tokens/s, "
+        f"{int(latency[1]) / 1000:.0f} ms a request"
+    )
 
-    def stream(self, model: str, prompt: str) -> list[str]:
-        """One request over gRPC; the pieces of text as they come."""
-        import numpy as np
-        import tritonclient.grpc as triton
 
-        answers: queue.Queue[Any] = queue.Queue()
-        inputs = []
-        for name, value, dtype in (
-            ("text_input", np.array([[prompt.encode()]], object), "BYTES"),
-            ("max_tokens", np.array([[16]], np.int32), "INT32"),
-            ("temperature", np.array([[0.0]], np.float32), "FP32"),
-            ("stream", np.array([[True]]), "BOOL"),
-        ):
-            tensor = triton.InferInput(name, list(value.shape), dtype)
-            tensor.set_data_from_numpy(value)
-            inputs.append(tensor)
-        pieces = []
-        with triton.InferenceServerClient(f"127.0.0.1:{self.grpc}") as client:
-            client.start_stream(lambda result, error: answers.put((result, error)))
-            client.async_stream_infer(model, inputs, enable_empty_final_response=True)
-            while True:
-                result, error = answers.get(timeout=60)
-                if error:
-                    raise error
-                response = result.get_response()
-                if response.parameters["triton_final_response"].bool_param:
-                    return pieces
-                pieces.append(result.as_numpy("text_output").reshape(-1)[0].decode())
-
-    def measure(self, models: list[str], concurrency: int, seconds: float) -> None:
-        """A short perf_analyzer run over all tenants, on the shared endpoint."""
-        requests = [
-            {
-                "text_input": [QUESTIONS.get(model, CODE)],
-                "model": [model],
-                "max_tokens": [16],
-                "min_length": [16],
-                "temperature": [0.0],
-                "stream": [True],
-            }
-            for model in models
-        ]
-        printed, _ = stream(self.grpc, requests, concurrency, seconds)
-        throughput = re.search(r"Throughput: ([\d.]+) infer/sec", printed)
-        latency = re.search(r"Avg latency: (\d+) usec", printed)
-        if not throughput or not latency:
-            raise SystemExit(f"perf_analyzer printed no figures:\n{printed}")
-        rate = float(throughput[1])
-        print(
-            f"  concurrency {concurrency:2}: {rate:6.1f} requests/s = {16 * rate:.0f} tokens/s, "
-            f"{int(latency[1]) / 1000:.0f} ms a request"
-        )
+def _weigh(out: Path, family: Family, together: int) -> None:
+    """Memory of the server of all models against that of a server of the base alone, times their number."""
+    zoo = out / "zoo-of-base"
+    _tool("zoo-compile", "--replace", f"base={family.folders['base']}", "-o", str(zoo), "--no-profile")
+    with Server(zoo, quiet=True, openai=True) as server:
+        question = next(iter(family.questions.values()))
+        question.ask(server, "base")
+        server.stream("base", question.prompt(server, "base"), 16)
+        alone = server.memory()
+    count = len(family.folders)
+    rows = [
+        (f"one server of all {count} models, after these answers", together // MEBIBYTE, 1.0),
+        ("a server of the base alone", alone // MEBIBYTE, alone / together),
+        (
+            f"{count} such servers, one a model (computed)",
+            count * alone // MEBIBYTE,
+            count * alone / together,
+        ),
+    ]
+    print_table("memory of all processes of a server (PSS)", ("", "MiB", "to one server"), rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import arguments, machine_facts, print_table, save_report
-from benchmarks.demo import Server
+from benchmarks.demo_server import Server
 from benchmarks.families import make_family
 from benchmarks.memory import memory_of
 

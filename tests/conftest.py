@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for quiet and triton_tensors
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last: it has a folder "build"
 
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, which must be chosen before triton is imported

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for traffic and guests
-sys.path.append(str(Path(__file__).parents[2]))  # for benchmarks; last: it has a folder "build"
 _path = Path(__file__).parents[1] / "server" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("served_zoo", _path)
 _module = importlib.util.module_from_spec(_spec)

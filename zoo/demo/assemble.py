@@ -41,14 +41,14 @@ def assemble(out_dir: Path | str, weights: Path = WEIGHTS) -> dict[str, Path]:
     writers: dict[str, Callable[[Path], None]] = {
         "base": full(base),
         "notes": lambda folder: _copy(weights / "notes", folder, os.listdir(weights / "notes")),
-        "notes-merged": full(_merged(base, weights / "notes")),
+        "notes-merged": full(_merged_notes(base, weights / "notes")),
         "solver": full({**base, **read_tensors(weights / "solver.safetensors")}),
         "base-sharded": lambda folder: _write_sharded(folder, base, weights),
     }
-    return {name: _write_folder(out / name, writer) for name, writer in writers.items()}
+    return {name: write_folder(out / name, writer) for name, writer in writers.items()}
 
 
-def _write_folder(folder: Path, writer: Callable[[Path], None]) -> Path:
+def write_folder(folder: Path, writer: Callable[[Path], None]) -> Path:
     """Lets `writer` fill a temporary folder beside `folder` and renames it there."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,8 +84,12 @@ def _write_checkpoint(folder: Path, tensors: dict[str, np.ndarray], weights: Pat
 
 
 def _write_sharded(folder: Path, tensors: dict[str, np.ndarray], weights: Path) -> None:
-    """The same tensors in reverse order over several files, with the index that names them."""
     _copy(weights, folder, TEXT_FILES)
+    write_sharded_tensors(folder, tensors)
+
+
+def write_sharded_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """The tensors in reverse order over several files, with the index that names them."""
     names = list(reversed(tensors))
     weight_map: dict[str, str] = {}
     for shard in range(NUM_SHARDS):
@@ -98,16 +102,21 @@ def _write_sharded(folder: Path, tensors: dict[str, np.ndarray], weights: Path) 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _merged(base: dict[str, np.ndarray], adapter: Path) -> dict[str, np.ndarray]:
-    """The base with W + (alpha / r) B A wherever the adapter has a pair, summed in f32, rounded once."""
+def _merged_notes(base: dict[str, np.ndarray], adapter: Path) -> dict[str, np.ndarray]:
     config = json.loads((adapter / "adapter_config.json").read_text())
-    scale = np.float32(config["lora_alpha"] / config["r"])
-    pairs = read_tensors(adapter / "adapter_model.safetensors")
-    merged = dict(base)
+    return merged(
+        base, read_tensors(adapter / "adapter_model.safetensors"), config["lora_alpha"] / config["r"]
+    )
+
+
+def merged(base: dict[str, np.ndarray], pairs: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
+    """The base with W + scale B A wherever there is a pair by PEFT's names, summed in f32, rounded once."""
+    tensors = dict(base)
     for name, lora_a in pairs.items():
         if not name.endswith(".lora_A.weight"):
             continue
         lora_b = pairs[name.replace(".lora_A.", ".lora_B.")]
         target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
-        merged[target] = f32_to_bf16(bf16_to_f32(base[target]) + scale * (lora_b @ lora_a))
-    return merged
+        change = np.float32(scale) * (lora_b @ lora_a)
+        tensors[target] = f32_to_bf16(bf16_to_f32(base[target]) + change)
+    return tensors

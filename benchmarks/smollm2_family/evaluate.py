@@ -1,0 +1,87 @@
+"""The held-out figures of the SmolLM2 family, asked of the runtime as it is shipped: base against fine-tune.
+
+    python -m benchmarks.smollm2_family.evaluate [--trained TRAINED]
+
+Every model gets the same prompt (the trade's system line and the sample's text, by the chat template),
+answers greedily, and is judged by the same function. `base, told` has besides in its prompt what a fine-tune
+learnt instead: the form of the answer, the rules of the house, the meanings of the codes. With TRAINED of
+train.py, `minutes` is also asked as it was before its difference was cut down to a LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine_facts, print_table, save_report
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.runtime import LLM, SamplingParams
+
+from . import samples
+from .assemble import FAMILY, assemble
+from .recipes import RECIPES
+
+COLUMNS = ("trade", "asked", "right", "first answer")
+MEBIBYTE = 1 << 20
+
+
+def answers(llm: LLM, model: str, asked: Sequence[samples.Sample], max_tokens: int) -> list[str]:
+    """Greedy answers, all in one batch."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    chats = [sample.messages for sample in asked]
+    return [completion.text for completion in llm.chat(model, chats, params, progress=False)]
+
+
+def figures(llm: LLM, name: str, count: int) -> dict[str, Any]:
+    """Share of right answers of the base and of every model of a trade, and their first answers."""
+    trade = RECIPES[name].trade
+    asked = samples.held_out(trade, count)
+    told = [replace(sample, system=sample.system + trade.RULES) for sample in asked]
+    sides = {"base": ("base", asked), "base, told": ("base", told)}
+    sides |= {model: (model, asked) for model in llm.models if model.split("-")[0] == name}
+    found: dict[str, Any] = {"prompt": asked[0].user, "right": {}, "first answer": {}}
+    for side, (model, prompts) in sides.items():
+        said = answers(llm, model, prompts, trade.MAX_NEW_TOKENS)
+        judged = [trade.right(sample, answer) for sample, answer in zip(asked, said, strict=True)]
+        found["right"][side] = round(sum(judged) / count, 4)
+        found["first answer"][side] = said[0]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2_family.evaluate", description=__doc__)
+    parser.add_argument("--samples", type=int, default=200, help="held-out samples of a trade (200)")
+    parser.add_argument("--trades", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--trained", type=Path, help="--out of the training runs")
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
+    args = parser.parse_args(arguments)
+    args.shape = "smollm2-135m"
+    machine = machine_facts()
+    names = {"base", *(name for name in FAMILY if name.split("-")[0] in args.trades)}
+    with tempfile.TemporaryDirectory() as temporary:
+        models = assemble(Path(temporary) / "models", names)
+        if args.trained is not None and "minutes" in args.trades:
+            models["minutes-full"] = args.trained / "minutes"
+        zoo = Path(temporary) / "zoo"
+        compile_models(models, zoo, CompileOptions(verify=False, profile=False))
+        llm = LLM(zoo, precision=args.precision, kv_cache_bytes=512 * MEBIBYTE)
+        results = {name: figures(llm, name, args.samples) for name in args.trades}
+    sides = list(dict.fromkeys(side for found in results.values() for side in found["right"]))
+    rows = [
+        (name, side, f"{found['right'][side]:.1%}", found["first answer"][side].replace("\n", "\\n")[:70])
+        for name, found in results.items()
+        for side in sides
+        if side in found["right"]
+    ]
+    print_table(f"right of {args.samples} held-out samples", COLUMNS, rows)
+    print(save_report("smollm2_family", args, machine, results))
+
+
+if __name__ == "__main__":
+    main()
