@@ -321,16 +321,14 @@ class LLMEngine:
             self._judge_prompts(items, done)
             results = [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
             for logits, indices in done.logits:
-                seqs = [items[i].seq for i in indices]
-                requests = [self._requests[seq.request_id] for seq in seqs]
-                if not all(request.max_tokens for request in requests):
-                    wanted = [row for row, request in enumerate(requests) if request.max_tokens]
-                    results += [(seq, None) for row, seq in enumerate(seqs) if row not in wanted]
-                    logits, indices = logits[wanted], [indices[row] for row in wanted]
-                    seqs, requests = [seqs[row] for row in wanted], [requests[row] for row in wanted]
-                tokens = self._sampler.sample(logits, [request.sampler for request in requests])
-                sampled = zip(indices, seqs, tokens, strict=True)
-                results += [(seq, token) for i, seq, token in sampled if i not in done.failed]
+                rows = [row for row, index in enumerate(indices) if index not in done.failed]
+                requests = [self._requests[items[indices[row]].seq.request_id] for row in rows]
+                results += [(request.seq, None) for request in requests if not request.max_tokens]
+                rows = [row for row, request in zip(rows, requests, strict=True) if request.max_tokens]
+                requests = [request for request in requests if request.max_tokens]
+                wanted = logits if len(rows) == len(indices) else logits[rows]
+                tokens = self._sampler.sample(wanted, [request.sampler for request in requests])
+                results += [(request.seq, token) for request, token in zip(requests, tokens, strict=True)]
         except Exception as error:
             traceback.print_exc()
             return [(seq, RequestError(f"the engine failed: {error}")) for seq, _ in items]

@@ -156,16 +156,18 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     def broken(self: Executor, batch: Any) -> Any:
         result = run(self, batch)
         for logits, members in result.logits:
-            rows = [row for row, member in enumerate(members) if len(batch[member].token_ids) == 40]
-            logits[rows[:1]] = np.nan
+            firsts = [members.index(member) for member in set(members)]
+            long_ones = [row for row in firsts if len(batch[members[row]].token_ids) == 40]
+            logits[long_ones] = np.nan
         return result
 
     monkeypatch.setattr(Executor, "run", broken)
-    for i, prompt in enumerate((short, long)):
-        llm.engine.add_request(str(i), "llama-gqa-untied", prompt, ASKED)
+    for i, (prompt, max_tokens) in enumerate(((short, 8), (long, 8), (long, 0))):
+        llm.engine.add_request(str(i), "llama-gqa-untied", prompt, replace(ASKED, max_tokens=max_tokens))
     ends = {}
     while llm.engine.has_unfinished():
         ends |= {output.request_id: output for output in llm.engine.step() if output.finished}
     assert ends["0"].finish_reason == "length"
-    assert ends["1"].finish_reason == "error"
-    assert "largest logit is nan" in ends["1"].error
+    for number in ("1", "2"):
+        assert ends[number].finish_reason == "error"
+        assert "largest logit is nan" in ends[number].error
