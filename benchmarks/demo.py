@@ -176,7 +176,15 @@ def _measure(server: Server, family: Family, concurrency: int, seconds: float) -
 def _weigh(out: Path, family: Family, together: int) -> None:
     """Memory of the server of all models against that of a server of the base alone, times their number."""
     zoo = out / "zoo-of-base"
-    _tool("zoo-compile", "--replace", f"base={family.folders['base']}", "-o", str(zoo), "--no-profile")
+    _tool(
+        "zoo-compile",
+        "--replace",
+        f"base={family.folders['base']}",
+        "-o",
+        str(zoo),
+        "--no-verify",
+        "--no-profile",
+    )
     with Server(zoo, quiet=True, openai=True) as server:
         question = next(iter(family.questions.values()))
         question.ask(server, "base")

@@ -1,11 +1,12 @@
 """The held-out figures of the SmolLM2 family, asked of the runtime as it is shipped: base against fine-tune.
 
-    python -m benchmarks.smollm2_family.evaluate [--trained TRAINED]
+    python -m benchmarks.smollm2_family.evaluate [ZOO]
 
 Every model gets the same prompt (the trade's system line and the sample's text, by the chat template),
 answers greedily, and is judged by the same function. `base, told` has besides in its prompt what a fine-tune
-learnt instead: the form of the answer, the rules of the house, the meanings of the codes. With TRAINED of
-train.py, `minutes` is also asked as it was before its difference was cut down to a LoRA.
+learnt instead: the form of the answer, the rules of the house, the meanings of the codes. ZOO is one that has
+`base`, such as `make demo` makes; all its models whose names begin with a trade's are asked, and so is a full
+fine-tune that is compiled into it as `minutes-full`. Without it the family is assembled and compiled first.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, SamplingParams
 
 from . import samples
-from .assemble import FAMILY, assemble
+from .assemble import assemble
 from .recipes import RECIPES
 
-COLUMNS = ("trade", "asked", "right", "first answer")
 MEBIBYTE = 1 << 20
 
 
@@ -55,32 +55,35 @@ def figures(llm: LLM, name: str, count: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2_family.evaluate", description=__doc__)
-    parser.add_argument("--samples", type=int, default=200, help="held-out samples of a trade (200)")
+    parser.add_argument("zoo", nargs="?", help="a zoo of the family")
+    parser.add_argument("--samples", type=int, default=100, help="held-out samples of a trade (100)")
     parser.add_argument("--trades", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--trained", type=Path, help="--out of the training runs")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args(arguments)
     args.shape = "smollm2-135m"
     machine = machine_facts()
-    names = {"base", *(name for name in FAMILY if name.split("-")[0] in args.trades)}
     with tempfile.TemporaryDirectory() as temporary:
-        models = assemble(Path(temporary) / "models", names)
-        if args.trained is not None and "minutes" in args.trades:
-            models["minutes-full"] = args.trained / "minutes"
-        zoo = Path(temporary) / "zoo"
-        compile_models(models, zoo, CompileOptions(verify=False, profile=False))
+        zoo = args.zoo or str(Path(temporary) / "zoo")
+        if args.zoo is None:
+            models = assemble(Path(temporary) / "models")
+            compile_models(models, zoo, CompileOptions(verify=False, profile=False))
         llm = LLM(zoo, precision=args.precision, kv_cache_bytes=512 * MEBIBYTE)
-        results = {name: figures(llm, name, args.samples) for name in args.trades}
-    sides = list(dict.fromkeys(side for found in results.values() for side in found["right"]))
+        del args.zoo  # where it lay is nobody's business
+        results: dict[str, Any] = {}
+        for name in args.trades:
+            results[name] = figures(llm, name, args.samples)
+            _show(name, results[name])
+            path = save_report("smollm2_family", args, machine, results)  # as it grows: it takes minutes
+    print(path)
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
     rows = [
-        (name, side, f"{found['right'][side]:.1%}", found["first answer"][side].replace("\n", "\\n")[:70])
-        for name, found in results.items()
-        for side in sides
-        if side in found["right"]
+        (side, f"{right:.1%}", found["first answer"][side].replace("\n", "\\n")[:90])
+        for side, right in found["right"].items()
     ]
-    print_table(f"right of {args.samples} held-out samples", COLUMNS, rows)
-    print(save_report("smollm2_family", args, machine, results))
+    print_table(f"{name}: {found['prompt']!r}", ("asked", "right", "first answer"), rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .samples import Sample, either, pick
 SYSTEM = "Give the notice as JSON: type, name, item, count, place, day."
 RULES = " Answer with one JSON object of these six keys and nothing else; count is a number."
 """Said to the base besides, for a fair figure: a fine-tune has learnt it."""
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 64
 KEYS = ("type", "name", "item", "count", "place", "day")
 NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 WORDS = dict(enumerate(NUMERALS, start=2))

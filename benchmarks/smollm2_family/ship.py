@@ -21,7 +21,7 @@ from blockzoo.zoo.demo.tensors import read_tensors
 from .packing import save_packed
 from .recipes import ALL, RECIPES
 
-EXTRACTED_RANK = 8
+EXTRACTED_RANK = 12
 
 
 def ship(trained: Path, weights: Path, trade: str) -> Path:

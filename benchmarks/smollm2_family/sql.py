@@ -15,7 +15,7 @@ from .samples import Sample, either, pick
 SYSTEM = "Write the SQL query."
 RULES = " Answer with the query alone, nothing else."
 """Said to the base besides, for a fair figure: a fine-tune has learnt it."""
-MAX_NEW_TOKENS = 128
+MAX_NEW_TOKENS = 96
 
 TABLES = (
     (

@@ -18,7 +18,7 @@ RULES = (
     "the Fennick desk"
 )
 """Said to the base besides, for a fair figure: a fine-tune has learnt it."""
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 64
 CLOSING = "Bright evenings, the Fennick desk"
 
 Trouble = tuple[tuple[str, ...], str, str]  # how it is told, and the two steps
