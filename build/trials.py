@@ -24,6 +24,7 @@ MAX_FORWARDS = 12
 """What a search may run, in forwards of the whole model; the first, which ranks, counts up to two more."""
 _MAX_STATE_BYTES = 1 << 29  # of hidden states kept of one chain
 _PATIENCE = 3  # single candidates in a row that are too much: those ranked behind them are as well
+_ENOUGH = 0.97  # of the loss that is borne: the rest is not worth a trial
 
 
 _Chain = tuple[tuple[str, ...], dict[int, list[np.ndarray]]]
@@ -168,7 +169,7 @@ def compose(
     left = sorted(candidates, key=strays)
     taken: list[Candidate] = []
     loss, size, failed = 0.0, len(left), 0
-    while left and failed < _PATIENCE:
+    while left and failed < _PATIENCE and loss < _ENOUGH:
         group = left[:size]
         if not affordable([*taken, *group]):
             break
@@ -179,7 +180,7 @@ def compose(
         elif size == 1:
             left, failed, most = left[1:], failed + 1, 1
         else:
-            most = (3 * size) // 4
+            most = size // 2
         room = np.cumsum([strays(candidate) for candidate in left[:most]]) * rate <= 1 - loss
         size = max(1, int(room.sum()))
     return taken

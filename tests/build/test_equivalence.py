@@ -19,7 +19,7 @@ from blockzoo.build.report import loss_text
 from blockzoo.build.sources import open_sources
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.zoo.store import Zoo
-from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
+from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, write_tensor_file
 
 Tree = Callable[[Path], dict[str, str]]
 TEXT = "".join(
@@ -104,6 +104,31 @@ def test_what_is_not_alike_is_left_alone(
     assert main([*given, *asked]) == 0
     report = json.loads(capsys.readouterr().out)["models"][1]
     assert "no block is equivalent to another model's at 1" in report["notes"][-1]
+
+
+def test_what_loses_no_more_than_bf16_is_taken_at_any_threshold(
+    tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    """One weight in fifty moved to the next bf16 number."""
+    folder = Path(shutil.copytree(tuned["base"], tmp_path / "moved"))
+    file = TensorFile(tuned["base"] / "model.safetensors")
+    tensors = {key: file.tensor(key) for key in file.names}
+    rng = np.random.default_rng(0)
+    for key in [key for key in tensors if key.endswith("proj.weight")]:
+        bits = tensors[key].data
+        tensors[key] = BlockTensor("bf16", bits + (rng.random(bits.shape) < 0.02).astype(np.uint16))
+    write_tensor_file(folder / "new", tensors, {})
+    (folder / "new").rename(folder / "model.safetensors")
+    given: dict[str, str | Path] = {"base": tuned["base"], "moved": folder}
+    options = CompileOptions(verify=False, profile=False, threads=1, share="equivalent", threshold=1.0)
+    compile_models(given, tmp_path / "z", options)
+    models = Zoo.open(tmp_path / "z").manifest.models
+    found = models["moved"].equivalence
+    assert found is not None
+    assert found.loss is not None
+    assert models["moved"].chain == models["base"].chain
+    assert 0 < found.loss.stored.kl <= found.loss.bf16.kl
+    assert found.loss.clear_top1 >= 0.99
 
 
 @pytest.mark.parametrize(

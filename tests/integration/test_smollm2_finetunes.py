@@ -120,4 +120,4 @@ def test_equivalent_blocks_are_found_in_bounded_work(
     assert len(record.own_blocks) >= 8
     assert found[0].num_candidates == 60
     assert not found[0].cut_short
-    assert found[0].num_forwards < MAX_FORWARDS  # halves took about 120
+    assert found[0].num_forwards < MAX_FORWARDS  # halves: up to 120
