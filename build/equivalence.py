@@ -1,28 +1,25 @@
 """Equivalent blocks (BlockLLM, arXiv 2404.18322): another model's block in the place of a model's own, where
 that hardly changes what the model says.
 
-What counts is the whole model: its distributions over the vocabulary, position by position over a probe text,
-with the blocks replaced against those without. For each block the one of another model that is nearest in its
-weights is a candidate, unless the two are unrelated; candidates are ranked by how far their output strays
-from the block's own on the model's own hidden states, and taken over in groups, the nearest first: a group
-that keeps the assembled chain above the threshold stays, one that does not is halved. So errors that add up
-are seen, and the number of chains that are run grows with the number of candidates.
-
-Chains are run block by block, with one block in memory at a time.
+For each block the one of another model that is nearest in its weights is a candidate, unless the two are
+unrelated. Which of them are taken is found by trials of the whole chain (`build.trials`): a set is taken that
+keeps the vocabulary probabilities above the threshold, or that loses no more than bf16 alone does.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from blockzoo.build.oracle import Oracle
 from blockzoo.build.recover import NEAR, distance, nearest_block
+from blockzoo.build.trials import MAX_FORWARDS, Candidate, Probe, compose
+from blockzoo.build.yardstick import Yardstick, excess, log_softmax
 from blockzoo.engines.base import EngineMaker
-from blockzoo.engines.probe import ProbeBlock
-from blockzoo.zoo.blocks import PROJECTIONS, Block
+from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.manifest import EquivalenceRecord, ModelRecord
+from blockzoo.zoo.manifest import EquivalenceRecord, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 
 MAX_TOKENS = 2048
@@ -38,133 +35,17 @@ class Likeness:
 
     cosine: float
     """Mean cosine of the vocabulary probabilities."""
-    kl: float
-    """Mean Kullback-Leibler divergence, in nats."""
-    top1: float
-    """Share of positions with the same likeliest token."""
+    loss: LossRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Blocks of another model that may stand for the model's own: one, or the tied embedding and head."""
-
-    blocks: Mapping[int, str]
-    """Position in the chain -> block id."""
-
-
-class Probe:
-    """A model of a zoo over a text, to hold chains with other blocks against.
-
-    Args:
-        zoo: that holds the blocks.
-        record: the model with its own blocks.
-        maker: of f32 engines.
-        sequences: token ids; see `probe_sequences`.
-        candidates: whose outputs are compared with those of the model's own blocks.
-    """
-
-    def __init__(
-        self,
-        zoo: Zoo,
-        record: ModelRecord,
-        maker: EngineMaker,
-        sequences: Sequence[Sequence[int]],
-        candidates: Sequence[Candidate] = (),
-    ) -> None:
-        self._zoo, self._record, self._maker, self._sequences = zoo, record, maker, sequences
-        self._others = {at: key for candidate in candidates for at, key in candidate.blocks.items()}
-        self._strayed: dict[int, float] = {}
-        self._own = self._log_probabilities(record.chain, measure=True)
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions compared."""
-        return sum(map(len, self._sequences))
-
-    def strays(self, candidate: Candidate) -> float:
-        """Relative distance of a candidate's output to that of the blocks it would replace."""
-        return sum(self._strayed[at] for at in candidate.blocks)
-
-    def likeness(self, candidates: Sequence[Candidate]) -> Likeness:
-        """Of the model with the candidates in it to the model without."""
-        taken = {at: key for candidate in candidates for at, key in candidate.blocks.items()}
-        chain = [taken.get(at, key) for at, key in enumerate(self._record.chain)]
-        cosines, divergences, agreements = [], [], []
-        for ours, theirs in zip(self._own, self._log_probabilities(chain), strict=True):
-            p, q = np.exp(ours), np.exp(theirs)
-            norms = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
-            cosines.append(np.einsum("ij,ij->i", p, q) / norms)
-            divergences.append(np.einsum("ij,ij->i", p, ours - theirs))
-            agreements.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
-        means = [float(np.concatenate(parts).mean()) for parts in (cosines, divergences, agreements)]
-        return Likeness(*means)
-
-    def _log_probabilities(self, chain: Sequence[str], measure: bool = False) -> list[np.ndarray]:
-        """Of every sequence, float32 [tokens, vocab]; `measure`: note how far the candidates stray too."""
-        hidden: list[np.ndarray] | None = None
-        for position, block_id in enumerate(chain):
-            found = self._outputs(position, block_id, hidden)
-            if measure and position in self._others:
-                theirs = self._outputs(position, self._others[position], hidden)
-                before = hidden if hidden is not None and position < len(chain) - 1 else None
-                self._strayed[position] = _relative_distance(theirs, found, before)
-            hidden = found
-        assert hidden is not None, "a chain has blocks"
-        for logits in hidden:
-            logits -= logits.max(axis=1, keepdims=True)
-            logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return hidden
-
-    def _outputs(self, position: int, block_id: str, hidden: list[np.ndarray] | None) -> list[np.ndarray]:
-        """What a block makes of the sequences' hidden states [tokens, hidden]; the embedding, of tokens."""
-        block = self._zoo.read_block(block_id)
-        if hidden is None:
-            found = self._embedded(block)
-        else:
-            key = self._record.adapters.get(position)
-            adapter = self._zoo.read_adapter(key) if key is not None else None
-            longest = max(map(len, self._sequences))
-            runner = ProbeBlock(self._maker, block, self._record.config, longest, adapter)
-            found = [runner.forward(rows) for rows in hidden]
-        block.drop_pages()
-        return found
-
-    def _embedded(self, block: Block) -> list[np.ndarray]:
-        table, arrays = self._maker.embedding(block), self._maker.arrays
-        found = []
-        for tokens in self._sequences:
-            out = arrays.zeros((len(tokens), block.spec.hidden_size), "activation")
-            table.lookup(arrays.mirror(np.asarray(tokens, np.int32)), out)
-            found.append(out)
-        return found
-
-
-def _relative_distance(
-    theirs: Sequence[np.ndarray], ours: Sequence[np.ndarray], before: Sequence[np.ndarray] | None
-) -> float:
-    """Of two outputs, relative to what the block adds to the hidden states that it is given."""
-    added = ours if before is None else [out - x for out, x in zip(ours, before, strict=True)]
-    apart = sum(float(np.square(a - b).sum()) for a, b in zip(theirs, ours, strict=True))
-    return float(np.sqrt(apart / max(sum(float(np.square(rows).sum()) for rows in added), 1e-30)))
-
-
-def compose(
-    candidates: Sequence[Candidate], passes: Callable[[Sequence[Candidate]], bool]
-) -> list[Candidate]:
-    """The candidates to take, the best ranked first; `passes` judges a set of them as a whole."""
-    taken: list[Candidate] = []
-
-    def add(group: Sequence[Candidate]) -> None:
-        if passes([*taken, *group]):
-            taken.extend(group)
-        elif len(group) > 1:
-            half = (len(group) + 1) // 2
-            add(group[:half])
-            add(group[half:])
-
-    if candidates:
-        add(candidates)
-    return taken
+def likeness(seen: Sequence[np.ndarray], own: Sequence[np.ndarray], yardstick: Yardstick) -> Likeness:
+    """Of f32 logits [tokens, vocab] of every sequence to the model's own."""
+    cosines = []
+    for theirs, ours in zip(seen, own, strict=True):
+        p, q = np.exp(log_softmax(ours)), np.exp(log_softmax(theirs))
+        norms = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
+        cosines.append(np.einsum("ij,ij->i", p, q) / norms)
+    return Likeness(float(np.concatenate(cosines).mean()), yardstick.judge(seen, own))
 
 
 def probe_text(path: str | Path | None, built_in: Sequence[str]) -> list[str]:
@@ -193,58 +74,96 @@ def probe_sequences(encoded: Sequence[Sequence[int]], max_positions: int, vocab_
     return sequences
 
 
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search for equivalent blocks came to."""
+
+    record: ModelRecord
+    """Of the model with other models' blocks in it; as it was, where none is alike."""
+    num_candidates: int
+    num_trials: int
+    num_forwards: float
+    """Blocks that were run, in forwards of the whole model."""
+    cut_short: bool
+    """Whether it ended at its bound with candidates untried."""
+
+
 def substitute(
     name: str,
     zoo: Zoo,
     encoded: Sequence[Sequence[int]],
     maker: EngineMaker,
+    oracle: Oracle,
     threshold: float,
     probe_name: str,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int, str], None],
     besides: Collection[str] = (),
-) -> ModelRecord:
-    """The record of a model of the zoo with other models' blocks in it; without, where none is alike.
+) -> Search:
+    """Look for blocks of other models that can stand for those of a model of the zoo.
 
     Args:
         encoded: the probe text as token ids.
         maker: of f32 engines.
+        oracle: of the model.
         threshold: least mean cosine of the vocabulary probabilities.
         besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
     candidates = _candidates(name, zoo, {name, *besides})
     if not candidates:
-        return record
-    config = record.config
+        return Search(record, 0, 0, 0.0, False)
+    config, length = record.config, len(record.chain)
     sequences = probe_sequences(encoded, config.max_length, config.vocab_size)
-    progress(f"comparing {name}", 0, 2 * len(candidates))
-    probe = Probe(zoo, record, maker, sequences, candidates)
+    # the first forward runs the candidates' blocks too
+    most = length * MAX_FORWARDS + sum(len(candidate.blocks) for candidate in candidates)
     scores: dict[tuple[int, ...], Likeness] = {}
+    run, cut_short = 0, False
 
-    def passes(chosen: Sequence[Candidate]) -> bool:
-        progress(f"comparing {name}", 1 + len(scores), 1 + 2 * len(candidates))
-        found = scores[_positions(chosen)] = probe.likeness(chosen)
-        return found.cosine >= threshold
+    def on_block() -> None:
+        nonlocal run
+        run += 1
+        done = f"{len(scores)} trials of {len(candidates)} candidates; the bound is {MAX_FORWARDS} forwards"
+        progress(f"comparing {name}", run - 1, most, done)
 
-    taken = compose(sorted(candidates, key=probe.strays), passes)
-    progress(f"comparing {name}", 1, 1)
+    def read(position: int, block_id: str) -> tuple[Block, Adapter | None]:
+        key = record.adapters.get(position)
+        return zoo.read_block(block_id), zoo.read_adapter(key) if key is not None else None
+
+    probe = Probe(record.chain, config, read, maker, sequences, candidates, on_block)
+    yardstick = Yardstick.of(oracle, sequences)
+
+    def judge(chosen: Sequence[Candidate]) -> float:
+        found = likeness(probe.trial(chosen), probe.logits, yardstick)
+        scores[_positions(chosen)] = found
+        lost = min((1 - found.cosine) / max(1 - threshold, 1e-9), excess(found.loss))
+        if lost <= 1:
+            probe.keep()
+        return lost
+
+    def affordable(chosen: Sequence[Candidate]) -> bool:
+        nonlocal cut_short
+        cut_short = run + probe.cost(chosen) > most
+        return not cut_short
+
+    taken = compose(candidates, probe.strays, judge, affordable)
+    progress(f"comparing {name}", 1, 1, "")
+    search = Search(record, len(candidates), len(scores), run / length, cut_short)
     if not taken:
-        return record
-    likeness = scores[_positions(taken)]
+        return search
+    found = scores[_positions(taken)]
     replaced = {at: key for candidate in taken for at, key in candidate.blocks.items()}
-    return replace(
-        record,
-        chain=tuple(replaced.get(at, block_id) for at, block_id in enumerate(record.chain)),
-        equivalence=EquivalenceRecord(
-            own_blocks={at: record.chain[at] for at in sorted(replaced)},
-            threshold=threshold,
-            cosine=likeness.cosine,
-            kl=likeness.kl,
-            top1=likeness.top1,
-            num_tokens=probe.num_tokens,
-            probe=probe_name,
-        ),
+    equivalence = EquivalenceRecord(
+        own_blocks={at: record.chain[at] for at in sorted(replaced)},
+        threshold=threshold,
+        cosine=found.cosine,
+        kl=found.loss.stored.kl,
+        top1=found.loss.stored.top1,
+        num_tokens=probe.num_tokens,
+        probe=probe_name,
+        loss=found.loss,
     )
+    chain = tuple(replaced.get(at, block_id) for at, block_id in enumerate(record.chain))
+    return replace(search, record=replace(record, chain=chain, equivalence=equivalence))
 
 
 def _positions(candidates: Sequence[Candidate]) -> tuple[int, ...]:

@@ -8,13 +8,15 @@ from typing import Literal
 
 from blockzoo.build import equivalence, profiles
 from blockzoo.build.draft import Draft, weights
+from blockzoo.build.originals import oracle_for
 from blockzoo.build.partition import block_tensors, cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
 from blockzoo.build.report import CompileReport, ModelReport, Status, left_behind
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
-from blockzoo.build.taken_apart import Parts
+from blockzoo.build.taken_apart import Parts, to_give_back
 from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_plans
-from blockzoo.build.verify import PROMPTS, VerificationError, encode_prompts, encode_texts, verify
+from blockzoo.build.trials import MAX_FORWARDS
+from blockzoo.build.verify import PROMPTS, RecoveryError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
@@ -114,9 +116,12 @@ class _Compilation:
         freed = self.writer.commit(self.manifest) if self.writer is not None else 0
         return self.report(list(models), tuple(remove), freed)
 
-    def add(self, source: Source, share: Sharing | None = None, notes: tuple[str, ...] = ()) -> None:
-        """Cut one model into blocks, store those that are new, and enter it into the manifest."""
-        share = share or self.options.share
+    def add(self, source: Source, whole: Collection[int] = (), notes: tuple[str, ...] = ()) -> None:
+        """Cut one model into blocks, store those that are new, and enter it into the manifest.
+
+        `whole`: positions of blocks that are not taken apart, as the model loses too much by it.
+        """
+        apart = self.options.share != "exact" and not source.pairs
         chain: list[str] = []
         parts = Parts()
         new_bytes = reused = 0
@@ -125,7 +130,7 @@ class _Compilation:
         for block in cut(source.config, source.read, self.options.dtype, where):
             self.progress(f"reading {source.name}", len(chain), steps)
             base = None
-            if block.id not in self.manifest.blocks and share != "exact" and not source.pairs:
+            if block.id not in self.manifest.blocks and apart and len(chain) not in whole:
                 base = parts.take_apart(self.draft, block, len(chain))
             if base is None:
                 known = block.id in self.manifest.blocks
@@ -150,7 +155,7 @@ class _Compilation:
             source=self.source_record(source),
             verification=None,
             adapters=parts.adapters,
-            recovery=parts.recovery(self.manifest),
+            recovery=parts.recovery(self.manifest, whole),
             eos_token_ids=None if source.end_ids == source.config.eos_token_ids else source.end_ids,
             generation_defaults=dict(source.generation_defaults) or None,
         )
@@ -193,10 +198,10 @@ class _Compilation:
             )
         return "replaced"
 
-    def verify(self, source: Source) -> None:
+    def verify(self, source: Source, again: bool = False) -> None:
         """Check a model unless it, or a model with the same chain, has been checked.
 
-        One that was taken apart and misses its tolerance is stored with its own blocks instead.
+        One that was taken apart and loses too much gets its worst blocks back; all, where that is not enough.
         """
         record = self.manifest.models[source.name]
         if record.verification is not None:
@@ -210,18 +215,28 @@ class _Compilation:
                 checked = verify(
                     source, blocks, adapters, self.maker, self.options.dtype, self.progress, recovered
                 )
-            except VerificationError as error:
-                if not recovered:
-                    raise
-                old = self.old.manifest.models.get(source.name)
-                self.manifest.models.pop(source.name)
-                if old is not None:
-                    self.manifest.models[source.name] = old
-                self.add(source, "exact", (f"stored with its own blocks: {error}",))
-                self.verify(source)
+            except RecoveryError as error:
+                self.give_back(source, record, error, again)
+                self.verify(source, True)
                 return
         self.manifest.models[source.name] = replace(record, verification=checked)
         self.reports[source.name] = replace(self.reports[source.name], verification=checked)
+
+    def give_back(self, source: Source, record: ModelRecord, error: RecoveryError, all_of_them: bool) -> None:
+        """Enter a model anew that loses too much taken apart, with blocks of its own."""
+        assert record.recovery is not None
+        own = record.recovery.own_blocks
+        whole = set(own)
+        if not all_of_them:
+            asked = source, record, self.zoo, self.maker("f32"), self.options.dtype
+            whole = to_give_back(*asked, error.sequences, error.yardstick, self.progress)
+            whole = whole or set(own)  # judged otherwise here than there: should not be
+        old = self.old.manifest.models.get(source.name)
+        self.manifest.models.pop(source.name)
+        if old is not None:
+            self.manifest.models[source.name] = old
+        said = "its own blocks" if len(whole) == len(own) else f"{len(whole)} of {len(own)} blocks of its own"
+        self.add(source, whole | {*record.recovery.given_back}, (f"stored with {said}: {error}",))
 
     def substituted_before(self, old: ModelRecord, record: ModelRecord) -> bool:
         """Whether the old record is the new one, with equivalents in it as they are asked for now."""
@@ -256,16 +271,24 @@ class _Compilation:
             return
         if self.manifest.models.keys() <= {source.name, *besides}:  # the first of all
             return
-        changed = equivalence.substitute(
+        search = equivalence.substitute(
             source.name,
             self.zoo,
             encoded,
             self.maker("f32"),
+            oracle_for(source, True, self.options.dtype),
             self.options.threshold,
             self.probe_name,
             self.progress,
             besides,
         )
+        if search.cut_short:
+            self.note(
+                source.name,
+                f"the search for equivalent blocks ended at its bound of {MAX_FORWARDS} forwards of the "
+                f"model: {search.num_trials} sets of {search.num_candidates} candidates were tried",
+            )
+        changed = search.record
         if changed.equivalence is None:
             self.note(source.name, f"no block is equivalent to another model's at {self.options.threshold:g}")
             return

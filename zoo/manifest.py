@@ -133,6 +133,33 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LossFigures:
+    """What one computation of a model loses against another, over the positions of a text."""
+
+    kl: float
+    """Mean Kullback-Leibler divergence of the vocabulary probabilities, in nats."""
+    max_relative_error: float
+    """Largest logit difference of any position, over the largest logit magnitude of that position."""
+    top1: float
+    """Share of positions with the same likeliest token."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossRecord:
+    """What a model loses as it is stored, in f32, beside what bf16 alone loses of the checkpoint."""
+
+    stored: LossFigures
+    bf16: LossFigures
+    """Of the oracle with roundings to bf16, on the same text."""
+    clear_top1: float
+    """As `top1` of `stored`, without ties: positions at which bf16 moves a logit by as much as lies between
+    the checkpoint's two likeliest tokens."""
+    ties: float
+    """The share of those."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryRecord:
     """A full checkpoint that was taken apart: some blocks are blocks of other models plus adapters."""
 
@@ -143,6 +170,8 @@ class RecoveryRecord:
     rounding: float
     """Largest ratio of what was left out to the rounding noise expected of the weights' dtype (in energy, so
     squared); about 1 when the checkpoint is the base with a LoRA merged into it, and nothing else."""
+    given_back: tuple[int, ...] = field(default=(), metadata={"added": True})
+    """Positions of blocks that were taken apart too and are stored whole, as the model lost too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +194,8 @@ class EquivalenceRecord:
     num_tokens: int
     probe: str
     """Name of the probe file; "built-in" without one."""
+    loss: LossRecord | None = field(default=None, metadata={"added": True})
+    """The same, beside what bf16 alone loses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +235,7 @@ class VerificationRecord:
     num_tokens: int
     """Positions compared, over all prompts."""
     tolerance: float
-    """Bound on the f32 max_relative_error; wider for a model of which blocks were recovered."""
+    """Bound on the f32 max_relative_error; of a model of which blocks were recovered, that of bf16."""
     figures: dict[str, VerificationFigures]
     """By precision of the chain; f32 decides, others are reported."""
     rounding_error: float | None
@@ -212,6 +243,8 @@ class VerificationRecord:
     with the rounded weights against the oracle with the exact ones."""
     same_as: str | None
     """The model with the same chain and adapters whose figures these are."""
+    loss: LossRecord | None = field(default=None, metadata={"added": True})
+    """Of a model of which blocks were recovered: what decided."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from blockzoo.zoo.errors import CheckpointError, UnsupportedModelError
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.strict_json import decode, encode
@@ -88,7 +90,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             vocab_size=reader.count("vocab_size"),
-            rms_norm_eps=reader.positive("rms_norm_eps", 1e-6),
+            rms_norm_eps=_as_float32(reader.positive("rms_norm_eps", 1e-6)),
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
             o_bias=attention_bias,
             mlp_bias=reader.flag("mlp_bias") and architecture == "LlamaForCausalLM",
@@ -171,6 +173,12 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _default_kv_heads(architecture: str, num_heads: int) -> int:
     return {"LlamaForCausalLM": num_heads, "MistralForCausalLM": 8}.get(architecture, 32)
+
+
+def _as_float32(value: float) -> float:
+    """The shortest decimal of a number's float32, in which it is computed with: what transformers makes of a
+    GGUF file says 9.999999747378752e-06 for 1e-05, and shares its base's blocks only as the same number."""
+    return float(str(np.float32(value))) if 1e-30 < value < 1e30 else value
 
 
 def _layer_windows(architecture: str, reader: "_Reader", num_layers: int) -> tuple[int, ...]:

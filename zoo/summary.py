@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from blockzoo.zoo.manifest import Manifest, ModelRecord, VerificationRecord
+from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, VerificationRecord
 
 
 def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
@@ -33,6 +33,16 @@ def human_bytes(count: int) -> str:
     return f"{value:.3g} {unit}B"
 
 
+def loss_text(loss: LossRecord) -> str:
+    """What a model loses as it is stored, beside what bf16 loses of the checkpoint."""
+    found, bf16 = loss.stored, loss.bf16
+    return (
+        f"KL {found.kl:.1e} (bf16 alone {bf16.kl:.1e}), logit error {found.max_relative_error:.1e} "
+        f"({bf16.max_relative_error:.1e}), same top token {found.top1:.1%} ({bf16.top1:.1%}), "
+        f"{loss.clear_top1:.1%} without the {loss.ties:.0%} ties, over {loss.num_tokens} tokens"
+    )
+
+
 def verification_text(record: VerificationRecord) -> str:
     """One line of verification figures."""
     said = [
@@ -41,6 +51,8 @@ def verification_text(record: VerificationRecord) -> str:
     ]
     if record.rounding_error is not None:
         said.append(f"rounding of weights {record.rounding_error:.1e}")
+    if record.loss is not None:
+        said.append(f"taken apart it loses {loss_text(record.loss)}")
     twin = f" (same chain as {record.same_as})" if record.same_as else ""
     return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
 
@@ -49,10 +61,11 @@ def equivalence_text(model: ModelRecord) -> str:
     """One line about the blocks of other models that stand for a model's own."""
     found = model.equivalence
     assert found is not None
+    scores = f"KL {found.kl:.1e}, same top token {found.top1:.1%}, over {found.num_tokens} tokens"
+    scores = scores if found.loss is None else loss_text(found.loss)
     return (
-        f"{len(found.own_blocks)} blocks replaced by equivalent ones: cosine {found.cosine:.4f}, KL "
-        f"{found.kl:.1e}, same top token {found.top1:.1%} (asked for {found.threshold:g}, over "
-        f"{found.num_tokens} tokens of {found.probe} text)"
+        f"{len(found.own_blocks)} blocks replaced by equivalent ones: cosine {found.cosine:.4f} (asked for "
+        f"{found.threshold:g}), {scores} of {found.probe} text"
     )
 
 
@@ -67,6 +80,8 @@ def adapters_text(manifest: Manifest, name: str) -> str:
             f", {len(model.recovery.own_blocks)} of them recovered from merged weights "
             f"(left out: {model.recovery.rounding:.2f} times the rounding)"
         )
+        if model.recovery.given_back:
+            said += f", {len(model.recovery.given_back)} blocks given back: they lost too much"
     return said
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blockzoo.build import verify
 from blockzoo.build.cli import main
+from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.yardstick import Yardstick, excess
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import loss_text
 
 Tree = Callable[[Path], dict[str, str]]
 FAST = CompileOptions(verify=False, profile=False)
@@ -42,6 +46,13 @@ def test_a_merged_lora_is_taken_apart_and_verified(
     figures = record.verification.figures["f32"]
     assert figures.greedy_agreement >= 0.99
     assert 1e-4 < figures.max_relative_error < 0.02
+    loss = record.verification.loss
+    assert loss is not None
+    assert f"taken apart it loses {loss_text(loss)}" in out
+    assert 0 < loss.stored.kl < loss.bf16.kl
+    assert figures.max_relative_error <= loss.stored.max_relative_error < loss.bf16.max_relative_error
+    assert record.verification.tolerance == loss.bf16.max_relative_error
+    assert record.recovery.given_back == ()
     # again, and under another name: what was found is found again without looking
     before = tree(tmp_path / "z")
     assert main([*given, "-o", str(tmp_path / "z"), "--no-profile"]) == 0
@@ -75,10 +86,22 @@ def test_exact_sharing_takes_nothing_apart(models: dict[str, str | Path], tmp_pa
     assert len(manifest.blocks) == 26
 
 
-def test_what_misses_its_tolerance_is_stored_whole(
+def expect_less_loss(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Bear only `factor` times what bf16 loses."""
+    measured = Yardstick.of
+
+    def stricter(*arguments: Any) -> Yardstick:
+        found = measured(*arguments)
+        kl, error = found.bf16.kl * factor, found.bf16.max_relative_error * factor**0.5
+        return replace(found, bf16=replace(found.bf16, kl=kl, max_relative_error=error))
+
+    monkeypatch.setattr(Yardstick, "of", stricter)
+
+
+def test_what_loses_too_much_is_stored_whole(
     models: dict[str, str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "RECOVERED_TOLERANCE", 1e-6)
+    expect_less_loss(monkeypatch, 1e-6)
     options = CompileOptions(profile=False)
     report = compile_models(models, tmp_path / "z", options).models[1]
     assert report.num_recovered == 0
@@ -88,7 +111,41 @@ def test_what_misses_its_tolerance_is_stored_whole(
     assert (record.adapters, record.recovery, manifest.adapters) == ({}, None, {})
     assert record.verification is not None
     assert record.verification.figures["f32"].greedy_agreement == 1.0
+    assert record.verification.loss is None
     assert compile_models(models, tmp_path / "z", options).models[1].status == "unchanged"
+
+
+def test_single_blocks_are_given_back(
+    models: dict[str, str | Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = CompileOptions(profile=False)
+    compile_models(models, tmp_path / "all", options)
+    checked = Zoo.open(tmp_path / "all").manifest.models["notes-merged"].verification
+    assert checked is not None
+    assert checked.loss is not None
+    assert 0 < excess(checked.loss) < 1
+    expect_less_loss(monkeypatch, 0.6 * excess(checked.loss))
+    report = compile_models(models, tmp_path / "z", options).models[1]
+    manifest = Zoo.open(tmp_path / "z").manifest
+    record, base = manifest.models["notes-merged"], manifest.models["base"]
+    assert record.recovery is not None
+    back, kept = record.recovery.given_back, sorted(record.recovery.own_blocks)
+    assert sorted([*back, *kept]) == list(range(1, 13))
+    assert 1 <= len(back) <= 8
+    assert sorted(record.adapters) == kept
+    assert [i for i in range(14) if record.chain[i] != base.chain[i]] == list(back)
+    assert (report.num_recovered, report.num_reused) == (len(kept), 2 + len(kept))
+    assert report.notes[0].startswith(f"stored with {len(back)} of 12 blocks of its own: notes-merged: taken")
+    assert record.verification is not None
+    assert record.verification.loss is not None
+    assert excess(record.verification.loss) <= 1
+    assert record.verification.loss.stored.kl < checked.loss.stored.kl
+    assert compile_models(models, tmp_path / "z", options).models[1].status == "unchanged"
+    assert inspect([str(tmp_path / "z")]) == 0
+    assert f"{len(back)} blocks given back: they lost too much" in capsys.readouterr().out
 
 
 def test_tuned_layers_are_no_lora(

@@ -175,3 +175,9 @@ def test_junk_in_any_field_is_a_named_error_or_harmless(architecture: str) -> No
                 read(architecture, rope_parameters={**yarn, "mscale_all_dim": 1.0, field: junk})
             except CheckpointError:
                 continue
+
+
+@pytest.mark.parametrize("given", [1e-05, 9.999999747378752e-06, 1e-06, 1e-40, 1e300])
+def test_an_epsilon_is_the_number_that_is_computed_with(given: float) -> None:
+    found = read("Llama", rms_norm_eps=given).rms_norm_eps
+    assert found == {9.999999747378752e-06: 1e-05}.get(given, given)
