@@ -72,6 +72,7 @@ class LLMEngine:
             device=self.config.device,
             num_threads=self.config.num_threads,
             zoo=zoo,
+            int8_activations=self.config.int8_activations,
         )
         self._served = ServedZoo(zoo, load_zoo(zoo, self.config, maker, progress))
         self._builder = RequestBuilder(lambda: self._zoo, self.config)
