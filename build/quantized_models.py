@@ -28,6 +28,7 @@ MAX_KL: Mapping[Weights, float] = {"int8": 0.02, "int4": 0.5, "auto": 0.02}
 """Bounds on the divergence from the weights as they were given, in nats, where none is asked for."""
 
 _BITS: tuple[QuantizedDtype, QuantizedDtype] = ("i8", "i4")
+_MARGIN = 0.98  # of the bound: the chain is judged once more as a whole, which rounds otherwise
 _WEIGHED_BY = 1  # sequences of the probe text, each block alone
 _ROUNDED = "int8 activations"
 _HELD_OUT = 8  # of a model's own texts: rounding has not seen those by which it is judged
@@ -114,7 +115,7 @@ class _Model:
 
     def affordable(self) -> Choice:
         """As few bits of each block as the bound allows. Raises VerificationError for too little memory."""
-        draft, chain, bound = self._draft, self._record.chain, self._asked.max_kl
+        draft, chain, bound = self._draft, self._record.chain, _MARGIN * self._asked.max_kl
         eight, four = (uniform(draft, chain, dtype) for dtype in _BITS)
         self._quantizer.make([eight, four])
         in_eight, in_four = (
