@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.quantized_models import Weights
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import BlockTensor, from_f32, write_tensor_file
 
@@ -103,14 +104,15 @@ class Family:
         """A tenant's HF folder."""
         return self.path / tenant
 
-    def zoo(self) -> Zoo:
-        """A zoo of all tenants, compiled on first use."""
+    def zoo(self, weights: Weights | None = None) -> Zoo:
+        """A zoo of all tenants, compiled on first use; `weights` are rounded to nearest: they are random."""
 
         def compile_all(folder: Path) -> None:
-            options = CompileOptions(profile=False, verify=False)
+            options = CompileOptions(profile=False, verify=False, weights=weights, calibration_texts=0)
             compile_models({name: self.checkpoint(name) for name in self.tenants}, folder, options)
 
-        return Zoo.open(made_once(self.path / f"zoo-{self.num_tenants}", compile_all))
+        name = f"zoo-{self.num_tenants}{f'-{weights}' if weights else ''}"
+        return Zoo.open(made_once(self.path / name, compile_all))
 
 
 def make_family(workdir: Path, shape_name: str, num_tenants: int, own_layers: int = 2) -> Family:

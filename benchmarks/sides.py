@@ -41,6 +41,7 @@ class Settings:
             steps start after the prompt and its first token.
         max_tokens: new tokens in one step.
         longest_prompt: tokens, of `prefill`.
+        int8_activations: see `EngineConfig`; only in f32.
     """
 
     precision: Precision
@@ -49,6 +50,7 @@ class Settings:
     context: int
     max_tokens: int
     longest_prompt: int
+    int8_activations: bool = False
 
     @property
     def pages_per_seq(self) -> int:
@@ -68,12 +70,13 @@ class Settings:
 
     def maker(self) -> OpenVINOEngines:
         """An engine maker of these settings."""
-        return OpenVINOEngines(self.precision, self.num_threads)
+        return OpenVINOEngines(self.precision, self.num_threads, int8_activations=self.int8_activations)
 
     def engine_config(self, config: ModelConfig, max_span_layers: int | None = None) -> EngineConfig:
         """For our sides."""
         return EngineConfig(
             precision=self.precision,
+            int8_activations=self.int8_activations,
             num_threads=self.num_threads,
             kv_cache_bytes=self.pool_bytes(config),
             max_num_seqs=self.max_seqs,

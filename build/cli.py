@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in only_tensorrt.items():
         if value is not None and arguments.backend != "tensorrt":
             _parser().error(f"{name} is a setting of --backend tensorrt")
+    if arguments.max_kl is not None and arguments.weights is None:
+        _parser().error("--max-kl is a bound of --weights")
     if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
         _parser().error("give at least one [NAME=]PATH to compile, or --remove NAME")
     from blockzoo.build.progress import ProgressPrinter
@@ -104,7 +106,22 @@ def _parser() -> argparse.ArgumentParser:
         "replaced blocks (default 0.98); what loses no more than bf16 alone does passes too",
     )
     parser.add_argument(
-        "--probe", metavar="FILE", help="for --share equivalent: text like that the models are used for"
+        "--weights",
+        choices=("int8", "int4", "auto"),
+        help="store the weights in 8 bits; in 4 (embedding and head in 8); or in what each block needs for "
+        "the model to stay within --max-kl (default: as given)",
+    )
+    parser.add_argument(
+        "--max-kl",
+        type=_positive_number,
+        metavar="X",
+        help="for --weights: largest mean divergence (KL, in nats) from the weights as given, over the probe "
+        "text; a model beyond it is refused (default 0.02; int4: 0.5)",
+    )
+    parser.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="for --share equivalent and --weights: text like that the models are used for",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
@@ -150,6 +167,16 @@ def _share(text: str) -> float:
     return value
 
 
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -188,6 +215,8 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         share=arguments.share,
         threshold=arguments.threshold,
         probe=arguments.probe,
+        weights=arguments.weights,
+        max_kl=arguments.max_kl,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)

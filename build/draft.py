@@ -7,12 +7,14 @@ from pathlib import Path
 from blockzoo.build import profiles
 from blockzoo.build.partition import CutAdapter, CutBlock
 from blockzoo.build.tensorrt_plans import unused_plans
-from blockzoo.zoo.blocks import BlockTensor
+from blockzoo.zoo.blocks import BlockSpec, BlockTensor, StoredDtype
+from blockzoo.zoo.errors import StoreError
 from blockzoo.zoo.manifest import (
     AdapterRecord,
     BlockRecord,
     Manifest,
     ModelRecord,
+    QuantizedRecord,
     VerificationRecord,
 )
 from blockzoo.zoo.store import Zoo
@@ -36,10 +38,15 @@ class Draft:
         # new blocks of a dry run, as what reads them: the values of a quantized model may not fit into memory
         self._unstored: dict[str, Callable[[], dict[str, BlockTensor]]] = {}
 
-    def store(self, block: CutBlock, read: Callable[[], dict[str, BlockTensor]]) -> None:
+    def store(
+        self,
+        block: CutBlock,
+        read: Callable[[], dict[str, BlockTensor]],
+        quantized: QuantizedRecord | None = None,
+    ) -> None:
         """Store a block unless it is there, and enter it into the manifest.
 
-        `read` gives its tensors again, for a dry run.
+        `read` gives its tensors again, for a dry run; `quantized` says what it was made of.
         """
         if self.writer is not None:
             self.writer.add_block(block.id, block.tensors, {"kind": block.spec.kind})
@@ -58,7 +65,45 @@ class Draft:
             plan=key,
             latency_us=None,
             latency_block=None,
+            quantized=quantized,
         )
+
+    def expect(
+        self,
+        spec: BlockSpec,
+        dtype: StoredDtype,
+        num_bytes: int,
+        tied_to: str | None,
+        quantized: QuantizedRecord,
+    ) -> None:
+        """Enter a block that a dry run does not make, under a name that no stored one has."""
+        plan = profiles.plan_for(spec, dtype)
+        key = profiles.plan_key(plan)
+        self.manifest.plans[key] = plan
+        self.manifest.blocks[f"{quantized.source}.{quantized.dtype}"] = BlockRecord(
+            spec, dtype, num_bytes, tied_to, key, None, None, quantized
+        )
+
+    def is_whole(self, block_id: str) -> bool:
+        """Whether a block of the manifest can be read (in a dry run: would be)."""
+        if self.writer is None:
+            return True
+        try:
+            self.zoo.read_block(block_id)
+        except StoreError:
+            return False
+        return True
+
+    def given(self, record: ModelRecord) -> ModelRecord:
+        """A model with its own blocks, as they were before they were quantized or replaced by others."""
+        return self.unquantized(replace(record, chain=record.own_chain()))
+
+    def unquantized(self, record: ModelRecord) -> ModelRecord:
+        """A model with its blocks as they were before they were quantized."""
+        if record.quantization is None:
+            return record
+        made_of = {key: b.quantized.source for key, b in self.manifest.blocks.items() if b.quantized}
+        return replace(record, chain=tuple(made_of.get(key, key) for key in record.chain))
 
     def store_adapter(self, adapter: CutAdapter) -> None:
         """The same for an adapter."""
@@ -75,7 +120,7 @@ class Draft:
     def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
         """The verification of a model of the same weights, None where there is none."""
         for name, other in self.manifest.models.items():
-            same = weights(other) == weights(record) and other.equivalence is None
+            same = weights(self.given(other)) == weights(record) and other.equivalence is None
             if same and other.verification is not None:
                 return replace(other.verification, same_as=other.verification.same_as or name)
         return None
@@ -86,8 +131,7 @@ class Draft:
             checked = model.verification
             if checked is not None and checked.same_as is not None:
                 twin = self.manifest.models.get(checked.same_as)
-                own = replace(model, chain=model.own_chain())
-                if twin is None or weights(replace(twin, chain=twin.own_chain())) != weights(own):
+                if twin is None or weights(self.given(twin)) != weights(self.given(model)):
                     self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
         used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
         for block_id in self.manifest.blocks.keys() - used:

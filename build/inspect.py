@@ -109,6 +109,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "adapters": encode(record.adapters),
             "recovery": encode(record.recovery),
             "equivalence": encode(record.equivalence),
+            "quantization": encode(record.quantization),
             "chain_bytes": shared.all_bytes[name],
             "own_bytes": shared.own_bytes[name],
             "source": encode(record.source),
@@ -121,6 +122,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "kind": record.spec.kind,
             "dtype": record.dtype,
             "num_bytes": record.num_bytes,
+            "quantized": encode(record.quantized),
             "users": list(shared.users[block_id]),
             "plan": record.plan,
             "latency_us": encode(record.latency_us),
@@ -147,6 +149,7 @@ def _print_zoo(zoo: "Zoo") -> None:
         adapters_text,
         equivalence_text,
         human_bytes,
+        quantization_texts,
         sharing_bytes,
         verification_text,
     )
@@ -180,6 +183,8 @@ def _print_zoo(zoo: "Zoo") -> None:
             console.print(f"{name:{width}}  {adapters_text(manifest, name)}", markup=False)
         if manifest.models[name].equivalence is not None:
             console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
+        for line in quantization_texts(manifest, manifest.models[name]):
+            console.print(f"{name:{width}}  {line}", markup=False)
         console.print(f"{name:{width}}  {said}", markup=False)
 
 

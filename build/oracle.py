@@ -24,6 +24,8 @@ class Oracle:
     """HF name -> float32 values, None where the model has no such tensor."""
     dtype: Callable[[str], str]
     """HF name -> the dtype in which the tensor was saved."""
+    on_input: Callable[[str, np.ndarray], None] = lambda name, x: None
+    """Hears what each layer's matrices are multiplied with: HF name, float32 [tokens, in]."""
 
     def logits(
         self,
@@ -54,6 +56,7 @@ class Oracle:
         return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight)
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        self.on_input(f"{name}.weight", x)
         y = x @ self._need(f"{name}.weight").T
         bias = self.weight(f"{name}.bias")
         return y if bias is None else y + bias

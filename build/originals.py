@@ -141,7 +141,7 @@ def _plain_name(saved: str) -> str:
 def _round(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "f16":
         return values.astype(np.float16).astype(np.float32)
-    if dtype == "f32":
+    if dtype in ("f32", "i8", "i4"):  # what replaces a quantized matrix is not rounded
         return values
     mantissa, exponent = np.frexp(values)
     return np.ldexp(np.rint(mantissa * np.float32(256)) / np.float32(256), exponent)

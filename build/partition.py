@@ -13,6 +13,7 @@ from blockzoo.zoo.blocks import (
     Dtype,
     HeadSpec,
     LoraSpec,
+    StoredDtype,
     chain_specs,
     main_dtype,
     tensor_shapes,
@@ -49,14 +50,14 @@ class CutBlock:
     tied_to: str | None
 
     @property
-    def dtype(self) -> Dtype:
+    def dtype(self) -> StoredDtype:
         """The dtype of the largest tensor."""
         return main_dtype(list(self.tensors.values()))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,14 +69,14 @@ class CutAdapter:
     tensors: dict[str, BlockTensor]
 
     @property
-    def dtype(self) -> Dtype:
+    def dtype(self) -> StoredDtype:
         """The dtype of the largest tensor."""
         return main_dtype(list(self.tensors.values()))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
 TensorReader = Callable[[str], BlockTensor]
@@ -162,6 +163,8 @@ def _canonical(tensor: BlockTensor, shape: tuple[int, ...], dtype: Dtype | None,
         raise CheckpointError(f"{what} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
     if not tensor.is_finite():
         raise CheckpointError(f"{what} holds NaN or infinite values")
+    if tensor.scales is not None and dtype is not None:
+        raise CheckpointError(f"{what} is quantized: --dtype cannot convert it; compile its model anew")
     if dtype is None or tensor.dtype == dtype:
         return narrowed(tensor) if dtype is None else tensor
     converted = from_f32(tensor.to_f32(), dtype)

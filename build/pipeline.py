@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.build import equivalence, profiles
+from blockzoo.build import equivalence, profiles, quantized_models
+from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.draft import Draft, weights
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.partition import block_tensors, cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
+from blockzoo.build.quantized_models import Weights
 from blockzoo.build.report import CompileReport, ModelReport, Status, left_behind
 from blockzoo.build.sources import Adapted, Source, nearest, open_sources
 from blockzoo.build.taken_apart import Parts, to_give_back
@@ -18,11 +20,12 @@ from blockzoo.build.tensorrt_plans import PlanReport, TensorRTOptions, build_pla
 from blockzoo.build.trials import MAX_FORWARDS
 from blockzoo.build.verify import PROMPTS, RecoveryError, encode_prompts, encode_texts, verify
 from blockzoo.engines.base import EngineMaker, Precision
+from blockzoo.engines.choose import make_engines
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
-from blockzoo.zoo.summary import equivalence_text, model_bytes, sharing_bytes
+from blockzoo.zoo.summary import equivalence_text, model_bytes, quantization_texts, sharing_bytes
 from blockzoo.zoo.writer import ZooWriter
 
 Sharing = Literal["exact", "adapter", "equivalent"]
@@ -45,7 +48,14 @@ class CompileOptions:
     threshold: float = 0.98
     """equivalent: least mean cosine of the vocabulary probabilities against the model's own."""
     probe: str | None = None
-    """equivalent: file with text to compare on; None takes the built-in prompts."""
+    """equivalent, weights: file with text to compare on; None takes built-in prompts, or text that the model
+    writes."""
+    weights: Weights | None = None
+    """Store the blocks of all models given in 8 or 4 bits; None keeps them as they are."""
+    max_kl: float | None = None
+    """weights: bound on the divergence from the weights as they were given, in nats; None: by `weights`."""
+    calibration_texts: int = NUM_TEXTS
+    """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     threads: int | None = None
@@ -87,6 +97,8 @@ class _Compilation:
         self.reports: dict[str, ModelReport] = {}
         self.plans: PlanReport | None = None
         self.makers: dict[Precision | None, EngineMaker] = {}
+        self.given: dict[str, ModelRecord] = {}  # as they were cut, by name
+        self.adapter_bytes: dict[str, int] = {}  # of new ones
 
     def run(self, models: Mapping[str, str | Path], remove: Sequence[str]) -> CompileReport:
         for name in remove:
@@ -108,9 +120,13 @@ class _Compilation:
             for source in sources:  # a model takes blocks of those that were there before it
                 later.discard(source.name)
                 self.substitute(source, texts[source.name], later)
+        if self.options.weights is not None:
+            for source in sources:
+                self.quantize(source, texts[source.name], self.options.weights)
         self.draft.prune()
         if self.writer is not None and self.options.profile:
-            profiles.measure(self.zoo, self.maker(None), self.progress)
+            served_by = make_engines(zoo=self.zoo, num_threads=self.options.threads)
+            profiles.measure(self.zoo, served_by, self.progress)
         if self.options.tensorrt is not None:
             self.plans = build_plans(self.zoo, self.writer, self.options.tensorrt, self.progress)
         freed = self.writer.commit(self.manifest) if self.writer is not None else 0
@@ -145,9 +161,12 @@ class _Compilation:
             parts.adapters[position] = adapter.id
             parts.new[adapter.id] = adapter
         self.progress(f"reading {source.name}", steps, steps)
+        self.adapter_bytes[source.name] = 0
         for adapter_id, adapter in parts.new.items():
-            new_bytes += 0 if adapter_id in self.manifest.adapters else adapter.num_bytes
+            if adapter_id not in self.manifest.adapters:
+                self.adapter_bytes[source.name] += adapter.num_bytes
             self.draft.store_adapter(adapter)
+        new_bytes += self.adapter_bytes[source.name]
         record = ModelRecord(
             config=source.config,
             chain=tuple(chain),
@@ -161,6 +180,7 @@ class _Compilation:
         )
         if self.writer is not None:
             self.writer.add_tokenizer(source.tokenizer.files)
+        self.given[source.name] = record
         status = self.status(source.name, record)
         if status != "unchanged":
             self.manifest.models[source.name] = record
@@ -190,7 +210,8 @@ class _Compilation:
         old = self.manifest.models.get(name)
         if old is None:
             return "added"
-        if _content(old) == _content(record) or self.substituted_before(old, record):
+        same = self.content(old) == self.content(record) or self.substituted_before(old, record)
+        if same and self.quantized_before(name, old):
             return "unchanged"
         if not self.options.replace:
             raise ZooError(
@@ -206,9 +227,9 @@ class _Compilation:
         record = self.manifest.models[source.name]
         if record.verification is not None:
             return
-        checked = self.draft.verified_twin(record)
+        checked = self.draft.verified_twin(self.given[source.name])
         if checked is None:
-            blocks = [self.zoo.read_block(block_id) for block_id in record.chain]
+            blocks = [self.zoo.read_block(block_id) for block_id in self.given[source.name].chain]
             adapters = {i: self.zoo.read_adapter(key) for i, key in record.adapters.items()}
             recovered = record.recovery is not None
             try:
@@ -244,7 +265,90 @@ class _Compilation:
         if found is None or options.share != "equivalent" or found.threshold != options.threshold:
             return False
         own = replace(old, chain=old.own_chain())
-        return found.probe == self.probe_name and _content(own) == _content(record)
+        return found.probe == self.probe_name and self.content(own) == self.content(record)
+
+    def content(self, record: ModelRecord) -> object:
+        defaults, given = record.generation_defaults, self.draft.unquantized(record)
+        return record.config, record.tokenizer, record.end_ids, defaults, weights(given)
+
+    def quantized_before(self, name: str, old: ModelRecord) -> bool:
+        """Whether a model of the zoo is quantized as is asked for now."""
+        found, options = old.quantization, self.options
+        asked = options.weights if name not in self.given or self.can_be_quantized(name) else None
+        if found is None or asked is None:
+            return found is None and asked is None
+        return (found.weights, found.probe, found.max_kl) == (asked, self.probe_name, self.max_kl(asked))
+
+    def can_be_quantized(self, name: str) -> bool:
+        """Whether the blocks of a model are there as they were given."""
+        chain = self.given[name].chain
+        return not any(self.manifest.blocks[key].dtype in ("i8", "i4") for key in chain)
+
+    def max_kl(self, asked: Weights) -> float:
+        return quantized_models.MAX_KL[asked] if self.options.max_kl is None else self.options.max_kl
+
+    def quantize(self, source: Source, encoded: list[list[int]], asked: Weights) -> None:
+        """Put quantized blocks in the place of a model's own."""
+        name = source.name
+        record, report = self.manifest.models[name], self.reports[name]
+        if not self.can_be_quantized(name):
+            self.note(
+                name, f"its base is quantized in the zoo: --weights {asked} leaves its blocks as they are"
+            )
+            return
+        done = record.quantization
+        kept = done is not None and (done.figures or not self.options.verify)
+        if report.status == "unchanged" and kept and all(map(self.draft.is_whole, record.chain)):
+            self.note_all(name, quantization_texts(self.manifest, record))
+            return
+        before = set(self.manifest.blocks)
+        given = replace(record, chain=tuple(self.chain_to_quantize(name)))
+        changed = self.quantized_twin(given) or quantized_models.quantize(
+            source,
+            self.draft,
+            given,
+            quantized_models.Asked(
+                weights=asked,
+                max_kl=self.max_kl(asked),
+                probe_name=self.probe_name,
+                probe=encoded,
+                judge=self.options.verify,
+                threads=self.options.threads,
+                num_texts=self.options.calibration_texts,
+            ),
+            self.options.dtype,
+            self.maker,
+            self.progress,
+        )
+        self.manifest.models[name] = changed
+        new = set(changed.chain) - before
+        self.reports[name] = replace(
+            report,
+            num_reused=sum(key not in new for key in changed.chain),
+            model_bytes=model_bytes(self.manifest, changed),
+            new_bytes=sum(self.manifest.blocks[key].num_bytes for key in new) + self.adapter_bytes[name],
+        )
+        self.note_all(name, quantization_texts(self.manifest, changed))
+        if self.options.dry_run and asked == "auto":
+            self.note(name, "auto chooses bits as it compiles: counted with 8")
+
+    def quantized_twin(self, given: ModelRecord) -> ModelRecord | None:
+        """A model quantized as another one of equal weights was, None where there is none."""
+        for name, other in self.manifest.models.items():
+            found = other.quantization
+            if found is None or not self.quantized_before(name, other) or other.equivalence is not None:
+                continue
+            judged = bool(found.figures) or not self.options.verify
+            same = judged and weights(self.draft.given(other)) == weights(given)
+            if same and all(map(self.draft.is_whole, other.chain)):
+                return replace(given, chain=other.chain, quantization=found)
+        return None
+
+    def chain_to_quantize(self, name: str) -> list[str]:
+        """The chain as given, with equivalents of other models where they were found."""
+        record, given = self.manifest.models[name], self.given[name]
+        own = record.equivalence.own_blocks if record.equivalence is not None else {}
+        return [record.chain[at] if at in own else key for at, key in enumerate(given.chain)]
 
     @property
     def probe_name(self) -> str:
@@ -252,9 +356,9 @@ class _Compilation:
 
     def probe(self, source: Source) -> list[list[int]]:
         """The text on which models are compared, as token ids; none unless they are."""
-        if self.options.share != "equivalent":
-            return []
         given = self.options.probe
+        if self.options.share != "equivalent" and (self.options.weights is None or given is None):
+            return []
         encoded = encode_texts(source, equivalence.probe_text(given, PROMPTS))
         count = sum(map(len, encoded))
         if given is not None and count < equivalence.MIN_TOKENS:
@@ -305,6 +409,10 @@ class _Compilation:
             if stay:
                 self.note(name, f"adapters that stay on the old {name} (compile them too): {', '.join(stay)}")
 
+    def note_all(self, name: str, lines: Sequence[str]) -> None:
+        for said in lines:
+            self.note(name, said)
+
     def note(self, name: str, said: str) -> None:
         self.reports[name] = replace(self.reports[name], notes=(*self.reports[name].notes, said))
 
@@ -328,8 +436,3 @@ class _Compilation:
             plans=self.plans,
             dry_run=self.writer is None,
         )
-
-
-def _content(record: ModelRecord) -> object:
-    defaults = record.generation_defaults
-    return record.config, record.tokenizer, record.end_ids, defaults, weights(record)

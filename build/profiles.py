@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.probe import time_block
-from blockzoo.zoo.blocks import BlockSpec, Dtype
+from blockzoo.zoo.blocks import BlockSpec, StoredDtype
 from blockzoo.zoo.fingerprint import canonical_json
 from blockzoo.zoo.manifest import OptimizationProfileRecord, PlanRecord
 from blockzoo.zoo.store import Zoo
@@ -17,7 +17,7 @@ PREFILL = OptimizationProfileRecord("prefill", 64, 256, 512)
 _REPEATS = 5
 
 
-def plan_for(spec: BlockSpec, dtype: Dtype) -> PlanRecord:
+def plan_for(spec: BlockSpec, dtype: StoredDtype) -> PlanRecord:
     """The plan of a shape class. The head runs on the last row of each sequence only: it has no prefill."""
     profiles = (DECODE,) if spec.kind == "head" else (DECODE, PREFILL)
     versions = {"openvino": version("openvino"), "blockzoo": version("blockzoo")}

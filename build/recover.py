@@ -48,13 +48,16 @@ class NotLowRankError(Exception):
 
 def distance(block: Mapping[str, BlockTensor], other: Mapping[str, BlockTensor]) -> float:
     """Relative distance of two blocks of one spec, estimated from a sample of their largest tensor."""
-    name = max(block, key=lambda key: block[key].data.size)
-    step = max(1, block[name].data.size // _SAMPLE) | 1  # odd: a power of two would sample few columns
-    ours, theirs = (
-        BlockTensor(tensor.dtype, tensor.data.reshape(-1)[::step]).to_f32()
-        for tensor in (block[name], other[name])
-    )
+    name = max(block, key=lambda key: block[key].size)
+    step = max(1, block[name].size // _SAMPLE) | 1  # odd: a power of two would sample few columns
+    ours, theirs = (_sampled(tensor, step) for tensor in (block[name], other[name]))
     return float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+
+
+def _sampled(tensor: BlockTensor, step: int) -> np.ndarray:
+    if tensor.scales is not None:
+        return tensor.to_f32().reshape(-1)[::step]
+    return BlockTensor(tensor.dtype, tensor.data.reshape(-1)[::step]).to_f32()
 
 
 def nearest_block(
@@ -65,13 +68,17 @@ def nearest_block(
     position: int,
     besides: Collection[str] = (),
 ) -> str | None:
-    """The block of the same shape and place in another model (none of `besides`) that differs least."""
+    """The block of the same shape and place in another model (none of `besides`) that differs least.
+
+    Of quantized blocks none: what they were made of is not known any more.
+    """
     candidates = {
         model.chain[position]
         for name, model in manifest.models.items()
         if name not in besides
         and position < len(model.chain) - 1
         and manifest.blocks[model.chain[position]].spec == spec
+        and manifest.blocks[model.chain[position]].dtype not in ("i8", "i4")
     }
     return min(sorted(candidates), key=lambda other: distance(tensors, read(other)), default=None)
 
@@ -110,7 +117,7 @@ def _recover_matrix(name: str, block: BlockTensor, base: BlockTensor) -> tuple[L
     energy = _energy(difference)
     if not energy:
         return None
-    variance = _rounding_variance(values, difference, block.dtype)
+    variance = _rounding_variance(values, difference, block.given_dtype)
     expected = float(variance.sum(dtype=np.float64))
     edge = math.sqrt(variance.sum(axis=1).max()) + math.sqrt(variance.sum(axis=0).max())
     limit = min(MAX_RANK, min(difference.shape) // 2)
@@ -121,7 +128,9 @@ def _recover_matrix(name: str, block: BlockTensor, base: BlockTensor) -> tuple[L
         if 0 < rank <= limit and left <= _MARGIN * roundings * expected:
             root = np.sqrt(s[:rank])
             a, b = root[:, None] * vt[:rank], u[:, :rank] * root
-            return LoraPair(from_f32(a, block.dtype), from_f32(b, block.dtype), 1.0), left / expected
+            return LoraPair(
+                from_f32(a, block.given_dtype), from_f32(b, block.given_dtype), 1.0
+            ), left / expected
     if not rank:
         raise NotLowRankError(
             f"{name} differs by less than its rounding, in no direction more than in others"

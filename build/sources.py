@@ -252,7 +252,7 @@ def _zoo_source(name: str, zoo: Zoo) -> Source:
     def read(hf: str) -> BlockTensor:
         block_id, tensor = places[hf]
         found = zoo.read_block(block_id).tensors[tensor]
-        return BlockTensor("f32", found.to_f32()) if widen else found
+        return BlockTensor("f32", found.to_f32()) if widen and found.scales is None else found
 
     files = zoo.read_tokenizer(name)
     found = _tokenizer(zoo.tokenizer_dir(name), files, {"model_type": model_type(record.config)})
@@ -348,8 +348,10 @@ def _adapted_reader(replaced: Mapping[str, BlockTensor], base: Source) -> Callab
 
     def read(hf: str) -> BlockTensor:
         if hf in replaced:
-            given, target = replaced[hf], read_base(hf).dtype
-            return given if given.dtype == target else from_f32(given.to_f32(), target)
+            given, base_tensor = replaced[hf], read_base(hf)
+            if base_tensor.scales is not None or given.dtype == base_tensor.dtype:
+                return given
+            return from_f32(given.to_f32(), base_tensor.given_dtype)
         return read_base(hf)
 
     return read

@@ -34,8 +34,10 @@ class Parts:
         for model in draft.manifest.models.values():  # the same block was taken apart before
             recovery = model.recovery
             if recovery is not None and recovery.own_blocks.get(position) == block.id:
-                self._take(position, block.id, model.adapters[position], recovery.rounding)
-                return model.chain[position]
+                known = draft.given(model).chain[position]
+                if known in draft.manifest.blocks:  # of a quantized model it may not be there
+                    self._take(position, block.id, model.adapters[position], recovery.rounding)
+                    return known
         base = nearest_block(draft.manifest, draft.tensors_of, block.spec, block.tensors, position)
         if base is None:
             return None

@@ -54,7 +54,9 @@ class RecoveryError(VerificationError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
+class Answer:
+    """What a chain generates greedily."""
+
     tokens: list[int]
     """Prompt and generated tokens, the last one left out (nothing is computed from it)."""
     logits: np.ndarray
@@ -84,16 +86,16 @@ def verify(
             f"{source.name}: the model takes {config.max_length} tokens: verification needs "
             f"at least {NUM_GENERATED + 1}; --no-verify leaves it out"
         )
-    _check_memory(source.name, [*blocks, *adapters.values()])
+    check_memory(source.name, [*blocks, *adapters.values()])
     prompts = [prompt[:room] for prompt in encode_prompts(source)]
     longest = max(map(len, prompts)) + NUM_GENERATED
     chain = ProbeChain(maker("f32"), blocks, config, longest, adapters)
     layers = config.num_layers
     what, steps = f"verifying {source.name}", len(prompts) + layers * (2 if recovered else 1)
-    probes: list[_Probe] = []
+    probes: list[Answer] = []
     for prompt in prompts:
         progress(what, len(probes), steps)
-        probes.append(_generate(chain, prompt))
+        probes.append(answer_greedily(chain, prompt))
     sequences = [probe.tokens for probe in probes]
     everywhere = [chain.forward(tokens, 0) for tokens in sequences] if recovered else []
     del chain
@@ -176,9 +178,9 @@ def encode_texts(source: Source, texts: Sequence[str]) -> list[list[int]]:
     return prompts
 
 
-def _check_memory(name: str, blocks: Sequence[Block | Adapter]) -> None:
+def check_memory(name: str, blocks: Sequence[Block | Adapter]) -> None:
     """Refuse what would end in the kernel killing the process: the f32 chain is larger than the model."""
-    elements = sum(tensor.data.size for block in blocks for tensor in block.tensors.values())
+    elements = sum(tensor.size for block in blocks for tensor in block.tensors.values())
     needed = int(_F32_CHAIN_OVERHEAD * 4 * elements)
     available = _available_memory()
     if available is not None and needed > available:
@@ -197,13 +199,14 @@ def _available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _generate(chain: ProbeChain, prompt: list[int]) -> _Probe:
+def answer_greedily(chain: ProbeChain, prompt: list[int]) -> Answer:
+    """NUM_GENERATED tokens after a prompt."""
     tokens = list(prompt)
     rows = [chain.forward(prompt, 0)[-1]]
     for _ in range(NUM_GENERATED - 1):
         tokens.append(int(rows[-1].argmax()))
         rows.append(chain.forward(tokens[-1:], len(tokens) - 1)[-1])
-    return _Probe(tokens, np.stack(rows))
+    return Answer(tokens, np.stack(rows))
 
 
 def compare(seen: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> VerificationFigures:

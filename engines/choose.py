@@ -17,6 +17,7 @@ def make_engines(
     device: str | None = None,
     num_threads: int | None = None,
     zoo: Zoo | None = None,
+    int8_activations: bool | None = None,
 ) -> EngineMaker:
     """The engine maker of a backend.
 
@@ -26,6 +27,8 @@ def make_engines(
         device: "cpu", "cuda", "cuda:<n>"; None leaves the backend's choice.
         num_threads: CPU threads; None leaves the backend's choice.
         zoo: whose plans the tensorrt backend runs.
+        int8_activations: see `OpenVINOEngines`; None takes them where most weights of the zoo are quantized,
+            no precision is given, and this CPU is faster so.
 
     Raises:
         EngineError: the backend, device or precision is not available here.
@@ -37,8 +40,13 @@ def make_engines(
                 f"device {device!r}: the openvino backend runs on the cpu; use backend reference"
             )
         from blockzoo.engines.openvino import OpenVINOEngines
+        from blockzoo.engines.openvino.engine import prefers_int8
 
-        return OpenVINOEngines(precision, num_threads)
+        if int8_activations is None:
+            int8_activations = precision is None and zoo is not None and _is_quantized(zoo) and prefers_int8()
+        return OpenVINOEngines(precision, num_threads, int8_activations=int8_activations)
+    if int8_activations:
+        raise EngineError(f"int8 activations are the openvino backend's; {backend} has none")
     if backend in ("reference", "tensorrt"):
         try:
             from blockzoo.engines.reference import ReferenceEngines
@@ -53,3 +61,10 @@ def make_engines(
             raise EngineError("the tensorrt backend runs the plans of a zoo; none was given")
         return TensorRTEngines(zoo, precision, device)
     raise EngineError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
+
+
+def _is_quantized(zoo: Zoo) -> bool:
+    """Whether quantized blocks are most of a zoo, by their bytes."""
+    blocks = zoo.manifest.blocks.values()
+    plain = sum(block.num_bytes for block in blocks if block.dtype not in ("i8", "i4"))
+    return plain < sum(block.num_bytes for block in blocks) / 4

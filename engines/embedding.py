@@ -9,15 +9,14 @@ import numpy as np
 
 from blockzoo.engines.base import Precision, activation_dtype
 from blockzoo.zoo.blocks import Block
-from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
+from blockzoo.zoo.tensors import f32_to_bf16
 
 
 class EmbeddingTable:
     """Rows of an embed block in the activation type of a precision."""
 
     def __init__(self, block: Block, precision: Precision) -> None:
-        weight = block.tensors["weight"]
-        self._dtype, self._table = weight.dtype, weight.data
+        self._table = block.tensors["weight"]
         self._precision = precision
         self.vocab_size: int = self._table.shape[0]
 
@@ -26,9 +25,8 @@ class EmbeddingTable:
 
         `out` has the precision's activation type (bf16 as uint16).
         """
-        if self._table.dtype == out.dtype == activation_dtype(self._precision):
-            np.take(self._table, token_ids, axis=0, out=out, mode="clip")
+        if self._table.data.dtype == out.dtype == activation_dtype(self._precision):
+            np.take(self._table.data, token_ids, axis=0, out=out, mode="clip")
             return
-        rows = self._table[token_ids]
-        wide = bf16_to_f32(rows) if self._dtype == "bf16" else rows.astype(np.float32)
+        wide = self._table.rows(token_ids).to_f32()
         out[:] = f32_to_bf16(wide) if self._precision == "bf16" else wide

@@ -1,4 +1,4 @@
-"""One sequence through one chain: for verification and profiles (serving is runtime's)."""
+"""Sequences through one chain: for verification and profiles (serving is runtime's)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blockzoo.zoo.model_config import ModelConfig, RopeConfig
 
 
 class ProbeChain:
-    """Runs one sequence through a whole chain, with the logits of every token.
+    """Runs a sequence, or several of equal length, through a whole chain, with the logits of every token.
 
     Args:
         engines: the maker that compiles the chain as one span.
@@ -23,6 +23,7 @@ class ProbeChain:
         config: the model's configuration.
         max_tokens: longest sequence that will be run.
         adapters: by position in the chain.
+        num_sequences: that go along together.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ProbeChain:
         config: ModelConfig,
         max_tokens: int,
         adapters: Mapping[int, Adapter] = {},
+        num_sequences: int = 1,
     ) -> None:
         self._arrays = engines.arrays
         self._embedding = engines.embedding(blocks[0])
@@ -42,12 +44,15 @@ class ProbeChain:
             _bind_adapter(self._engine, position - 1, blocks[position], adapter, self._rank, engines)
         self._vocab = config.vocab_size
         self._hidden = config.hidden_size
-        self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
+        self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines, num_sequences)
         for block in blocks:
             block.drop_pages()
 
     def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
-        """Append n tokens at position `past`: their logits, float32 [n, vocab]."""
+        """Append n tokens at position `past`: their logits, float32 [n, vocab].
+
+        Of several sequences: as many tokens of each, one sequence after the other.
+        """
         count = len(token_ids)
         hidden = self._arrays.zeros((count, self._hidden), "activation")
         self._embedding.lookup(self._arrays.mirror(np.asarray(token_ids, np.int32)), hidden)
@@ -124,30 +129,41 @@ def _bind_adapter(
 
 
 class _ProbeAttention:
-    """A private pool, page tables and rotary tables for one sequence."""
+    """A private pool, page tables and rotary tables for sequences of equal length."""
 
-    def __init__(self, engine: Engine, rope: RopeConfig, max_tokens: int, engines: EngineMaker) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rope: RopeConfig,
+        max_tokens: int,
+        engines: EngineMaker,
+        num_sequences: int = 1,
+    ) -> None:
         layers = engine.spec.layers
         self._engine, self._max_tokens, self._mirror = engine, max_tokens, engines.arrays.mirror
-        self._pages = -(-max_tokens // PAGE_TOKENS)
-        shape = (self._pages * len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
+        self._sequences = num_sequences
+        each = -(-max_tokens // PAGE_TOKENS)
+        pages = each * num_sequences  # of a layer
+        shape = (pages * len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
         self._cos, self._sin = rope.tables(layers[0].head_dim, max_tokens)
         for name in ("key_cache", "value_cache"):
             engine.bind(name, engines.arrays.zeros(shape, "activation"))
         for layer in range(len(layers)):
-            ids = np.arange(self._pages, dtype=np.int32) + layer * self._pages
+            ids = np.arange(pages, dtype=np.int32) + layer * pages
             engine.bind(f"block_indices.{layer}", self._mirror(ids))
-        engine.bind("block_indices_begins", self._mirror(np.array([0, self._pages], np.int32)))
+        begins = np.arange(num_sequences + 1, dtype=np.int32) * np.int32(each)
+        engine.bind("block_indices_begins", self._mirror(begins))
 
-    def bind(self, past: int, count: int) -> None:
+    def bind(self, past: int, num_tokens: int) -> None:
+        count = num_tokens // self._sequences
         if past + count > self._max_tokens:
             raise ValueError(f"{past} + {count} tokens exceed the {self._max_tokens} this probe was made for")
         positions = slice(past, past + count)
         inputs = {
-            "cos": np.ascontiguousarray(self._cos[positions, None, None]),
-            "sin": np.ascontiguousarray(self._sin[positions, None, None]),
-            "past_lens": np.array([past], np.int32),
-            "subsequence_begins": np.array([0, count], np.int32),
+            "cos": np.tile(self._cos[positions, None, None], (self._sequences, 1, 1, 1)),
+            "sin": np.tile(self._sin[positions, None, None], (self._sequences, 1, 1, 1)),
+            "past_lens": np.full(self._sequences, past, np.int32),
+            "subsequence_begins": np.arange(self._sequences + 1, dtype=np.int32) * np.int32(count),
             "max_context_len": np.array(past + count, np.int32),
         }
         for name, array in inputs.items():

@@ -264,6 +264,7 @@ def _run(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         precision=args.precision,
+        int8_activations=args.int8_activations,
         max_num_seqs=1,
         kv_sharing="scope",  # all models' users are one here
     )

@@ -45,12 +45,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend, --device, --precision."""
+    """--backend, --device, --precision, --int8-activations."""
     parser.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
     )
     parser.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: what the CPU does best")
+    parser.add_argument(
+        "--int8-activations",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="round activations to 8 bits where weights are quantized (default: where that is faster)",
+    )
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, float | int]) -> SamplingParams:
@@ -87,7 +93,13 @@ def _generate(args: argparse.Namespace) -> int:
         raise InvalidRequestError("--system is for --chat")
     sampling_params(args, {})  # a setting out of range is told before the engines are loaded
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    config = EngineConfig(backend=args.backend, device=args.device, precision=args.precision, max_num_seqs=1)
+    config = EngineConfig(
+        backend=args.backend,
+        device=args.device,
+        precision=args.precision,
+        int8_activations=args.int8_activations,
+        max_num_seqs=1,
+    )
     engine = LLMEngine(args.zoo, config)
     defaults: Mapping[str, float | int] = {"max_tokens": 64, "temperature": 0.0}
     if args.chat:

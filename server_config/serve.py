@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
     engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
+    engine.add_argument(
+        "--int8-activations",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="round activations to 8 bits where weights are quantized (default: where that is faster)",
+    )
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
     engine.add_argument(
         "--enable-lora",
@@ -194,6 +200,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "backend": args.backend,
         "device": args.device,
         "precision": args.precision,
+        "int8_activations": args.int8_activations,
         "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
         "enable_lora": args.enable_lora,
         "max_num_seqs": args.max_num_seqs,

@@ -49,6 +49,15 @@ def test_chain_overhead(workdir: Path) -> None:
     assert set(results["prefill 256, one step"]) == sides - {"engine"}
 
 
+def test_quantized_speed(workdir: Path) -> None:
+    results = run("quantized_speed", workdir)
+    assert list(results) == ["prefill 64", *(f"decode, {n} rows" for n in (1, 8, 32))]
+    for sides in results.values():
+        assert sides["bf16"]["ratio"] == 1
+        assert {"bf16", "int8", "int4"} <= sides.keys()
+        assert all(numbers["median_ms"] > 0 for numbers in sides.values())
+
+
 def test_multi_tenant(workdir: Path) -> None:
     results = run("multi_tenant", workdir, "--tenants", "2", "--own-layers", "1")
     sides = {"engine", "executor"} | ({"genai in turn", "genai threads"} if PEER else set())

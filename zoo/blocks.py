@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.rope import RopeConfig
-from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile
+from blockzoo.zoo.tensors import BlockTensor, Dtype, StoredDtype, TensorFile
 
 __all__ = [
     "PROJECTIONS",
@@ -21,8 +21,10 @@ __all__ = [
     "FfnSpec",
     "HeadSpec",
     "LoraSpec",
+    "StoredDtype",
     "chain_specs",
     "main_dtype",
+    "matrix_names",
     "tensor_shapes",
 ]
 
@@ -171,9 +173,14 @@ def chain_specs(config: ModelConfig) -> tuple[BlockSpec, ...]:
     return tuple(specs)
 
 
-def main_dtype(tensors: Sequence[BlockTensor]) -> Dtype:
+def main_dtype(tensors: Sequence[BlockTensor]) -> StoredDtype:
     """The dtype of the largest tensor: what a block is said to be in (each tensor keeps its own)."""
-    return max(tensors, key=lambda tensor: tensor.data.size).dtype
+    return max(tensors, key=lambda tensor: tensor.size).dtype
+
+
+def matrix_names(spec: BlockSpec) -> tuple[str, ...]:
+    """The tensors of a block that are quantized: its matrices."""
+    return tuple(name for name, shape in tensor_shapes(spec).items() if len(shape) == 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

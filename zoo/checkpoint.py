@@ -159,7 +159,7 @@ def _common_dtype(path: Path, files: dict[str, TensorFile]) -> Dtype:
             tensor = file.tensor(name)
         except ValueError:
             continue  # told when the tensor is asked for: it may be one that no block needs
-        sizes[tensor.dtype] += tensor.data.size
+        sizes[tensor.given_dtype] += tensor.data.size
     if not sizes:
         raise CheckpointError(f"{path}: no bf16, f16 or f32 tensors in the safetensors files")
     return sizes.most_common(1)[0][0]

@@ -22,12 +22,19 @@ def block_id(
     described = {
         "spec": encode(spec),
         "tied_to": tied_to,
-        "tensors": [[name, tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()],
+        "tensors": [_described(name, tensor) for name, tensor in tensors.items()],
     }
     digest = hashlib.sha256(canonical_json(described))
     for tensor in tensors.values():
-        digest.update(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)
+        for array in (tensor.data, tensor.scales):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _described(name: str, tensor: BlockTensor) -> list[Any]:
+    groups = [] if tensor.scales is None else [tensor.scales.shape[1]]
+    return [name, tensor.dtype, list(tensor.shape), *groups]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -12,6 +12,7 @@ from blockzoo.zoo.blocks import (
     BlockSpec,
     Dtype,
     HeadSpec,
+    StoredDtype,
     chain_specs,
     tensor_shapes,
 )
@@ -19,6 +20,7 @@ from blockzoo.zoo.errors import CheckpointError, ManifestError
 from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.names import is_name
+from blockzoo.zoo.packing import QuantizedDtype
 from blockzoo.zoo.strict_json import decode, encode
 
 SCHEMA_VERSION = 2
@@ -45,7 +47,7 @@ class PlanRecord:
 
     backend: Literal["openvino"]
     spec: BlockSpec
-    dtype: Dtype
+    dtype: StoredDtype
     profiles: tuple[OptimizationProfileRecord, ...]
     versions: dict[str, str]
 
@@ -101,11 +103,21 @@ class TensorRTPlanRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedRecord:
+    """What a quantized block was made of: models that share the one share the other."""
+
+    source: str
+    """Id of the block with its weights as they were given, which need not be stored."""
+    dtype: QuantizedDtype
+    """What was asked for: a matrix that no group of 4 bits divides has 8."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockRecord:
     """One stored block."""
 
     spec: BlockSpec
-    dtype: Dtype
+    dtype: StoredDtype
     """Of its largest tensor."""
     num_bytes: int
     """Of its tensors (a tied head's matrix is counted with the embed block)."""
@@ -116,6 +128,8 @@ class BlockRecord:
     """Measured time of the block alone by token count."""
     latency_block: str | None
     """The block of the same plan that was measured."""
+    quantized: QuantizedRecord | None = field(default=None, metadata={"added": True})
+    """Of a block that was quantized as a whole."""
 
     def with_latency(self, block: str | None, latency_us: dict[int, float] | None) -> "BlockRecord":
         """The record with measured times, of itself or of another block of its plan."""
@@ -127,7 +141,7 @@ class AdapterRecord:
     """One stored adapter; its tensors lie where those of blocks do."""
 
     spec: AdapterSpec
-    dtype: Dtype
+    dtype: StoredDtype
     """Of its largest tensor."""
     num_bytes: int
 
@@ -199,6 +213,39 @@ class EquivalenceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationFigures:
+    """How near a model is to itself with its weights as they were given, computed in f32."""
+
+    greedy_agreement: float
+    """Share of tokens that it would choose too, along the greedy answers of the other to built-in prompts."""
+    kl: float
+    """Mean Kullback-Leibler divergence over the probe text, in nats."""
+    top1: float
+    """Share of positions of the probe text with the same likeliest token."""
+    perplexity: float
+    """Of the probe text."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRecord:
+    """A model whose blocks were quantized."""
+
+    weights: Literal["int8", "int4", "auto"]
+    """As asked for."""
+    max_kl: float
+    """The bound on `kl`, of the quantized weights computed in f32."""
+    perplexity: float
+    """Of the probe text with the weights as they were given, in f32."""
+    figures: dict[str, QuantizationFigures]
+    """"f32": the quantized weights, computed in f32; "bf16", "int8 activations": as they are served; "given
+    bf16": what bf16 alone loses. Empty: not verified."""
+    num_tokens: int
+    """Of the probe text."""
+    probe: str
+    """Name of the probe file; "built-in" without one."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
 
@@ -227,7 +274,8 @@ class VerificationFigures:
 class VerificationRecord:
     """The end-to-end check of a model: its chain against an independent forward of the checkpoint.
 
-    Of a model with an EquivalenceRecord: the check of its own blocks, before others took their place.
+    Of a model with an EquivalenceRecord or a QuantizationRecord: the check of its own blocks, before others
+    took their place.
     """
 
     oracle: str
@@ -264,6 +312,7 @@ class ModelRecord:
     """The tokens that end an answer, where they are not those of `config`."""
     generation_defaults: dict[str, float] | None = field(default=None, metadata={"added": True})
     """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
+    quantization: QuantizationRecord | None = field(default=None, metadata={"added": True})
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ class Zoo:
             if path.exists() and not path.is_file():  # a fifo would never open
                 raise ValueError("no regular file")
             file = TensorFile(path)
-            tensors = {name: file.tensor(name) for name in tensor_shapes(spec)}
+            tensors = {name: file.stored(name) for name in tensor_shapes(spec)}
         except FileNotFoundError:
             raise StoreError(f"{path}: missing; compile the models that use it again") from None
         except (ValueError, KeyError) as error:

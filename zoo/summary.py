@@ -57,6 +57,30 @@ def verification_text(record: VerificationRecord) -> str:
     return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
 
 
+def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
+    """What a quantized model is stored in, and how near it is to what was given: a line of each."""
+    found = model.quantization
+    if found is None:
+        return []
+    sizes: dict[str, list[int]] = {}
+    for key in model.chain:
+        sizes.setdefault(manifest.blocks[key].dtype, []).append(manifest.blocks[key].num_bytes)
+    blocks = ", ".join(
+        f"{len(sizes[dtype])} blocks {dtype} ({human_bytes(sum(sizes[dtype]))})" for dtype in sorted(sizes)
+    )
+    lines = [f"weights {found.weights}: {blocks}"]
+    if found.figures:
+        lines[0] += (
+            f"; over {found.num_tokens} tokens of {found.probe} text, perplexity {found.perplexity:.4g}"
+        )
+        lines += [
+            f"  {name}: KL {figures.kl:.2e}, same top token {figures.top1:.1%}, greedy "
+            f"{figures.greedy_agreement:.1%}, perplexity {figures.perplexity:.4g}"
+            for name, figures in found.figures.items()
+        ]
+    return lines
+
+
 def equivalence_text(model: ModelRecord) -> str:
     """One line about the blocks of other models that stand for a model's own."""
     found = model.equivalence

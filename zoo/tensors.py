@@ -1,9 +1,10 @@
-"""Weight tensors in bf16, f16 or f32, zero-copy over mmapped safetensors files, and exact conversions."""
+"""Weight tensors in bf16, f16, f32 or quantized, zero-copy over mmapped safetensors files; conversions."""
 
 import json
+import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from blockzoo.zoo.packing import QuantizedDtype, dequantized, unpack_i4
+
 Dtype = Literal["bf16", "f16", "f32"]
+StoredDtype = Literal["bf16", "f16", "f32", "i8", "i4"]
+"""Of a tensor in a zoo; models are given in a `Dtype`."""
 _NUMPY: dict[str, type] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
+_NUMPY |= {"i8": np.int8, "i4": np.uint8}
 _SAFETENSORS: dict[str, Dtype] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+_QUANTIZED: dict[str, QuantizedDtype] = {"I8": "i8", "U8": "i4"}
+_SCALES = ".scales"  # behind the name of a quantized tensor: that of its scales
 _CHUNK = 1 << 22  # elements looked at in one go: temporaries stay in the cache, not in gigabytes
 
 
@@ -39,24 +47,61 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockTensor:
-    """One weight tensor; `data` is C-contiguous, bf16 as its uint16 bit pattern (numpy has no bf16)."""
+    """One weight tensor; `data` is C-contiguous, bf16 as its uint16 bit pattern (numpy has no bf16).
 
-    dtype: Dtype
+    A quantized matrix (see `packing`) has int8 [out, in], or of i4 uint8 [out, in / 2], and `scales`, float32
+    [out, groups].
+    """
+
+    dtype: StoredDtype
     data: np.ndarray
+    scales: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape, outermost dimension first."""
+        if self.dtype == "i4":
+            return self.data.shape[0], 2 * self.data.shape[1]
         return self.data.shape
+
+    @property
+    def given_dtype(self) -> Dtype:
+        """The dtype of a tensor that is not quantized."""
+        assert self.dtype != "i8" and self.dtype != "i4", "quantized"  # noqa: PT018
+        return self.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values, with scales where there are any."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def integers(self) -> np.ndarray:
+        """Of a quantized matrix, int8 [out, in]."""
+        return unpack_i4(self.data) if self.dtype == "i4" else self.data
 
     def to_f32(self) -> np.ndarray:
         """The values in float32, exactly; a copy except where the tensor is f32 already."""
+        if self.scales is not None:
+            return dequantized(self.integers, self.scales)
         if self.dtype == "bf16":
             return bf16_to_f32(self.data)
         return self.data.astype(np.float32, copy=False)
 
+    def rows(self, index: np.ndarray | slice) -> "BlockTensor":
+        """Some rows: a copy, or of a slice a view."""
+        scales = None if self.scales is None else self.scales[index]
+        return BlockTensor(self.dtype, self.data[index], scales)
+
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
+        if self.scales is not None:
+            return bool(np.isfinite(self.scales).all())
         for part in _chunks(self.data):
             if self.dtype == "bf16":
                 if bool(np.any((part & np.uint16(0x7F80)) == np.uint16(0x7F80))):
@@ -69,6 +114,18 @@ class BlockTensor:
 def _chunks(data: np.ndarray) -> list[np.ndarray]:
     flat = data.reshape(-1)
     return [flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK)]
+
+
+def stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
+    """Tensors of equal width on top of each other: in f32 where they are of different types."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({(part.dtype, None if part.scales is None else part.scales.shape[1]) for part in parts}) > 1:
+        return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
+    scales = [part.scales for part in parts if part.scales is not None]
+    data = np.concatenate([part.data for part in parts])
+    return BlockTensor(first.dtype, data, np.concatenate(scales) if scales else None)
 
 
 def from_f32(values: np.ndarray, dtype: Dtype) -> BlockTensor:
@@ -123,15 +180,31 @@ class TensorFile:
 
     def tensor(self, name: str) -> BlockTensor:
         """The tensor, zero-copy. Raises ValueError for a dtype other than BF16, F16, F32."""
-        entry = self._header[name]
-        dtype = _SAFETENSORS.get(entry["dtype"])
+        dtype = _SAFETENSORS.get(self._header[name]["dtype"])
         if dtype is None:
-            raise ValueError(f"tensor {name} has dtype {entry['dtype']} (supported: BF16, F16, F32)")
+            seen = self._header[name]["dtype"]
+            raise ValueError(f"tensor {name} has dtype {seen} (supported: BF16, F16, F32)")
+        return BlockTensor(dtype, self._array(name, dtype))
+
+    def stored(self, name: str) -> BlockTensor:
+        """As `tensor`, of a file of a zoo, where matrices may be quantized. Raises KeyError, ValueError."""
+        dtype = _QUANTIZED.get(self._header[name]["dtype"])
+        if dtype is None:
+            return self.tensor(name)
+        data, scales = self._array(name, dtype), self.tensor(name + _SCALES)
+        tensor = BlockTensor(dtype, data, scales.data)
+        fits = data.ndim == 2 and scales.dtype == "f32" and scales.data.ndim == 2
+        if not fits or len(scales.data) != len(data) or not _divides(scales.shape[1], tensor.shape[1]):
+            raise ValueError(f"the scales of {name} are {scales.dtype} {list(scales.shape)}")
+        return tensor
+
+    def _array(self, name: str, dtype: StoredDtype) -> np.ndarray:
+        entry = self._header[name]
         begin, end = entry["data_offsets"]
         numpy_type: np.dtype[Any] = np.dtype(_NUMPY[dtype])
         count = (end - begin) // numpy_type.itemsize
         data = np.frombuffer(self.mapping, numpy_type, count, self._data_begin + begin)
-        return BlockTensor(dtype, data.reshape(entry["shape"]))
+        return data.reshape(entry["shape"])
 
     def drop_pages(self) -> None:
         """Let the kernel drop the file's pages of this process; a later read loads them again."""
@@ -143,8 +216,8 @@ def write_tensor_file(path: Path, tensors: Mapping[str, BlockTensor], metadata: 
     header, ordered = _file_header(tensors, metadata)
     with open(path, "wb") as file:
         file.write(header)
-        for tensor in ordered:
-            np.ascontiguousarray(tensor.data).tofile(file)
+        for data in ordered:
+            np.ascontiguousarray(data).tofile(file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -152,25 +225,27 @@ def write_tensor_file(path: Path, tensors: Mapping[str, BlockTensor], metadata: 
 def tensor_file_bytes(tensors: Mapping[str, BlockTensor], metadata: Mapping[str, str]) -> int:
     """The size in bytes of the file that `write_tensor_file` would write."""
     header, ordered = _file_header(tensors, metadata)
-    return len(header) + sum(tensor.data.nbytes for tensor in ordered)
+    return len(header) + sum(data.nbytes for data in ordered)
 
 
 def _file_header(
     tensors: Mapping[str, BlockTensor], metadata: Mapping[str, str]
-) -> tuple[bytes, list[BlockTensor]]:
-    names = {dtype: name for name, dtype in _SAFETENSORS.items()}
-    order = sorted(tensors, key=lambda name: -tensors[name].data.itemsize)  # stable
+) -> tuple[bytes, list[np.ndarray]]:
+    names: dict[str, str] = {dtype: name for name, dtype in (_SAFETENSORS | _QUANTIZED).items()}
+    arrays = {name: (names[tensor.dtype], tensor.data) for name, tensor in tensors.items()}
+    arrays |= {name + _SCALES: ("F32", t.scales) for name, t in tensors.items() if t.scales is not None}
+    order = sorted(arrays, key=lambda name: -arrays[name][1].itemsize)  # stable
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.data.nbytes
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        dtype, data = arrays[name]
+        end = offset + data.nbytes
+        header[name] = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text, [tensors[name] for name in order]
+    return len(text).to_bytes(8, "little") + text, [arrays[name][1] for name in order]
+
+
+def _divides(count: int, whole: int) -> bool:
+    return 0 < count <= whole and whole % count == 0

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -164,9 +164,10 @@ class ZooWriter:
             _write_synced(temporary, content)
         temporary.rename(self.path / "manifest.json")
         sync_directory(self.path)
+        passing = set(self._new)  # written on the way to what is kept
         self._new.clear()
         self.manifest = manifest
-        freed = self._collect_garbage()
+        freed = self._collect_garbage(passing)
         self._keep_reserve(len(content))
         return freed
 
@@ -183,7 +184,8 @@ class ZooWriter:
         except OSError:  # the disk is full still
             reserve.unlink(missing_ok=True)
 
-    def _collect_garbage(self) -> int:
+    def _collect_garbage(self, passing: Collection[Path]) -> int:
+        """Remove what is not used; the bytes, those of files that this writer wrote not counted."""
         used = {f"{key}.safetensors" for key in (*self.manifest.blocks, *self.manifest.adapters)}
         used |= {model.tokenizer for model in self.manifest.models.values()}
         used |= self.manifest.tensorrt_plans.keys()
@@ -196,7 +198,8 @@ class ZooWriter:
             folder = self.path / name
             for path in sorted(folder.iterdir()) if folder.is_dir() else []:
                 if path.name not in used:
-                    freed += _remove(path)
+                    size = _remove(path)
+                    freed += 0 if path in passing else size
         return freed
 
 

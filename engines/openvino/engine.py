@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from blockzoo.zoo.store import Zoo
 _KEPT_KERNELS = 512
 _FEWEST_KERNELS, _MOST_KERNELS = 32, 256  # of a span
 
+_CPUINFO = Path("/proc/cpuinfo")
+_ACTIVATION_GROUP = 32  # activations of a row that share a scale, where they are rounded
+
 _DTYPES = {"H": "bf16", "f": "f32", "i": "i32"}  # numpy's type characters
 
 
@@ -41,6 +45,17 @@ class _Bound:
         tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
         self._request.set_tensor(name, tensor)
         self._tensors[name] = tensor
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has instructions that multiply integers of 8 bits and add them up (VNNI)."""
+    return "vnni" in _CPUINFO.read_text()
+
+
+def prefers_int8() -> bool:
+    """Whether int8 activations are the faster way with quantized weights here: with VNNI, and without AMX,
+    whose products of bf16 unpacked weights take no longer."""
+    return multiplies_int8() and "amx_bf16" not in _CPUINFO.read_text()
 
 
 class OpenVINOEngine:
@@ -83,14 +98,22 @@ class OpenVINOEngines:
         precision: of activations, weights in use and KV; None takes bf16 where the CPU computes it in
             hardware (avx512_bf16, amx_bf16) and f32 elsewhere.
         num_threads: compute threads; None leaves OpenVINO's choice (the physical cores).
+        int8_activations: multiply quantized weights with activations rounded to 8 bits on the fly, in groups
+            of a row, the rest in f32. Without, they are unpacked to the precision as they are multiplied.
 
     Raises:
-        EngineError: the precision is not available on this CPU.
+        EngineError: the precision, or rounded activations, are not available on this CPU, or not together.
     """
 
     name = "openvino"
 
-    def __init__(self, precision: Precision | None = None, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        precision: Precision | None = None,
+        num_threads: int | None = None,
+        *,
+        int8_activations: bool = False,
+    ) -> None:
         self._core = ov.Core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         has_bf16 = "BF16" in capabilities
@@ -98,13 +121,21 @@ class OpenVINOEngines:
             raise EngineError(
                 f"precision bf16 was asked for, but this CPU offers {', '.join(capabilities)}; use f32"
             )
-        self.precision: Precision = precision or ("bf16" if has_bf16 else "f32")
+        if int8_activations and precision == "bf16":
+            raise EngineError(
+                "int8 activations are rounded from f32, and precision bf16 was asked for: leave one out"
+            )
+        if int8_activations and not multiplies_int8():
+            raise EngineError("int8 activations were asked for, but this CPU lacks VNNI: leave them out")
+        self.precision: Precision = precision or ("bf16" if has_bf16 and not int8_activations else "f32")
+        self.int8_activations = int8_activations
         self.arrays: Arrays = HostArrays(self.precision, num_threads or len(os.sched_getaffinity(0)))
         self._properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "KV_CACHE_PRECISION": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if int8_activations else 0,
             "ENABLE_CPU_PINNING": False,  # engines that run at the same time would share the same cores
         }
         self.expect(1)
@@ -127,7 +158,8 @@ class OpenVINOEngines:
     def facts(self) -> dict[str, Any]:
         """Backend, version, precision and CPU, for manifests and reports."""
         cpu = self._core.get_property("CPU", "FULL_DEVICE_NAME")
-        return {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
+        facts = {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
+        return facts | ({"activations": "int8"} if self.int8_activations else {})
 
     def embedding(self, block: Block) -> EmbeddingTable:
         """The look-up of an embed block, over its mapped file."""

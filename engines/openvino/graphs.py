@@ -23,7 +23,7 @@ from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
 
-_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
+_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32, "i8": Type.i8, "i4": Type.i4}
 
 
 def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision) -> Model:
@@ -46,12 +46,26 @@ def _const(value: object, dtype: Any = np.int64) -> Node:
 
 def _weight(tensor: BlockTensor, copy: bool = False) -> Node:
     """The tensor as f32 in the graph: a constant in its stored type, marked as a weight to unpack."""
+    if tensor.scales is not None:
+        return _quantized_weight(tensor, tensor.scales, copy)
     constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=not copy)
     if tensor.dtype == "f32":
         return constant
     unpacked = op.convert(constant, "f32")
     unpacked.get_rt_info()["decompression_0"] = ""
     return unpacked
+
+
+def _quantized_weight(tensor: BlockTensor, scales: np.ndarray, copy: bool) -> Node:
+    """The pattern that the CPU plugin turns into a product with packed weights: no copy of the values."""
+    rows, columns = tensor.shape
+    groups = scales.shape[1]
+    shape = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
+    packed = Tensor(tensor.data, shape, _TYPES[tensor.dtype])
+    integers = op.convert(Constant(packed, shared_memory=not copy), "f32")
+    scale = Tensor(scales, [*shape[:-1], 1], Type.f32)
+    values = op.multiply(integers, Constant(scale, shared_memory=not copy))
+    return values if groups == 1 else op.reshape(values, _const([rows, columns]), False)
 
 
 def _vector(tensor: BlockTensor) -> Node:
@@ -65,14 +79,21 @@ def _stacked_weight(parts: Sequence[BlockTensor]) -> Node:
     A zoo file holds them side by side, so that this is a view; anything else is copied together.
     """
     first = parts[0]
-    rows = sum(part.shape[0] for part in parts)
-    same_type = all(part.dtype == first.dtype for part in parts)
-    ends = [part.data.ctypes.data + part.data.nbytes for part in parts]
-    if same_type and [part.data.ctypes.data for part in parts[1:]] == ends[:-1]:
-        return _weight(BlockTensor(first.dtype, as_strided(first.data, (rows, first.shape[1]))))
-    if same_type:
-        return _weight(BlockTensor(first.dtype, np.concatenate([part.data for part in parts])), copy=True)
-    return _weight(BlockTensor("f32", np.concatenate([part.to_f32() for part in parts])), copy=True)
+    if len({(part.dtype, None if part.scales is None else part.scales.shape[1]) for part in parts}) > 1:
+        return _weight(BlockTensor("f32", np.concatenate([part.to_f32() for part in parts])), copy=True)
+    data, is_view = _on_top_of_each_other([part.data for part in parts])
+    if first.scales is None:
+        return _weight(BlockTensor(first.dtype, data), copy=not is_view)
+    scales, are_views = _on_top_of_each_other([part.scales for part in parts if part.scales is not None])
+    return _weight(BlockTensor(first.dtype, data, scales), copy=not (is_view and are_views))
+
+
+def _on_top_of_each_other(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
+    """Arrays of equal width as one, and whether it is a view."""
+    ends = [part.ctypes.data + part.nbytes for part in parts]
+    if [part.ctypes.data for part in parts[1:]] == ends[:-1]:
+        return as_strided(parts[0], (sum(map(len, parts)), parts[0].shape[1])), True
+    return np.concatenate(parts), False
 
 
 def _linear(x: Node, weight: Node, bias: BlockTensor | None) -> Node:

@@ -161,8 +161,47 @@ class _Recorded:
 
 def weight_tensor(tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A block's tensor, copied out of its mapped file, in `dtype` on `device`."""
-    # .copy(): torch refuses to promise that read-only memory stays unwritten
-    data = tensor.data.copy()
-    bits = torch.from_numpy(data.view(np.int16) if tensor.dtype == "bf16" else data)
+    if tensor.scales is not None:
+        return torch.from_numpy(tensor.to_f32()).to(device=device, dtype=dtype)
+    bits = _copied(tensor.data.view(np.int16) if tensor.dtype == "bf16" else tensor.data)
     typed = bits.view(torch.bfloat16) if tensor.dtype == "bf16" else bits
     return typed.to(device=device, dtype=dtype)
+
+
+def _copied(data: np.ndarray) -> torch.Tensor:
+    # .copy(): torch refuses to promise that read-only memory stays unwritten
+    return torch.from_numpy(data.copy())
+
+
+class PackedMatrix:
+    """A quantized matrix on the device, as it is stored; its values are made where they are needed.
+
+    Args:
+        tensor: quantized, see `zoo.packing`.
+        dtype: of the values. device: of all.
+    """
+
+    def __init__(self, tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> None:
+        assert tensor.scales is not None
+        self._four_bits = tensor.dtype == "i4"
+        self._dtype = dtype
+        self._data = _copied(tensor.data).to(device)
+        self._scales = _copied(tensor.scales).to(device)
+        self.shape = tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        return self._data.nbytes + self._scales.nbytes
+
+    def dense(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The values [out, in], or those of some rows."""
+        data, scales = self._data, self._scales
+        if rows is not None:
+            data, scales = data.index_select(0, rows), scales.index_select(0, rows)
+        if self._four_bits:
+            # the sign of a nibble is that of the byte whose upper half it is
+            low, high = (data << 4).view(torch.int8) >> 4, data.view(torch.int8) >> 4
+            data = torch.stack([low, high], -1).flatten(1)
+        grouped = data.view(*scales.shape, -1).to(torch.float32) * scales[:, :, None]
+        return grouped.flatten(1).to(self._dtype)

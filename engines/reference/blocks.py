@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
-from blockzoo.engines.reference.arrays import weight_tensor
+from blockzoo.engines.reference.arrays import PackedMatrix, weight_tensor
 from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+from blockzoo.zoo.tensors import stacked as stacked_tensor
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Matrix: TypeAlias = torch.Tensor | PackedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +58,15 @@ class Weights:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._loaded: WeakValueDictionary[tuple[str, ...], torch.Tensor] = WeakValueDictionary()
+        self._loaded: WeakValueDictionary[tuple[str, ...], Matrix] = WeakValueDictionary()
 
     def load(self, block: Block, *names: str) -> torch.Tensor:
         """The block's tensors of these names on top of each other (one product instead of three)."""
-        # the tied matrix of a head is keyed by its file, which is the embed block's
-        owner = str(block.files[-1].path) if names == ("weight",) and block.files else block.id
-        key = (owner, *names)
-        found = self._loaded.get(key)
-        if found is None:
-            parts = [weight_tensor(block.tensors[name], self._dtype, self._device) for name in names]
-            found = self._loaded[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return found
+        return self._kept(block, names, lambda: self._dense(block, names), "dense")
+
+    def matrix(self, block: Block, *names: str) -> Matrix:
+        """The same of matrices, which stay packed where they are quantized."""
+        return self._kept(block, names, lambda: self._packed(block, names))
 
     def maybe(self, block: Block, *names: str) -> torch.Tensor | None:
         """`load`, or None where the block has no such tensors."""
@@ -76,6 +76,31 @@ class Weights:
     def num_bytes(self) -> int:
         """Device memory of all that was loaded."""
         return sum(tensor.nbytes for tensor in self._loaded.values())
+
+    def _kept(self, block: Block, names: tuple[str, ...], make: Callable[[], Any], how: str = "") -> Any:
+        # the tied matrix of a head is keyed by its file, which is the embed block's
+        owner = str(block.files[-1].path) if names == ("weight",) and block.files else block.id
+        quantized = block.tensors[names[0]].scales is not None
+        key = (owner, *names, how if quantized else "")
+        found = self._loaded.get(key)
+        if found is None:
+            found = self._loaded[key] = make()
+        return found
+
+    def _dense(self, block: Block, names: tuple[str, ...]) -> torch.Tensor:
+        parts = [weight_tensor(block.tensors[name], self._dtype, self._device) for name in names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _packed(self, block: Block, names: tuple[str, ...]) -> Matrix:
+        stacked = stacked_tensor([block.tensors[name] for name in names])
+        if stacked.scales is None:
+            return weight_tensor(stacked, self._dtype, self._device)
+        return PackedMatrix(stacked, self._dtype, self._device)
+
+
+def dense(matrix: Matrix) -> torch.Tensor:
+    """The values of a matrix: packed ones are unpacked."""
+    return matrix.dense() if isinstance(matrix, PackedMatrix) else matrix
 
 
 class Operators:
@@ -109,10 +134,10 @@ class TorchAttn:
 
     spec: AttnSpec
     norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     qk_norms: tuple[torch.Tensor, torch.Tensor] | None
-    o: torch.Tensor
+    o: Matrix
     o_bias: torch.Tensor | None
     ops: Operators
 
@@ -124,10 +149,10 @@ class TorchAttn:
         return cls(
             spec=block.spec,
             norm=weights.load(block, "norm"),
-            qkv=weights.load(block, "q", "k", "v"),
+            qkv=weights.matrix(block, "q", "k", "v"),
             qkv_bias=weights.maybe(block, "q_bias", "k_bias", "v_bias"),
             qk_norms=norms,
-            o=weights.load(block, "o"),
+            o=weights.matrix(block, "o"),
             o_bias=weights.maybe(block, "o_bias"),
             ops=ops,
         )
@@ -135,7 +160,7 @@ class TorchAttn:
     def pre(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        qkv = linear(normed, self.qkv, self.qkv_bias)
+        qkv = linear(normed, dense(self.qkv), self.qkv_bias)
         q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
         _add_side_by_side(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, lora, self.ops)
         return qkv
@@ -158,9 +183,9 @@ class TorchFfn:
 
     spec: FfnSpec
     norm: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Matrix
     gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
+    down: Matrix
     down_bias: torch.Tensor | None
     ops: Operators
 
@@ -171,9 +196,9 @@ class TorchFfn:
         return cls(
             spec=block.spec,
             norm=weights.load(block, "norm"),
-            gate_up=weights.load(block, "gate", "up"),
+            gate_up=weights.matrix(block, "gate", "up"),
             gate_up_bias=weights.maybe(block, "gate_bias", "up_bias"),
-            down=weights.load(block, "down"),
+            down=weights.matrix(block, "down"),
             down_bias=weights.maybe(block, "down_bias"),
             ops=ops,
         )
@@ -181,7 +206,7 @@ class TorchFfn:
     def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        gate_up = linear(normed, self.gate_up, self.gate_up_bias)
+        gate_up = linear(normed, dense(self.gate_up), self.gate_up_bias)
         size = self.spec.intermediate_size
         _add_side_by_side(gate_up, normed, {"gate": size, "up": size}, lora, self.ops)
         inner = self.ops.gated(gate_up)
@@ -196,18 +221,18 @@ class TorchHead:
 
     spec: HeadSpec
     norm: torch.Tensor
-    weight: torch.Tensor
+    weight: Matrix
     ops: Operators
 
     @classmethod
     def load(cls, block: Block, weights: Weights, ops: Operators) -> TorchHead:
         """Put the block on the device."""
         assert isinstance(block.spec, HeadSpec)
-        return cls(block.spec, weights.load(block, "norm"), weights.load(block, "weight"), ops)
+        return cls(block.spec, weights.load(block, "norm"), weights.matrix(block, "weight"), ops)
 
     def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> logits [T, vocab] in the precision of the weights."""
-        return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
+        return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), dense(self.weight))
 
 
 def _add_side_by_side(
@@ -218,9 +243,7 @@ def _add_side_by_side(
         lora.add_to(part, x, name, ops)
 
 
-def _add_product(
-    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _add_product(x: torch.Tensor, y: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
     """x + y @ weight.T, rounded once (+ bias)."""
-    out = torch.addmm(x, y, weight.T)
+    out = torch.addmm(x, y, dense(weight).T)
     return out if bias is None else out + bias

@@ -10,12 +10,13 @@ import torch
 
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
-from blockzoo.engines.reference.arrays import TORCH_DTYPES, TorchArrays
+from blockzoo.engines.reference.arrays import TORCH_DTYPES, PackedMatrix, TorchArrays
 from blockzoo.engines.reference.attention import Attention, DenseAttention
 from blockzoo.engines.reference.blocks import (
     NO_LORA,
     LayerCall,
     Lora,
+    Matrix,
     Operators,
     TorchAttn,
     TorchFfn,
@@ -160,7 +161,7 @@ class ReferenceEngines:
 
     def embedding(self, block: Block) -> TorchEmbedding:
         """The look-up of an embed block, on the device."""
-        return TorchEmbedding(self.weights.load(block, "weight"))
+        return TorchEmbedding(self.weights.matrix(block, "weight"))
 
     def span(
         self,
@@ -189,13 +190,16 @@ class ReferenceEngines:
 class TorchEmbedding:
     """An embed block's table on the device."""
 
-    def __init__(self, table: torch.Tensor) -> None:
+    def __init__(self, table: Matrix) -> None:
         self._table = table
         self.vocab_size: int = table.shape[0]
 
     def lookup(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Write the rows of `token_ids` (int32 [n]) to `out` [n, hidden]."""
-        torch.index_select(self._table, 0, token_ids, out=out)
+        if isinstance(self._table, PackedMatrix):
+            out.copy_(self._table.dense(token_ids))
+        else:
+            torch.index_select(self._table, 0, token_ids, out=out)
 
 
 def _operators(device: torch.device) -> tuple[Operators, Attention]:

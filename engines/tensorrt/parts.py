@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
-import numpy as np
-
 from blockzoo.zoo.blocks import Block, BlockSpec, BlockTensor, Dtype
-from blockzoo.zoo.tensors import from_f32
+from blockzoo.zoo.tensors import from_f32, stacked
 
 Part = Literal["attn_pre", "attn_post", "ffn", "head"]
 
@@ -61,16 +59,10 @@ def parts_of(spec: BlockSpec) -> tuple[Part, ...]:
 def part_weights(block: Block, part: Part, dtype: Dtype) -> dict[str, BlockTensor]:
     """The weights of one part of a block by input name, in `dtype`."""
     return {
-        name: _converted(_stacked([block.tensors[source] for source in sources]), dtype)
+        name: _converted(stacked([block.tensors[source] for source in sources]), dtype)
         for name, sources in WEIGHT_PARTS[part].items()
         if sources[0] in block.tensors
     }
-
-
-def _stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
-    if len({part.dtype for part in parts}) == 1:
-        return BlockTensor(parts[0].dtype, np.concatenate([part.data for part in parts]))
-    return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
 
 
 def _converted(tensor: BlockTensor, dtype: Dtype) -> BlockTensor:

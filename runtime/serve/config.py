@@ -73,6 +73,9 @@ class EngineConfig:
         device: of the torch backends: "cpu", "cuda" or "cuda:<n>"; None: a GPU where there is one.
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware. What a seed
             promises depends on it (`SamplingParams`).
+        int8_activations: round activations to 8 bits where they are multiplied with quantized weights (all
+            else in f32, KV too); needs a CPU with VNNI. None: where most of the zoo's weights are quantized,
+            no precision is given and the CPU is faster so.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             memory that is available (to its control group) where that is less. Split between KV geometries
             by what a token takes in all layers of their models.
@@ -119,6 +122,7 @@ class EngineConfig:
     backend: Backend | None = None
     device: str | None = None
     precision: Literal["f32", "bf16"] | None = None
+    int8_activations: bool | None = None
     kv_cache_bytes: int | None = None
     adapter_cache_bytes: int = 256 << 20
     enable_lora: bool = False

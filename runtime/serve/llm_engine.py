@@ -82,6 +82,7 @@ class LLMEngine:
             device=self.config.device,
             num_threads=self.config.num_threads,
             zoo=zoo,
+            int8_activations=self.config.int8_activations,
         )
         self._between = BetweenSteps()
         self._make = making(zoo, self.config, maker)

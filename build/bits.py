@@ -1,0 +1,111 @@
+"""Bits for each block of a model, so that the whole stays near to itself: the cheapest first.
+
+What a block in 4 bits costs is measured in the whole chain: the divergence of the model's distributions with
+that block alone in 4 bits, over a part of the probe text. Blocks then go to 4 bits in the order of divergence
+for the bytes that are saved, as many as the bound allows with all of them together, which is found by
+halving. Where 8 bits throughout are too far already, blocks go to 8 bits from what was given in the same way.
+
+Hidden states below the first block that is replaced do not change, so chains are run from there.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from blockzoo.build.likeness import divergence, log_probabilities
+from blockzoo.engines.arrays import Array
+from blockzoo.engines.base import EngineMaker
+from blockzoo.engines.probe import ProbeBlock
+from blockzoo.zoo.blocks import Adapter, Block
+from blockzoo.zoo.manifest import ModelRecord
+
+Replaced = Mapping[int, str]
+"""Position in the chain -> block id."""
+
+
+class Trial:
+    """A model over a text, and how far it strays with other blocks in it.
+
+    Args:
+        read: id of a block -> the block.
+        record: the model with its own blocks.
+        adapters: of the model, by position.
+        maker: of f32 engines.
+        sequences: token ids.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], Block],
+        record: ModelRecord,
+        adapters: Mapping[int, Adapter],
+        maker: EngineMaker,
+        sequences: Sequence[Sequence[int]],
+    ) -> None:
+        self._read, self._record, self._adapters = read, record, adapters
+        self._maker, self._sequences = maker, sequences
+        self._blocks: dict[tuple[int, str], ProbeBlock] = {}
+        self._hidden: list[list[Array]] = [[]]  # by position, what enters the block there
+        self._own: list[np.ndarray] = []
+        self._own = self._run({}, keep=True)
+
+    def kl(self, replaced: Replaced, num_sequences: int | None = None) -> float:
+        """Mean divergence from the model's own distributions, in nats; over some sequences, or all."""
+        if not replaced:
+            return 0.0
+        return divergence(self._own[:num_sequences], self._run(replaced, num_sequences))
+
+    def _run(
+        self, replaced: Replaced, num_sequences: int | None = None, keep: bool = False
+    ) -> list[np.ndarray]:
+        first = min(replaced, default=0)
+        states = self._hidden[first][:num_sequences] if first < len(self._hidden) else []
+        for position in range(first, len(self._record.chain)):
+            key = replaced.get(position, self._record.chain[position])
+            if position == 0:
+                states = self._embedded(key)[:num_sequences]
+            else:
+                states = self._outputs(position, key, states)
+            if keep and position < len(self._record.chain) - 1:
+                self._hidden.append(states)
+        return [log_probabilities(logits) for logits in states]
+
+    def _outputs(self, position: int, key: str, states: Sequence[Array]) -> list[Array]:
+        if (position, key) not in self._blocks:
+            longest = max(map(len, self._sequences))
+            block, adapter = self._read(key), self._adapters.get(position)
+            self._blocks[position, key] = ProbeBlock(
+                self._maker, block, self._record.config, longest, adapter
+            )
+        return [self._blocks[position, key].forward(rows) for rows in states]
+
+    def _embedded(self, key: str) -> list[Array]:
+        block, arrays = self._read(key), self._maker.arrays
+        table, found = self._maker.embedding(block), []
+        for tokens in self._sequences:
+            out = arrays.zeros((len(tokens), block.spec.hidden_size), "activation")
+            table.lookup(arrays.mirror(np.asarray(tokens, np.int32)), out)
+            found.append(out)
+        return found
+
+
+Step = TypeVar("Step", bound=Hashable)
+
+
+def affordable(
+    costs: Mapping[Step, float], saved: Mapping[Step, int], passes: Callable[[Sequence[Step]], bool]
+) -> list[Step]:
+    """The steps to take: the cheapest for what they save first, as many as pass together.
+
+    The number is found by halving: that fewer pass where more do is taken for granted. None passes.
+    """
+    order = sorted(costs, key=lambda step: costs[step] / max(saved[step], 1))
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if passes(order[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return order[:low]

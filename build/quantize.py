@@ -1,0 +1,169 @@
+"""Models whose blocks are stored in 8 or 4 bits: made of the blocks as they were given, and judged by them.
+
+A model is compiled with its weights as they are given first (blocks found, merged LoRAs taken out, verified);
+then its blocks are quantized one by one, and those as they were given leave the zoo with the commit unless
+some model uses them. A quantized block knows what it was made of, so models that shared a block share what
+becomes of it, also those that are added later.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blockzoo.build.calibration import Grams, calibrate
+from blockzoo.build.draft import Draft
+from blockzoo.build.oracle import Oracle
+from blockzoo.build.partition import CutBlock, chain_names
+from blockzoo.build.progress import Progress
+from blockzoo.build.rounding import on_its_grid, rounded
+from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, BlockTensor, HeadSpec, matrix_names, tensor_shapes
+from blockzoo.zoo.fingerprint import block_id
+from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
+from blockzoo.zoo.packing import QuantizedDtype, group_of
+
+Choice = Mapping[int, QuantizedDtype]
+"""Position in a chain -> what the block there is stored in; others stay as they were given."""
+
+
+def uniform(draft: Draft, chain: Sequence[str], dtype: QuantizedDtype) -> dict[int, QuantizedDtype]:
+    """All blocks in one dtype, but embedding and head in 8 bits in any case."""
+    blocks = [draft.manifest.blocks[key] for key in chain]
+    return {
+        position: dtype if block.spec.kind in PROJECTIONS else "i8"
+        for position, block in enumerate(blocks)
+        if block.dtype not in ("i8", "i4")  # another model's that stands for its own
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What rounding may look at; both are made when they are first needed."""
+
+    oracle: Callable[[], Oracle]
+    """The model."""
+    texts: Callable[[], Sequence[Sequence[int]]]
+    """Token ids that it is run over; none: matrices are rounded to nearest."""
+
+
+class Quantizer:
+    """Makes the quantized blocks of one model, in a draft.
+
+    Args:
+        draft: where its blocks are, and where the new ones go.
+        name, record: the model, with its blocks as they were given.
+        calibration: of it.
+        progress: told of.
+    """
+
+    def __init__(
+        self, draft: Draft, name: str, record: ModelRecord, calibration: Calibration, progress: Progress
+    ) -> None:
+        self._draft, self._name, self._record = draft, name, record
+        self._calibration, self._progress = calibration, progress
+
+    def make(self, choices: Sequence[Choice]) -> None:
+        """Have the blocks of all choices in the draft."""
+        wanted = sorted({(at, dtype) for choice in choices for at, dtype in choice.items()})
+        missing = [(at, dtype) for at, dtype in wanted if self._find(at, dtype) is None]
+        layers: dict[int, list[tuple[int, QuantizedDtype]]] = {}
+        for position, dtype in missing:
+            if self._spec(position).kind in PROJECTIONS and self._draft.writer is not None:
+                layers.setdefault((position - 1) // 2, []).append((position, dtype))
+            else:
+                self._store(position, dtype, {})
+        if not layers:
+            return
+        what, steps = f"rounding {self._name}", self._record.config.num_layers
+
+        def on_layer(layer: int, grams: Grams) -> None:
+            self._progress(what, layer, steps)
+            for position, dtype in layers.get(layer, ()):
+                self._store(position, dtype, grams)
+
+        texts = self._calibration.texts()
+        if texts:
+            calibrate(self._calibration.oracle(), texts, on_layer)
+        else:
+            for layer in layers:
+                on_layer(layer, {})
+        self._progress(what, steps, steps)
+
+    def chain(self, choice: Choice) -> tuple[str, ...]:
+        """The chain with the blocks of a choice, which are made already."""
+        chain = list(self._record.chain)
+        for position, dtype in choice.items():
+            found = self._find(position, dtype)
+            assert found is not None, "made before"
+            chain[position] = found
+        return tuple(chain)
+
+    def _spec(self, position: int) -> BlockSpec:
+        return self._draft.manifest.blocks[self._record.chain[position]].spec
+
+    def _find(self, position: int, dtype: QuantizedDtype) -> str | None:
+        """The whole block in the zoo that the one there is in `dtype`; None where there is none."""
+        wanted, tied_to = QuantizedRecord(self._record.chain[position], dtype), self._tied_to(position)
+        for key, record in self._draft.manifest.blocks.items():
+            if record.quantized == wanted and record.tied_to == tied_to and self._draft.is_whole(key):
+                return key
+        return None
+
+    def _tied_to(self, position: int) -> str | None:
+        """The quantized embedding that a tied head takes its matrix from."""
+        spec = self._spec(position)
+        return self._find(0, "i8") if isinstance(spec, HeadSpec) and spec.tied else None
+
+    def _store(self, position: int, dtype: QuantizedDtype, grams: Grams) -> None:
+        key, spec, tied_to = self._record.chain[position], self._spec(position), self._tied_to(position)
+        made_of = QuantizedRecord(key, dtype)
+        if self._draft.writer is None:
+            size = quantized_bytes(spec, self._draft.tensors_of(key), dtype)
+            self._draft.expect(spec, dtype, size, tied_to, made_of)
+            return
+        given = self._draft.zoo.read_block(key)
+        names = chain_names(self._record.config)[position]
+        met = {name: grams[hf] for name, hf in names.items() if hf in grams}
+        tensors = quantized_tensors(spec, given.tensors, dtype, met)
+        given.drop_pages()
+        self._draft.store(
+            CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to), lambda: tensors, made_of
+        )
+
+
+def quantized_tensors(
+    spec: BlockSpec,
+    tensors: Mapping[str, BlockTensor],
+    dtype: QuantizedDtype,
+    grams: Mapping[str, np.ndarray],
+) -> dict[str, BlockTensor]:
+    """The tensors of a block with its matrices rounded (see `rounding.rounded`), unless they lie on a grid
+    that can be kept, as those of a GGUF file may; all others as they are."""
+    made = {name: tensors[name] for name in tensor_shapes(spec)}
+    for name in matrix_names(spec):
+        values = tensors[name].to_f32()
+        kind, group = _grid(dtype, values.shape[1])
+        kept = on_its_grid(values, kind) if tensors[name].dtype == "f32" else None
+        made[name] = kept or rounded(values, kind, group, grams.get(name))
+    return made
+
+
+def quantized_bytes(spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: QuantizedDtype) -> int:
+    """The bytes of what `quantized_tensors` gives."""
+    matrices = matrix_names(spec)
+    total = sum(tensors[name].num_bytes for name in tensor_shapes(spec) if name not in matrices)
+    for name in matrices:
+        rows, columns = tensors[name].shape
+        kind, group = _grid(dtype, columns)
+        kept = on_its_grid(tensors[name].to_f32(), kind) if tensors[name].dtype == "f32" else None
+        if kept is not None:
+            total += kept.num_bytes
+            continue
+        total += rows * columns // (2 if kind == "i4" else 1) + 4 * rows * (columns // group)
+    return total
+
+
+def _grid(dtype: QuantizedDtype, columns: int) -> tuple[QuantizedDtype, int]:
+    """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
+    group = group_of(columns)
+    return ("i8", columns) if group is None else (dtype, group)

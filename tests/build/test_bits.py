@@ -1,0 +1,118 @@
+"""Bits by block: which steps are taken, what is measured, and that the bound holds for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from blockzoo.build import calibration
+from blockzoo.build.bits import Trial, affordable
+from blockzoo.build.cli import main
+from blockzoo.build.likeness import divergence, log_probabilities
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.probe import ProbeChain
+from blockzoo.zoo.store import Zoo
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.5, 3.0, 7.0, 100.0])
+def test_the_cheapest_steps_are_taken_as_far_as_the_bound_goes(bound: float) -> None:
+    costs = {"a": 4.0, "b": 1.0, "c": 2.0, "d": 1.0}
+    saved = {"a": 10, "b": 1, "c": 4, "d": 8}
+    order = ["d", "a", "c", "b"]  # by cost for what is saved
+    asked: list[Sequence[str]] = []
+
+    def passes(steps: Sequence[str]) -> bool:
+        asked.append(steps)
+        return sum(costs[step] for step in steps) <= bound
+
+    taken = affordable(costs, saved, passes)
+    expected = [n for n in range(5) if sum(costs[s] for s in order[:n]) <= bound]
+    assert taken == order[: expected[-1]]
+    assert len(asked) <= 3
+
+
+def test_a_trial_measures_the_whole_chain(demo_zoo: Path) -> None:
+    zoo, engines = Zoo.open(demo_zoo), OpenVINOEngines("f32")
+    base, other = zoo.manifest.models["base"], zoo.manifest.models["solver"]
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 2048, n).tolist() for n in (30, 12)]
+    trial = Trial(zoo.read_block, base, {}, engines, texts)
+
+    def logits(chain: Sequence[str]) -> list[np.ndarray]:
+        runner = ProbeChain(engines, [zoo.read_block(key) for key in chain], base.config, 32)
+        return [log_probabilities(runner.forward(text, 0)) for text in texts]
+
+    own = logits(base.chain)
+    at = [i for i, (a, b) in enumerate(zip(base.chain, other.chain, strict=True)) if a != b]
+    for places in (at, at[:1], at[-1:]):
+        replaced = {i: other.chain[i] for i in places}
+        chain = [replaced.get(i, key) for i, key in enumerate(base.chain)]
+        expected = divergence(own, logits(chain))
+        assert trial.kl(replaced) == pytest.approx(expected, rel=1e-3)
+        assert trial.kl(replaced, 1) == pytest.approx(divergence(own[:1], logits(chain)[:1]), rel=1e-3)
+        assert expected > 1e-4
+    assert trial.kl({}) == 0
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "NUM_TOKENS", 32)
+
+
+@pytest.mark.usefixtures("short_texts")
+@pytest.mark.parametrize(
+    ("max_kl", "four", "given"),
+    [(1e-5, range(1), range(2, 14)), (4e-3, range(1, 12), range(1, 2)), (5.0, range(12, 13), range(1, 2))],
+)
+def test_auto_stays_within_its_bound(
+    max_kl: float, four: range, given: range, demo_family: dict[str, Path], demo_zoo: Path, tmp_path: Path
+) -> None:
+    """Judged here by the chains as a whole; `four`, `given`: how many blocks are in 4 bits, and as given."""
+    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()[:2000]
+    (tmp_path / "probe").write_text(text)
+    options = CompileOptions(
+        weights="auto", max_kl=max_kl, probe=str(tmp_path / "probe"), verify=False, profile=False
+    )
+    report = compile_models({"base": demo_family["base"]}, tmp_path / "z", options)
+    zoo, engines = Zoo.open(tmp_path / "z"), OpenVINOEngines("f32")
+    record = zoo.manifest.models["base"]
+    dtypes = [zoo.manifest.blocks[key].dtype for key in record.chain]
+    assert dtypes.count("i4") in four
+    assert dtypes.count("bf16") in given  # the tied head holds its norm alone
+    assert any(f"weights auto: {dtypes.count('bf16')} blocks bf16" in note for note in report.models[0].notes)
+    assert {path.stem for path in (tmp_path / "z" / "blocks").iterdir()} == set(zoo.manifest.blocks)
+    tokenizer = Tokenizer.from_file(str(zoo.tokenizer_dir("base") / "tokenizer.json"))
+    texts = [tokenizer.encode(part).ids[:256] for part in text.split("\n\n")]
+    texts = [ids for ids in texts if len(ids) > 1]
+    said = []
+    for opened, chain in ((Zoo.open(demo_zoo), None), (zoo, record.chain)):
+        keys = chain or opened.manifest.models["base"].chain
+        runner = ProbeChain(engines, [opened.read_block(key) for key in keys], record.config, 256)
+        said.append([log_probabilities(runner.forward(ids, 0)) for ids in texts])
+    assert divergence(*said) <= max_kl
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_a_base_its_loras_and_its_copies_stay_together(demo_family: dict[str, Path], tmp_path: Path) -> None:
+    models: dict[str, str | Path] = {name: demo_family[name] for name in ("base", "notes", "base-sharded")}
+    options = CompileOptions(weights="auto", max_kl=6e-3, profile=False, verify=False)
+    compile_models(models, tmp_path / "z", options)
+    manifest = Zoo.open(tmp_path / "z").manifest
+    chains = {manifest.models[name].chain for name in models}
+    assert len(chains) == 1
+    assert {manifest.blocks[key].dtype for key in chains.pop()} >= {"i8", "i4"}
+
+
+def test_a_bound_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["x", "-o", str(tmp_path), "--max-kl", "1"])
+    assert "--max-kl is a bound of --weights" in capsys.readouterr().err
+    for bad in ("0", "nan", "x"):
+        with pytest.raises(SystemExit):
+            main(["x", "-o", str(tmp_path), "--weights", "int8", "--max-kl", bad])
+        assert "is not a number above 0" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Rounding: errors within what the grid allows, and error compensation that pays on what was not seen."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from blockzoo.build.rounding import on_its_grid, rounded
+from blockzoo.zoo.packing import LIMITS
+
+RNG = np.random.default_rng(1)
+WEIGHT = RNG.standard_normal((40, 256)).astype(np.float32)
+
+
+def rows(count: int) -> np.ndarray:
+    """With directions that go together, as in a model, and a few large ones."""
+    mixing = np.random.default_rng(2).standard_normal((24, 256)) * np.geomspace(10, 0.1, 24)[:, None]
+    return (RNG.standard_normal((count, 24)) @ mixing + 0.1 * RNG.standard_normal((count, 256))).astype("f4")
+
+
+@pytest.mark.parametrize("group", [256, 64])
+def test_eight_bits_round_to_the_nearest(group: int) -> None:
+    found = rounded(WEIGHT, "i8", group)
+    assert found.scales is not None
+    assert found.scales.shape == (40, 256 // group)
+    error = np.abs(found.to_f32() - WEIGHT).reshape(40, -1, group)
+    assert (error <= found.scales[:, :, None] * 0.50001).all()
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_integers_stay_within_their_limits(dtype: str, with_gram: bool) -> None:
+    x = rows(500)
+    weight = WEIGHT.copy()
+    weight[3] = 0
+    weight[4, :64] = 0
+    weight[5, 0] = 1e4
+    found = rounded(weight, dtype, 64, x.T @ x if with_gram else None)  # type: ignore[arg-type]
+    low, high = LIMITS[dtype]  # type: ignore[index]
+    assert low <= found.integers.min() <= found.integers.max() <= high
+    assert np.isfinite(found.to_f32()).all()
+    assert not found.to_f32()[3].any()
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+def test_compensated_errors_are_smaller_on_rows_that_were_not_seen(dtype: str) -> None:
+    seen, unseen = rows(4000), rows(400)
+
+    def error(gram: np.ndarray | None) -> float:
+        found = rounded(WEIGHT, dtype, 64, gram).to_f32()  # type: ignore[arg-type]
+        return float(np.square(unseen @ (found - WEIGHT).T).sum())
+
+    assert error(seen.T @ seen / len(seen)) < 0.3 * error(None)
+
+
+def test_scales_of_four_bits_beat_those_of_the_largest_value() -> None:
+    found = rounded(WEIGHT, "i4", 64)
+    groups = WEIGHT.reshape(40, -1, 64)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / 7
+    plain = (np.rint(groups / scale) * scale).reshape(WEIGHT.shape)
+    assert np.square(found.to_f32() - WEIGHT).sum() < 0.85 * np.square(plain - WEIGHT).sum()
+
+
+def test_inputs_that_never_come_do_no_harm() -> None:
+    x = rows(300)
+    x[:, ::2] = 0
+    found = rounded(WEIGHT, "i4", 128, x.T @ x)
+    assert np.square(found.to_f32() - WEIGHT).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [
+        ("Q8_0", "i8", True),
+        ("Q4_0", "i4", True),
+        ("Q4_0", "i8", True),
+        ("Q8_0", "i4", False),
+        ("Q4_1", "i4", False),
+    ],
+)
+def test_grids_of_gguf_files_are_kept(kind: str, dtype: str, kept: bool) -> None:
+    weight = WEIGHT.copy()
+    weight[2, :32] = 0
+    kind_id = gguf.GGMLQuantizationType[kind]
+    values = gguf.quants.dequantize(gguf.quants.quantize(weight, kind_id), kind_id).astype(np.float32)
+    found = on_its_grid(values, dtype)  # type: ignore[arg-type]
+    assert (found is not None) == kept
+    if found is not None:
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found.to_f32(), values)
+    assert on_its_grid(weight, dtype) is None  # type: ignore[arg-type]

@@ -1,0 +1,48 @@
+"""Quantized matrices: integers of 8 or 4 bits, each worth its group's scale. No zero points.
+
+A row of [out, in] is cut into groups of equal length; the value of integer q of row r and group g is
+q * scales[r, g]. One group a row is "per output channel". Integers of 4 bits lie two in a byte, the one of
+the even column in the low half: as OpenVINO's i4 and ONNX' int4 have it.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+QuantizedDtype = Literal["i8", "i4"]
+
+LIMITS: dict[QuantizedDtype, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7)}
+"""The least and the largest integer in use."""
+
+_GROUPS = (128, 64, 32)
+_LEAST_GROUPS = 4  # of a row: OpenVINO unpacks whole what has fewer
+
+
+def group_of(in_features: int) -> int | None:
+    """Columns in a group: the largest of 128, 64 and 32 that divides and leaves enough groups; None where 32
+    does not divide."""
+    sizes = [size for size in _GROUPS if in_features % size == 0]
+    return next((size for size in sizes if size * _LEAST_GROUPS <= in_features), min(sizes, default=None))
+
+
+def pack_i4(integers: np.ndarray) -> np.ndarray:
+    """int8 [out, in] from -8 to 7 -> uint8 [out, in / 2]."""
+    nibbles = integers.view(np.uint8) & np.uint8(15)
+    return np.ascontiguousarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4)))
+
+
+def unpack_i4(packed: np.ndarray) -> np.ndarray:
+    """uint8 [out, in / 2] -> int8 [out, in]."""
+    out = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
+    # the sign of a nibble is that of the byte whose upper half it is
+    out[:, 0::2] = (packed << np.uint8(4)).view(np.int8) >> 4
+    out[:, 1::2] = packed.view(np.int8) >> 4
+    return out
+
+
+def dequantized(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """int8 [out, in] and float32 [out, groups] -> float32 [out, in]."""
+    rows, columns = integers.shape
+    grouped = integers.reshape(rows, scales.shape[1], -1).astype(np.float32)
+    grouped *= scales[:, :, None]
+    return grouped.reshape(rows, columns)
