@@ -77,7 +77,8 @@ class RandomWeights(Weights):
     def load(self, block: Block, *names: str) -> torch.Tensor:
         """The block's random tensors of these names on top of each other."""
         key = (block.id, *names)
-        if key not in self._loaded:
+        tensor = self._loaded.get(key)
+        if tensor is None:
             shapes = tensor_shapes(block.spec)
             rows = sum(shapes[name][0] for name in names)
             rest = shapes[names[0]][1:]
@@ -90,7 +91,9 @@ class RandomWeights(Weights):
             else:
                 tensor.fill_(1.0)
             self._loaded[key] = tensor
-        return self._loaded[key]
+        return tensor
+
+    matrix = load
 
 
 def _adapter_spec(spec: BlockSpec, rank: int) -> AdapterSpec:

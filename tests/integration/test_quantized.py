@@ -146,11 +146,13 @@ def test_reference_weights_stay_packed(zoos: Any) -> None:
     zoo = Zoo.open(zoos["int4"])
     chain = zoo.manifest.models["base"].chain
     engines = ReferenceEngines("f32", "cpu")
-    engines.span([zoo.read_block(key) for key in chain[1:]])
+    span = engines.span([zoo.read_block(key) for key in chain[1:]])
     matrices = [m for m in engines.weights._loaded.values() if m.shape[0] > 1 and len(m.shape) == 2]
     assert all(isinstance(matrix, PackedMatrix) for matrix in matrices)
     stored = sum(zoo.manifest.blocks[key].num_bytes for key in chain)
     assert engines.weights.num_bytes == stored
+    del span, matrices  # they go with who uses them
+    assert engines.weights.num_bytes == 0
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no VNNI")

@@ -247,6 +247,14 @@ class _Typist:
         os.close(slave)
         self.seen = ""
 
+    def interrupt(self, answer: str) -> None:
+        """Ctrl-C until there is an answer: one that comes right before readline waits is seen behind it."""
+        for _ in range(20):
+            self.type("\x03")
+            if select.select([self._master], [], [], 5.0)[0]:
+                break
+        self.wait_for(answer)
+
     def wait_for(self, text: str) -> str:
         """Everything up to `text`, which is taken."""
         end = time.monotonic() + 100
@@ -284,8 +292,7 @@ def test_on_a_terminal_keys_end_answers_and_the_chat(zoo: Path) -> None:
         str(zoo), "base", "--max-tokens", "40", "--temperature", "0", "--repetition-penalty", "1"
     )
     typist.wait_for("base> ")
-    typist.type("\x03")  # at the prompt
-    typist.wait_for("(Ctrl-D or /quit ends)")
+    typist.interrupt("(Ctrl-D or /quit ends)")  # at the prompt
     typist.wait_for("base> ")
     typist.type("/model notes\n")
     typist.wait_for("notes goes on")
