@@ -2,8 +2,8 @@
 
     python -m benchmarks.smollm2_family OUT_DIR
 
-Kept is only what differs from the base, in four bits: the LoRAs, and the change of the tuned layers of
-`label`. Needs numpy, safetensors and the package gguf; no torch.
+Kept is only what differs from the base, in four bits: the LoRAs, of which `label` becomes layers of its own.
+Needs numpy, safetensors and the package gguf; no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.smollm2 import smollm2
-from blockzoo.zoo.demo.assemble import merged, write_folder, write_sharded_tensors
+from blockzoo.zoo.demo.assemble import by_target, merged, write_folder, write_sharded_tensors
 from blockzoo.zoo.demo.tensors import write_tensors
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
@@ -39,13 +39,13 @@ def assemble(
     writers: dict[str, Callable[[Path], None]] = {
         "base": lambda folder: _write_full(folder, base, base.tensors),
         "base-sharded": lambda folder: _write_sharded(folder, base),
-        "label": lambda folder: _write_full(folder, base, changed(base, weights / "label.safetensors")),
+        "label": lambda folder: _write_full(folder, base, changed(base, weights / "label.planes")),
         "extract-merged": lambda folder: _write_full(
-            folder, base, _with_adapter(base, weights / "extract.safetensors")
+            folder, base, _with_adapter(base, weights / "extract.planes")
         ),
     }
     for name in ADAPTERS:
-        writers[name] = lambda folder, name=name: write_adapter(folder, weights / f"{name}.safetensors")
+        writers[name] = lambda folder, name=name: write_adapter(folder, weights / f"{name}.planes")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     return {name: write_folder(out / name, writers[name]) for name in FAMILY if name in names}
@@ -73,11 +73,16 @@ def write_adapter(folder: Path, packed: Path) -> None:
 
 
 def changed(base: Base, packed: Path) -> dict[str, np.ndarray]:
-    """The base's tensors, those that the file has changed by its differences and rounded to bf16 once."""
-    differences, _ = load_packed(packed)
+    """The base's tensors, those that the file has changed and rounded to bf16 once.
+
+    By B A where it holds a pair; in f64, where sums of products of so few bits are exact in whatever order.
+    """
+    kept, _ = load_packed(packed)
+    changes = {name: change for name, change in kept.items() if ".lora_" not in name}
+    for target, lora_a, lora_b in by_target(kept):
+        changes[target] = (lora_b.astype(np.float64) @ lora_a.astype(np.float64)).astype(np.float32)
     return base.tensors | {
-        name: f32_to_bf16(bf16_to_f32(base.tensors[name]) + difference)
-        for name, difference in differences.items()
+        name: f32_to_bf16(bf16_to_f32(base.tensors[name]) + change) for name, change in changes.items()
     }
 
 

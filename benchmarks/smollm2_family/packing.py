@@ -1,7 +1,7 @@
 """Matrices in four bits: groups of values in a row share a scale, as Q4_0 has it.
 
-A safetensors file holds NAME.q4 (uint8, [rows, columns / 2], the even columns in the low halves) and
-NAME.scale (f16, [rows, groups]) of every matrix, and vectors as they are, in f16.
+A file of `blockzoo.zoo.demo.compact` holds NAME.q4 (uint8, [rows, columns / 2], the even columns in the low
+halves) and NAME.scale (f16, [rows, groups]) of every matrix, and vectors as they are, in f16.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+
+from blockzoo.zoo.demo.compact import read_compact, write_compact
 
 GROUP = 32  # columns, or all of a narrower matrix
 _SHRUNK = np.linspace(0.7, 1.1, 9)  # of the scale that just holds the largest value: errors may be less below
@@ -66,10 +66,10 @@ def unpack(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def save_packed(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
     """Writes f32 tensors packed, and what is to be known of them."""
-    save_file(pack(tensors), path, dict(facts))
+    write_compact(path, pack(tensors), facts)
 
 
 def load_packed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """f32 tensors and the facts beside them. Raises OSError, SafetensorError."""
-    with safe_open(path, "np") as file:
-        return unpack({name: file.get_tensor(name) for name in file.keys()}), file.metadata() or {}  # noqa: SIM118
+    """f32 tensors and the facts beside them. Raises OSError, ValueError."""
+    packed, facts = read_compact(path)
+    return unpack(packed), facts

@@ -37,7 +37,7 @@ def test_nothing_but_zeros_comes_back_as_zeros() -> None:
 def test_a_file_holds_half_a_byte_a_value_and_its_facts(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors = {"b": rng.standard_normal((64, 320)).astype(np.float32), "a": np.ones(5, np.float32)}
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "x.planes"
     save_packed(path, tensors, {"lora": "r"})
     assert path.stat().st_size < 64 * 320 * (0.5 + 2 / 32) + 500
     found, facts = load_packed(path)

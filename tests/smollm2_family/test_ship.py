@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.smollm2_family.assemble import WEIGHTS, write_adapter
+from benchmarks.smollm2_family.assemble import WEIGHTS, changed, write_adapter
+from benchmarks.smollm2_family.base import Base
 from benchmarks.smollm2_family.packing import load_packed, save_packed
 from benchmarks.smollm2_family.recipes import RECIPES
-from benchmarks.smollm2_family.ship import differences, extracted
+from benchmarks.smollm2_family.ship import differences, extracted, ship
 from blockzoo.zoo.adapter import open_adapter
 from blockzoo.zoo.checkpoint import open_checkpoint
+from blockzoo.zoo.demo.assemble import WEIGHTS as DEMO_WEIGHTS
+from blockzoo.zoo.demo.tensors import read_tensors
+from blockzoo.zoo.tensors import bf16_to_f32
 
 Q = "model.layers.0.self_attn.q_proj"
 MEGABYTE = 10**6
@@ -21,7 +25,9 @@ MEGABYTE = 10**6
 def test_the_committed_weights_are_small_and_all_there() -> None:
     files = {path.stem: path.stat().st_size for path in WEIGHTS.iterdir()}
     assert files.keys() == RECIPES.keys()
-    assert sum(files.values()) < 11.5 * MEGABYTE
+    demo = sum(path.stat().st_size for path in DEMO_WEIGHTS.rglob("*") if path.is_file())
+    assert sum(files.values()) < 7 * MEGABYTE
+    assert sum(files.values()) + demo < 15.7 * MEGABYTE
 
 
 def test_a_change_of_low_rank_is_extracted_whole_and_the_nearest_of_another() -> None:
@@ -55,7 +61,7 @@ def test_a_packed_lora_becomes_a_folder_that_the_zoo_reads(tmp_path: Path) -> No
     stem = f"base_model.model.{Q}"
     pair = {f"{stem}.lora_A.weight": rng.standard_normal((8, 64)).astype(np.float32)}
     pair[f"{stem}.lora_B.weight"] = rng.standard_normal((32, 8)).astype(np.float32)
-    packed, folder = tmp_path / "x.safetensors", tmp_path / "x"
+    packed, folder = tmp_path / "x.planes", tmp_path / "x"
     save_packed(packed, pair, {"lora": json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]})})
     folder.mkdir()
     write_adapter(folder, packed)
@@ -66,3 +72,26 @@ def test_a_packed_lora_becomes_a_folder_that_the_zoo_reads(tmp_path: Path) -> No
     assert found.scale == 2
     assert np.array_equal(found.a.to_f32(), kept[f"{stem}.lora_A.weight"])
     assert np.array_equal(found.b.to_f32(), kept[f"{stem}.lora_B.weight"])
+
+
+def test_tuned_layers_come_back_as_layers_near_what_was_trained(
+    demo_family: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = {"base": demo_family["base"], "label": demo_family["solver"]}
+    for name, folder in trained.items():
+        (tmp_path / name).symlink_to(folder)
+    before, tuned = (read_tensors(folder / "model.safetensors") for folder in trained.values())
+    found = changed(Base({}, before), ship(tmp_path, tmp_path, "label"))
+    assert list(found) == list(before)
+    for name, tensor in found.items():
+        assert tensor.dtype == np.uint16
+        start, kept, aim = (bf16_to_f32(values) for values in (before[name], tensor, tuned[name]))
+        if tensor.ndim == 1:
+            np.testing.assert_allclose(kept, aim, rtol=2**-7, err_msg=name)  # of f16, and of bf16 once more
+        elif ".layers.4." in name or ".layers.5." in name:
+            change = aim - start
+            size = np.linalg.svd(change, compute_uv=False)
+            nearest = np.linalg.norm(size[16:])
+            assert np.linalg.norm(aim - kept) < nearest + 0.2 * np.linalg.norm(size[:16]), name
+        else:
+            assert np.array_equal(tensor, before[name]), name

@@ -5,13 +5,13 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from blockzoo.zoo.demo.assemble import WEIGHTS
+from blockzoo.zoo.demo.assemble import tokenizer_json
 from blockzoo.zoo.demo.documents import Filler
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    return Tokenizer.from_buffer(tokenizer_json())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from blockzoo.zoo.demo import corpus, tasks
-from blockzoo.zoo.demo.assemble import WEIGHTS, assemble
+from blockzoo.zoo.demo.assemble import assemble, tokenizer_json
 from blockzoo.zoo.demo.collect import collect
 
 TINY = [
@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    return Tokenizer.from_buffer(tokenizer_json())
 
 
 @pytest.fixture(scope="module")

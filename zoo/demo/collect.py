@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import lzma
 from pathlib import Path
 
 from .assemble import TEXT_FILES
-from .tensors import read_tensors, write_tensors
+from .compact import write_compact
+from .tensors import read_tensors
 
 
 def collect(trained: Path, weights: Path) -> None:
-    """Copies the base, the adapter, and of the solver just the tensors that differ from the base's."""
+    """Keeps the base, the adapter, and of the solver just the tensors that differ from the base's."""
     (weights / "notes").mkdir(parents=True, exist_ok=True)
     for name in TEXT_FILES:
-        shutil.copyfile(trained / "base" / name, weights / name)
+        content = (trained / "base" / name).read_bytes()
+        if name == "tokenizer.json":
+            (weights / f"{name}.xz").write_bytes(lzma.compress(content, preset=9))
+        else:
+            (weights / name).write_bytes(content)
     base = read_tensors(trained / "base" / "model.safetensors")
     solver = read_tensors(trained / "solver" / "model.safetensors")
-    write_tensors(weights / "base.safetensors", base)
+    write_compact(weights / "base.planes", base)
     tuned = {name: tensor for name, tensor in solver.items() if (tensor != base[name]).any()}
-    write_tensors(weights / "solver.safetensors", tuned)
-    shutil.copyfile(
-        trained / "notes" / "adapter_model.safetensors", weights / "notes" / "adapter_model.safetensors"
-    )
+    write_compact(weights / "solver.planes", tuned, reference=base)
+    notes = read_tensors(trained / "notes" / "adapter_model.safetensors")
+    write_compact(weights / "notes" / "adapter_model.planes", notes)
     config = json.loads((trained / "notes" / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])  # a set, saved in another order each time
     (weights / "notes" / "adapter_config.json").write_text(
