@@ -95,6 +95,7 @@ def test_live_addition(workdir: Path) -> None:
     assert all(phase["longest_gap_ms"] > 0 for phase in results["phases"].values())
 
 
+@pytest.mark.slow
 def test_openai_load(workdir: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "--seconds", "1", "--threads", "1", "--concurrency", "4"]
     folders = ["--workdir", str(workdir), "--out", str(workdir)]
@@ -197,6 +198,7 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
     np.testing.assert_allclose(logprobs, expected.max(1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kv_reuse(workdir: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "--threads", "1", "--samples", "2"]
     options += ["--prompt", "512", "--length", "512", "--loads", "1", "--requests", "3", "--answer", "2"]

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from blockzoo.build.cli import main
 from blockzoo.zoo.store import Zoo
 
@@ -33,6 +35,7 @@ def whole(path: Path) -> set[str]:
     return set(zoo.manifest.models)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(demo_family: dict[str, Path], tmp_path: Path) -> None:
     first = {"base": demo_family["base"]}
     more = {name: demo_family[name] for name in ("notes", "notes-merged", "solver")}

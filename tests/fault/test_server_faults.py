@@ -63,6 +63,7 @@ def test_a_killed_process_is_replaced(serve_zoo, demo_zoo, victim):
     assert server.shared_memory() == []
 
 
+@pytest.mark.slow
 def test_a_server_killed_again_and_again_comes_back_each_time(serve_zoo, demo_zoo):
     server = serve_zoo(demo_zoo)
     for times in range(1, 5):

@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 TENANTS = ("base", "notes", "solver")
 PROMPT = "def parse(line):\n    key, value = line."
-FOREVER = {"max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
+FOREVER = {"max_tokens": 900, "sampling_parameters": '{"ignore_eos": true}'}
 
 
 @pytest.fixture(scope="module")
