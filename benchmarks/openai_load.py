@@ -10,7 +10,6 @@ turns on one server. No answer may end early, so that all have the same length.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo_server import Server
 from benchmarks.families import make_family
-from benchmarks.perf_analyzer import stream, stream_openai
+from benchmarks.perf_analyzer import request_times, stream, stream_openai
 
 Request = dict[str, Any]
 
@@ -93,18 +92,16 @@ def _openai(server: Server, requests: list[Request], args: argparse.Namespace) -
     before = _cpu_seconds(pid)
     _, profile = stream_openai(server.openai, "v1/completions", bodies, args.concurrency, args.seconds)
     figures = _figures(profile, args)
-    (experiment,) = json.loads(profile)["experiments"]
-    num_tokens = len(experiment["requests"]) * args.new_tokens
+    num_tokens = len(request_times(profile)) * args.new_tokens
     return {**figures, "openai_cpu_ms_per_token": 1e3 * (_cpu_seconds(pid) - before) / num_tokens}
 
 
 def _figures(profile: str, args: argparse.Namespace) -> dict[str, float]:
     """Of the requests that came to their end in one measurement."""
-    (experiment,) = json.loads(profile)["experiments"]
     # texts may come together, but a stream that was cut off has far fewer
-    whole = [r for r in experiment["requests"] if len(r["response_timestamps"]) > args.new_tokens // 2]
-    seconds = np.array([r["response_timestamps"][-1] - r["timestamp"] for r in whole]) / 1e9
-    first = np.array([r["response_timestamps"][0] - r["timestamp"] for r in whole]) / 1e9
+    whole = [(sent, times) for sent, times in request_times(profile) if len(times) > args.new_tokens // 2]
+    seconds = np.array([times[-1] - sent for sent, times in whole]) / 1e9
+    first = np.array([times[0] - sent for sent, times in whole]) / 1e9
     return {
         "requests": len(whole),
         "tokens_per_s": args.concurrency * args.new_tokens / float(seconds.mean()),

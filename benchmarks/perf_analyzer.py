@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def stream(
 
     Returns:
         What perf_analyzer printed, and the JSON profile it exported: every request with the times of its
-        responses. (It does not escape quotes in the inputs that it repeats there.)
+        responses (`request_times`).
 
     Raises:
         SystemExit: perf_analyzer failed; the message is its output.
@@ -83,6 +84,20 @@ def stream_openai(
     options = ["-m", "blockzoo", "-u", f"127.0.0.1:{port}"]
     options += ["--service-kind", "openai", "--endpoint", endpoint]
     return _run(options, [{"payload": [body]} for body in bodies], concurrency, seconds)
+
+
+def request_times(profile: str) -> list[tuple[int, list[int]]]:
+    """When each request of a profile was sent and its responses came, in ns.
+
+    Read by patterns: the inputs and outputs that perf_analyzer 2.51 repeats there are no valid JSON.
+    """
+    found = re.finditer(
+        r'"timestamp":(\d+)(?:(?!"timestamp":).)*?"response_timestamps":\[([\d,]*)\]', profile, re.S
+    )
+    return [
+        (int(sent), [int(time) for time in times.split(",") if time])
+        for sent, times in (m.groups() for m in found)
+    ]
 
 
 def _run(
