@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo_server import Server
 from benchmarks.families import make_family
-from benchmarks.perf_analyzer import OPERATOR_KEY, perf_analyzer_command, stream
+from benchmarks.perf_analyzer import OPERATOR_KEY, perf_analyzer_command, request_times, stream
 from blockzoo.runtime import EngineConfig, EngineThread, RequestOutput, SamplingParams
 
 Timeline = list[float]  # seconds: start of the request, then each of its tokens
@@ -95,12 +95,11 @@ def _perf_analyzer(
         for request in requests
     ]
     _, profile = stream(server.grpc, data, concurrency, seconds)
-    (experiment,) = json.loads(profile)["experiments"]
     new_tokens = requests[0]["max_tokens"]
     return [
-        [stamp / 1e9 for stamp in (request["timestamp"], *request["response_timestamps"][:new_tokens])]
-        for request in experiment["requests"]
-        if len(request["response_timestamps"]) >= new_tokens  # cut off at the end of the measurement
+        [stamp / 1e9 for stamp in (sent, *times[:new_tokens])]
+        for sent, times in request_times(profile)
+        if len(times) >= new_tokens  # cut off at the end of the measurement
     ]
 
 
