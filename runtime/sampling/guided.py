@@ -47,16 +47,30 @@ class Guide:
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
+        self._bits: bytes | None = None  # of what may come next, once they are asked for
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next; none may where the guide has failed."""
+        bits = self._mask()
+        return bits is not None and bool(bits[token_id >> 3] >> (token_id & 7) & 1)
 
     def allowed(self) -> npt.NDArray[np.bool_] | None:
         """bool [vocab]: the tokens that may come next; None where the guide has failed, as `error` says."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+        bits = self._mask()
+        if bits is None:
             return None
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        found = np.frombuffer(bits, np.uint8)
+        return np.unpackbits(found, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def _mask(self) -> bytes | None:
+        if self._bits is None:
+            bits = self._matcher.compute_bitmask()
+            self._bits = None if self._matcher.is_error() else bits
+        return self._bits
 
     def append(self, token_id: int) -> None:
         """Take note of a generated token, which was allowed."""
+        self._bits = None
         self._matcher.consume_token(token_id)
 
     @property

@@ -115,6 +115,17 @@ class SamplerState:
         self._philox.state = self._philox_state  # the saved one has an empty buffer
         return float(self._philox.random_raw() >> 11) * 2.0**-53
 
+    def likeliest(self, logits: Logits) -> int | None:
+        """The token that is taken greedily, where that is seen without editing the logits."""
+        if self._guide is None or self._is_edited():
+            return None
+        token_id = int(logits.argmax())
+        return token_id if self._guide.allows(token_id) else None
+
+    def _is_edited(self) -> bool:
+        """Whether anything but a guide changes the logits of the next token."""
+        return self._seen is not None or bool(self._biases.size) or bool(self._banned_now())
+
     def edit(self, logits: Logits, out: Logits) -> Logits:
         """Applies penalties, biases, bans: returns `logits` itself where there are none, else fills `out`."""
         banned = self._banned_now()
@@ -214,12 +225,15 @@ class Sampler:
 
 def _sample_row(row: int, logits: Logits, state: SamplerState, scratch: Scratch) -> SampledToken:
     params = state.params
+    seen = state.likeliest(logits) if params.greedy else None
     try:
-        edited = state.edit(logits, scratch.logits)
+        edited = logits if seen is not None else state.edit(logits, scratch.logits)
     except GuideError as error:
         raise SamplingError(row, str(error)) from None
     if params.greedy:
-        token_id = int(edited.argmax())  # NaN counts as the largest; the first of equals wins
+        token_id = (
+            int(edited.argmax()) if seen is None else seen
+        )  # NaN counts as the largest; the first of equals wins
         _check(row, float(edited[token_id]), logits, edited)
     else:
         candidates = LogitsRow(edited, scratch)

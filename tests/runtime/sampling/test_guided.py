@@ -190,3 +190,36 @@ def test_guides_need_an_end_and_take_no_bounds_beyond(guides, tokenizer):
     for wrong in ("json", {"guide": "x"}, {"kind": "json", "x": 1}):
         with pytest.raises(InvalidRequestError, match="guided is "):
             SamplingParams(guided=wrong)
+
+
+@pytest.mark.parametrize("more", [{}, {"bad_words": True}, {"presence_penalty": 0.5}])
+def test_the_likeliest_allowed_token_is_taken(guides, tokenizer, end, more):
+    """Whether the likeliest of all is allowed or not, at every step, and with ties."""
+    rng = np.random.default_rng(0)
+    guided = GuidedDecoding("json_schema", json.dumps(SCHEMA))
+    banned = [rng.integers(0, WIDTH, 1).tolist() for _ in range(20)] if more.pop("bad_words", False) else []
+    params = SamplingParams(max_tokens=400, temperature=0.0, guided=guided, **more)
+    judge = guides.guide(guided, tokenizer, WIDTH, (end,))
+    state = SamplerState(
+        params, [], WIDTH, (end,), banned, guide=guides.guide(guided, tokenizer, WIDTH, (end,))
+    )
+    sampler, taken = Sampler(), []
+    for step in range(60):
+        logits = rng.integers(-8, 8, (1, WIDTH)).astype(np.float32)
+        allowed = np.flatnonzero(judge.allowed())
+        if step % 2:
+            logits[0, rng.choice(allowed, min(3, len(allowed)))] = 9.0
+        expected = np.full(WIDTH, -np.inf, np.float32)
+        expected[allowed] = logits[0, allowed]
+        expected[[ids[0] for ids in banned]] = -np.inf
+        for token in set(taken):
+            expected[token] -= more.get("presence_penalty", 0.0)
+        if not np.isfinite(expected.max()):
+            break
+        (found,) = sampler.sample(logits, [state])
+        assert found.token_id == expected.argmax()
+        judge.append(found.token_id)
+        taken.append(found.token_id)
+        if found.token_id == end:
+            break
+    assert len(taken) > 8
