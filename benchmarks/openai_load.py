@@ -4,7 +4,6 @@
 
 Eight tenants, completions of equal prompts and lengths, 64 streams at once in a closed loop; the sides take
 turns on one server. No answer may end early, so that all have the same length.
-
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def _grpc(server: Server, requests: list[Request], args: argparse.Namespace) -> 
         for request in requests
     ]
     _, profile = stream(server.grpc, data, args.concurrency, args.seconds)
-    return _figures(profile, args)
+    return _figures(request_times(profile), args)
 
 
 def _openai(server: Server, requests: list[Request], args: argparse.Namespace) -> dict[str, float]:
@@ -91,15 +90,15 @@ def _openai(server: Server, requests: list[Request], args: argparse.Namespace) -
     pid = _openai_pid(server)
     before = _cpu_seconds(pid)
     _, profile = stream_openai(server.openai, "v1/completions", bodies, args.concurrency, args.seconds)
-    figures = _figures(profile, args)
-    num_tokens = len(request_times(profile)) * args.new_tokens
-    return {**figures, "openai_cpu_ms_per_token": 1e3 * (_cpu_seconds(pid) - before) / num_tokens}
+    sent = request_times(profile)
+    cpu_ms = 1e3 * (_cpu_seconds(pid) - before)
+    return {**_figures(sent, args), "openai_cpu_ms_per_token": cpu_ms / (len(sent) * args.new_tokens)}
 
 
-def _figures(profile: str, args: argparse.Namespace) -> dict[str, float]:
-    """Of the requests that came to their end in one measurement."""
+def _figures(requests: list[tuple[int, list[int]]], args: argparse.Namespace) -> dict[str, float]:
+    """Of those of `request_times` that came to their end in one measurement."""
     # texts may come together, but a stream that was cut off has far fewer
-    whole = [(sent, times) for sent, times in request_times(profile) if len(times) > args.new_tokens // 2]
+    whole = [(sent, times) for sent, times in requests if len(times) > args.new_tokens // 2]
     seconds = np.array([times[-1] - sent for sent, times in whole]) / 1e9
     first = np.array([times[0] - sent for sent, times in whole]) / 1e9
     return {
