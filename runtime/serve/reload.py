@@ -258,8 +258,12 @@ class ServedZoo:
             return None
         size = activation_dtype(self._make.maker.precision).itemsize
         spans = [span for span in topology.spans if span not in before.engines]
-        needs = [
-            size * sum(tensor.data.size for i in span.block_ids for tensor in blocks[i].tensors.values())
+        needs = [  # quantized matrices are not unpacked
+            sum(
+                tensor.num_bytes if tensor.scales is not None else size * tensor.size
+                for i in span.block_ids
+                for tensor in blocks[i].tensors.values()
+            )
             for span in spans
         ]
         # one that is being compiled has its weights twice

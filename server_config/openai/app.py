@@ -38,7 +38,6 @@ from blockzoo.server_config.schema import MAX_TEXT_BYTES
 MAX_STREAMS = 1024
 """Answers that are generated at the same time."""
 _THREADS = 8  # that tokenize, render and read files
-_CHECK_S = 1.0  # how old what is told of health and metrics may be
 Body = dict[str, Any]
 
 

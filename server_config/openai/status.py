@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from blockzoo.server_config.openai.engine import EngineClient
 from blockzoo.server_config.openai.errors import ApiError
 
-_CHECK_S = 1.0
+_CHECK_S = 1.0  # how old what is told of health and metrics may be
 T = TypeVar("T")
 
 

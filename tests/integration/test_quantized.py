@@ -184,6 +184,21 @@ def test_rounded_activations_are_refused_where_they_cannot_be(monkeypatch: pytes
         OpenVINOEngines(int8_activations=True)
 
 
+def test_a_model_that_joins_is_weighed_as_it_is_stored(
+    zoos: Any, architectures: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = CompileOptions(verify=False, profile=False)
+    compile_models({"given": architectures[BASES["int8"]]}, tmp_path, options)
+    engine = LLMEngine(tmp_path, EngineConfig(precision="f32"))
+    shutil.copytree(zoos["int8"], tmp_path, dirs_exist_ok=True)
+    zoo = Zoo.open(tmp_path)
+    blocks = [zoo.read_block(key) for key in zoo.manifest.models["base"].chain[1:]]
+    stored = sum(tensor.num_bytes for block in blocks for tensor in block.tensors.values())
+    # in f32 they would be nearly four times as large; an engine that is compiled has its weights twice
+    monkeypatch.setattr("blockzoo.runtime.serve.reload.available_memory", lambda: 2 * stored)
+    assert engine.reload().added == ("base", "lora")
+
+
 @pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
 def test_weights_stay_packed_in_the_compiled_graph(
     precision: Any, demo_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
