@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from blockzoo.engines.base import Precision, activation_dtype
+from blockzoo.zoo.heap import trim_heap
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
 Array = Any
@@ -164,10 +165,8 @@ class HostArrays:
         return bf16_to_f32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
 
     def trim(self) -> None:
-        """Have glibc return what it keeps of freed memory (milliseconds); nothing under other C libraries."""
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim is not None:
-            malloc_trim(0)
+        """See `zoo.heap.trim_heap`."""
+        trim_heap()
 
     def wait(self) -> None:
         """Nothing to wait for."""

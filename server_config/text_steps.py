@@ -27,6 +27,7 @@ from blockzoo.server_config.repository import ServerSettings, tenant_input
 from blockzoo.server_config.schema import checked_text, did_you_mean, time_limit
 from blockzoo.server_config.tensors import REQUEST_ID
 from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.heap import trim_heap
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
@@ -133,8 +134,11 @@ class Preprocessor:
             if not text:
                 raise InvalidRequestError("text_input is empty; send at least one character")
             model, deadline = names[0].removeprefix(_PREFIX), _deadline(request)
-            waiting = self._short if len(text) <= _SHORT_BYTES else self._long
-            waiting.put(model, None, len(text), partial(self._tokenize, sender, model, text, deadline))
+            is_short = len(text) <= _SHORT_BYTES
+            waiting, work = (
+                (self._short, self._tokenize) if is_short else (self._long, self._tokenize_long)
+            )
+            waiting.put(model, None, len(text), partial(work, sender, model, text, deadline))
         except BaseException as error:
             _fail(self._pb, sender, error)
 
@@ -162,6 +166,11 @@ class Preprocessor:
             send(
                 self._pb, sender, Response({"input_ids": integers(ids), "model": strings(model)}, final=True)
             )
+
+    def _tokenize_long(self, sender: Any, model: str, text: str, deadline: float) -> None:
+        """The same of a long text, which takes some 200 times its size meanwhile."""
+        self._tokenize(sender, model, text, deadline)
+        trim_heap()
 
 
 class Postprocessor:

@@ -2,13 +2,14 @@
 
 KV of shared lower layers saves a tenant memory, not time: its own upper layers still need the hidden states
 that enter them. Kept here under the same keys as the pages of KV (so within their scope), they let a prefill
-start at the boundary. The rows are opaque: whatever the executor hands out it takes back.
+start at the boundary. Without that KV they are of no use, so they go with it. The rows are opaque: whatever
+the executor hands out it takes back.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class BoundaryCache:
         self.num_bytes = 0
         self.evictions = 0
         self._pages: OrderedDict[tuple[str, bytes], Rows] = OrderedDict()  # oldest use first
+        self._boundaries: dict[bytes, set[str]] = {}  # at which a page is kept
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -75,19 +77,32 @@ class BoundaryCache:
         """Keep the rows [32, hidden] of a page; the caller changes them no more."""
         if rows.nbytes > self.max_bytes:
             return
-        name = (boundary, key)
-        old = self._pages.pop(name, None)
-        self.num_bytes += rows.nbytes - (old.nbytes if old is not None else 0)
-        self._pages[name] = rows
+        if self.has(boundary, key):
+            self._drop(boundary, key)
+        self._pages[boundary, key] = rows
+        self._boundaries.setdefault(key, set()).add(boundary)
+        self.num_bytes += rows.nbytes
         while self.num_bytes > self.max_bytes:
-            _, evicted = self._pages.popitem(last=False)
-            self.num_bytes -= evicted.nbytes
+            self._drop(*next(iter(self._pages)))
             self.evictions += 1
 
     def keep(self, boundaries: Collection[str]) -> None:
         """Forget what is kept at any other boundary."""
         for name in [name for name in self._pages if name[0] not in boundaries]:
-            self.num_bytes -= self._pages.pop(name).nbytes
+            self._drop(*name)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Forget pages whose KV is no more."""
+        for key in keys:
+            for boundary in tuple(self._boundaries.get(key, ())):
+                self._drop(boundary, key)
+
+    def _drop(self, boundary: str, key: bytes) -> None:
+        self.num_bytes -= self._pages.pop((boundary, key)).nbytes
+        left = self._boundaries[key]
+        left.remove(boundary)
+        if not left:
+            del self._boundaries[key]
 
     def entering(self, seq: TokenSequence, part: Part) -> Rows:
         """The hidden states [n, hidden] of a part that enters late, which the sequence took when it began."""
@@ -99,7 +114,8 @@ class BoundaryCache:
         return rows[part.start - first * PAGE_TOKENS : part.end - first * PAGE_TOKENS]
 
     def record(self, seq: TokenSequence, boundary: str, start: int, rows: Rows) -> None:
-        """Keep the full prompt pages among `rows` [n, hidden], those of the tokens of `seq` from `start` on.
+        """Keep the full prompt pages among `rows` [n, hidden], those of the tokens of `seq` from `start` on,
+        whose KV is in the tree.
 
         A page may come in several pieces, in order.
         """
@@ -114,8 +130,8 @@ class BoundaryCache:
             if begun is not None and begun[0] == start:
                 whole = begun[1]
                 whole[offset : offset + count] = rows[start - first : start - first + count]
-                if offset + count == PAGE_TOKENS:
-                    self.put(boundary, seq.page_keys(page + 1)[page], whole)
-                else:
+                if offset + count < PAGE_TOKENS:
                     seq.unfinished[boundary] = (start + count, whole)
+                elif page < seq.num_tree_pages:
+                    self.put(boundary, seq.page_keys(page + 1)[page], whole)
             start += count

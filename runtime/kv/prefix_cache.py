@@ -77,7 +77,7 @@ class KVCache:
         self.boundaries = BoundaryCache(0) if boundaries is None else boundaries
         self.planner = None if reuse is None else ReusePlanner(reuse)
         self.published = PublishedPages()
-        self.tree = PrefixTree(self.pool)
+        self.tree = PrefixTree(self.pool, self.boundaries.forget)
         self.lookups = 0
         self.resumed_tokens = 0
         self.copied_pages = 0

@@ -8,7 +8,7 @@ their sequences meet in the same nodes.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,6 +26,10 @@ _MOST_MADE = 20_000  # unreferenced nodes that a change of segments takes over: 
 class PrefixTree:
     """Nodes over one pool.
 
+    Args:
+        pool: whose pages they hold.
+        forget: told the keys of pages that no segment has any more.
+
     `_lru` holds the unreferenced ones, oldest use first, and each child before its parent. So its front is
     always a leaf: eviction needs no search and never cuts a path.
 
@@ -36,10 +40,10 @@ class PrefixTree:
         evictions: nodes evicted.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, forget: Callable[[Iterable[bytes]], None]) -> None:
         self.version = 0
         self.num_pages = self.num_evictable_pages = self.evictions = 0
-        self._pool = pool
+        self._pool, self._forget = pool, forget
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._segments: dict[Segment, SegmentTree] = {}
         self._lru: OrderedDict[Node, None] = OrderedDict()
@@ -86,19 +90,25 @@ class PrefixTree:
             return True
         if short > self.num_evictable_pages:
             return False
-        evicted: list[np.ndarray] = []
+        evicted: list[Node] = []
         while short > 0:
             node, _ = self._lru.popitem(last=False)
             node.tree.remove(node)
-            evicted.append(node.pages)
+            evicted.append(node)
             short -= node.pages.size
-        pages = np.concatenate(evicted)
+        pages = np.concatenate([node.pages for node in evicted])
         self._pool.free(pages)
+        self._forget_gone(evicted)
         self.num_pages -= pages.size
         self.num_evictable_pages -= pages.size
         self.evictions += len(evicted)
         self.version += 1
         return True
+
+    def _forget_gone(self, nodes: Iterable[Node]) -> None:
+        """Tell of the keys of nodes that are not in the tree any more, where no other node has them."""
+        trees = list(self._segments.values())
+        self._forget({n.key for n in nodes if not any(n.key in tree.nodes for tree in trees)})
 
     def reshape(self, parts: Parts) -> set[Segment]:
         """Have other segments, with the nodes that can be made of those that there are; the others go.
@@ -131,11 +141,13 @@ class PrefixTree:
     def _free_what_is_not_in(self, made: set[Segment], old: Mapping[Segment, SegmentTree]) -> None:
         """Free the pages of the old segments that no node has taken over; count anew."""
         none = np.zeros(0, np.int32)
-        before = [node.pages for tree in old.values() for node in tree.nodes.values()]
+        nodes = [node for tree in old.values() for node in tree.nodes.values()]
+        before = [node.pages for node in nodes]
         taken = [node.pages for segment in made for node in self._segments[segment].nodes.values()]
         self._pool.free(np.setdiff1d(np.concatenate([none, *before]), np.concatenate([none, *taken])))
         self.num_pages = sum(n.pages.size for tree in self._segments.values() for n in tree.nodes.values())
         self.num_evictable_pages = sum(node.pages.size for node in self._lru)
+        self._forget_gone(nodes)
         for segment, tree in old.items():
             self._gone_hits[segment.key] += tree.hit_tokens
             self._gone_deduped[segment.key] += tree.deduped_tokens

@@ -54,6 +54,26 @@ def refusal(step, request) -> str:
     return request.sender.sent[0].error.message
 
 
+def private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def test_what_long_texts_took_is_given_back(step):
+    """Each thread that tokenizes them would keep up to 35 MB."""
+
+    def tokenize(count: int) -> None:
+        request = text_of("base", "word " * count)
+        step.handle(request)
+        wait_for(lambda: request.sender.final)
+
+    tokenize(50_000)
+    before = private_bytes()
+    for i in range(8):
+        tokenize(30_000 + 2_500 * i)
+        wait_for(lambda: private_bytes() < before + (8 << 20))
+
+
 def test_a_text_becomes_tokens(step, tokenizers):
     request = text_of("base", "def f(x):")
     step.handle(request)

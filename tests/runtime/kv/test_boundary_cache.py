@@ -112,6 +112,10 @@ def test_pages_may_come_in_pieces(cuts):
 def test_a_page_whose_beginning_is_missing_is_not_kept():
     cache = caches()
     seq = sequence(cache, 64)
+    cache.begin(seq)
+    assert cache.reserve(seq, 64)
+    seq.num_computed = 64
+    cache.commit(seq)
     cache.boundaries.record(seq, "out", 10, rows(10, 64))
     assert not cache.boundaries.has("out", seq.page_keys(2)[0])
     assert cache.boundaries.has("out", seq.page_keys(2)[1])
@@ -127,6 +131,39 @@ def test_the_budget_holds_and_leading_pages_stay_longest():
     assert boundaries.evictions == 1
     assert [boundaries.has("out", key) for key in seq.page_keys(3)[:3]] == [True, True, False]
     assert [boundaries.has("out", key) for key in other.page_keys(2)[:2]] == [True, True]
+
+
+def test_hidden_states_go_with_their_kv():
+    cache = caches()
+    for i in range(10):  # 9 pages each, of a pool of 60
+        cache.release(run(cache, sequence(cache, 96, scope=f"{i}")))
+    kept = {key for i in range(10) for key in sequence(cache, 96, scope=f"{i}").page_keys(3)}
+    in_tree = {key for key in kept if key in cache.tree.find(LOW).nodes}
+    assert len(in_tree) < len(kept)
+    assert {key for key in kept if cache.boundaries.has("out", key)} == in_tree
+    assert len(cache.boundaries) * PAGE_TOKENS * ROW_BYTES == cache.boundaries.num_bytes
+    assert cache.boundaries.evictions == 0
+    cache.resize(1)
+    assert (len(cache.boundaries), cache.boundaries.num_bytes) == (0, 0)
+
+
+def test_hidden_states_go_where_segments_change_and_their_kv_cannot_stay():
+    cache = caches()
+    cache.release(run(cache, sequence(cache, 96)))
+    whole = Segment(0, 2, "other")
+    cache.reshape({whole: []}, {}, [])
+    assert len(cache.boundaries) == 0
+    cache.check_integrity([])
+
+
+def test_of_a_sequence_that_is_gone_nothing_is_kept():
+    cache = caches()
+    seq = sequence(cache, 96)
+    cache.begin(seq)
+    assert cache.reserve(seq, 96)
+    cache.release(seq)  # while the engine works
+    cache.boundaries.record(seq, "out", 0, rows(0, 96))
+    assert len(cache.boundaries) == 0
 
 
 def test_a_page_that_begins_alike_is_copied_and_goes_on():

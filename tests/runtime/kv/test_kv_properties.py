@@ -251,6 +251,8 @@ class World:
         assert len(running) + self.scheduler.num_waiting + len(self.scheduler.failed) == len(self.left)
         assert all(seq.num_tree_pages * PAGE_TOKENS <= seq.num_computed for seq in running)
         assert all(count == 1 for count in self.ended.values())
+        trees = [tree for cache in self.memory for tree in cache.tree._segments.values()]
+        assert all(any(key in tree.nodes for tree in trees) for key in self.boundaries._boundaries)
 
     def drain(self) -> None:
         """Run to the end: every request finishes once and all memory comes back."""
