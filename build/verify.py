@@ -15,7 +15,7 @@ import numpy as np
 from blockzoo.build import oracle
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.sources import Adapted, Source
-from blockzoo.build.yardstick import Yardstick, excess
+from blockzoo.build.yardstick import Yardstick
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.blocks import Adapter, Block, Dtype
@@ -115,7 +115,7 @@ def verify(
         )
         loss = yardstick.judge(everywhere, scored)
         tolerance = loss.bf16.max_relative_error
-        if not excess(loss) <= 1:
+        if not loss.excess <= 1:
             raise RecoveryError(
                 f"{source.name}: taken apart into other models' blocks and adapters it loses more than bf16 "
                 f"does: {loss_text(loss)}",

@@ -15,10 +15,6 @@ from blockzoo.build.oracle import Oracle
 from blockzoo.zoo.manifest import LossFigures, LossRecord
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
-CLEAR_AGREEMENT = 0.99
-"""Least share of equal top tokens where those are no ties."""
-_LEAST = 1e-12  # what rounding in f32 loses at least
-
 
 class Bf16Oracle(Oracle):
     """An oracle that rounds to bf16 where engines of that precision do; sums and softmax stay in f32."""
@@ -83,17 +79,6 @@ class Yardstick:
             ties=1 - float(clear.mean()),
             num_tokens=len(same),
         )
-
-
-def excess(loss: LossRecord) -> float:
-    """Of a loss over what is borne: up to 1 passes. It grows about as squared errors do, so that those of
-    several blocks add up."""
-    found, borne = loss.stored, loss.bf16
-    return max(
-        found.kl / max(borne.kl, _LEAST),
-        (found.max_relative_error / max(borne.max_relative_error, _LEAST)) ** 2,
-        (1 - loss.clear_top1) / (1 - CLEAR_AGREEMENT),
-    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
