@@ -54,13 +54,15 @@ class Yardstick:
         sequences: Sequence[Sequence[int]],
         exact: Sequence[np.ndarray] | None = None,
         on_layer: Callable[[int], None] = lambda layer: None,
+        last: int | None = None,
     ) -> "Yardstick":
-        """Of a model over token sequences; `exact`: its f32 logits [tokens, vocab], where they are known."""
-        longest = max(map(len, sequences))
+        """Of a model over token sequences, or over the `last` tokens of each; `exact`: its f32 logits there,
+        [tokens, vocab], where they are known."""
+        last = last or max(map(len, sequences))
         if exact is None:
-            exact = oracle.logits(sequences, longest)
+            exact = oracle.logits(sequences, last)
         rounds = Bf16Oracle(oracle.config, oracle.weight, oracle.dtype)
-        rounded = rounds.logits(sequences, longest, on_layer)
+        rounded = rounds.logits(sequences, last, on_layer)
         ties = []
         for ours, theirs in zip(rounded, exact, strict=True):
             second, best = np.partition(theirs, -2, axis=1)[:, -2:].T
