@@ -124,7 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         help="for --share equivalent and --weights: text like that the models are used for",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
-    parser.add_argument("--no-verify", action="store_true", help="do not check the models end to end")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not check the models end to end, nor measure what KV in 8 bits loses",
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
     parser.add_argument(
         "--backend",
@@ -209,6 +213,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         replace=arguments.replace,
         profile=not arguments.no_profile,
         verify=not arguments.no_verify,
+        judge_kv=not arguments.no_verify,
         threads=arguments.threads,
         tensorrt=tensorrt,
         dry_run=arguments.dry_run,

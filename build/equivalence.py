@@ -15,7 +15,7 @@ import numpy as np
 from blockzoo.build.oracle import Oracle
 from blockzoo.build.recover import NEAR, distance, nearest_block
 from blockzoo.build.trials import MAX_FORWARDS, Candidate, Probe, compose
-from blockzoo.build.yardstick import Yardstick, excess, log_softmax
+from blockzoo.build.yardstick import Yardstick, log_softmax
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block
 from blockzoo.zoo.errors import ZooError
@@ -135,7 +135,7 @@ def substitute(
     def judge(chosen: Sequence[Candidate]) -> float:
         found = likeness(probe.trial(chosen), probe.logits, yardstick)
         scores[_positions(chosen)] = found
-        lost = min((1 - found.cosine) / max(1 - threshold, 1e-9), excess(found.loss))
+        lost = min((1 - found.cosine) / max(1 - threshold, 1e-9), found.loss.excess)
         if lost <= 1:
             probe.keep()
         return lost

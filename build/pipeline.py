@@ -58,6 +58,8 @@ class CompileOptions:
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
+    judge_kv: bool = False
+    """verify: whether to measure what KV in 8 bits loses too, which takes the oracle once more."""
     threads: int | None = None
     """Engine threads; None leaves it to the engine."""
     tensorrt: TensorRTOptions | None = None
@@ -234,7 +236,14 @@ class _Compilation:
             recovered = record.recovery is not None
             try:
                 checked = verify(
-                    source, blocks, adapters, self.maker, self.options.dtype, self.progress, recovered
+                    source,
+                    blocks,
+                    adapters,
+                    self.maker,
+                    self.options.dtype,
+                    self.progress,
+                    recovered,
+                    self.packed_kv() if self.options.judge_kv else None,
                 )
             except RecoveryError as error:
                 self.give_back(source, record, error, again)
@@ -422,6 +431,11 @@ class _Compilation:
 
             self.makers[precision] = OpenVINOEngines(precision, self.options.threads)
         return self.makers[precision]
+
+    def packed_kv(self) -> EngineMaker:
+        from blockzoo.engines.openvino import OpenVINOEngines
+
+        return OpenVINOEngines("f32", self.options.threads, kv_precision="u8")
 
     def report(self, order: list[str], removed: tuple[str, ...], freed: int) -> CompileReport:
         unshared, stored = sharing_bytes(self.manifest)

@@ -8,7 +8,7 @@ from blockzoo.build.partition import CutAdapter, CutBlock, block_tensors
 from blockzoo.build.recover import NotLowRankError, nearest_block, recover
 from blockzoo.build.sources import Source
 from blockzoo.build.trials import MAX_FORWARDS, Candidate, Probe, compose
-from blockzoo.build.yardstick import Yardstick, excess
+from blockzoo.build.yardstick import Yardstick
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block, Dtype, chain_specs
 from blockzoo.zoo.manifest import Manifest, ModelRecord, RecoveryRecord
@@ -110,7 +110,7 @@ def to_give_back(
         nonlocal trials
         progress(what, trials, MAX_FORWARDS)
         trials += 1
-        found = excess(yardstick.judge(probe.trial(chosen), probe.logits)) / _MARGIN
+        found = yardstick.judge(probe.trial(chosen), probe.logits).excess / _MARGIN
         if found <= 1:
             probe.keep()
         return found

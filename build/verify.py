@@ -15,7 +15,7 @@ import numpy as np
 from blockzoo.build import oracle
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.sources import Adapted, Source
-from blockzoo.build.yardstick import Yardstick, excess
+from blockzoo.build.yardstick import Yardstick
 from blockzoo.engines.base import EngineMaker, Precision
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.blocks import Adapter, Block, Dtype
@@ -71,10 +71,12 @@ def verify(
     dtype: Dtype | None,
     progress: Callable[[str, int, int], None],
     recovered: bool = False,
+    packed_kv: EngineMaker | None = None,
 ) -> VerificationRecord:
     """Check one model, compiled with its tensors converted to `dtype` where that is given.
 
-    `adapters`: by position in the chain; `recovered`: some of them stand for a merge in the checkpoint.
+    `adapters`: by position in the chain; `recovered`: some of them stand for a merge in the checkpoint;
+    `packed_kv`: f32 engines with KV in 8 bits, of which it is told what they lose.
     `maker` gives engines of a precision, None being the one used for serving. Raises VerificationError beyond
     the tolerance (RecoveryError where blocks were recovered), CheckpointError for a tokenizer that does not
     fit the model.
@@ -91,7 +93,8 @@ def verify(
     longest = max(map(len, prompts)) + NUM_GENERATED
     chain = ProbeChain(maker("f32"), blocks, config, longest, adapters)
     layers = config.num_layers
-    what, steps = f"verifying {source.name}", len(prompts) + layers * (2 if recovered else 1)
+    rounds_too = recovered or packed_kv is not None
+    what, steps = f"verifying {source.name}", len(prompts) + layers * (2 if rounds_too else 1)
     probes: list[Answer] = []
     for prompt in prompts:
         progress(what, len(probes), steps)
@@ -100,22 +103,25 @@ def verify(
     everywhere = [chain.forward(tokens, 0) for tokens in sequences] if recovered else []
     del chain
     judge = oracle_for(source, True, dtype)
-    scored = judge.logits(
-        sequences,
-        longest if recovered else NUM_GENERATED,
-        lambda layer: progress(what, len(prompts) + layer, steps),
-    )
+    last = longest if recovered else NUM_GENERATED
+    scored = judge.logits(sequences, last, lambda layer: progress(what, len(prompts) + layer, steps))
     expected = [logits[-NUM_GENERATED:] for logits in scored]
     figures = {"f32": compare([probe.logits for probe in probes], expected)}
-    error, tolerance, loss = figures["f32"].max_relative_error, TOLERANCE, None
-    if recovered:
+    error, tolerance, loss, kv = figures["f32"].max_relative_error, TOLERANCE, None, None
+    if rounds_too:
         seen_before = len(prompts) + layers
         yardstick = Yardstick.of(
-            judge, sequences, scored, lambda layer: progress(what, seen_before + layer, steps)
+            judge, sequences, scored, lambda layer: progress(what, seen_before + layer, steps), last
         )
+    if packed_kv is not None:
+        chain = ProbeChain(packed_kv, blocks, config, longest, adapters)
+        own = everywhere if recovered else [probe.logits for probe in probes]
+        kv = yardstick.judge([chain.forward(tokens, 0)[-last:] for tokens in sequences], own)
+        del chain
+    if recovered:
         loss = yardstick.judge(everywhere, scored)
         tolerance = loss.bf16.max_relative_error
-        if not excess(loss) <= 1:
+        if not loss.excess <= 1:
             raise RecoveryError(
                 f"{source.name}: taken apart into other models' blocks and adapters it loses more than bf16 "
                 f"does: {loss_text(loss)}",
@@ -151,6 +157,7 @@ def verify(
         rounding_error=rounding_error,
         same_as=None,
         loss=loss,
+        kv=kv,
     )
 
 

@@ -15,10 +15,6 @@ from blockzoo.build.oracle import Oracle
 from blockzoo.zoo.manifest import LossFigures, LossRecord
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
-CLEAR_AGREEMENT = 0.99
-"""Least share of equal top tokens where those are no ties."""
-_LEAST = 1e-12  # what rounding in f32 loses at least
-
 
 class Bf16Oracle(Oracle):
     """An oracle that rounds to bf16 where engines of that precision do; sums and softmax stay in f32."""
@@ -58,13 +54,15 @@ class Yardstick:
         sequences: Sequence[Sequence[int]],
         exact: Sequence[np.ndarray] | None = None,
         on_layer: Callable[[int], None] = lambda layer: None,
+        last: int | None = None,
     ) -> "Yardstick":
-        """Of a model over token sequences; `exact`: its f32 logits [tokens, vocab], where they are known."""
-        longest = max(map(len, sequences))
+        """Of a model over token sequences, or over the `last` tokens of each; `exact`: its f32 logits there,
+        [tokens, vocab], where they are known."""
+        last = last or max(map(len, sequences))
         if exact is None:
-            exact = oracle.logits(sequences, longest)
+            exact = oracle.logits(sequences, last)
         rounds = Bf16Oracle(oracle.config, oracle.weight, oracle.dtype)
-        rounded = rounds.logits(sequences, longest, on_layer)
+        rounded = rounds.logits(sequences, last, on_layer)
         ties = []
         for ours, theirs in zip(rounded, exact, strict=True):
             second, best = np.partition(theirs, -2, axis=1)[:, -2:].T
@@ -83,17 +81,6 @@ class Yardstick:
             ties=1 - float(clear.mean()),
             num_tokens=len(same),
         )
-
-
-def excess(loss: LossRecord) -> float:
-    """Of a loss over what is borne: up to 1 passes. It grows about as squared errors do, so that those of
-    several blocks add up."""
-    found, borne = loss.stored, loss.bf16
-    return max(
-        found.kl / max(borne.kl, _LEAST),
-        (found.max_relative_error / max(borne.max_relative_error, _LEAST)) ** 2,
-        (1 - loss.clear_top1) / (1 - CLEAR_AGREEMENT),
-    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

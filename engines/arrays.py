@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from blockzoo.engines.base import Precision, activation_dtype
+from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
+from blockzoo.engines.kv_pages import KVPrecision, pack_u8, page_width, unpack_u8
 from blockzoo.zoo.heap import trim_heap
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
@@ -34,7 +35,7 @@ def byte_range(array: Array) -> tuple[int, int]:
 
 
 Kind = Literal["activation", "f32", "i32"]
-"""Element types: that of activations and KV at the maker's precision, float32, int32."""
+"""Element types: that of activations at the maker's precision, float32, int32."""
 
 
 class Arrays(Protocol):
@@ -52,6 +53,10 @@ class Arrays(Protocol):
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> Array:
         """A new array of zeros, C-contiguous."""
+
+    def pages(self, num_pages: int, kv_heads: int, head_dim: int) -> Array:
+        """Pages of K, or of V, for engines of the maker: zeros [num_pages, kv_heads, 32, width], typed and as
+        wide as its `kv_precision` has them (`kv_pages`)."""
 
     def discard(self, array: Array, indices: np.ndarray) -> None:
         """Give back the memory of rows of a lazy array, int [n], which nobody reads again before they are
@@ -79,9 +84,10 @@ class Arrays(Protocol):
         """float32 values as activations."""
 
     def rotated(self, rows: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
-        """Activations [n, heads, dim] under the rotary embedding (half-split layout), a new array.
+        """K of pages [n, heads, width] under the rotary embedding (half-split layout), a new array.
 
-        `cos` and `sin` are float32 [n, dim / 2], on the host; what is computed in float32 is rounded once.
+        `cos` and `sin` are float32 [n, head_dim / 2], on the host; what is computed in float32 is rounded
+        once.
         """
 
     def wait(self) -> None:
@@ -92,13 +98,22 @@ class Arrays(Protocol):
 
 
 class HostArrays:
-    """numpy arrays; bf16 activations are held as uint16."""
+    """numpy arrays; bf16 activations are held as uint16.
+
+    Args:
+        precision: of activations.
+        call_threads: see `Arrays`.
+        kv_precision: of pages; None: as activations.
+    """
 
     records = False
     is_lazy = True
 
-    def __init__(self, precision: Precision, call_threads: int = 1) -> None:
+    def __init__(
+        self, precision: Precision, call_threads: int = 1, kv_precision: KVPrecision | None = None
+    ) -> None:
         self.call_threads = call_threads
+        self._kv_precision: KVPrecision = kv_precision or precision
         self._dtypes: dict[str, Any] = {
             "activation": activation_dtype(precision),
             "f32": np.float32,
@@ -108,6 +123,11 @@ class HostArrays:
     def zeros(self, shape: Sequence[int], kind: Kind) -> np.ndarray:
         """A new array of zeros."""
         return np.zeros(tuple(shape), self._dtypes[kind])
+
+    def pages(self, num_pages: int, kv_heads: int, head_dim: int) -> np.ndarray:
+        """New pages of zeros."""
+        shape = (num_pages, kv_heads, PAGE_TOKENS, page_width(head_dim, self._kv_precision))
+        return np.zeros(shape, np.uint8 if self._kv_precision == "u8" else self._dtypes["activation"])
 
     def discard(self, array: np.ndarray, indices: np.ndarray) -> None:
         """Tell the kernel of every run of rows, as far as it is whole pages of memory: they read as zeros."""
@@ -146,18 +166,25 @@ class HostArrays:
         return f32_to_bf16(values) if self._dtypes["activation"] == np.uint16 else values
 
     def rotated(self, rows: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        """The rows rotated: each half as a plane of its own, in place where it can be."""
+        """The rows rotated; those in 8 bits get a new grid."""
+        if rows.dtype == np.uint8:
+            return pack_u8(self._rotated(unpack_u8(rows), cos, sin))
+        return self._rotated(rows, cos, sin)
+
+    def _rotated(self, rows: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Each half as a plane of its own, in place where it can be."""
         half = rows.shape[-1] // 2
+        narrowed = f32_to_bf16 if rows.dtype == np.uint16 else np.asarray
         low, high = (self._widened(rows[..., part]) for part in (slice(half), slice(half, None)))
         cos, sin = cos[:, None], sin[:, None]
         turned = np.empty(rows.shape, rows.dtype)
         plane = low * cos
         plane -= high * sin
-        turned[..., :half] = self.activations(plane)
+        turned[..., :half] = narrowed(plane)
         low *= sin
         high *= cos
         high += low
-        turned[..., half:] = self.activations(high)
+        turned[..., half:] = narrowed(high)
         return turned
 
     def _widened(self, rows: np.ndarray) -> np.ndarray:

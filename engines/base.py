@@ -17,6 +17,7 @@ from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec, HeadSpec
 
 if TYPE_CHECKING:
     from blockzoo.engines.arrays import Array, Arrays
+    from blockzoo.engines.kv_pages import KVPrecision
     from blockzoo.zoo.store import Zoo
 
 Precision = Literal["f32", "bf16"]
@@ -77,7 +78,7 @@ class Engine(Protocol):
         rows            int32      [R]          only when `spec.drops_rows`
       and when the span holds attention:
         cos, sin        float32    [T, 1, 1, head_dim]
-        key_cache, value_cache     precision [pages, kv_heads, 32, head_dim], updated in place
+        key_cache, value_cache     `Arrays.pages`, [pages, kv_heads, 32, width], updated in place
         past_lens       int32 [S], subsequence_begins int32 [S + 1], block_indices_begins int32 [S + 1]
         block_indices.<i>          int32 [E]    page ids of the span's i-th layer
         max_context_len int32      scalar, max over sequences of past + new
@@ -129,6 +130,7 @@ class EngineMaker(Protocol):
 
     name: str
     precision: Precision
+    kv_precision: KVPrecision
     arrays: Arrays
 
     def expect(self, num_spans: int) -> None:
@@ -155,5 +157,5 @@ class EngineMaker(Protocol):
 
 
 def activation_dtype(precision: Precision) -> np.dtype[Any]:
-    """The numpy dtype that carries activations and KV: bf16 is held as uint16."""
+    """The numpy dtype that carries activations: bf16 is held as uint16."""
     return np.dtype(np.uint16 if precision == "bf16" else np.float32)

@@ -48,6 +48,11 @@ class ProbeChain:
         for block in blocks:
             block.drop_pages()
 
+    @property
+    def pages(self) -> tuple[Array, Array]:
+        """Of K and of V: those of the first layer first, see `Arrays.pages`."""
+        return self._attention.pages
+
     def forward(self, token_ids: Sequence[int], past: int) -> np.ndarray:
         """Append n tokens at position `past`: their logits, float32 [n, vocab].
 
@@ -144,10 +149,11 @@ class _ProbeAttention:
         self._sequences = num_sequences
         each = -(-max_tokens // PAGE_TOKENS)
         pages = each * num_sequences  # of a layer
-        shape = (pages * len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
         self._cos, self._sin = rope.tables(layers[0].head_dim, max_tokens)
-        for name in ("key_cache", "value_cache"):
-            engine.bind(name, engines.arrays.zeros(shape, "activation"))
+        shape = (pages * len(layers), layers[0].num_kv_heads, layers[0].head_dim)
+        self.pages = engines.arrays.pages(*shape), engines.arrays.pages(*shape)
+        for name, kv in zip(("key_cache", "value_cache"), self.pages, strict=True):
+            engine.bind(name, kv)
         for layer in range(len(layers)):
             ids = np.arange(pages, dtype=np.int32) + layer * pages
             engine.bind(f"block_indices.{layer}", self._mirror(ids))
@@ -200,9 +206,8 @@ def first_run(engine: Engine, arrays: Arrays) -> None:
 def _bind_pages(engine: Engine, arrays: Arrays, count: int) -> None:
     """Bind `count` new tokens of one sequence, at most a page, in pages of its own."""
     layers = engine.spec.layers
-    shape = (len(layers), layers[0].num_kv_heads, PAGE_TOKENS, layers[0].head_dim)
     for name in ("key_cache", "value_cache"):
-        engine.bind(name, arrays.zeros(shape, "activation"))
+        engine.bind(name, arrays.pages(len(layers), layers[0].num_kv_heads, layers[0].head_dim))
     for name in ("cos", "sin"):
         engine.bind(name, arrays.zeros((count, 1, 1, layers[0].head_dim), "f32"))
     ints = {

@@ -265,6 +265,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         precision=args.precision,
         int8_activations=args.int8_activations,
+        kv_precision=args.kv_precision,
         max_num_seqs=1,
         kv_sharing="scope",  # all models' users are one here
     )

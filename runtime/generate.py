@@ -45,7 +45,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend, --device, --precision, --int8-activations."""
+    """--backend, --device, --precision, --int8-activations, --kv-precision."""
     parser.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
     )
@@ -56,6 +56,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="round activations to 8 bits where weights are quantized (default: where that is faster)",
+    )
+    parser.add_argument(
+        "--kv-precision",
+        choices=("u8", "auto"),
+        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more than by bf16",
     )
 
 
@@ -98,6 +103,7 @@ def _generate(args: argparse.Namespace) -> int:
         device=args.device,
         precision=args.precision,
         int8_activations=args.int8_activations,
+        kv_precision=args.kv_precision,
         max_num_seqs=1,
     )
     engine = LLMEngine(args.zoo, config)

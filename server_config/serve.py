@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="round activations to 8 bits where weights are quantized (default: where that is faster)",
     )
+    engine.add_argument(
+        "--kv-precision",
+        choices=("u8", "auto"),
+        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more by that than by "
+        "bf16 (default: in the precision)",
+    )
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
     engine.add_argument(
         "--enable-lora",
@@ -201,6 +207,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "precision": args.precision,
         "int8_activations": args.int8_activations,
+        "kv_precision": args.kv_precision,
         "kv_cache_bytes": None if args.kv_cache_gb is None else int(args.kv_cache_gb * 2**30),
         "enable_lora": args.enable_lora,
         "max_num_seqs": args.max_num_seqs,

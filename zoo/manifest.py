@@ -146,6 +146,11 @@ class AdapterRecord:
     num_bytes: int
 
 
+CLEAR_AGREEMENT = 0.99
+"""Least share of equal top tokens where those are no ties."""
+_LEAST_LOSS = 1e-12  # what rounding in f32 loses at least
+
+
 @dataclass(frozen=True, slots=True)
 class LossFigures:
     """What one computation of a model loses against another, over the positions of a text."""
@@ -171,6 +176,17 @@ class LossRecord:
     ties: float
     """The share of those."""
     num_tokens: int
+
+    @property
+    def excess(self) -> float:
+        """Of the loss over what is borne: up to 1 passes. It grows about as squared errors do, so that those
+        of several blocks add up."""
+        found, borne = self.stored, self.bf16
+        return max(
+            found.kl / max(borne.kl, _LEAST_LOSS),
+            (found.max_relative_error / max(borne.max_relative_error, _LEAST_LOSS)) ** 2,
+            (1 - self.clear_top1) / (1 - CLEAR_AGREEMENT),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +309,8 @@ class VerificationRecord:
     """The model with the same chain and adapters whose figures these are."""
     loss: LossRecord | None = field(default=None, metadata={"added": True})
     """Of a model of which blocks were recovered: what decided."""
+    kv: LossRecord | None = field(default=None, metadata={"added": True})
+    """With K and V in 8 bits, all else in f32. None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

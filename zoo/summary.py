@@ -53,6 +53,8 @@ def verification_text(record: VerificationRecord) -> str:
         said.append(f"rounding of weights {record.rounding_error:.1e}")
     if record.loss is not None:
         said.append(f"taken apart it loses {loss_text(record.loss)}")
+    if record.kv is not None:
+        said.append(f"with KV in 8 bits it loses {loss_text(record.kv)}")
     twin = f" (same chain as {record.same_as})" if record.same_as else ""
     return f"verified on {record.num_tokens} tokens{twin}: {'; '.join(said)}"
 

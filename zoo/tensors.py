@@ -198,6 +198,13 @@ class TensorFile:
             raise ValueError(f"the scales of {name} are {scales.dtype} {list(scales.shape)}")
         return tensor
 
+    def octets(self, name: str) -> np.ndarray:
+        """A tensor of bytes that its reader knows the meaning of, uint8, zero-copy. Raises ValueError for a
+        dtype other than I8."""
+        if (seen := self._header[name]["dtype"]) != "I8":
+            raise ValueError(f"tensor {name} has dtype {seen} (expected I8)")
+        return self._array(name, "i8").view(np.uint8)
+
     def _array(self, name: str, dtype: StoredDtype) -> np.ndarray:
         entry = self._header[name]
         begin, end = entry["data_offsets"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
 
 from blockzoo.engines.arrays import Arrays, HostArrays
-from blockzoo.engines.base import EngineError, Precision, SpanSpec
+from blockzoo.engines.base import PAGE_TOKENS, EngineError, Precision, SpanSpec
 from blockzoo.engines.embedding import EmbeddingTable
+from blockzoo.engines.kv_pages import KVPrecision, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
 from blockzoo.zoo.blocks import Block
@@ -28,7 +29,7 @@ _FEWEST_KERNELS, _MOST_KERNELS = 32, 256  # of a span
 _CPUINFO = Path("/proc/cpuinfo")
 _ACTIVATION_GROUP = 32  # activations of a row that share a scale, where they are rounded
 
-_DTYPES = {"H": "bf16", "f": "f32", "i": "i32"}  # numpy's type characters
+_DTYPES = {"H": "bf16", "f": "f32", "i": "i32", "B": "u8"}  # numpy's type characters
 
 
 class _Bound:
@@ -95,11 +96,12 @@ class OpenVINOEngines:
     """Compiles spans for this machine's CPU.
 
     Args:
-        precision: of activations, weights in use and KV; None takes bf16 where the CPU computes it in
+        precision: of activations and weights in use; None takes bf16 where the CPU computes it in
             hardware (avx512_bf16, amx_bf16) and f32 elsewhere.
         num_threads: compute threads; None leaves OpenVINO's choice (the physical cores).
         int8_activations: multiply quantized weights with activations rounded to 8 bits on the fly, in groups
             of a row, the rest in f32. Without, they are unpacked to the precision as they are multiplied.
+        kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`); None: in the precision.
 
     Raises:
         EngineError: the precision, or rounded activations, are not available on this CPU, or not together.
@@ -113,6 +115,7 @@ class OpenVINOEngines:
         num_threads: int | None = None,
         *,
         int8_activations: bool = False,
+        kv_precision: Literal["u8"] | None = None,
     ) -> None:
         self._core = ov.Core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -129,15 +132,20 @@ class OpenVINOEngines:
             raise EngineError("int8 activations were asked for, but this CPU lacks VNNI: leave them out")
         self.precision: Precision = precision or ("bf16" if has_bf16 and not int8_activations else "f32")
         self.int8_activations = int8_activations
-        self.arrays: Arrays = HostArrays(self.precision, num_threads or len(os.sched_getaffinity(0)))
+        self.kv_precision: KVPrecision = kv_precision or self.precision
+        self.arrays: Arrays = HostArrays(
+            self.precision, num_threads or len(os.sched_getaffinity(0)), self.kv_precision
+        )
         self._properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
-            "KV_CACHE_PRECISION": self.precision,
+            "KV_CACHE_PRECISION": self.kv_precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if int8_activations else 0,
             "ENABLE_CPU_PINNING": False,  # engines that run at the same time would share the same cores
         }
+        if self.kv_precision == "u8":  # by channel, keys of a page would be rounded anew with each token
+            self._properties |= {"KEY_CACHE_QUANT_MODE": "BY_TOKEN", "VALUE_CACHE_QUANT_MODE": "BY_TOKEN"}
         self.expect(1)
         if num_threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = num_threads
@@ -159,7 +167,8 @@ class OpenVINOEngines:
         """Backend, version, precision and CPU, for manifests and reports."""
         cpu = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         facts = {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
-        return facts | ({"activations": "int8"} if self.int8_activations else {})
+        facts |= {"activations": "int8"} if self.int8_activations else {}
+        return facts | ({"kv": "u8"} if self.kv_precision == "u8" else {})
 
     def embedding(self, block: Block) -> EmbeddingTable:
         """The look-up of an embed block, over its mapped file."""
@@ -179,7 +188,7 @@ class OpenVINOEngines:
         its own packed copy.
 
         Raises:
-            EngineError: OpenVINO refused the graph.
+            EngineError: OpenVINO refused the graph, or lays pages out in another way.
         """
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
@@ -191,4 +200,19 @@ class OpenVINOEngines:
             raise EngineError(
                 f"OpenVINO {self.version} could not compile the span {kinds}: {error}"
             ) from error
+        if spec.layers:
+            self._check_pages(compiled, spec.layers[0].head_dim)
         return OpenVINOEngine(compiled, spec, blocks)
+
+    def _check_pages(self, compiled: ov.CompiledModel, head_dim: int) -> None:
+        """Pages are this process's to lay out: make sure that the operator reads them so."""
+        expected = PAGE_TOKENS, page_width(head_dim, self.kv_precision)
+        for name in ("key_cache", "value_cache"):
+            shape = compiled.input(name).partial_shape
+            found = tuple(str(shape[axis]) for axis in (2, 3))
+            if found != tuple(map(str, expected)):
+                raise EngineError(
+                    f"OpenVINO {self.version} keeps {name} in {self.kv_precision} as pages of "
+                    f"{' x '.join(found)}, expected {' x '.join(map(str, expected))}: leave the KV precision "
+                    "out, or use the version that is pinned"
+                )

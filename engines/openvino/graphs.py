@@ -23,7 +23,8 @@ from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
 
-_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32, "i8": Type.i8, "i4": Type.i4}
+_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
+_TYPES |= {"u8": Type.u8, "i8": Type.i8, "i4": Type.i4}
 
 
 def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision) -> Model:

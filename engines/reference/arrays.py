@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from blockzoo.engines.arrays import Kind
-from blockzoo.engines.base import Precision
+from blockzoo.engines.base import PAGE_TOKENS, Precision
+from blockzoo.engines.kv_pages import KVPrecision, page_width
+from blockzoo.engines.reference.pages import pack_u8, unpack_u8
 from blockzoo.zoo.tensors import BlockTensor
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -21,7 +23,8 @@ class TorchArrays:
 
     Args:
         device: where the arrays are.
-        precision: of activations and KV.
+        precision: of activations.
+        kv_precision: of pages; None: as activations.
         record: on a GPU, let `recorded` make CUDA graphs.
 
     Attributes:
@@ -31,16 +34,29 @@ class TorchArrays:
     call_threads = 1
     is_lazy = False
 
-    def __init__(self, device: torch.device, precision: Precision, record: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        precision: Precision,
+        record: bool = False,
+        kv_precision: KVPrecision | None = None,
+    ) -> None:
         self.device = device
         self.records = record and device.type == "cuda"
         self.settling = False
         self._graphs: _Graphs | None = None
+        self._kv_precision: KVPrecision = kv_precision or precision
         self._dtypes = {"activation": TORCH_DTYPES[precision], "f32": torch.float32, "i32": torch.int32}
 
     def zeros(self, shape: Sequence[int], kind: Kind) -> torch.Tensor:
         """A new tensor of zeros."""
         return torch.zeros(tuple(shape), dtype=self._dtypes[kind], device=self.device)
+
+    def pages(self, num_pages: int, kv_heads: int, head_dim: int) -> torch.Tensor:
+        """New pages of zeros."""
+        dtype = torch.uint8 if self._kv_precision == "u8" else self._dtypes["activation"]
+        shape = (num_pages, kv_heads, PAGE_TOKENS, page_width(head_dim, self._kv_precision))
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def discard(self, array: torch.Tensor, indices: np.ndarray) -> None:
         """Nothing: a tensor's memory goes with the tensor."""
@@ -75,7 +91,9 @@ class TorchArrays:
         return torch.from_numpy(writable).to(self.device, self._dtypes["activation"])
 
     def rotated(self, rows: torch.Tensor, cos: np.ndarray, sin: np.ndarray) -> torch.Tensor:
-        """The rows rotated, on the device."""
+        """The rows rotated, on the device; those in 8 bits get a new grid."""
+        if rows.dtype == torch.uint8:
+            return pack_u8(self.rotated(unpack_u8(rows), cos, sin))
         low, high = rows.float().chunk(2, dim=-1)
         c, s = (torch.from_numpy(table).to(self.device)[:, None] for table in (cos, sin))
         return torch.cat([low * c - high * s, high * c + low * s], dim=-1).to(rows.dtype)

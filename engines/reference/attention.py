@@ -1,7 +1,8 @@
 """Attention over pages in torch: what the kernels of other backends must compute.
 
 A *row* is a query at any position of a sequence whose page table names the pages of its keys and values,
-`[num_pages, kv_heads, 32, head_dim]`. Rows attend to the positions up to their own.
+`[num_pages, kv_heads, 32, head_dim]`, or in 8 bits (`engines.kv_pages`). Rows attend to the positions up to
+their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.engines.reference.pages import pack_u8, unpack_u8
 from blockzoo.zoo.blocks import AttnSpec
 
 Inputs = Mapping[str, torch.Tensor]
@@ -83,15 +85,15 @@ class DenseAttention:
             where = positions[begin:end]
             table = page_ids[tables[i] : tables[i + 1]].long()
             page, slot = table[where // PAGE_TOKENS], where % PAGE_TOKENS
-            keys[page, :, slot] = k[begin:end]
-            values[page, :, slot] = v[begin:end]
+            keys[page, :, slot] = _stored(k[begin:end], keys)
+            values[page, :, slot] = _stored(v[begin:end], values)
         out = torch.empty_like(q)
         context = 0  # tokens of the sequences before
         for i, (begin, end) in enumerate(itertools.pairwise(begins)):
             where = positions[begin:end]
             length = int(where.max()) + 1
             pages = page_ids[tables[i] : tables[i] - (-length // PAGE_TOKENS)].long()
-            k_all, v_all = (cache[pages].transpose(1, 2).flatten(0, 1)[:length] for cache in (keys, values))
+            k_all, v_all = (_loaded(cache[pages], q.dtype)[:length] for cache in (keys, values))
             weights = attention_weights(q[begin:end], k_all, where, spec)
             out[begin:end] = attend(weights, v_all)
             if "score_windows" in inputs and (window := min(int(inputs["score_windows"][i]), end - begin)):
@@ -107,6 +109,17 @@ class DenseAttention:
     def packed_scores(self, inputs: Inputs) -> torch.Tensor:
         """As they are."""
         return inputs["scores"]
+
+
+def _stored(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Rows [T, kv_heads, head_dim] as pages hold them."""
+    return pack_u8(rows) if pages.dtype == torch.uint8 else rows
+
+
+def _loaded(pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows [32 * n, kv_heads, head_dim] of n pages."""
+    rows = unpack_u8(pages).to(dtype) if pages.dtype == torch.uint8 else pages
+    return rows.transpose(1, 2).flatten(0, 1)
 
 
 def rotate(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
+from blockzoo.engines.kv_pages import KVPrecision
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, PackedMatrix, TorchArrays
 from blockzoo.engines.reference.attention import Attention, DenseAttention
 from blockzoo.engines.reference.blocks import (
@@ -115,9 +116,10 @@ class ReferenceEngines:
         device: "cpu", "cuda" or "cuda:<n>"; None takes a GPU where there is one.
         cuda_graphs: on a GPU, record steps that repeat their shapes and replay them.
         num_threads: torch's compute threads on the CPU, for the whole process; None leaves them.
+        kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`), on the CPU alone; None: in the precision.
 
     Raises:
-        EngineError: there is no such device here.
+        EngineError: there is no such device here, or it has no kernels for KV in 8 bits.
     """
 
     name = "reference"
@@ -129,10 +131,16 @@ class ReferenceEngines:
         num_threads: int | None = None,
         *,
         cuda_graphs: bool = True,
+        kv_precision: Literal["u8"] | None = None,
     ) -> None:
         self.device = _find_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "f32")
-        torch_arrays = TorchArrays(self.device, self.precision, record=cuda_graphs)
+        if kv_precision is not None and self.device.type != "cpu":
+            raise EngineError(
+                f"KV in {kv_precision} was asked for, which the kernels on a GPU do not read: leave it out"
+            )
+        self.kv_precision: KVPrecision = kv_precision or self.precision
+        torch_arrays = TorchArrays(self.device, self.precision, cuda_graphs, self.kv_precision)
         self.arrays: Arrays = torch_arrays
         self._is_settling = lambda: torch_arrays.settling
         if num_threads is not None:
@@ -151,7 +159,8 @@ class ReferenceEngines:
             target = torch.cuda.get_device_name(self.device)
         else:
             target = platform.processor() or platform.machine()
-        return {"backend": self.name, "version": self.version, "precision": self.precision, "target": target}
+        facts = {"backend": self.name, "version": self.version, "precision": self.precision, "target": target}
+        return facts | ({"kv": "u8"} if self.kv_precision == "u8" else {})
 
     def expect(self, num_spans: int) -> None:
         """Nothing to share out: engines keep their weights alone."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine
+from blockzoo.engines.base import Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs, Pairs
 from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
@@ -79,8 +79,7 @@ class Executor:
         embeddings: by embed block id.
         rope_tables: per chain index, (cos, sin) float32 [positions, head_dim].
         arrays: of the maker of the engines.
-        num_pages: pages of the pool. Key and value pages are [num_pages + 1, kv_heads, 32, head_dim]:
-            one more, for rows that nobody reads.
+        num_pages: pages of the pool. There is one more, for rows that nobody reads.
         max_tokens, max_seqs: bounds of a step.
         max_more_logits: rows of logits that a step may have besides one for each sequence.
         adapters: their inputs, by call; None in a zoo without any.
@@ -233,8 +232,8 @@ class Executor:
         return Rows(chain, np.zeros(1, np.int32), 0, table, 1)
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
-        shape = (self._num_pages + 1, family.num_kv_heads, PAGE_TOKENS, family.head_dim)
-        return {name: self._device.zeros(shape, "activation") for name in ("key_cache", "value_cache")}
+        shape = (self._num_pages + 1, family.num_kv_heads, family.head_dim)
+        return {name: self._device.pages(*shape) for name in ("key_cache", "value_cache")}
 
     def _bind_pool(self, engine: Engine) -> None:
         if engine.spec.layers:

@@ -8,6 +8,7 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.engines.kv_pages import unpack_u8
 from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.zoo.tensors import bf16_to_f32
 
@@ -18,7 +19,7 @@ class KVTensors:
     """The tensors of one pool. A page id out of range is a ValueError, and then nothing was written.
 
     Args:
-        pool: "key_cache" and "value_cache", each [num_pages or more, kv_heads, 32, head_dim].
+        pool: "key_cache" and "value_cache", each `Arrays.pages`, num_pages or more.
         num_pages: that sequences may have.
         rotation: per chain, cos and sin of the plain rotary embedding, float32 [positions, head_dim].
         arrays: made the pool.
@@ -35,11 +36,11 @@ class KVTensors:
 
     @property
     def page_shape(self) -> tuple[int, ...]:
-        """[kv_heads, 32, head_dim]."""
+        """[kv_heads, 32, width]."""
         return tuple(self._pool["key_cache"].shape[1:])
 
     def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """K and V of pages int [...]: each [..., kv_heads, 32, head_dim], bf16 as uint16; a copy."""
+        """K and V of pages int [...]: each [..., kv_heads, 32, width], bf16 as uint16; a copy."""
         index = self._checked(pages)
         keys, values = (
             self._arrays.to_host(self._pool[name][index]) for name in ("key_cache", "value_cache")
@@ -54,7 +55,7 @@ class KVTensors:
             if isinstance(pool, np.ndarray):
                 pool[index] = contents
             else:
-                pool[index] = self._arrays.activations(_widened(contents))
+                pool[index] = self._to_device(contents)
 
     def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
         """Copy pages of K and V, int32 [n] each; no page is in both."""
@@ -81,7 +82,7 @@ class KVTensors:
                     continue
                 for begin in range(0, columns.size, _MOVED_TOKENS):
                     part = slice(begin, begin + _MOVED_TOKENS)
-                    rows = pool[source[part], :, borrowed.slots[part]]  # [n, heads, head_dim]
+                    rows = pool[source[part], :, borrowed.slots[part]]  # [n, heads, width]
                     turned = self._arrays.rotated(rows, cos[part], sin[part])
                     pool[destination[part], :, to_slots[part]] = turned
 
@@ -95,6 +96,11 @@ class KVTensors:
         found = self._checked(pages[..., positions // PAGE_TOKENS])
         return _widened(self._arrays.to_host(self._pool["value_cache"][found, :, positions % PAGE_TOKENS]))
 
+    def _to_device(self, contents: np.ndarray) -> Array:
+        if contents.dtype == np.uint8:
+            return self._arrays.mirror(np.require(contents, requirements="W"))
+        return self._arrays.activations(_widened(contents))
+
     def _checked(self, pages: np.ndarray) -> np.ndarray:
         if pages.size and (int(pages.min()) < 0 or int(pages.max()) >= self._num_pages):
             raise ValueError(f"page ids {pages.min()} to {pages.max()} in a pool of {self._num_pages}")
@@ -102,6 +108,9 @@ class KVTensors:
 
 
 def _widened(contents: np.ndarray) -> np.ndarray:
+    """The float32 values of what pages hold."""
+    if contents.dtype == np.uint8:
+        return unpack_u8(contents)
     return bf16_to_f32(contents) if contents.dtype == np.uint16 else contents
 
 

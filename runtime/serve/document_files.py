@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from blockzoo.engines.kv_pages import KVPrecision
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
 from blockzoo.runtime.serve.loaded import LoadedZoo
-from blockzoo.zoo.tensors import Dtype
 
 
 class DocumentFiles:
@@ -35,7 +35,8 @@ class DocumentFiles:
     def _parts(self, seq: TokenSequence, executor: Executor) -> list[tuple[Segment, KVPart]]:
         """What of a document is a file: each segment, so that models share those of their common layers."""
         zoo, chain = self._zoo(), executor.chains[seq.chain_index]
-        dtype: Dtype = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
+        dtype: KVPrecision = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
+        dtype = "u8" if "kv" in zoo.engine_facts else dtype
         shape = executor.kv.page_shape
         parts = []
         for segment in chain.segments:

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from blockzoo.zoo.tensors import BlockTensor, Dtype, TensorFile, tensor_file_bytes, write_tensor_file
+from blockzoo.engines.kv_pages import KVPrecision, grid_of
+from blockzoo.zoo.tensors import BlockTensor, TensorFile, tensor_file_bytes, write_tensor_file
 from blockzoo.zoo.writer import sync_directory
 
 _FORMAT = 1
@@ -42,8 +43,8 @@ class KVPart:
     Attributes:
         blocks_key: stands for all that computes in the chain up to the last layer.
         token_ids: int32 [32 * pages].
-        page_shape: [kv_heads, 32, head_dim].
-        dtype: "bf16" or "f32".
+        page_shape: [kv_heads, 32, width].
+        dtype: of the pages.
     """
 
     blocks_key: str
@@ -51,11 +52,11 @@ class KVPart:
     end_layer: int
     token_ids: np.ndarray
     page_shape: tuple[int, ...]
-    dtype: Dtype
+    dtype: KVPrecision
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of K, and of V: [layers, pages, kv_heads, 32, head_dim]."""
+        """Of K, and of V: [layers, pages, kv_heads, 32, width]."""
         pages = self.token_ids.size // self.page_shape[1]
         return (self.end_layer - self.first_layer, pages, *self.page_shape)
 
@@ -100,7 +101,7 @@ class KVStore:
             self._tell(error)
 
     def load(self, part: KVPart) -> tuple[np.ndarray, np.ndarray] | None:
-        """K and V of a part, read only, bf16 as uint16; None where the folder has no sound file of it."""
+        """K and V of a part, read only, as pages hold them; None where the folder has no sound file of it."""
         identity = part.identity(self._facts)
         path = self._path(identity)
         try:
@@ -125,8 +126,9 @@ class KVStore:
         path = self._path(identity)
         if path in self._used:
             return
-        tensors = {"key": BlockTensor(part.dtype, keys), "value": BlockTensor(part.dtype, values)}
-        metadata = {"identity": identity, "sha256": _checksum(tensors)}
+        pages = {"key": keys, "value": values}
+        tensors = {name: _tensor(contents, part.dtype) for name, contents in pages.items()}
+        metadata = {"identity": identity, "sha256": _checksum(pages)}
         temporary = self._folder / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
         try:
             if not self._make_room(tensor_file_bytes(tensors, metadata)):
@@ -179,21 +181,38 @@ def _read(path: Path, part: KVPart, identity: str) -> tuple[np.ndarray, np.ndarr
         raise ValueError(f"it says that it holds {file.metadata.get('identity')!r:.200}")
     if sorted(file.names) != ["key", "value"]:
         raise ValueError(f"it holds the tensors {file.names!r:.200}; expected key and value")
-    tensors = {name: file.tensor(name) for name in ("key", "value")}
-    for name, tensor in tensors.items():
-        if tensor.dtype != part.dtype or tensor.shape != part.shape:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {part.dtype} {list(part.shape)}"
-            )
-    if _checksum(tensors) != file.metadata.get("sha256"):
+    pages = {name: _pages(file, name, part) for name in ("key", "value")}
+    if _checksum(pages) != file.metadata.get("sha256"):
         raise ValueError("its contents have another checksum")
-    if not all(tensor.is_finite() for tensor in tensors.values()):
+    if not all(_is_finite(contents, part.dtype) for contents in pages.values()):
         raise ValueError("it holds values that are not finite")
-    return tensors["key"].data, tensors["value"].data
+    return pages["key"], pages["value"]
 
 
-def _checksum(tensors: Mapping[str, BlockTensor]) -> str:
+def _tensor(pages: np.ndarray, dtype: KVPrecision) -> BlockTensor:
+    """Pages as a file's tensor: those in 8 bits, which hold scales too, as so many bytes."""
+    return BlockTensor("i8", pages.view(np.int8)) if dtype == "u8" else BlockTensor(dtype, pages)
+
+
+def _pages(file: TensorFile, name: str, part: KVPart) -> np.ndarray:
+    if part.dtype == "u8":
+        dtype, pages = "u8", file.octets(name)
+    else:
+        tensor = file.tensor(name)
+        dtype, pages = tensor.dtype, tensor.data
+    if dtype != part.dtype or pages.shape != part.shape:
+        raise ValueError(f"{name} is {dtype} {list(pages.shape)}; expected {part.dtype} {list(part.shape)}")
+    return pages
+
+
+def _is_finite(pages: np.ndarray, dtype: KVPrecision) -> bool:
+    if dtype == "u8":
+        return bool(np.isfinite(grid_of(pages)).all())
+    return BlockTensor(dtype, pages).is_finite()
+
+
+def _checksum(pages: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in ("key", "value"):
-        digest.update(np.ascontiguousarray(tensors[name].data).data)
+        digest.update(np.ascontiguousarray(pages[name]).data)
     return digest.hexdigest()

@@ -83,6 +83,7 @@ class LLMEngine:
             num_threads=self.config.num_threads,
             zoo=zoo,
             int8_activations=self.config.int8_activations,
+            kv_precision=self.config.kv_precision,
         )
         self._between = BetweenSteps()
         self._make = making(zoo, self.config, maker)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineMaker, activation_dtype
+from blockzoo.engines import kv_pages
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineMaker
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
@@ -210,8 +211,7 @@ class Making:
 
 def page_bytes(family: Family, maker: EngineMaker) -> int:
     """K and V of 32 tokens in a layer."""
-    itemsize = activation_dtype(maker.precision).itemsize
-    return 2 * PAGE_TOKENS * family.num_kv_heads * family.head_dim * itemsize
+    return kv_pages.page_bytes(family.num_kv_heads, family.head_dim, maker.kv_precision)
 
 
 def pages_per_family(topology: Topology, config: EngineConfig, maker: EngineMaker) -> dict[Family, int]:

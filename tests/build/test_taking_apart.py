@@ -13,7 +13,7 @@ import pytest
 from blockzoo.build.cli import main
 from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.yardstick import Yardstick, excess
+from blockzoo.build.yardstick import Yardstick
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import loss_text
 
@@ -126,8 +126,8 @@ def test_single_blocks_are_given_back(
     checked = Zoo.open(tmp_path / "all").manifest.models["notes-merged"].verification
     assert checked is not None
     assert checked.loss is not None
-    assert 0 < excess(checked.loss) < 1
-    expect_less_loss(monkeypatch, 0.6 * excess(checked.loss))
+    assert 0 < checked.loss.excess < 1
+    expect_less_loss(monkeypatch, 0.6 * checked.loss.excess)
     report = compile_models(models, tmp_path / "z", options).models[1]
     manifest = Zoo.open(tmp_path / "z").manifest
     record, base = manifest.models["notes-merged"], manifest.models["base"]
@@ -141,7 +141,7 @@ def test_single_blocks_are_given_back(
     assert report.notes[0].startswith(f"stored with {len(back)} of 12 blocks of its own: notes-merged: taken")
     assert record.verification is not None
     assert record.verification.loss is not None
-    assert excess(record.verification.loss) <= 1
+    assert record.verification.loss.excess <= 1
     assert record.verification.loss.stored.kl < checked.loss.stored.kl
     assert compile_models(models, tmp_path / "z", options).models[1].status == "unchanged"
     assert inspect([str(tmp_path / "z")]) == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from blockzoo.build import sources as build_sources
 from blockzoo.build.cli import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.verify import NUM_GENERATED, PROMPTS, compare
-from blockzoo.zoo.manifest import ModelRecord
+from blockzoo.engines.choose import make_engines
+from blockzoo.zoo.manifest import LossFigures, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import verification_text
 from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, write_tensor_file
 
 Records = dict[str, ModelRecord]
@@ -54,6 +57,41 @@ def test_every_model_agrees_with_the_oracle(verified: Path) -> None:
         assert record.verification.num_tokens == len(PROMPTS) * NUM_GENERATED
         for other in record.verification.figures.values():
             assert other.max_relative_error < 0.2, name
+
+
+def test_what_kv_in_8_bits_loses_is_measured(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    options = CompileOptions(judge_kv=True, profile=False)
+    compile_models({"m": checkpoints["qwen2"]}, tmp_path / "zoo", options)
+    record = Zoo.open(tmp_path / "zoo").manifest.models["m"].verification
+    assert record is not None
+    assert record.kv is not None
+    assert record.kv.num_tokens == record.num_tokens
+    assert record.kv.stored.max_relative_error > 10 * record.figures["f32"].max_relative_error
+    assert 0 < record.kv.stored.kl < 30 * record.kv.bf16.kl
+    assert "with KV in 8 bits it loses KL" in verification_text(record)
+
+
+@pytest.mark.parametrize("fault", [None, "loses more", "not measured", "not verified"])
+def test_auto_takes_8_bits_where_no_model_loses_more_than_by_bf16(
+    verified: Path, tmp_path: Path, fault: str | None
+) -> None:
+    zoo = Zoo.open(verified)
+    figures = LossFigures(1e-4, 0.01, 1.0)
+    models = {}
+    for name, record in zoo.manifest.models.items():
+        assert record.verification is not None
+        loss = LossRecord(figures, replace(figures, kl=2e-4), 1.0, 0.0, 256)
+        if fault == "loses more" and name == "notes":
+            loss = replace(loss, stored=replace(figures, kl=3e-4))
+        kv = None if fault == "not measured" and name == "notes" else loss
+        checked = None if fault == "not verified" and name == "notes" else record.verification
+        models[name] = replace(record, verification=checked and replace(checked, kv=kv))
+    judged = Zoo(zoo.path, replace(zoo.manifest, models=models))
+    maker = make_engines(precision="f32", zoo=judged, kv_precision="auto")
+    assert maker.kv_precision == ("f32" if fault else "u8")
+    assert make_engines("reference", "f32", device="cpu", zoo=judged, kv_precision="auto").kv_precision == (
+        "f32"  # the oracle stays exact unless it is told
+    )
 
 
 def test_nothing_is_rounded_unless_asked(verified: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.sources import open_sources
-from blockzoo.build.yardstick import Yardstick, excess
+from blockzoo.build.yardstick import Yardstick
 from blockzoo.zoo.manifest import LossFigures, LossRecord, Manifest
 from blockzoo.zoo.store import Zoo
 
@@ -38,10 +38,10 @@ def test_bf16_loses_what_transformers_loses_in_it(checkpoints: dict[str, Path], 
     assert found.clear_top1 > 0.98
     itself = yardstick.judge(exact, exact)
     assert (itself.stored, itself.clear_top1) == (LossFigures(0.0, 0.0, 1.0), 1.0)
-    assert excess(itself) == 0
+    assert itself.excess == 0
     noise = np.random.default_rng(0)
     far = [rows + 0.3 * rows.std() * noise.standard_normal(rows.shape).astype(np.float32) for rows in exact]
-    assert excess(yardstick.judge(far, exact)) > 10
+    assert yardstick.judge(far, exact).excess > 10
 
 
 def test_ties_do_not_count() -> None:
@@ -50,10 +50,10 @@ def test_ties_do_not_count() -> None:
     turned = exact[:, [1, 0, 2]]
     found = yardstick.judge([np.stack([turned[0], exact[1]])], [exact])
     assert (found.stored.top1, found.clear_top1, found.ties) == (0.5, 1.0, 0.5)
-    assert excess(found) < 1
+    assert found.excess < 1
     found = yardstick.judge([turned], [exact])
     assert (found.stored.top1, found.clear_top1) == (0.0, 0.0)
-    assert excess(found) > 1
+    assert found.excess > 1
     nothing_clear = Yardstick(LossFigures(1e-3, 0.1, 0.5), (np.array([True, True]),))
     assert nothing_clear.judge([exact], [exact]).clear_top1 == 1.0
 
@@ -68,7 +68,7 @@ def test_ties_do_not_count() -> None:
     ],
 )
 def test_every_figure_must_be_within_what_bf16_loses(stored: LossFigures, clear: float, passes: bool) -> None:
-    found = excess(LossRecord(stored, LossFigures(1e-3, 0.01, 0.9), clear, 0.1, 100))
+    found = LossRecord(stored, LossFigures(1e-3, 0.01, 0.9), clear, 0.1, 100).excess
     assert (found <= 1) == passes
 
 
@@ -79,4 +79,4 @@ def test_logits_that_are_none_pass_nowhere() -> None:
         seen = exact.copy()
         seen[0, 2] = bad
         with np.errstate(invalid="ignore"):
-            assert excess(yardstick.judge([seen], [exact])) == np.inf
+            assert yardstick.judge([seen], [exact]).excess == np.inf

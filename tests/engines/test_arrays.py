@@ -8,8 +8,9 @@ import torch
 
 from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import Precision
+from blockzoo.engines.kv_pages import pack_u8, unpack_u8
 from blockzoo.engines.reference.arrays import TorchArrays
-from blockzoo.runtime.exec.kv_tensors import rotation_by
+from blockzoo.runtime.exec.kv_tensors import KVTensors, rotation_by
 from blockzoo.zoo.tensors import bf16_to_f32
 
 RNG = np.random.default_rng(0)
@@ -37,6 +38,33 @@ def test_a_rotated_key_is_that_of_its_new_position(kind: str, precision: Precisi
     np.testing.assert_allclose(found, at(old + shift), atol=1e-5 if precision == "f32" else 0.03)
     again = arrays.to_host(rows)
     np.testing.assert_array_equal(again, arrays.to_host(arrays.activations(at(old))), "rows are left alone")
+
+
+@pytest.mark.parametrize("kind", ["host", "torch"])
+def test_pages_in_8_bits_are_read_written_and_turned(kind: str) -> None:
+    cpu = torch.device("cpu")
+    arrays: Arrays = (
+        HostArrays("bf16", 1, "u8") if kind == "host" else TorchArrays(cpu, "bf16", kv_precision="u8")
+    )
+    pool = {name: arrays.pages(4, 2, 16) for name in ("key_cache", "value_cache")}
+    kv = KVTensors(pool, 4, {0: (COS, SIN)}, arrays)
+    assert kv.page_shape == (2, 32, 24)
+    values = RNG.standard_normal((2, 2, 32, 16)).astype(np.float32)
+    keys = pack_u8(values)
+    keys.flags.writeable = False  # as from a mapped file
+    kv.write(np.array([3, 1]), keys, keys[::-1])
+    found = kv.read(np.array([3, 1, 0]))
+    np.testing.assert_array_equal(found[0][:2], keys)
+    np.testing.assert_array_equal(found[1][:2], keys[::-1])
+    assert not found[0][2].any()
+    np.testing.assert_array_equal(kv.values(np.array([1, 3]), np.array([33])), unpack_u8(keys[1, None, :, 1]))
+    rows = arrays.mirror(np.ascontiguousarray(keys[0].swapaxes(0, 1)))  # [tokens, heads, width]
+    turned = unpack_u8(arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(32, 9), COS, SIN))))
+    complex_keys = unpack_u8(keys[0]).swapaxes(0, 1)
+    expected = (complex_keys[..., :8] + 1j * complex_keys[..., 8:]) * np.exp(1j * ANGLES[9])
+    expected = np.concatenate([expected.real, expected.imag], -1)
+    step = (expected.max(-1) - expected.min(-1)) / 255
+    assert (np.abs(turned - expected).max(-1) <= 0.501 * step + 1e-6).all()
 
 
 def test_memory_of_rows_is_given_back() -> None:

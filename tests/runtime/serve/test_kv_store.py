@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blockzoo.engines.kv_pages import pack_u8
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
 from blockzoo.zoo.tensors import BlockTensor, write_tensor_file
 
@@ -48,6 +49,11 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     store.save(bf16, bits, bits)
     assert opened(tmp_path).load(bf16)[0].dtype == np.uint16
     assert len(list(tmp_path.iterdir())) == 2  # nothing else is left
+    packed = replace(PART, page_shape=(2, 32, 16), dtype="u8")
+    store.save(packed, pack_u8(KEYS), pack_u8(VALUES))
+    keys, values = opened(tmp_path).load(packed)
+    np.testing.assert_array_equal(keys, pack_u8(KEYS))
+    np.testing.assert_array_equal(values, pack_u8(VALUES))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,10 @@ def hostile_tensors(folder: Path, **changes: BlockTensor) -> KVStore:
 
     file = saved(folder)
     tensors = {"key": BlockTensor("f32", KEYS), "value": BlockTensor("f32", VALUES)} | changes
-    metadata = {"identity": PART.identity(FACTS), "sha256": _checksum(tensors)}
+    metadata = {
+        "identity": PART.identity(FACTS),
+        "sha256": _checksum({n: t.data for n, t in tensors.items()}),
+    }
     write_tensor_file(file, tensors, metadata)
     return opened(folder)
 
@@ -157,6 +166,28 @@ def test_a_sound_file_of_something_else_is_ignored(
     with caplog.at_level(logging.WARNING):
         assert store.load(PART) is None
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["a scale of NaN", "another type"])
+def test_a_sound_file_of_other_8_bit_pages_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    from blockzoo.runtime.serve.kv_store import _checksum
+
+    part = replace(PART, page_shape=(2, 32, 16), dtype="u8")
+    keys, values = pack_u8(KEYS), pack_u8(VALUES)
+    opened(tmp_path).save(part, keys, values)
+    (file,) = tmp_path.iterdir()
+    keys[1, 0, 1, 3, :4] = 255
+    pages = {"key": keys, "value": values}
+    if fault == "another type":
+        tensors = {name: BlockTensor("f32", kv.view(np.float32)) for name, kv in pages.items()}
+    else:
+        tensors = {name: BlockTensor("i8", kv.view(np.int8)) for name, kv in pages.items()}
+    write_tensor_file(file, tensors, {"identity": part.identity(FACTS), "sha256": _checksum(pages)})
+    with caplog.at_level(logging.WARNING):
+        assert opened(tmp_path).load(part) is None
+    assert ("not finite" if fault == "a scale of NaN" else "has dtype F32 (expected I8)") in caplog.text
 
 
 def test_what_is_no_file_is_ignored(tmp_path: Path) -> None:
