@@ -57,6 +57,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="round activations to 8 bits where weights are quantized (default: where that is faster)",
     )
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "off"),
+        default="auto",
+        help="guess tokens ahead where that is hoped to be faster; the answer is the same (default: auto)",
+    )
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, float | int]) -> SamplingParams:
@@ -99,6 +105,7 @@ def _generate(args: argparse.Namespace) -> int:
         precision=args.precision,
         int8_activations=args.int8_activations,
         max_num_seqs=1,
+        speculate=args.speculate,
     )
     engine = LLMEngine(args.zoo, config)
     defaults: Mapping[str, float | int] = {"max_tokens": 64, "temperature": 0.0}
