@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from blockzoo.runtime.draft.guesses import Kind
 
 _LEAN = 4.0  # guesses for which the wider experience counts
-_FIRST = (0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
+_FIRST = (0.3, 0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
 _FIRST_OF_DRAFTER: Mapping[str, float] = {"grammar": 0.9}
 
 

@@ -17,7 +17,8 @@ LEAST = 2
 """Tokens that must agree."""
 MOST = 16
 """Tokens that are compared."""
-_GRADES = (3, 5, 9, MOST)  # agreeing tokens from which a guess is surer
+_GRADES = (LEAST, 3, 5, 9, MOST)  # agreeing tokens from which a guess is surer
+_RESUMED = 4  # tokens that agree before one that does not, for the copy to be taken up again behind it
 _SEPARATOR = -1
 
 
@@ -30,11 +31,15 @@ class PromptLookup:
         """What followed the longest of the latest equal endings; where that runs up to now, over and over."""
         tokens = context.token_ids
         found = find(tokens[:-1], tokens[-MOST:])
-        if found is None:
+        resumed = _resumed(tokens) if found is None or found[1] < _RESUMED else None
+        if resumed is not None:
+            place, grade = resumed, 0
+        elif found is not None:
+            place, grade = found[0], _grade(found[1])
+        else:
             return []
-        place, length = found
         following = tokens[place + np.arange(limit) % (tokens.size - place)]
-        return _guesses(self.name, following, length)
+        return _guesses(self.name, following, grade)
 
 
 class AnswerLookup:
@@ -72,7 +77,7 @@ class AnswerLookup:
         place, length = found
         following = kept[place : place + limit]
         ends = np.flatnonzero(following == _SEPARATOR)
-        return _guesses(self.name, following[: ends[0]] if ends.size else following, length)
+        return _guesses(self.name, following[: ends[0]] if ends.size else following, _grade(length))
 
 
 def find(text: np.ndarray, ending: np.ndarray) -> tuple[int, int] | None:
@@ -89,6 +94,16 @@ def find(text: np.ndarray, ending: np.ndarray) -> tuple[int, int] | None:
     return (int(places[-1]), length) if places.size and length >= LEAST else None
 
 
-def _guesses(drafter: str, token_ids: np.ndarray, length: int) -> list[Guess]:
-    kind = Kind(drafter, sum(length >= least for least in _GRADES))
+def _resumed(tokens: np.ndarray) -> int | None:
+    """Where a copy goes on in which the last token stands for another one; None: there is none."""
+    found = find(tokens[:-2], tokens[-1 - MOST : -1])
+    return found[0] + 1 if found is not None and found[1] >= _RESUMED else None
+
+
+def _grade(length: int) -> int:
+    return sum(length >= least for least in _GRADES)
+
+
+def _guesses(drafter: str, token_ids: np.ndarray, grade: int) -> list[Guess]:
+    kind = Kind(drafter, grade)
     return [Guess(token_id, kind) for token_id in token_ids.tolist()]

@@ -8,10 +8,11 @@ from blockzoo.runtime.draft.step_cost import StepCost, StepKind
 
 MOST_DRAFTED = 15
 """Tokens of one sequence."""
-_LENGTHS = (1, 3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
-_STEADY_STEPS = 16  # for which another shape is hoped to be of use
+_LENGTHS = (3, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
+_FEWEST = 3  # drafted rows of a step
+_STEADY_STEPS = 8  # for which another shape is hoped to be of use
 _NONE = StepKind(0, 0)
-_MARGIN = 1.03  # hoped for of drafts
+_MARGIN = 1.1  # hoped for of drafts
 _NEWS = 0.4  # what a step's hopes weigh among those before
 
 
@@ -42,9 +43,10 @@ class RowChoice:
         if not self._cost.knows(kind, 0):
             return 0  # what others are compared with
         ordered = sorted(chances, reverse=True)
-        sizes = {0, *_LENGTHS, *(sequences * length for length in _LENGTHS)}
+        sizes = {*_LENGTHS, *(sequences * length for length in (1, *_LENGTHS))}
+        fitting = (size for size in sizes if _FEWEST <= size <= min(spare, sequences * MOST_DRAFTED))
         best, most = 0, 0.0
-        for size in sorted(size for size in sizes if size <= min(spare, sequences * MOST_DRAFTED)):
+        for size in (0, *sorted(fitting)):
             hope = sequences + sum(ordered[:size])
             hope = self._hopes.get(size, hope) * (1 - _NEWS) + hope * _NEWS
             self._hopes[size] = hope

@@ -50,7 +50,16 @@ def test_guesses_are_what_followed_and_surer_the_more_agrees() -> None:
         lookup.propose(Context(ids(text)), 1)[0].kind.grade
         for text in ("ab.ab", "abc.abc", "abcde.abcde", "abcdefghi.abcdefghi", "x" * 40)
     ]
-    assert grades == [0, 1, 2, 3, 4]
+    assert grades == [1, 2, 3, 4, 5]
+
+
+def test_a_copy_goes_on_behind_a_token_that_differs() -> None:
+    lookup, text = PromptLookup(), "Fuel is sold at the pier. Fuel was s"
+    assert guessed(lookup, "hire a red bike. Please hire a RED"[:-2], limit=6) == "ed bik"
+    assert guessed(lookup, text) == "old a", "an agreement of its own is preferred"
+    (guess,) = lookup.propose(Context(ids("abcdefg.abcdX")), 1)
+    assert (chr(guess.token_id), guess.kind.grade) == ("f", 0)
+    assert guessed(lookup, "abc.abX") == "", "too little agrees before it"
 
 
 def test_answers_of_a_scope_are_for_it_alone() -> None:
