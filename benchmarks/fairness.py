@@ -82,7 +82,11 @@ class Bench:
         family = make_family(args.workdir, args.shape, 4)
         *self._others, self._model = family.tenants
         config = EngineConfig(
-            precision=args.precision, num_threads=args.threads, kv_cache_bytes=1 << 30, max_model_len=2048
+            precision=args.precision,
+            num_threads=args.threads,
+            kv_cache_bytes=1 << 30,
+            max_model_len=2048,
+            speculate="off",
         )
         self.thread = EngineThread(family.zoo().path, config)
         self._rng = np.random.default_rng(0)

@@ -25,11 +25,13 @@ class _Follower(Sampler):
         self.answer: Sequence[int] = ()
         self.logits: list[np.ndarray] = []
 
-    def sample(self, logits: np.ndarray, states: Sequence[SamplerState]) -> list[SampledToken]:  # type: ignore[override]
-        """One sequence at a time."""
-        assert len(logits) == len(states) == 1, "one request runs"
+    def follow(
+        self, logits: np.ndarray, state: SamplerState, drafted: Sequence[int] = ()
+    ) -> Iterator[SampledToken]:
+        """One token at a time."""
+        assert not drafted, "the engine does not speculate"
         self.logits.append(np.array(logits[0], np.float32))
-        return [SampledToken(self.answer[len(self.logits) - 1], None, ())]
+        yield SampledToken(self.answer[len(self.logits) - 1], None, ())
 
 
 class Judge:
@@ -54,6 +56,7 @@ class Judge:
             num_threads=num_threads,
             kv_cache_bytes=256 << 20,
             approximate=ENGINE,
+            speculate="off",
         )
         self._engine, self._model = LLMEngine(zoo, config), model
         self._follower = self._engine._sampler = _Follower()

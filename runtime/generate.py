@@ -62,6 +62,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("u8", "auto"),
         help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more than by bf16",
     )
+    parser.add_argument(
+        "--speculate",
+        choices=("auto", "off"),
+        default="auto",
+        help="guess tokens ahead where that is hoped to be faster; the answer is the same (default: auto)",
+    )
 
 
 def sampling_params(args: argparse.Namespace, defaults: Mapping[str, float | int]) -> SamplingParams:
@@ -105,6 +111,7 @@ def _generate(args: argparse.Namespace) -> int:
         int8_activations=args.int8_activations,
         kv_precision=args.kv_precision,
         max_num_seqs=1,
+        speculate=args.speculate,
     )
     engine = LLMEngine(args.zoo, config)
     defaults: Mapping[str, float | int] = {"max_tokens": 64, "temperature": 0.0}

@@ -51,6 +51,10 @@ _LABELLED = {  # field -> (metric, label, description)
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
     "model_requests_refused_total": ("model_requests_refused_total", "model", "Requests refused: too many"),
 }
+_BY_DRAFTER = {  # field -> description; labels are the model and the drafter
+    "drafted_tokens_total": "Tokens guessed ahead that ran, by model and drafter",
+    "accepted_tokens_total": "Those of them that came true",
+}
 _LABELLED_GAUGES = {
     "model_requests_running": ("model_requests_running", "model", "Requests that hold pages now, by model"),
     "model_requests_waiting": ("model_requests_waiting", "model", "Requests that wait, by model"),
@@ -69,16 +73,20 @@ class MetricsExporter:
         kinds = pb.MetricFamily
         self._pb = pb
         self._families: list[Any] = []  # a metric lives as long as its family
-        self._values: dict[tuple[str, str], float] = {}
-        self._metrics: dict[tuple[str, str], Any] = {}
+        self._values: dict[tuple[str, str, str], float] = {}
+        self._metrics: dict[tuple[str, str, str], Any] = {}
         for name, description in _GAUGES.items():
-            self._metrics[name, ""] = self._family(name, description, kinds.GAUGE).Metric(labels={})
+            self._metrics[name, "", ""] = self._family(name, description, kinds.GAUGE).Metric(labels={})
         for name, description in _COUNTERS.items():
-            self._metrics[name, ""] = self._family(name, description, kinds.COUNTER).Metric(labels={})
+            self._metrics[name, "", ""] = self._family(name, description, kinds.COUNTER).Metric(labels={})
         self._labelled = {
             field: self._family(name, description, kind)
             for fields, kind in ((_LABELLED, kinds.COUNTER), (_LABELLED_GAUGES, kinds.GAUGE))
             for field, (name, _, description) in fields.items()
+        }
+        self._labelled |= {
+            field: self._family(field, description, kinds.COUNTER)
+            for field, description in _BY_DRAFTER.items()
         }
         self._labelled[_WAIT_P99] = self._family(
             _WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
@@ -107,18 +115,23 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=field in _LABELLED)
+        for field in _BY_DRAFTER:
+            drafted: Mapping[tuple[str, str], int] = getattr(metrics, field)
+            for (model, drafter), value in drafted.items():
+                self._update(field, model, value, counter=True, drafter=drafter)
         for label, waits in metrics.wait_seconds.items():
             self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
 
-    def _update(self, name: str, label: str, value: float, counter: bool) -> None:
-        key = (name, label)
+    def _update(self, name: str, label: str, value: float, counter: bool, drafter: str = "") -> None:
+        key = (name, label, drafter)
         seen = self._values.get(key, 0)
         if value == seen:
             return
         if key not in self._metrics:
             labelled = _LABELLED | _LABELLED_GAUGES
             label_name = labelled[name][1] if name in labelled else "cached_percent"
-            self._metrics[key] = self._labelled[name].Metric(labels={label_name: label})
+            labels = {"model": label, "drafter": drafter} if drafter else {label_name: label}
+            self._metrics[key] = self._labelled[name].Metric(labels=labels)
         metric = self._metrics[key]
         if counter:
             metric.increment(value - seen)

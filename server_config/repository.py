@@ -1,6 +1,6 @@
 """A zoo -> a Triton model repository.
 
-    blockzoo          the engine: text or token ids in, text and token ids out, one response per token
+    blockzoo          the engine: text or token ids in, text and token ids out, one response per step
     blockzoo_unary    the same for plain `infer` calls, which Triton refuses to decoupled models
     preprocessing     text -> token ids; one optional text input per tenant says which tokenizer and model
     postprocessing    engine text -> client text; token ids -> text

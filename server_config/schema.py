@@ -69,7 +69,7 @@ class ParsedRequest:
         model: a name of the zoo.
         prompt: text, or token ids.
         params: how to sample.
-        stream: one response per token instead of one in all.
+        stream: a response for each step that gives tokens (mostly one) instead of one in all.
         echo: text to put before the answer ("" where none is wanted).
         kv_scope: see `EngineThread.submit`.
         kv_reuse: see `EngineThread.submit`.

@@ -121,6 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
         "change them), for requests with kv_reuse approx or for all that do not say otherwise",
     )
     engine.add_argument(
+        "--speculate",
+        choices=("auto", "off"),
+        help="guess tokens ahead (from the prompt, earlier answers, the form of an answer) and check several "
+        "in one step where that is hoped to be faster (default: auto); answers are the same",
+    )
+    engine.add_argument(
         "--publish",
         action="append",
         default=[],
@@ -225,6 +231,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_dir": None if args.kv_cache_dir is None else str(Path(args.kv_cache_dir).resolve()),
         "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),
         "schedule": args.schedule,
+        "speculate": args.speculate,
         "num_threads": args.threads,
         "strict": args.strict,
     }

@@ -20,9 +20,10 @@ ROOMS_MAY_IMPORT = {  # folders of runtime/
     "approx": {"approx"},
     "text": {"text", "api"},
     "sampling": {"sampling", "api"},
+    "draft": {"draft", "sampling", "api"},
     "kv": {"kv", "approx", "api"},
     "exec": {"exec", "kv", "approx", "api"},
-    "serve": {"serve", "exec", "kv", "approx", "sampling", "text", "api"},
+    "serve": {"serve", "exec", "kv", "approx", "draft", "sampling", "text", "api"},
 }
 INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/batch")
 HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}

@@ -96,6 +96,8 @@ class SamplingParams:
             kept as pairs.
         guided: a form that the answer must have, or a mapping of its fields; not with `ignore_eos` and
             `min_tokens`, which would have it go on beyond.
+        speculate: let tokens be guessed ahead where that is hoped to be faster. It changes no answer, beyond
+            what other rows of a step do (see `seed`).
     """
 
     max_tokens: int = 16
@@ -117,6 +119,7 @@ class SamplingParams:
     include_stop: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     guided: GuidedDecoding | None = None
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -137,7 +140,7 @@ class SamplingParams:
         self._check_words("bad_words")
         self._check_bias()
         self._check_guided()
-        for field in ("ignore_eos", "skip_special_tokens", "include_stop"):
+        for field in ("ignore_eos", "skip_special_tokens", "include_stop", "speculate"):
             if not isinstance(getattr(self, field), bool):
                 raise _wrong(field, getattr(self, field), "true or false")
         if self.min_tokens > self.max_tokens:

@@ -320,6 +320,17 @@ class KVCache:
         seq.num_pages = end
         return True
 
+    def give_back(self, seq: TokenSequence) -> None:
+        """Take the pages behind the tokens of `seq`, which were reserved for drafted ones."""
+        end = pages_for(seq.num_tokens)
+        if end >= seq.num_pages:
+            return
+        assert len(seq.nodes[0]) <= end, f"{seq} has pages of the tree behind its tokens"
+        columns = seq.page_table[:, end : seq.num_pages]
+        self.pool.free(columns.ravel())
+        columns[...] = -1
+        seq.num_pages = end
+
     def commit(self, seq: TokenSequence) -> None:
         """Enter every page that is now full of computed tokens into the tree.
 
@@ -443,6 +454,7 @@ class KVCache:
         seq.entering.clear()
         seq.unfinished.clear()
         seq.approx = None
+        seq.drafted = ()
         seq.page_table[...] = -1
         seq.num_pages = seq.num_computed = 0
 

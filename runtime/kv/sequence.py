@@ -69,6 +69,7 @@ class TokenSequence:
         "copied_from",
         "documents",
         "documents_version",
+        "drafted",
         "entering",
         "logits_from",
         "model",
@@ -136,6 +137,7 @@ class TokenSequence:
         self.num_computed = 0  # leading tokens whose KV is written
         self.num_cached = 0  # of these, tokens taken from the cache since the last admission
         self.num_preemptions = 0
+        self.drafted: tuple[int, ...] = ()  # guessed to follow, none of its tokens yet: run by the next step
         self.logits_from = self.prompt_len  # prompt tokens from here on need logits, too
 
         self.page_table = np.full((self.num_layers, 0), -1, dtype=np.int32)  # [num_layers, capacity]

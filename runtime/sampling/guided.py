@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,23 @@ class Guide:
         """Take note of a generated token, which was allowed."""
         self._bits = None
         self._matcher.consume_token(token_id)
+
+    def after(self, token_ids: Sequence[int]) -> Guide:
+        """A guide of its own as this one would be behind tokens, which are allowed (`num_allowed`)."""
+        matcher = self._matcher.deep_copy()
+        matcher.consume_tokens(list(token_ids))
+        return Guide(matcher, self._vocab_size)
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many tokens, from the first, may come one after the other."""
+        if self._matcher.is_error():
+            return 0
+        known = takewhile(lambda token_id: 0 <= token_id < self._vocab_size, token_ids)
+        return int(self._matcher.validate_tokens(list(known)))
+
+    def forced(self) -> list[int]:
+        """The tokens of a text that must come next, as a tokenizer would cut it; another cut is allowed."""
+        return [] if self._matcher.is_error() else list(self._matcher.compute_ff_tokens())
 
     @property
     def error(self) -> str:

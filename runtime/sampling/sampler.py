@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,11 @@ class SamplerState:
         for token_id in generated_token_ids:
             self.append(token_id)
 
+    @property
+    def guide(self) -> Guide | None:
+        """The form that the tokens must have, at its place."""
+        return self._guide
+
     def append(self, token_id: int) -> None:
         """Takes note of a generated token."""
         self.num_generated += 1
@@ -179,24 +184,47 @@ class Sampler:
             raise ValueError(
                 f"logits are {logits.dtype} {logits.shape}; expected float32 [{len(states)}, vocab]"
             )
-        vocab_size = logits.shape[1]
-        scratch = self._scratch(vocab_size)
-        results: list[SampledToken | SamplingError] = []
+        return [self._take(row, logits[row], state) for row, state in enumerate(states)]
+
+    def follow(
+        self, logits: Logits, state: SamplerState, drafted: Sequence[int] = ()
+    ) -> Iterator[SampledToken | SamplingError]:
+        """Choose a token, and further ones as long as they are those that were drafted.
+
+        Each is chosen from its own row as if nothing had been drafted: with the same draw, after the same
+        tokens. So drafts change neither greedy answers nor seeded ones. For a drafter that proposes one token
+        and not a distribution this accepts as often as rejection sampling does (Leviathan et al., 2023).
+
+        Args:
+            logits: [1 + len(drafted), vocab] float32, not changed: behind the tokens so far, and behind each
+                drafted one.
+            state: appended to before each token is given; who wants no more leaves the iterator.
+            drafted: tokens that were guessed.
+
+        Yields:
+            As `sample`; an error is the last.
+        """
+        if logits.ndim != 2 or logits.dtype != np.float32 or logits.shape[0] != 1 + len(drafted):
+            raise ValueError(
+                f"logits are {logits.dtype} {logits.shape}; expected float32 [{1 + len(drafted)}, vocab]"
+            )
+        for row, guess in enumerate([*drafted, None]):
+            token = self._take(row, logits[row], state)
+            yield token
+            if isinstance(token, SamplingError) or token.token_id != guess:
+                return
+
+    def _take(self, row: int, logits: Logits, state: SamplerState) -> SampledToken | SamplingError:
+        if state.vocab_size != logits.size:
+            raise ValueError(f"row {row} is for {state.vocab_size} tokens; the logits have {logits.size}")
         # overflow to -inf (a tiny temperature) is meant; NaN is looked for by ourselves
         with np.errstate(over="ignore", invalid="ignore"):
-            for row, state in enumerate(states):
-                if state.vocab_size != vocab_size:
-                    raise ValueError(
-                        f"row {row} is for {state.vocab_size} tokens; the logits have {vocab_size}"
-                    )
-                try:
-                    token = _sample_row(row, logits[row], state, scratch)
-                except SamplingError as error:
-                    results.append(error)
-                else:
-                    state.append(token.token_id)
-                    results.append(token)
-        return results
+            try:
+                token = _sample_row(row, logits, state, self._scratch(logits.size))
+            except SamplingError as error:
+                return error
+        state.append(token.token_id)
+        return token
 
     def judge(self, logits: Logits, token_ids: Sequence[int], num_top: int) -> list[SampledToken]:
         """The log-probabilities of given tokens, and of the likeliest in their places.

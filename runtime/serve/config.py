@@ -118,6 +118,9 @@ class EngineConfig:
             timing) what others of the scope asked.
         schedule: of a tenant's waiting requests "hit-first" prefers those with cached prefixes; "fair" goes
             by arrival (then nobody can tell from the own waiting time what others have cached).
+        speculate: with "auto" tokens are guessed ahead (from the prompt, earlier answers of the scope, the
+            form an answer must have) and run with a step where that is hoped to be faster; answers are the
+            same. "off" never does.
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
@@ -147,6 +150,7 @@ class EngineConfig:
     approximate: ReuseConfig | None = None
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Policy = "hit-first"
+    speculate: Literal["auto", "off"] = "auto"
     num_threads: int | None = None
     max_span_layers: int | None = None
     strict: bool = False
@@ -181,6 +185,8 @@ class EngineConfig:
         self._resolve_approximate()
         if self.kv_sharing not in ("model", "scope"):
             raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
+        if self.speculate not in ("auto", "off"):
+            raise InvalidRequestError(f"speculate is {self.speculate!r}; expected auto or off")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
 

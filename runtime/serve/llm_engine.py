@@ -12,8 +12,9 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.api.errors import (
@@ -41,11 +42,15 @@ from blockzoo.runtime.serve.request_builder import Request, RequestBuilder
 from blockzoo.runtime.serve.reuse_steps import ReuseSteps
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.sparing import Sparing
+from blockzoo.runtime.serve.speculation import Speculation
 from blockzoo.runtime.serve.step_pace import StepPace, measured_pace
 from blockzoo.runtime.serve.step_runner import StepOutcome, StepRunner
 from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
+
+Result = Iterator[SampledToken | SamplingError] | RequestError | None
+"""What a step gave a sequence: tokens, chosen as they are taken; why it failed; nothing, as it wants none."""
 
 _CHECK_SHARE = 0.01  # of the time may go into checks at rest
 
@@ -100,6 +105,9 @@ class LLMEngine:
             shares_models=self.config.kv_sharing == "scope",
         )
         self._recorder = MetricsRecorder()
+        self._speculation: Speculation | None = None
+        if self.config.speculate == "auto":
+            self._speculation = Speculation(self._recorder.on_drafted, lone_only=maker.arrays.records)
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
@@ -309,31 +317,33 @@ class LLMEngine:
                 for executor in self._zoo.executors.values():
                     executor.release_memory()
 
-    def _execute(
-        self, family: Family, items: list[Scheduled]
-    ) -> list[tuple[TokenSequence, SampledToken | RequestError | None]]:
-        """Write the KV of the scheduled tokens; a token for each sequence that has come to its end, or None
+    def _execute(self, family: Family, items: list[Scheduled]) -> list[tuple[TokenSequence, Result]]:
+        """Write the KV of the scheduled tokens; tokens for each sequence that has come to its end, or None
         where it is to have none."""
-        results: list[tuple[TokenSequence, SampledToken | RequestError | None]]
         try:
+            if self._speculation is not None:
+                self._speculation.plan(family, items, self._requests, self._scheduler)
             start = time.monotonic()
             done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
-            self._pace.observe(_prefill_tokens(items), time.monotonic() - start)
+            seconds = time.monotonic() - start
+            self._pace.observe(_prefill_tokens(items), seconds)
+            if self._speculation is not None:
+                self._speculation.observe(family, items, seconds)
             self._recorder.on_step(done.num_calls, done.num_call_rows)
             self._judge_prompts(items, done)
-            results = [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
-            for logits, indices in done.logits:
-                rows = [row for row, index in enumerate(indices) if index not in done.failed]
-                requests = [self._requests[items[indices[row]].seq.request_id] for row in rows]
-                results += [(request.seq, None) for request in requests if not request.max_tokens]
-                rows = [row for row, request in zip(rows, requests, strict=True) if request.max_tokens]
-                requests = [request for request in requests if request.max_tokens]
-                wanted = logits if len(rows) == len(indices) else logits[rows]
-                tokens = self._sampler.sample(wanted, [request.sampler for request in requests])
-                results += [(request.seq, token) for request, token in zip(requests, tokens, strict=True)]
         except Exception as error:
             traceback.print_exc()
             return [(seq, RequestError(f"the engine failed: {error}")) for seq, _ in items]
+        results: list[tuple[TokenSequence, Result]] = []
+        results += [(items[index].seq, RequestError(message)) for index, message in done.failed.items()]
+        for logits, indices in done.logits:
+            for index, own in groupby(range(len(indices)), key=indices.__getitem__):
+                if index not in done.failed:
+                    seq, rows = items[index].seq, list(own)
+                    request = self._requests[seq.request_id]
+                    wanted = logits[rows[0] : rows[-1] + 1]
+                    tokens = self._sampler.follow(wanted, request.sampler, seq.drafted)
+                    results.append((seq, tokens if request.max_tokens else None))
         return results
 
     def _judge_prompts(self, items: list[Scheduled], done: StepOutcome) -> None:
@@ -358,41 +368,62 @@ class LLMEngine:
             share = request.seq.num_spared / request.seq.prompt_len
             self._recorder.on_started(time.monotonic() - request.arrival, share)
 
-    def _take_result(self, request: Request, result: SampledToken | RequestError | None) -> RequestOutput:
+    def _take_result(self, request: Request, result: Result) -> RequestOutput:
         if isinstance(result, RequestError):
             return self._fail(request.seq, str(result))
         if result is None:
             self._scheduler.finish(request.seq)
             return self._finish(request, "length")
         try:
-            return self._take_token(request, result)
+            return self._take_tokens(request, result)
         except Exception as error:  # a bug of ours: it ends one request
             traceback.print_exc()
             self._scheduler.abort(request.seq.request_id)
             self._requests.pop(request.seq.request_id, None)
             return request.output("", (), None, "error", f"the engine failed: {error}")
 
-    def _take_token(self, request: Request, token: SampledToken) -> RequestOutput:
+    def _take_tokens(self, request: Request, tokens: Iterator[SampledToken | SamplingError]) -> RequestOutput:
+        """Take a token, and those that were drafted behind it, up to the last that the request may have."""
+        seq, text = request.seq, ""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        reason: FinishReason | None = None
+        error: str | None = None
+        for token in tokens:
+            if isinstance(token, SamplingError):
+                reason, error = "error", str(token)
+                break
+            if token_ids:
+                self._scheduler.keep_drafted(seq)
+            more, reason = self._take_token(request, token)
+            text += more
+            token_ids.append(token.token_id)
+            if token.logprob is not None:
+                logprobs.append(TokenLogprob(token.token_id, token.logprob, token.top))
+            if reason is not None:
+                break
+        if self._speculation is not None:
+            self._speculation.judge(request, token_ids)
+        told = text, tuple(token_ids), tuple(logprobs) or None
+        if reason is None:
+            self._scheduler.end_draft(seq)
+            return request.output(*told)
+        if error is None and self._speculation is not None:
+            self._speculation.remember(request)
+        self._scheduler.finish(seq)
+        return self._finish(request, reason, error, *told)
+
+    def _take_token(self, request: Request, token: SampledToken) -> tuple[str, FinishReason | None]:
+        """The text that a token adds, and why it is the last one."""
         request.num_generated += 1
         request.seq.append_token(token.token_id)
         self._record_token(request)
-        reason: FinishReason | None = None
         if token.token_id in request.model.eos_token_ids and not request.params.ignore_eos:
-            reason = "stop"
-            text = request.detokenizer.end(token.token_id)
-        else:
-            text = request.detokenizer.push(token.token_id)
-            if request.detokenizer.stopped:
-                reason = "stop"
-            elif request.num_generated >= request.max_tokens:
-                reason = "length"
-        logprobs = None
-        if token.logprob is not None:
-            logprobs = (TokenLogprob(token.token_id, token.logprob, token.top),)
-        if reason is None:
-            return request.output(text, (token.token_id,), logprobs)
-        self._scheduler.finish(request.seq)
-        return self._finish(request, reason, None, text, (token.token_id,), logprobs)
+            return request.detokenizer.end(token.token_id), "stop"
+        text = request.detokenizer.push(token.token_id)
+        if request.detokenizer.stopped:
+            return text, "stop"
+        return text, "length" if request.num_generated >= request.max_tokens else None
 
     def _record_token(self, request: Request) -> None:
         now = time.monotonic()

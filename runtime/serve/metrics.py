@@ -100,6 +100,8 @@ class Metrics:
         approximate_tokens_total: tokens whose KV was taken from equal words behind other ones, in whole pages
             of each request.
         generated_tokens_total: tokens generated, also of requests that still run.
+        drafted_tokens_total: tokens that were guessed and run, by model and drafter.
+        accepted_tokens_total: those of them that came true.
         preemptions_total: times a request lost its pages to others and had to wait again.
         pages_total, pages_free, pages_cached, pages_used: pages of all KV pools; the last three add up to
             the first, cached pages being those in the prefix tree whether in use or not.
@@ -140,6 +142,8 @@ class Metrics:
     copied_pages_total: int
     approximate_tokens_total: int
     generated_tokens_total: int
+    drafted_tokens_total: Mapping[tuple[str, str], int]
+    accepted_tokens_total: Mapping[tuple[str, str], int]
     preemptions_total: int
     pages_total: int
     pages_free: int
@@ -180,6 +184,8 @@ class MetricsRecorder:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
+        self._drafted = Counter[tuple[str, str]]()  # by model and drafter
+        self._accepted = Counter[tuple[str, str]]()
         self._steps = 0
         self._engine_calls = 0
         self._call_rows = 0
@@ -224,6 +230,12 @@ class MetricsRecorder:
         with self._lock:
             self._generated_tokens += 1
             self._inter_token.observe(inter_token_s)
+
+    def on_drafted(self, model: str, drafter: str, drafted: int, accepted: int) -> None:
+        """Guesses of a drafter ran for a request, and so many came true."""
+        with self._lock:
+            self._drafted[model, drafter] += drafted
+            self._accepted[model, drafter] += accepted
 
     def on_request_finished(
         self, reason: FinishReason, e2e_s: float, *, num_prompt_tokens: int, num_cached_tokens: int
@@ -272,6 +284,8 @@ class MetricsRecorder:
                 copied_pages_total=sum(s.copied_pages for s in stats),
                 approximate_tokens_total=PAGE_TOKENS * sum(s.approximate_pages for s in stats),
                 generated_tokens_total=self._generated_tokens,
+                drafted_tokens_total=dict(self._drafted),
+                accepted_tokens_total=dict(self._accepted),
                 preemptions_total=scheduler.num_preemptions,
                 pages_total=sum(s.pages_total for s in stats),
                 pages_free=sum(s.pages_free for s in stats),

@@ -17,6 +17,8 @@ from blockzoo.runtime.api.request import (
     SamplingParams,
     TokenLogprob,
 )
+from blockzoo.runtime.draft.acceptance import Acceptance
+from blockzoo.runtime.draft.guesses import Guess
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import SampledToken, SamplerState
@@ -41,6 +43,8 @@ class Request:
     last_token_time: float | None = None
     num_generated: int = field(default=0)
     prompt_logprobs: list[TokenLogprob | None] | None = None  # of its first tokens; None once they are told
+    guesses: Sequence[Guess] = ()  # of what its next tokens are
+    acceptance: Acceptance | None = None  # of guesses so far, once there were any
 
     def add_prompt_logprobs(self, begin: int, found: Sequence[SampledToken]) -> None:
         """Those of the tokens that follow the one at place `begin`."""

@@ -31,7 +31,7 @@ import math
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -91,6 +91,7 @@ class Scheduler:
         self.config = config
         self.failed: list[Failed] = []  # since the caller last took them (take_failed)
         self.num_preemptions = 0
+        self.spare_rows = 0  # that the last schedule() left, with logits each
         self._pace = pace
         self._order = AdmissionOrder(config, clock)
         self._entries: dict[str, Entry] = {}  # by request id
@@ -207,6 +208,7 @@ class Scheduler:
         left_out = {tenant for tenant in self._tenants.values() if self._is_left_out(step, tenant)}
         decodes = {entry: rows for entry, rows in step.decodes.items() if entry.tenant not in left_out}
         self._left_out = bool(left_out)
+        self.spare_rows = min(step.budget, step.logits)
         chosen = decodes | step.prefills
         return [Scheduled(entry.seq, num_tokens) for entry, num_tokens in chosen.items()]
 
@@ -220,6 +222,28 @@ class Scheduler:
             if seq.approx is not None:
                 seq.approx.advance()
             seq.cache.commit(seq)
+
+    # ---- drafts
+
+    def draft(self, seq: TokenSequence, token_ids: Sequence[int]) -> None:
+        """Have the step that was scheduled run tokens too that may follow the last one of `seq`, as long as
+        pages can be had without taking anybody's."""
+        assert seq.num_uncomputed == 1, f"{seq} has others to compute"
+        if len(token_ids) <= self.spare_rows and seq.cache.reserve(seq, seq.num_tokens + len(token_ids)):
+            seq.drafted = tuple(token_ids)
+            self.spare_rows -= len(token_ids)
+
+    @staticmethod
+    def keep_drafted(seq: TokenSequence) -> None:
+        """The last token of `seq` was drafted, and is right: its KV is written."""
+        seq.num_computed += 1
+        seq.cache.commit(seq)
+
+    @staticmethod
+    def end_draft(seq: TokenSequence) -> None:
+        """Whatever else was drafted is not what follows: take back its pages."""
+        seq.drafted = ()
+        seq.cache.give_back(seq)
 
     def _schedule_refresh(self, step: _Step) -> None:
         """Beside their new tokens, sequences with approximate KV compute some of it anew."""

@@ -35,7 +35,8 @@ class StepOutcome:
     """What a step gave; indices are into what was scheduled.
 
     Attributes:
-        logits: float32 [n, vocab], valid until the next step, and whose rows they are: of the last token.
+        logits: float32 [n, vocab], valid until the next step, and whose rows they are: of the last token, and
+            of those drafted behind it.
         prompt_logits: of prompts, likewise: whose they are, the place of the first row's token, the rows.
         failed: why a sequence did not run, or did not come to its end.
         num_calls, num_call_rows: engine calls made, and the rows that went through them.
@@ -122,7 +123,7 @@ class StepRunner:
         if not any(items[owners[member][0]].seq.lacks_prompt_logits for member in members):
             outcome.logits.append((logits, [owners[member][0] for member in members]))
             return
-        last: dict[int, int] = {}  # by index, its last row
+        wanted: dict[int, list[int]] = {}  # by index, its rows from which tokens are chosen
         for member, own in groupby(range(len(members)), key=members.__getitem__):
             index, part = owners[member]
             seq, places = items[index].seq, list(own)
@@ -130,9 +131,11 @@ class StepRunner:
             if seq.lacks_prompt_logits:
                 outcome.prompt_logits.append((index, begin, logits[places]))
             if part.end == seq.num_tokens:
-                last[index] = places[-1]
-        if last:
-            outcome.logits.append((logits[list(last.values())], list(last)))
+                wanted[index] = places[-1 - len(seq.drafted) :]
+        if wanted:
+            rows = [place for places in wanted.values() for place in places]
+            owners_of = [index for index, places in wanted.items() for _ in places]
+            outcome.logits.append((logits[rows], owners_of))
 
     @staticmethod
     def _run_those_that_can(
@@ -176,7 +179,11 @@ class StepRunner:
     def _rows_of(self, item: Scheduled, executor: Executor) -> list[tuple[Rows, Part]]:
         seq, num_tokens = item
         parts = self._reuse.before(seq, executor.kv) + seq.parts(seq.end_after(num_tokens))
-        return [(self._rows(seq, part, executor), part) for part in parts]
+        found = [(self._rows(seq, part, executor), part) for part in parts]
+        if seq.drafted:
+            rows, part = found[-1]
+            found[-1] = _with_drafted(rows, seq.drafted), part
+        return found
 
     def _rows(self, seq: TokenSequence, part: Part, executor: Executor) -> Rows:
         chain = executor.chains[seq.chain_index]
@@ -209,3 +216,9 @@ class StepRunner:
             exit=chain.check if leaves else None,
             score_window=self._reuse.window(seq, part),
         )
+
+
+def _with_drafted(rows: Rows, drafted: Sequence[int]) -> Rows:
+    """Rows that end a sequence, and drafted tokens behind them: what follows each is of interest."""
+    token_ids = np.concatenate([rows.token_ids, np.array(drafted, np.int32)])
+    return rows._replace(token_ids=token_ids, num_logits=rows.num_logits + len(drafted))

@@ -37,6 +37,7 @@ _SAMPLING = {  # field of the body -> field of SamplingParams
     "ignore_eos": "ignore_eos",
     "skip_special_tokens": "skip_special_tokens",
     "include_stop_str_in_output": "include_stop",
+    "speculate": "speculate",
 }
 _BODY_NAMES = {field: name for name, field in _SAMPLING.items()}
 IGNORED = ("user", "service_tier", "safety_identifier", "prompt_cache_key")

@@ -67,6 +67,9 @@ def test_who_runs_waits_and_is_refused_by_model() -> None:
     assert values("model_requests_running") == {"a": 1, "b": 1}
     assert values("model_requests_waiting") == {"a": 2}
     assert values("model_requests_refused_total") == {"a": 1}
+    recorder.on_drafted("a", "prompt", 7, 3)
+    recorder.on_drafted("a", "grammar", 2, 2)
+    recorder.on_drafted("a", "prompt", 3, 0)
     for number in range(4):
         scheduler.abort(str(number))
     recorder.on_request_refused("a")
@@ -74,6 +77,9 @@ def test_who_runs_waits_and_is_refused_by_model() -> None:
     assert values("model_requests_running") == {"a": 0, "b": 0}
     assert values("model_requests_waiting") == {"a": 0}
     assert values("model_requests_refused_total") == {"a": 2}
+    labels = (("model", "a"), ("drafter", "prompt"))
+    assert seen.values[("blockzoo_drafted_tokens_total", *labels)] == 10
+    assert seen.values[("blockzoo_accepted_tokens_total", *labels)] == 3
     before = seen.updates.copy()
     exporter.export(recorder.snapshot(scheduler, [cache], adapters))
     assert seen.updates == before

@@ -447,3 +447,89 @@ def test_logits_of_the_wrong_shape_or_type_are_refused():
     with pytest.raises(ValueError, match="row 0 is for 10 tokens"):
         Sampler().sample(np.zeros((1, 11), np.float32), [state_of(10)])
     assert Sampler().sample(np.zeros((0, 10), np.float32), []) == []
+
+
+# ---- drafted tokens
+
+
+def _rows_and_others() -> tuple[np.ndarray, np.ndarray]:
+    """Logits behind no token and behind the drafted one, and behind any other."""
+    rng = np.random.default_rng(4)
+    rows = rng.normal(0, 1.5, (2, 12)).astype(np.float32)
+    return rows, rng.normal(0, 1.5, (12, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"temperature": 0.6, "top_p": 0.8}, {"min_p": 0.1, "presence_penalty": 1.5}]
+)
+def test_drafts_leave_the_distribution_as_it_is(given: dict[str, float]) -> None:
+    """Pairs of tokens over many seeds, one of them drafted: as often as their probabilities say."""
+    rows, behind = _rows_and_others()
+    behind[3] = rows[1]
+    counts, expected = np.zeros((12, 12)), np.zeros((12, 12))
+    sampler, seeds, accepted = Sampler(), 1500, 0
+    for seed in range(seeds):
+        params = SamplingParams(seed=seed, **given)
+        state = SamplerState(params, [1], 12, [])
+        tokens = [token.token_id for token in sampler.follow(rows, state, [3])]
+        accepted += len(tokens) == 2
+        if len(tokens) == 1:  # not the drafted one: the next step gives the second
+            tokens += [t.token_id for t in sampler.follow(behind[tokens[0]][None], state)]
+        counts[tuple(tokens)] += 1
+
+        state = SamplerState(params, [1], 12, [])
+        first = next(sampler.follow(rows[:1], state)).token_id
+        assert [first, next(sampler.follow(behind[first][None], state)).token_id] == tokens, "the same, too"
+    for first in range(12):
+        for second in range(12):
+            chance = _chance(rows[0], first, given, []) * _chance(behind[first], second, given, [first])
+            expected[first, second] = chance * seeds
+    assert accepted == pytest.approx(seeds * _chance(rows[0], 3, given, []), rel=0.25)
+    common = expected > 5
+    assert counts[expected == 0].sum() == 0
+    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    freedom = common.sum() - 1
+    assert chi2 < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def _chance(logits: np.ndarray, token: int, given: dict[str, float], seen: list[int]) -> float:
+    """Of a token, by the definitions of the filters."""
+    values = logits.astype(np.float64)
+    values[seen] -= given.get("presence_penalty", 0.0)
+    weights = np.exp(values / given.get("temperature", 1.0))
+    weights /= weights.sum()
+    order = np.argsort(-weights)
+    before = np.cumsum(weights[order]) - weights[order]
+    weights[order[before >= given.get("top_p", 1.0)]] = 0.0
+    weights[weights < given.get("min_p", 0.0) * weights.max()] = 0.0
+    return float(weights[token] / weights.sum())
+
+
+def test_a_draft_is_followed_as_far_as_it_is_right() -> None:
+    sampler = Sampler()
+    rows = np.full((4, 8), -1.0, np.float32)
+    rows[[0, 1, 2, 3], [5, 6, 7, 2]] = 3.0
+    greedy = SamplingParams(temperature=0.0)
+    for drafted, expected in (
+        ([5, 6, 7], [5, 6, 7, 2]),
+        ([5, 1, 7], [5, 6]),
+        ([0, 6, 7], [5]),
+    ):
+        state = SamplerState(greedy, [1], 8, [])
+        assert [token.token_id for token in sampler.follow(rows, state, drafted)] == expected
+        assert state.num_generated == len(expected)
+    state = SamplerState(greedy, [1], 8, [])
+    next(sampler.follow(rows, state, [5, 6, 7]))
+    assert state.num_generated == 1, "who wants no more takes no more"
+    with pytest.raises(ValueError, match=r"expected float32 \[2, vocab\]"):
+        next(sampler.follow(rows, state, [5]))
+
+
+def test_a_row_that_is_broken_ends_the_draft() -> None:
+    rows = np.full((3, 8), -1.0, np.float32)
+    rows[0, 5], rows[1, 0], rows[2, 3] = 3.0, np.nan, 3.0
+    state = SamplerState(SamplingParams(temperature=0.0), [1], 8, [])
+    good, bad = Sampler().follow(rows, state, [5, 6])
+    assert good.token_id == 5
+    assert isinstance(bad, NonFiniteLogitsError)
+    assert state.num_generated == 1

@@ -1,0 +1,42 @@
+"""How often guesses come true: of a request, leaning on what is known of its tenant, and of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from blockzoo.runtime.draft.guesses import Kind
+
+_LEAN = 4.0  # guesses for which the wider experience counts
+_FIRST = (0.3, 0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
+_FIRST_OF_DRAFTER: Mapping[str, float] = {"grammar": 0.9}
+
+
+class Acceptance:
+    """Rates by kind, forgetting slowly.
+
+    Args:
+        wider: what to lean on while little is known; None: guesses of ours.
+        memory: so many guesses of a kind are remembered, about.
+    """
+
+    def __init__(self, wider: Acceptance | None = None, memory: int = 512) -> None:
+        self._wider = wider
+        self._keep = 1 - 1 / memory
+        self._counts: dict[Kind, tuple[float, float]] = {}  # came true, were tried
+
+    def rate(self, kind: Kind) -> float:
+        """How often a guess of a kind comes true whose forerunners did, 0 to 1."""
+        true, tried = self._counts.get(kind, (0.0, 0.0))
+        return (true + _LEAN * self._prior(kind)) / (tried + _LEAN)
+
+    def _prior(self, kind: Kind) -> float:
+        if self._wider is not None:
+            return self._wider.rate(kind)
+        return _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST[min(kind.grade, len(_FIRST) - 1)])
+
+    def note(self, kind: Kind, came_true: bool) -> None:
+        """A guess was tried, by the model or by what came anyway."""
+        true, tried = self._counts.get(kind, (0.0, 0.0))
+        self._counts[kind] = true * self._keep + came_true, tried * self._keep + 1
+        if self._wider is not None:
+            self._wider.note(kind, came_true)

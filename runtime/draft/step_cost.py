@@ -1,0 +1,103 @@
+"""What a step costs by its rows, learnt from the steps as they come.
+
+Costs matter relative to each other: those of rows beside the ones that run anyway, and of a step whose shape
+is another than the last one's (engines prepare themselves for shapes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+_KEPT = 128  # kinds of steps
+_NEWS = 0.3  # what a step weighs among those before, at least
+_MOST_NEWS = 0.7  # of a surprise that is believed, in logarithms
+_FRESH_STEPS = 16.0  # since a step without drafts, within which surprises are those of drafted rows
+_NEW_SHAPE = 1.5  # cost of another shape before it is known, in steps
+_FREE_ROWS = 8.0  # before anything is known: rows that cost as much as what each step costs
+
+
+class StepKind(NamedTuple):
+    """What else than drafted rows decides on a step's time."""
+
+    rows: int  # without drafted ones
+    chains: int
+
+
+class _Costs:
+    """Of one kind of step."""
+
+    def __init__(self) -> None:
+        self.logs: dict[int, float] = {}  # of seconds, by drafted rows
+        self.counts: dict[int, int] = {}
+        self.steps_since_bare = 0
+        self.new_shape = _NEW_SHAPE
+
+
+class StepCost:
+    """Seconds of steps: a step's cost depends on its kind and on how many drafted rows it has."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[StepKind, _Costs] = OrderedDict()
+
+    def knows(self, kind: StepKind, drafted: int) -> bool:
+        """Whether such a step was seen, in the shape of the one before."""
+        return drafted in self._of(kind).logs
+
+    def seconds(self, kind: StepKind, drafted: int) -> float:
+        """Of a step in the shape of the one before; 1 without drafted rows, where nothing was seen."""
+        return math.exp(self._log(kind, self._of(kind), drafted))
+
+    def new_shape_seconds(self, kind: StepKind) -> float:
+        """What another shape adds."""
+        costs = self._of(kind)
+        return costs.new_shape * math.exp(self._log(kind, costs, 0))
+
+    def observe(self, kind: StepKind, drafted: int, seconds: float, is_new_shape: bool) -> None:
+        """A step took so long.
+
+        What surprises shortly after a step without drafts is what drafted rows cost; else the machine may be
+        faster or slower than it was.
+        """
+        costs = self._of(kind)
+        costs.steps_since_bare = costs.steps_since_bare + 1 if drafted else 0
+        expected = self._log(kind, costs, drafted)
+        if is_new_shape:
+            if costs.logs:
+                more = (seconds - math.exp(expected)) / math.exp(self._log(kind, costs, 0))
+                costs.new_shape += _NEWS * (min(max(more, 0.0), 4.0) - costs.new_shape)
+            return
+        count = costs.counts[drafted] = costs.counts.get(drafted, 0) + 1
+        if not costs.logs:
+            costs.logs[drafted] = math.log(seconds)
+            return
+        surprise = max(-_MOST_NEWS, min(math.log(seconds) - expected, _MOST_NEWS))
+        own = math.exp(-costs.steps_since_bare / _FRESH_STEPS) if drafted else 0.0
+        everywhere = _NEWS * (1 - own) * surprise
+        costs.logs.setdefault(drafted, expected)
+        costs.logs = {rows: log + everywhere for rows, log in costs.logs.items()}
+        costs.logs[drafted] += max(_NEWS, 1 / count) * own * surprise
+
+    def _of(self, kind: StepKind) -> _Costs:
+        costs = self._kinds.pop(kind, None) or _Costs()
+        self._kinds[kind] = costs
+        while len(self._kinds) > _KEPT:
+            self._kinds.popitem(last=False)
+        return costs
+
+    @staticmethod
+    def _log(kind: StepKind, costs: _Costs, drafted: int) -> float:
+        """Known; or from the nearest that is known, along the line through all that are."""
+        if drafted in costs.logs:
+            return costs.logs[drafted]
+        if not costs.logs:
+            return math.log((_FREE_ROWS + kind.rows + drafted) / (_FREE_ROWS + kind.rows))
+        nearest = min(costs.logs, key=lambda rows: abs(rows - drafted))
+        fewest, most = min(costs.logs), max(costs.logs)
+        seconds = math.exp(costs.logs[nearest])
+        if fewest == most:
+            slope = seconds / (_FREE_ROWS + kind.rows + nearest)
+        else:
+            slope = max(0.0, math.exp(costs.logs[most]) - math.exp(costs.logs[fewest])) / (most - fewest)
+        return math.log(max(seconds + slope * (drafted - nearest), seconds / 4))

@@ -1,0 +1,174 @@
+"""Speculative execution around steps: which guesses run with a step, and what came of them.
+
+    plan(...)      drafters guess; as many guesses as pay run as further rows of their sequences
+    observe(...)   what the step cost
+    judge(...)     which guesses came true, those that did not run too: that costs nothing
+
+Answers do not depend on it (`Sampler.follow`), only when their tokens come.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
+
+from blockzoo.runtime.draft.acceptance import Acceptance
+from blockzoo.runtime.draft.forced import ForcedTokens
+from blockzoo.runtime.draft.guesses import Context, Drafter, chances, propose
+from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, RowChoice
+from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.serve.request_builder import Request
+from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
+
+_OF_REQUEST = 64  # guesses of a kind that a request remembers, about
+_MOST_TENANTS = 1024
+
+OnDrafted = Callable[[str, str, int, int], None]
+"""Of a model, a drafter: guesses that ran, and how many of them came true."""
+
+
+class Speculation:
+    """Of one engine; for its thread alone.
+
+    Args:
+        on_drafted: is told of guesses that ran.
+        lone_only: speculate only for sequences that run alone: where steps are recorded, shapes are costly.
+        drafters: besides the answers that were given; None: all that there are.
+    """
+
+    def __init__(
+        self, on_drafted: OnDrafted, lone_only: bool = False, drafters: Sequence[Drafter] | None = None
+    ) -> None:
+        self._on_drafted, self._lone_only = on_drafted, lone_only
+        self._answers = AnswerLookup()
+        own = (ForcedTokens(), PromptLookup()) if drafters is None else tuple(drafters)
+        self._drafters: tuple[Drafter, ...] = (*own, self._answers)
+        self._tenants: OrderedDict[str, Acceptance] = OrderedDict()
+        self._choices: dict[Family, RowChoice] = {}
+        self._planned: dict[Family, StepKind] = {}
+
+    def plan(
+        self,
+        family: Family,
+        items: Sequence[Scheduled],
+        requests: Mapping[str, Request],
+        scheduler: Scheduler,
+    ) -> None:
+        """Add drafted rows to a step of one executor."""
+        self._planned.pop(family, None)
+        if any(item.num_tokens > 1 for item in items):
+            return  # beside prompts no row is free, and their shapes are new anyway
+        asking = [request for item in items if _may_draft(request := requests[item.seq.request_id])]
+        if not asking or (self._lone_only and len(items) > 1):
+            return
+        for request in asking:
+            self._guess(request)
+        refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
+        kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
+        self._planned[family] = kind
+        hopes = [chances(request.guesses, self._of(request).rate) for request in asking]
+        choice = self._choices.setdefault(family, RowChoice())
+        rows = choice.choose(kind, len(asking), [*chain.from_iterable(hopes)], scheduler.spare_rows)
+        for request, count in zip(asking, _shared_out(rows, hopes), strict=True):
+            if count:
+                scheduler.draft(request.seq, self._drafted(request, count))
+
+    def observe(self, family: Family, items: Sequence[Scheduled], seconds: float) -> None:
+        """The step of an executor took so long."""
+        kind = self._planned.pop(family, None)
+        choice = self._choices.get(family)
+        if choice is not None and kind is not None:
+            choice.observe(kind, sum(len(item.seq.drafted) for item in items), seconds)
+        elif choice is not None:
+            choice.skip()
+
+    def judge(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Note what came in the place of a request's guesses: tokens of which all but the last had been
+        drafted, so that no more is known."""
+        ran = Counter(guess.kind.drafter for guess in request.guesses[: len(request.seq.drafted)])
+        true = Counter[str]()
+        for place, (guess, token_id) in enumerate(zip(request.guesses, token_ids, strict=False)):
+            came_true = guess.token_id == token_id
+            self._of(request).note(guess.kind, came_true)
+            if not came_true:
+                break
+            true[guess.kind.drafter] += place < len(request.seq.drafted)
+        request.guesses = []
+        for drafter, count in ran.items():
+            self._on_drafted(request.model.name, drafter, count, true[drafter])
+
+    def remember(self, request: Request) -> None:
+        """A request has its answer: others of its scope may be alike."""
+        scope = _scope_of(request)
+        if request.params.speculate and scope is not None and request.num_generated:
+            self._answers.remember(scope, request.seq.token_ids, request.seq.prompt_len)
+
+    def _guess(self, request: Request) -> None:
+        seq = request.seq
+        context = Context(seq.token_ids, _scope_of(request), request.sampler.guide)
+        limit = min(MOST_DRAFTED, _num_left(request))
+        try:
+            guesses = propose(self._drafters, context, limit, self._of(request).rate)
+        except Exception:  # a bug of ours: it takes nothing from the request
+            traceback.print_exc()
+            guesses = []
+        vocab_size = request.model.chain.vocab_size
+        known = [0 <= guess.token_id < vocab_size for guess in guesses]
+        request.guesses = guesses if all(known) else guesses[: known.index(False)]
+
+    def _of(self, request: Request) -> Acceptance:
+        if request.acceptance is None:
+            name = request.seq.tenant
+            tenant = self._tenants.pop(name, None) or Acceptance()
+            self._tenants[name] = tenant
+            while len(self._tenants) > _MOST_TENANTS:
+                self._tenants.popitem(last=False)
+            request.acceptance = Acceptance(tenant, _OF_REQUEST)
+        return request.acceptance
+
+    @staticmethod
+    def _drafted(request: Request, count: int) -> list[int]:
+        """So many tokens: guesses, and where they end the last one again, so that the shape stays."""
+        ids = [guess.token_id for guess in request.guesses[:count]]
+        most = request.model.max_len - request.seq.num_tokens
+        filler = ids[-1] if ids else int(request.seq.token_ids[-1])
+        return (ids + [filler] * (count - len(ids)))[:most]
+
+
+def _may_draft(request: Request) -> bool:
+    """Whether tokens may run behind the last one: not while approximate KV is being refreshed, as what is
+    refreshed when would change, and with it the answer."""
+    seq, approx = request.seq, request.seq.approx
+    calm = approx is None or (approx.first_pass is None and not approx.stale.size)
+    return request.params.speculate and calm and not seq.lacks_prompt_logits and _num_left(request) > 0
+
+
+def _num_left(request: Request) -> int:
+    """Tokens that may be drafted: of its last token nobody needs the KV."""
+    return request.max_tokens - request.num_generated - 1
+
+
+def _scope_of(request: Request) -> Hashable:
+    """Whose answers may be looked at: of the same scope and model; None: nobody's."""
+    return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
+
+
+def _shared_out(rows: int, hopes: Sequence[Sequence[float]]) -> list[int]:
+    """How many of so many rows each sequence gets: the likeliest guesses first, then fillers."""
+    ordered = sorted(
+        ((chance, index) for index, chances_of in enumerate(hopes) for chance in chances_of),
+        key=lambda item: -item[0],
+    )
+    counts = [0] * len(hopes)
+    for _, index in ordered[:rows]:
+        counts[index] += 1
+    left = rows - sum(counts)
+    for index, count in enumerate(counts):
+        more = min(left, MOST_DRAFTED - count)
+        counts[index] += more
+        left -= more
+    return counts

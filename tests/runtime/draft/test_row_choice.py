@@ -1,0 +1,102 @@
+"""How many drafted rows are chosen, given what steps cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, RowChoice
+from blockzoo.runtime.draft.step_cost import StepCost, StepKind
+
+LONE = StepKind(1, 1)
+
+
+def free(rows: int) -> float:
+    """Seconds of a step bound by memory: 16 rows cost what one does."""
+    return 0.02 if rows <= 16 else 0.02 * rows / 16
+
+
+def dear(rows: int) -> float:
+    """Seconds of a step bound by arithmetic."""
+    return 0.01 + 0.01 * rows
+
+
+def run(
+    choice: RowChoice,
+    kind: StepKind,
+    chances: list[float],
+    seconds: Callable[[int], float],
+    steps: int = 60,
+    new_shape: float = 0.0,
+    noise: float = 0.0,
+) -> tuple[list[int], float]:
+    """Drafted rows by step, and how much faster than without: tokens a second, as they are hoped for."""
+    rng, chosen, spent, tokens = np.random.default_rng(0), [], 0.0, 0.0
+    for _ in range(steps):
+        drafted = choice.choose(kind, kind.rows, chances * kind.rows, spare=100)
+        is_new = not chosen or chosen[-1] != drafted
+        took = (seconds(kind.rows + drafted) + is_new * new_shape) * np.exp(noise * rng.standard_normal())
+        choice.observe(kind, drafted, took)
+        chosen.append(drafted)
+        spent += seconds(kind.rows + drafted) + is_new * new_shape
+        tokens += kind.rows + sum(sorted(chances * kind.rows, reverse=True)[:drafted])
+    return chosen, tokens / spent / (kind.rows / seconds(kind.rows))
+
+
+def likely(rate: float) -> list[float]:
+    return [rate**place for place in range(1, MOST_DRAFTED + 1)]
+
+
+def test_free_rows_are_used_for_likely_guesses() -> None:
+    chosen, gain = run(RowChoice(), LONE, likely(0.9), free)
+    assert chosen[-1] == MOST_DRAFTED
+    assert gain > 5
+
+
+def test_unlikely_guesses_are_left_alone_where_rows_cost() -> None:
+    chosen, gain = run(RowChoice(), LONE, likely(0.2), dear)
+    assert set(chosen[5:]) == {0}
+    assert gain > 0.97
+
+
+def test_no_guesses_no_rows() -> None:
+    chosen, _ = run(RowChoice(), LONE, [], free)
+    assert set(chosen) == {0}
+
+
+def test_large_batches_run_without() -> None:
+    chosen, gain = run(RowChoice(), StepKind(32, 1), likely(0.8), dear)
+    assert chosen[-1] == 0
+    assert gain > 0.97
+
+
+def test_never_much_slower_whatever_rows_and_shapes_cost() -> None:
+    for seconds in (free, dear):
+        for rate in (0.1, 0.4, 0.9):
+            for new_shape in (0.0, 0.04):
+                for rows in (1, 8, 32):
+                    kind = StepKind(rows, 1)
+                    _, gain = run(RowChoice(), kind, likely(rate), seconds, 300, new_shape, noise=0.1)
+                    assert gain > 0.97, (seconds, rate, new_shape, rows)
+
+
+def test_a_new_shape_must_pay() -> None:
+    """Guesses now and then are no reason to change the shape of steps twice for each."""
+    choice, switches, last = RowChoice(), 0, 0
+    for step in range(400):
+        drafted = choice.choose(LONE, 1, likely(0.7) if step % 10 == 0 else [], spare=100)
+        switches += drafted != last
+        choice.observe(LONE, drafted, dear(1 + drafted) + (drafted != last) * 0.05)
+        last = drafted
+    assert switches <= 4
+
+
+def test_costs_are_learnt_and_follow_a_machine_that_slows_down() -> None:
+    cost = StepCost()
+    for factor in (1.0, 3.0):
+        for step in range(100):
+            drafted = (0, 3, 7)[step % 3]
+            cost.observe(LONE, drafted, factor * dear(1 + drafted), is_new_shape=False)
+        for drafted in (0, 3, 7):
+            assert abs(cost.seconds(LONE, drafted) / (factor * dear(1 + drafted)) - 1) < 0.1

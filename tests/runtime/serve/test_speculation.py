@@ -1,0 +1,209 @@
+"""Speculative execution changes no answer, whatever is guessed and whatever else runs; and it speeds up."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime.api.request import GuidedDecoding
+from blockzoo.runtime.draft.guesses import Context, Guess, Kind
+from blockzoo.runtime.draft.row_choice import RowChoice
+from blockzoo.runtime.serve.speculation import Speculation
+
+NEAR = 2e-3  # log-probabilities, by rounding
+QUIET = EngineConfig(
+    precision="f32", kv_cache_bytes=32 << 20, max_num_seqs=1, prefix_caching=False, speculate="off"
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 5},
+    "hot": {"temperature": 2.5, "top_k": 50, "min_p": 0.01, "seed": 7},
+    "penalties": {
+        "temperature": 0.7,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "seed": 1,
+    },
+    "biased": {"temperature": 0.0, "logit_bias": {40: 4.0, 41: -100.0}, "bad_words": ("self", "re")},
+    "bounds": {"temperature": 0.8, "min_tokens": 9, "seed": 2, "stop": ("e", "\n"), "ignore_eos": False},
+    "logprobs": {"temperature": 0.5, "logprobs": 3, "seed": 3},
+    "guided": {"guided": GuidedDecoding("json_schema", json.dumps(SCHEMA)), "temperature": 0.8, "seed": 4},
+}
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+    reason: str | None = None
+
+
+def ask(kind: str, max_tokens: int) -> SamplingParams:
+    given = {"ignore_eos": kind != "guided", "max_tokens": max_tokens} | KINDS[kind]
+    return SamplingParams(**given)
+
+
+def take(engine: LLMEngine, answers: dict[str, Answer]) -> None:
+    for output in engine.step():
+        answer = answers.setdefault(output.request_id, Answer())
+        assert output.error is None, output.error
+        answer.tokens += output.token_ids
+        answer.text += output.text
+        answer.logprobs += output.logprobs or ()
+        answer.reason = output.finish_reason
+        assert output.num_generated == len(answer.tokens)
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert (found.tokens, found.text, found.reason) == (expected.tokens, expected.text, expected.reason)
+    assert [entry.token_id for entry in found.logprobs] == [entry.token_id for entry in expected.logprobs]
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=NEAR)
+        assert len(one.top) == len(other.top)
+
+
+class Seer:
+    """Knows all answers, and is wrong now and then."""
+
+    def __init__(self, answers: list[list[int]], rng: random.Random) -> None:
+        self._answers, self._rng = answers, rng
+
+    def propose(self, context: Context, limit: int) -> list[Guess]:
+        known = context.token_ids.tolist()
+        for whole in self._answers:
+            if whole[: len(known)] == known:
+                coming = whole[len(known) : len(known) + self._rng.randint(1, limit)]
+                wrong = self._rng.random() < 0.5
+                if coming and wrong:
+                    coming[self._rng.randrange(len(coming))] = self._rng.choice([0, 1, 9, 10**6, -5])
+                return [Guess(token, Kind("seer", 4)) for token in coming]
+        return []
+
+
+@pytest.fixture(scope="module")
+def quiet(demo_zoo: Path) -> LLMEngine:
+    return LLMEngine(demo_zoo, QUIET)
+
+
+@pytest.fixture
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
+    """As many drafted rows as a die says, whatever they cost."""
+    rng = random.Random(11)
+
+    def choose(_: RowChoice, kind: Any, sequences: int, chances: Any, spare: int) -> int:
+        return rng.randint(0, min(spare, 15 * sequences))
+
+    monkeypatch.setattr(RowChoice, "choose", choose)
+    return rng
+
+
+def alone(engine: LLMEngine, model: str, prompt: list[int], params: SamplingParams) -> Answer:
+    answers: dict[str, Answer] = {}
+    engine.add_request("q", model, prompt, params)
+    while engine.has_unfinished():
+        take(engine, answers)
+    return answers["q"]
+
+
+@pytest.mark.parametrize(
+    "pages", [pytest.param(16 << 20, marks=pytest.mark.slow), 2 << 20], ids=["roomy", "tight"]
+)
+def test_answers_are_those_without_whatever_else_runs(
+    demo_zoo: Path, quiet: LLMEngine, any_rows: random.Random, pages: int
+) -> None:
+    rng, numbers = any_rows, np.random.default_rng(3)
+    shared = numbers.integers(2, 2048, 40).tolist()
+    asked: dict[str, tuple[str, list[int], SamplingParams]] = {}
+    models = ("base", "notes", "notes-merged", "solver")
+    for number, kind in enumerate([*KINDS, "greedy", "guided"]):
+        prompt = shared[: rng.choice([0, 33, 40])] + numbers.integers(2, 2048, rng.randint(3, 30)).tolist()
+        asked[f"{kind} {number}"] = models[number % 4], prompt, ask(kind, rng.randint(1, 50))
+    expected = {name: alone(quiet, *given) for name, given in asked.items()}
+    wholes = [prompt + expected[name].tokens for name, (_, prompt, _) in asked.items()]
+
+    config = EngineConfig(precision="f32", kv_cache_bytes=pages, max_num_seqs=6)
+    engine = LLMEngine(demo_zoo, config)
+    engine._speculation = Speculation(engine._recorder.on_drafted, drafters=[Seer(wholes, rng)])
+    waiting, found, aborted = list(asked), {}, set()
+    rng.shuffle(waiting)
+    while waiting or engine.has_unfinished():
+        for name in [waiting.pop() for _ in range(min(len(waiting), rng.randint(0, 2)))]:
+            model, prompt, params = asked[name]
+            engine.add_request(name, model, prompt, params, scope=rng.choice(["a", "b"]))
+            engine.add_request(f"gone {name}", model, prompt, params)
+        take(engine, found)
+        engine.check_integrity()
+        for name in [name for name in engine._requests if name.startswith("gone") and rng.random() < 0.1]:
+            engine.abort(name)
+            aborted.add(name)
+    for name in asked:
+        assert_same(found[name], expected[name])
+        if f"gone {name}" not in aborted:
+            assert_same(found[f"gone {name}"], expected[name])
+    metrics = engine.metrics()
+    assert metrics.pages_used == 0
+    assert metrics.pages_free + metrics.pages_cached == metrics.pages_total
+    drafted = sum(n for (_, who), n in metrics.drafted_tokens_total.items() if who == "seer")
+    accepted = sum(n for (_, who), n in metrics.accepted_tokens_total.items() if who == "seer")
+    assert 0.2 * drafted < accepted < drafted, "wrong guesses and right ones were tried"
+    if pages == 2 << 20:
+        assert metrics.preemptions_total > 0
+
+
+def test_a_request_and_an_engine_may_do_without(demo_zoo: Path, any_rows: random.Random) -> None:
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    prompt = [5, 6, 7, 8] * 8
+    for speculate in (False, True):
+        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, speculate=speculate)
+        alone(engine, "base", prompt, params)
+        assert bool(engine.metrics().drafted_tokens_total) == speculate
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="off"))
+    alone(engine, "base", prompt, params)
+    assert not engine.metrics().drafted_tokens_total
+
+
+def test_other_answers_are_looked_at_within_a_scope_alone(demo_zoo: Path, any_rows: random.Random) -> None:
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    prompt = np.random.default_rng(8).integers(2, 2048, 25).tolist()
+
+    def accepted(scope: str | None, kv_reuse: Any = "exact") -> int:
+        before = engine.metrics().accepted_tokens_total.get(("base", "answers"), 0)
+        engine.add_request("r", "base", prompt, params, scope=scope, kv_reuse=kv_reuse)
+        while engine.has_unfinished():
+            engine.step()
+        return engine.metrics().accepted_tokens_total.get(("base", "answers"), 0) - before
+
+    assert accepted("a") == 0, "there are none"
+    assert accepted("b") == 0, "those of others are not looked at"
+    assert accepted("a", "off") == 0, "who reuses nothing looks at nothing"
+    assert accepted("a") > 10
+
+
+def test_a_drafter_that_fails_harms_nobody(
+    demo_zoo: Path, quiet: LLMEngine, any_rows: random.Random, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def propose(self, context: Context, limit: int) -> list[Guess]:
+            raise ZeroDivisionError
+
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    engine._speculation = Speculation(engine._recorder.on_drafted, drafters=[Broken()])
+    prompt, params = list(range(5, 25)), ask("seeded", 10)
+    assert_same(alone(engine, "base", prompt, params), alone(quiet, "base", prompt, params))
+    assert "ZeroDivisionError" in capfd.readouterr().err
