@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,28 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="how answers of the OpenAI endpoint are chosen where a request does not say: as the model's "
         "generation_config.json has it (auto, the default), or by OpenAI's defaults alone (none)",
+    )
+    replicas = parser.add_argument_group(
+        "replicas, on Ray Serve (docs/cluster.md); only the OpenAI endpoint is served"
+    )
+    replicas.add_argument(
+        "--replicas",
+        type=_span,
+        metavar="N",
+        help="serve so many replicas of the zoo behind the endpoint; N-M: as many as there are requests for",
+    )
+    replicas.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="join the Ray there, whose machines see the zoo under the same path (default: start one here); "
+        "each replica takes --threads of its CPUs",
+    )
+    replicas.add_argument(
+        "--routing",
+        choices=("held", "round-robin"),
+        default="held",
+        help="where a request goes: where what is cached and what waits make it cheapest (the default), or "
+        "to the replicas in turn",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -161,6 +185,13 @@ def _port(text: str) -> int:
     return port
 
 
+def _span(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least) <= 1000:
+        return int(least), int(most or least)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of replicas; expected N, or N-M as 2-8")
+
+
 def _amount(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:  # also refuses NaN
@@ -186,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     from blockzoo.zoo.errors import ZooError
 
     try:
+        if args.replicas is not None:
+            return _serve_replicas(args)
         return _write_only(args) if args.write_only else _serve(args)
     except (ZooError, RequestError) as error:
         print(f"zoo-serve: {error}", file=sys.stderr)
@@ -324,6 +357,58 @@ def _serve(args: argparse.Namespace) -> int:
                 openai.stop()
 
 
+def _serve_replicas(args: argparse.Namespace) -> int:
+    from blockzoo.runtime import EngineConfig
+    from blockzoo.runtime.api.errors import InvalidRequestError
+    from blockzoo.server_config.environment import free_ports
+    from blockzoo.server_config.replicas.local_ray import check_installed, joined_ray, local_ray
+
+    check_installed()
+    if args.write_only or not args.openai_port:
+        raise InvalidRequestError(
+            "--replicas serves the OpenAI endpoint alone: leave --write-only and port 0 out"
+        )
+    if args.ray_address is not None and args.threads is None:
+        raise InvalidRequestError("--ray-address needs --threads: how many CPUs of that Ray a replica takes")
+    _check_keys(args)
+    free_ports(_openai_host(args), {"--openai-port": args.openai_port})
+    least, most = args.replicas
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // most)
+    engine = {**_engine_settings(args), "num_threads": threads}
+    config = EngineConfig(**engine)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as with Triton
+    # before Ray is imported, which reads its environment then
+    ray = local_ray(threads * most) if args.ray_address is None else joined_ray(args.ray_address)
+    from blockzoo.server_config.replicas.host import ReplicaSettings
+    from blockzoo.server_config.replicas.launch import Plan, ReplicaServer
+
+    sharing = config.kv_sharing == "scope"
+    plan = Plan(least, most, threads, 0.75 * config.max_num_seqs, args.drain_seconds, args.routing, sharing)
+    settings = ReplicaSettings(str(Path(args.zoo).resolve()), engine, _publish(args))
+    name = f"blockzoo-{secrets.token_hex(4)}"
+    with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
+        server = ReplicaServer(
+            name,
+            settings,
+            plan,
+            ray,
+            lambda address: _front(
+                args, Path(temporary), secrets.token_urlsafe(32), {"replicas": name, "ray-address": address}
+            ),
+        )
+
+        def on_ready(models: tuple[str, ...]) -> None:
+            url = f"http://{_openai_host(args)}:{args.openai_port}"
+            print(
+                f"serving {len(models)} models of {args.zoo}: {', '.join(models)}\n"
+                f"  page     {url}/\n  OpenAI   {url}/v1\n  metrics  {url}/metrics",
+                flush=True,
+            )
+            _check_weights(args, models)
+
+        return server.run(on_ready)
+
+
 def _openai_host(args: argparse.Namespace) -> str:
     """Where the OpenAI endpoint listens: without keys on this machine alone, unless it is asked for."""
     from blockzoo.server_config.environment import is_loopback
@@ -347,14 +432,20 @@ def _openai_process(
 ) -> OpenAIProcess | None:
     if not args.openai_port:
         return None
+    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
+    return _front(args, folder, secret, {"grpc": endpoints.grpc, "metrics": metrics})
+
+
+def _front(
+    args: argparse.Namespace, folder: Path, secret: str, engine: Mapping[str, object]
+) -> OpenAIProcess:
+    """The endpoint's process; `engine`: options that say where that is."""
     from blockzoo.server_config.openai.process import OpenAIProcess
     from blockzoo.server_config.supervisor import say
 
-    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
     options = {
+        **engine,
         "zoo": Path(args.zoo).resolve(),
-        "grpc": endpoints.grpc,
-        "metrics": metrics,
         "host": _openai_host(args),
         "port": args.openai_port,
         "generation-config": args.generation_config,
