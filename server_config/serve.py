@@ -401,7 +401,9 @@ def _serve_replicas(args: argparse.Namespace) -> int:
             url = f"http://{_openai_host(args)}:{args.openai_port}"
             print(
                 f"serving {len(models)} models of {args.zoo}: {', '.join(models)}\n"
-                f"  page     {url}/\n  OpenAI   {url}/v1\n  metrics  {url}/metrics",
+                f"  page     {url}/\n  OpenAI   {url}/v1\n  metrics  {url}/metrics\ntry\n"
+                f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' "
+                f'-d \'{{"model": "{models[0]}", "prompt": "Hello", "max_tokens": 16}}\'',
                 flush=True,
             )
             _check_weights(args, models)
