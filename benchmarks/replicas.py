@@ -2,10 +2,10 @@
 
     python -m benchmarks.replicas
 
-Three servers of the same tenants with the same memory for KV in all: one replica, two to which requests go by
-what they hold, two that take turns. Requests begin with one of as many documents as fill most of that memory,
-in random order; the servers take turns, with new documents each time. Then, again and again, a replica of the
-second server is killed with -9 while streams run.
+Three servers of the same tenants on one Ray, with the same memory for KV in all: one replica, two to which
+requests go by what they hold, two that take turns. Requests begin with one of as many documents as fill most
+of that memory, in random order; the servers take turns, with new documents each time. Then, again and again,
+a replica of the second server is killed with -9 while streams run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo_server import Server
 from benchmarks.families import SHAPES, Family, make_family
+from blockzoo.server_config.replicas.local_ray import local_ray
 
 _PAGE_TOKENS = 32
 _FILL = 0.75  # of the memory for KV, by the documents of a round
@@ -53,9 +54,12 @@ def main() -> int:
     machine = machine_facts()
     family = make_family(args.workdir, args.shape, 4)
     zoo = family.zoo().path
-    with ExitStack() as stack:
+    replicas = sum(number for number, _ in _SIDES.values())
+    with local_ray(replicas) as ray, ExitStack() as stack:
         servers = {
-            name: stack.enter_context(Server(zoo, *_options(args, *side), openai=True, quiet=True))
+            name: stack.enter_context(
+                Server(zoo, f"--ray-address={ray}", *_options(args, *side), openai=True, quiet=True)
+            )
             for name, side in _SIDES.items()
         }
         rounds = [_round(servers, family, args, number) for number in range(1 + args.repeats)][1:]
@@ -71,7 +75,7 @@ def _options(args: argparse.Namespace, replicas: int, routing: str) -> list[str]
         "replicas": replicas,
         "routing": routing,
         "kv-cache-gb": args.kv_gb / replicas,
-        "threads": args.threads or max(1, len(os.sched_getaffinity(0)) // replicas),
+        "threads": args.threads or 1,
         "max-num-seqs": 8,
     }
     options |= {} if args.precision is None else {"precision": args.precision}
@@ -194,23 +198,21 @@ def _stream(server: Server, body: dict[str, Any]) -> str:
 
 
 def _replicas(launcher: int) -> list[int]:
-    """Process ids of a server's replicas."""
-    parents: dict[int, int] = {}
-    names: dict[int, bytes] = {}
+    """Process ids of a server's replicas, whose names have that of its application."""
+    commands: dict[int, str] = {}
+    front = ""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_bytes()
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (folder / "cmdline").read_bytes().decode()
             except OSError:
                 continue
-
-    def is_ours(pid: int) -> bool:
-        while pid > 1 and pid != launcher:
-            pid = parents.get(pid, 0)
-        return pid == launcher
-
-    return [pid for pid, name in names.items() if b"ServeReplica" in name and is_ours(pid)]
+            commands[int(folder.name)] = command
+            front = command if parent == launcher and "openai.server" in command else front
+    application = re.search("--replicas=(blockzoo-[0-9a-f]+)", front)
+    assert application is not None, "the endpoint's process names it"
+    return [pid for pid, name in commands.items() if name.startswith(f"ray::ServeReplica:{application[1]}")]
 
 
 def _metrics(server: Server) -> dict[str, float]:

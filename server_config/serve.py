@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from blockzoo.server_config.replicas.arguments import add_replica_arguments
 from blockzoo.zoo.console import command
 
 if TYPE_CHECKING:
@@ -61,28 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how answers of the OpenAI endpoint are chosen where a request does not say: as the model's "
         "generation_config.json has it (auto, the default), or by OpenAI's defaults alone (none)",
     )
-    replicas = parser.add_argument_group(
-        "replicas, on Ray Serve (docs/cluster.md); only the OpenAI endpoint is served"
-    )
-    replicas.add_argument(
-        "--replicas",
-        type=_span,
-        metavar="N",
-        help="serve so many replicas of the zoo behind the endpoint; N-M: as many as there are requests for",
-    )
-    replicas.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="join the Ray there, whose machines see the zoo under the same path (default: start one here); "
-        "each replica takes --threads of its CPUs",
-    )
-    replicas.add_argument(
-        "--routing",
-        choices=("held", "round-robin"),
-        default="held",
-        help="where a request goes: where what is cached and what waits make it cheapest (the default), or "
-        "to the replicas in turn",
-    )
+    add_replica_arguments(parser)
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
@@ -183,13 +162,6 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is no port; expected 0 to 65535")
     return port
-
-
-def _span(text: str) -> tuple[int, int]:
-    least, _, most = text.partition("-")
-    if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least) <= 1000:
-        return int(least), int(most or least)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of replicas; expected N, or N-M as 2-8")
 
 
 def _amount(text: str) -> float:
@@ -358,44 +330,20 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _serve_replicas(args: argparse.Namespace) -> int:
-    from blockzoo.runtime import EngineConfig
     from blockzoo.runtime.api.errors import InvalidRequestError
     from blockzoo.server_config.environment import free_ports
-    from blockzoo.server_config.replicas.local_ray import check_installed, joined_ray, local_ray
+    from blockzoo.server_config.replicas.command import serve
 
-    check_installed()
     if args.write_only or not args.openai_port:
         raise InvalidRequestError(
-            "--replicas serves the OpenAI endpoint alone: leave --write-only and port 0 out"
+            "--replicas serves the OpenAI endpoint alone: it needs that, and no --write-only"
         )
-    if args.ray_address is not None and args.threads is None:
-        raise InvalidRequestError("--ray-address needs --threads: how many CPUs of that Ray a replica takes")
     _check_keys(args)
     free_ports(_openai_host(args), {"--openai-port": args.openai_port})
-    least, most = args.replicas
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // most)
-    engine = {**_engine_settings(args), "num_threads": threads}
-    config = EngineConfig(**engine)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as with Triton
-    # before Ray is imported, which reads its environment then
-    ray = local_ray(threads * most) if args.ray_address is None else joined_ray(args.ray_address)
-    from blockzoo.server_config.replicas.host import ReplicaSettings
-    from blockzoo.server_config.replicas.launch import Plan, ReplicaServer
-
-    sharing = config.kv_sharing == "scope"
-    plan = Plan(least, most, threads, 0.75 * config.max_num_seqs, args.drain_seconds, args.routing, sharing)
-    settings = ReplicaSettings(str(Path(args.zoo).resolve()), engine, _publish(args))
-    name = f"blockzoo-{secrets.token_hex(4)}"
     with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
-        server = ReplicaServer(
-            name,
-            settings,
-            plan,
-            ray,
-            lambda address: _front(
-                args, Path(temporary), secrets.token_urlsafe(32), {"replicas": name, "ray-address": address}
-            ),
-        )
+
+        def make_front(options: Mapping[str, object]) -> OpenAIProcess:
+            return _front(args, Path(temporary), "", options)
 
         def on_ready(models: tuple[str, ...]) -> None:
             url = f"http://{_openai_host(args)}:{args.openai_port}"
@@ -408,7 +356,7 @@ def _serve_replicas(args: argparse.Namespace) -> int:
             )
             _check_weights(args, models)
 
-        return server.run(on_ready)
+        return serve(args, _engine_settings(args), _publish(args), make_front, on_ready)
 
 
 def _openai_host(args: argparse.Namespace) -> str:

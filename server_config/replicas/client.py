@@ -29,7 +29,7 @@ __all__ = ["DEPLOYMENT", "ReplicaClient", "ReplicaRouter", "join"]
 DEPLOYMENT = "Replica"
 _ASK_S = 5.0  # for what replicas answer at once
 _PATIENCE_S = 60.0  # while no replica runs
-_TRIES = 5  # of a request whose replicas are lost one after the other
+_TRIES = 3  # of a request whose replicas are lost: it may be what they are lost by
 _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
 

@@ -24,7 +24,8 @@ _SETTINGS = {
     "RAY_AUTH_MODE": "token",
     # Ray's own name for "this machine alone": its processes then listen on loopback
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # 0.1 s, and machines that have other work are slower
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
 }
 
 
@@ -35,11 +36,12 @@ def check_installed() -> None:
 
 
 @contextmanager
-def local_ray(num_cpus: int) -> Iterator[str]:
+def local_ray(num_cpus: int, verbose: bool = False) -> Iterator[str]:
     """Start a Ray for a while and connect to it; its address. To be called before anything imports ray.
 
     Args:
         num_cpus: that replicas may ask for.
+        verbose: pass on what replicas print.
 
     Raises:
         ServerError: it does not start.
@@ -49,6 +51,7 @@ def local_ray(num_cpus: int) -> Iterator[str]:
     # sockets are in it, whose paths have at most 107 bytes
     with TemporaryDirectory(prefix="bz-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         _init(
+            verbose,
             num_cpus=num_cpus,
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
@@ -63,10 +66,10 @@ def local_ray(num_cpus: int) -> Iterator[str]:
 
 
 @contextmanager
-def joined_ray(address: str) -> Iterator[str]:
+def joined_ray(address: str, verbose: bool = False) -> Iterator[str]:
     """Connect to a Ray that runs, for a while; its address. Raises ServerError where there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    connect(address)
+    _init(verbose, address=address)
     import ray
 
     try:
@@ -77,14 +80,17 @@ def joined_ray(address: str) -> Iterator[str]:
 
 def connect(address: str) -> None:
     """Connect this process to a Ray. Raises ServerError where there is none."""
-    _init(address=address)
+    _init(False, address=address)
 
 
-def _init(**options: object) -> None:
+def _init(verbose: bool, **options: object) -> None:
     import ray
+    import ray.serve
 
+    if not verbose:  # what matters is said by whoever asks
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, configure_logging=True, **options)
+        ray.init(log_to_driver=verbose, logging_level=logging.WARNING, **options)
     except Exception as error:  # of many kinds, from its processes
         where = options.get("address", "this machine")
         raise ServerError(f"Ray on {where} cannot be used: {error}") from None
