@@ -4,8 +4,9 @@
 
 Three servers of the same tenants on one Ray, with the same memory for KV in all: one replica, two to which
 requests go by what they hold, two that take turns. Requests begin with one of as many documents as fill most
-of that memory, in random order; the servers take turns, with new documents each time. Then, again and again,
-a replica of the second server is killed with -9 while streams run.
+of that memory, in random order; the servers take turns, with new documents each time. Then streams over one
+replica and over a server without Ray, in turn. Then, again and again, a replica of the second server is
+killed with -9 while streams run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from benchmarks.families import SHAPES, Family, make_family
 from blockzoo.server_config.replicas.local_ray import local_ray
 
 _PAGE_TOKENS = 32
+_SEQS = 8  # at once in a replica
 _FILL = 0.75  # of the memory for KV, by the documents of a round
 _SIDES = {  # replicas and how requests are routed
     "one": (1, "held"),
@@ -63,20 +66,32 @@ def main() -> int:
             for name, side in _SIDES.items()
         }
         rounds = [_round(servers, family, args, number) for number in range(1 + args.repeats)][1:]
+        alone = stack.enter_context(Server(zoo, *_alone(args), openai=True, quiet=True))
+        costs = [_cost(servers["one"], alone, family, args, number) for number in range(args.repeats)]
         kills = [_kill(servers["held"], family, args, number) for number in range(args.kills)]
-    results = {"hits": _hits(rounds), "rounds": rounds, "kills": kills}
+    ratio = _spread([each["one"] / each["alone"] for each in costs])
+    results = {
+        "hits": _hits(rounds),
+        "rounds": rounds,
+        "streamed_tokens_per_s": costs,
+        "streams_of_a_server_without_ray": ratio,
+        "kills": kills,
+    }
     _print(results)
     print("wrote", save_report("replicas", args, machine, results))
     return 0
 
 
 def _options(args: argparse.Namespace, replicas: int, routing: str) -> list[str]:
+    options = _alone(args, replicas)
+    return [*options, f"--replicas={replicas}", f"--routing={routing}"]
+
+
+def _alone(args: argparse.Namespace, replicas: int = 1) -> list[str]:
     options = {
-        "replicas": replicas,
-        "routing": routing,
         "kv-cache-gb": args.kv_gb / replicas,
         "threads": args.threads or 1,
-        "max-num-seqs": 8,
+        "max-num-seqs": _SEQS,
     }
     options |= {} if args.precision is None else {"precision": args.precision}
     return [f"--{name}={value}" for name, value in options.items()]
@@ -154,6 +169,29 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+# ---- what Ray costs
+
+
+def _cost(
+    one: Server, alone: Server, family: Family, args: argparse.Namespace, number: int
+) -> dict[str, float]:
+    """Tokens a second that as many streams get as run at once."""
+    rng = random.Random(2000 + number)
+    requests = [
+        {"model": rng.choice(family.tenants), "prompt": _words(rng, 32), "max_tokens": 200}
+        for _ in range(2 * _SEQS)
+    ]
+    sides = [("one", one), ("alone", alone)]
+    found = {}
+    for name, server in sides[:: 1 if number % 2 else -1]:
+        began = time.monotonic()
+        with ThreadPoolExecutor(_SEQS) as pool:
+            ends = list(pool.map(partial(_stream, server), requests))
+        assert set(ends) == {"whole"}, ends
+        found[name] = 200 * len(requests) / (time.monotonic() - began)
+    return found
+
+
 # ---- what a killed replica loses
 
 
@@ -161,12 +199,11 @@ def _kill(server: Server, family: Family, args: argparse.Namespace, number: int)
     """Kill a replica while streams run and others wait; what came of them."""
     rng = random.Random(1000 + number)
     requests = [
-        {"model": rng.choice(family.tenants), "prompt": _words(rng, 64), "stream": True, "max_tokens": 100}
-        for _ in range(48)
+        {"model": rng.choice(family.tenants), "prompt": _words(rng, 64), "max_tokens": 100} for _ in range(48)
     ]
     victim = _replicas(server.pid)[0]
     with ThreadPoolExecutor(len(requests)) as pool:
-        running = [pool.submit(_stream, server, {**each, "ignore_eos": True}) for each in requests]
+        running = [pool.submit(_stream, server, each) for each in requests]
         while _metrics(server)["generated_tokens_total"] < 1 or _metrics(server)["requests_running"] < 8:
             time.sleep(0.05)
         time.sleep(1.0)
@@ -182,7 +219,7 @@ def _stream(server: Server, body: dict[str, Any]) -> str:
     """What came of a stream, in a word."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.openai}/v1/completions",
-        json.dumps(body).encode(),
+        json.dumps({**body, "stream": True, "ignore_eos": True}).encode(),
         {"Content-Type": "application/json"},
     )
     try:
@@ -237,6 +274,7 @@ def _print(results: dict[str, Any]) -> None:
     ]
     columns = ("requests go to", "hit rate", "of one replica's", "requests/s of one replica's")
     print_table("documents found in the cache; median (range)", columns, rows)
+    print("streams, of those of a server without Ray:", results["streams_of_a_server_without_ray"])
     for each in results["kills"]:
         print(json.dumps(each))
 

@@ -26,7 +26,7 @@ START_S = 300.0  # Ray's processes, on a machine that has other work
 class ServedReplicas:
     """A zoo-serve process with replicas, and clients for it."""
 
-    def __init__(self, zoo: Path, *options: str) -> None:
+    def __init__(self, zoo: Path, *options: str, key: str = "none", **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         command = [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo)]
@@ -35,7 +35,9 @@ class ServedReplicas:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **environment},
         )
+        self.key = key
         self.out: list[str] = []
         self.err: list[str] = []
         self._readers = [
@@ -44,9 +46,11 @@ class ServedReplicas:
         ]
         for reader in self._readers:
             reader.start()
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120
-        )
+        self.client = self.client_of(key)
+
+    def client_of(self, key: str) -> openai.OpenAI:
+        url = f"http://127.0.0.1:{self.port}/v1"
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
 
     def wait_until_serving(self) -> None:
         self.wait_for(lambda: any("curl" in line for line in self.out), START_S)
@@ -63,7 +67,8 @@ class ServedReplicas:
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            headers = {} if body is None else {"content-type": "application/json"}
+            headers = {"authorization": f"Bearer {self.key}"}
+            headers |= {} if body is None else {"content-type": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             return response.status, response.read().decode()
@@ -146,8 +151,8 @@ def serve_replicas() -> Iterator[Callable[..., ServedReplicas]]:
     pytest.importorskip("ray", reason="the extra cluster is not installed")
     started: list[ServedReplicas] = []
 
-    def start(zoo: Path, *options: str) -> ServedReplicas:
-        served = ServedReplicas(zoo, *options)
+    def start(zoo: Path, *options: str, **more: str) -> ServedReplicas:
+        served = ServedReplicas(zoo, *options, **more)
         started.append(served)
         served.wait_until_serving()
         return served

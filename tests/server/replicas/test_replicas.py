@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -20,8 +21,14 @@ PROMPT = "The parties agree that the quick brown fox jumps over the lazy dog, an
 
 
 @pytest.fixture(scope="module")
-def served(serve_replicas, demo_zoo):
-    return serve_replicas(demo_zoo, "--replicas=2", "--threads=1")
+def served(serve_replicas, demo_zoo, tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    lines = (
+        f"{name} {hashlib.sha256(name.encode()).hexdigest()} {settings}\n"
+        for name, settings in (("alice", "weight=2"), ("bob", "models=base requests=1"))
+    )
+    keys.write_text("".join(lines))
+    return serve_replicas(demo_zoo, "--replicas=2", "--threads=1", f"--api-keys={keys}", key="alice")
 
 
 def test_answers_are_those_of_the_runtime(served, demo_zoo) -> None:
@@ -74,6 +81,18 @@ def test_what_is_refused_has_its_status(served) -> None:
     with pytest.raises(openai.BadRequestError, match="shorten it") as refused:
         served.complete("base", [5] * 100_000)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_keys_are_those_of_a_single_server(served) -> None:
+    with served.client_of("nobody") as stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    with served.client_of("bob") as bob:
+        assert [model.id for model in bob.models.list()] == ["base"]
+        first = bob.completions.create(model="base", prompt="Whose is it? " + PROMPT, max_tokens=1)
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+    for cached in (False, True):  # what bob's prompt left is not for alice
+        usage = served.complete("base", "Whose is it? " + PROMPT, 1).usage
+        assert (usage.prompt_tokens_details.cached_tokens > 0) == cached
 
 
 def test_health_models_and_page(served) -> None:
