@@ -14,7 +14,7 @@ from blockzoo.runtime.serve.metrics import E2E_BOUNDS, INTER_TOKEN_BOUNDS, TTFT_
 if TYPE_CHECKING:
     from blockzoo.runtime import Metrics
 
-_GAUGES = {
+GAUGES = {
     "requests_running": "Requests that hold pages now",
     "requests_waiting": "Requests that wait for pages",
     "pages_total": "Pages of the KV pools",
@@ -28,7 +28,7 @@ _GAUGES = {
     "mean_batch_per_block": "Mean rows of an engine call",
     "engine_calls_per_step": "Mean engine calls of a step",
 }
-_COUNTERS = {
+COUNTERS = {
     "requests_arrived_total": "Requests queued",
     "prompt_tokens_total": "Prompt tokens of ended requests",
     "cached_tokens_total": "Those of them that the prefix cache spared",
@@ -46,20 +46,20 @@ _COUNTERS = {
     "steps_total": "Engine steps",
     "engine_calls_total": "Engine calls",
 }
-_LABELLED = {  # field -> (metric, label, description)
+LABELLED = {  # field -> (metric, label, description)
     "requests_total": ("requests_total", "finish_reason", "Requests ended"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
     "model_requests_refused_total": ("model_requests_refused_total", "model", "Requests refused: too many"),
 }
-_BY_DRAFTER = {  # field -> description; labels are the model and the drafter
+BY_DRAFTER = {  # field -> description; labels are the model and the drafter
     "drafted_tokens_total": "Tokens guessed ahead that ran, by model and drafter",
     "accepted_tokens_total": "Those of them that came true",
 }
-_LABELLED_GAUGES = {
+LABELLED_GAUGES = {
     "model_requests_running": ("model_requests_running", "model", "Requests that hold pages now, by model"),
     "model_requests_waiting": ("model_requests_waiting", "model", "Requests that wait, by model"),
 }
-_WAIT_P99 = "wait_p99_seconds"
+WAIT_P99 = "wait_p99_seconds"
 
 
 class MetricsExporter:
@@ -75,21 +75,21 @@ class MetricsExporter:
         self._families: list[Any] = []  # a metric lives as long as its family
         self._values: dict[tuple[str, str, str], float] = {}
         self._metrics: dict[tuple[str, str, str], Any] = {}
-        for name, description in _GAUGES.items():
+        for name, description in GAUGES.items():
             self._metrics[name, "", ""] = self._family(name, description, kinds.GAUGE).Metric(labels={})
-        for name, description in _COUNTERS.items():
+        for name, description in COUNTERS.items():
             self._metrics[name, "", ""] = self._family(name, description, kinds.COUNTER).Metric(labels={})
         self._labelled = {
             field: self._family(name, description, kind)
-            for fields, kind in ((_LABELLED, kinds.COUNTER), (_LABELLED_GAUGES, kinds.GAUGE))
+            for fields, kind in ((LABELLED, kinds.COUNTER), (LABELLED_GAUGES, kinds.GAUGE))
             for field, (name, _, description) in fields.items()
         }
         self._labelled |= {
             field: self._family(field, description, kinds.COUNTER)
-            for field, description in _BY_DRAFTER.items()
+            for field, description in BY_DRAFTER.items()
         }
-        self._labelled[_WAIT_P99] = self._family(
-            _WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
+        self._labelled[WAIT_P99] = self._family(
+            WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
         )
         self._ttft = self._histogram("ttft_seconds", "From arrival to the first token", TTFT_BOUNDS)
         self._gap = self._histogram(
@@ -107,20 +107,20 @@ class MetricsExporter:
 
     def export(self, metrics: Metrics) -> None:
         """Bring gauges and counters up to date; only what has changed costs a round trip."""
-        for name in _GAUGES:
+        for name in GAUGES:
             self._update(name, "", getattr(metrics, name), counter=False)
-        for name in _COUNTERS:
+        for name in COUNTERS:
             self._update(name, "", getattr(metrics, name), counter=True)
-        for field in _LABELLED | _LABELLED_GAUGES:
+        for field in LABELLED | LABELLED_GAUGES:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
-                self._update(field, label, value, counter=field in _LABELLED)
-        for field in _BY_DRAFTER:
+                self._update(field, label, value, counter=field in LABELLED)
+        for field in BY_DRAFTER:
             drafted: Mapping[tuple[str, str], int] = getattr(metrics, field)
             for (model, drafter), value in drafted.items():
                 self._update(field, model, value, counter=True, drafter=drafter)
         for label, waits in metrics.wait_seconds.items():
-            self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
+            self._update(WAIT_P99, label, waits.quantile(0.99), counter=False)
 
     def _update(self, name: str, label: str, value: float, counter: bool, drafter: str = "") -> None:
         key = (name, label, drafter)
@@ -128,7 +128,7 @@ class MetricsExporter:
         if value == seen:
             return
         if key not in self._metrics:
-            labelled = _LABELLED | _LABELLED_GAUGES
+            labelled = LABELLED | LABELLED_GAUGES
             label_name = labelled[name][1] if name in labelled else "cached_percent"
             labels = {"model": label, "drafter": drafter} if drafter else {label_name: label}
             self._metrics[key] = self._labelled[name].Metric(labels=labels)

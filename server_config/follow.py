@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blockzoo.server_config.repository import ServerSettings, check_name, update_repository
 from blockzoo.server_config.watchdog import UnhealthyError
@@ -22,6 +22,7 @@ from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.store import Zoo, manifest_stamp
 
 _PATIENCE_S = 1.0  # the server is looked after meanwhile
+T = TypeVar("T")
 _RETRY_S = 30.0  # models for which there is no memory are tried again
 
 
@@ -97,7 +98,7 @@ class Follower:
             retries = bool(self._waiting) and time.monotonic() >= self._retry_at
             if seen is None or (seen == self._seen and not retries):
                 return None
-            self._asked = seen, _in_thread(self._reload)
+            self._asked = seen, in_thread(self._reload)
         seen, asked = self._asked
         if not wait([asked], _PATIENCE_S).done:
             return None
@@ -133,8 +134,9 @@ class Follower:
         self.tenants, self._inputs, self.left_out = tenants, inputs, problems | broken
 
 
-def _in_thread(work: Callable[[], Mapping[str, Any]]) -> Future[Mapping[str, Any]]:
-    done: Future[Mapping[str, Any]] = Future()
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Do something that may take long in a thread that nobody waits for at the end."""
+    done: Future[T] = Future()
 
     def run() -> None:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from blockzoo.server_config.replicas.arguments import add_replica_arguments
 from blockzoo.zoo.console import command
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how answers of the OpenAI endpoint are chosen where a request does not say: as the model's "
         "generation_config.json has it (auto, the default), or by OpenAI's defaults alone (none)",
     )
+    add_replica_arguments(parser)
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
@@ -198,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     from blockzoo.zoo.errors import ZooError
 
     try:
+        if args.replicas is not None:
+            return _serve_replicas(args)
         return _write_only(args) if args.write_only else _serve(args)
     except (ZooError, RequestError) as error:
         print(f"zoo-serve: {error}", file=sys.stderr)
@@ -338,6 +343,36 @@ def _serve(args: argparse.Namespace) -> int:
                 openai.stop()
 
 
+def _serve_replicas(args: argparse.Namespace) -> int:
+    from blockzoo.runtime.api.errors import InvalidRequestError
+    from blockzoo.server_config.environment import free_ports
+    from blockzoo.server_config.replicas.command import serve
+
+    if args.write_only or not args.openai_port:
+        raise InvalidRequestError(
+            "--replicas serves the OpenAI endpoint alone: it needs that, and no --write-only"
+        )
+    _check_keys(args)
+    free_ports(_openai_host(args), {"--openai-port": args.openai_port})
+    with TemporaryDirectory(prefix="blockzoo-serve-") as temporary:
+
+        def make_front(options: Mapping[str, object]) -> OpenAIProcess:
+            return _front(args, Path(temporary), "", options)
+
+        def on_ready(models: tuple[str, ...]) -> None:
+            url = f"http://{_openai_host(args)}:{args.openai_port}"
+            print(
+                f"serving {len(models)} models of {args.zoo}: {', '.join(models)}\n"
+                f"  page     {url}/\n  OpenAI   {url}/v1\n  metrics  {url}/metrics\ntry\n"
+                f"  curl -s {url}/v1/completions -H 'Content-Type: application/json' "
+                f'-d \'{{"model": "{models[0]}", "prompt": "Hello", "max_tokens": 16}}\'',
+                flush=True,
+            )
+            _check_weights(args, models)
+
+        return serve(args, _engine_settings(args), _publish(args), make_front, on_ready)
+
+
 def _openai_host(args: argparse.Namespace) -> str:
     """Where the OpenAI endpoint listens: without keys on this machine alone, unless it is asked for."""
     from blockzoo.server_config.environment import is_loopback
@@ -361,14 +396,20 @@ def _openai_process(
 ) -> OpenAIProcess | None:
     if not args.openai_port:
         return None
+    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
+    return _front(args, folder, secret, {"grpc": endpoints.grpc, "metrics": metrics})
+
+
+def _front(
+    args: argparse.Namespace, folder: Path, secret: str, engine: Mapping[str, object]
+) -> OpenAIProcess:
+    """The endpoint's process; `engine`: options that say where that is."""
     from blockzoo.server_config.openai.process import OpenAIProcess
     from blockzoo.server_config.supervisor import say
 
-    metrics = f"http://{endpoints.client_host}:{endpoints.metrics_port}/metrics"
     options = {
+        **engine,
         "zoo": Path(args.zoo).resolve(),
-        "grpc": endpoints.grpc,
-        "metrics": metrics,
         "host": _openai_host(args),
         "port": args.openai_port,
         "generation-config": args.generation_config,

@@ -56,6 +56,10 @@ class AdapterCache:
         self._held: dict[str, Pairs] = {}  # for who takes them next
         self.num_bytes = self.num_loads = self.num_reloads = self.num_evictions = 0
 
+    def has(self, adapter_id: str) -> bool:
+        """Whether an adapter is kept ready; from any thread."""
+        return adapter_id in self._loaded
+
     def get(self, adapter_id: str) -> Pairs:
         """The adapter's matrices. Raises StoreError when its file is damaged."""
         held = self._held.pop(adapter_id, None)

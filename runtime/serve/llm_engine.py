@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.engines.choose import make_engines
 from blockzoo.runtime.api.errors import (
     InvalidRequestError,
@@ -149,6 +150,28 @@ class LLMEngine:
     def max_prompt_bytes(self) -> dict[str, int]:
         """Bytes of text, by model name, beyond which a prompt with its documents is refused unread."""
         return {n: max_prompt_bytes(m.tokenizer, m.max_len - 1) for n, m in self._zoo.models.items()}
+
+    @property
+    def warm_models(self) -> tuple[str, ...]:
+        """Those of `models` all of whose adapters are in memory; models without any are."""
+        zoo = self._zoo
+        warm = (
+            name
+            for name, model in zoo.models.items()
+            if all(zoo.adapters.has(adapter_id) for _, adapter_id in model.chain.adapters)
+        )
+        return tuple(sorted(warm))
+
+    @property
+    def kv_tokens(self) -> int:
+        """About how many tokens' KV the pools hold, all layers of each."""
+        zoo = self._zoo
+        layers = {chain.family: chain.num_layers for chain in zoo.topology.chains}
+        return sum(
+            PAGE_TOKENS * cache.pool.num_pages // layers[family]
+            for family, cache in zoo.caches.items()
+            if family in layers
+        )
 
     @property
     def engine_facts(self) -> dict[str, object]:

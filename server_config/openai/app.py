@@ -20,7 +20,7 @@ from blockzoo.runtime.api.errors import InvalidRequestError, OverloadedError, Re
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.server_config.openai.answers import Answer, ChatAnswer, TextAnswer
 from blockzoo.server_config.openai.catalog import Catalog, ServedModel, TokenTexts
-from blockzoo.server_config.openai.engine import Delta, EngineClient, EngineRequest
+from blockzoo.server_config.openai.engine import Delta, Engine, EngineRequest
 from blockzoo.server_config.openai.errors import ApiError, full, invalid
 from blockzoo.server_config.openai.fields import Fields
 from blockzoo.server_config.openai.generate import deltas
@@ -31,7 +31,7 @@ from blockzoo.server_config.openai.messages import Chat, read_messages
 from blockzoo.server_config.openai.requests import Generation, model_name, read_chat, read_completion
 from blockzoo.server_config.openai.response_answers import ResponseAnswer
 from blockzoo.server_config.openai.responses import read_response
-from blockzoo.server_config.openai.status import Status, read_metrics
+from blockzoo.server_config.openai.status import Status
 from blockzoo.server_config.openai.tools import PROMPT_OF_CALL, CallParser, Format, Tools, no_tools
 from blockzoo.server_config.schema import MAX_TEXT_BYTES
 
@@ -46,24 +46,19 @@ class OpenAIApp:
 
     Args:
         zoo: path of the zoo that is served.
-        grpc: host:port of tritonserver.
-        metrics: URL of its metrics.
+        connect: gives the engine, in the event loop that serves.
         keys: that requests must come with; None: none is asked for.
-        secret: of the launcher; see `EngineClient`.
         defaults: whether answers are chosen as generation_config.json says where a request does not.
     """
 
     def __init__(
         self,
         zoo: Path,
-        grpc: str,
-        metrics: str,
+        connect: Callable[[], Engine],
         keys: Keyring | None = None,
-        secret: str | None = None,
         defaults: bool = True,
     ) -> None:
-        self._zoo, self._grpc, self._metrics_url, self._defaults = zoo, grpc, metrics, defaults
-        self._secret = secret
+        self._zoo, self._connect, self._defaults = zoo, connect, defaults
         self._keys, self._quotas = keys, Quotas()
         self._streams = 0
 
@@ -99,13 +94,11 @@ class OpenAIApp:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """The client belongs to the loop that serves."""
-        self._engine = EngineClient(self._grpc, self._secret)
+        """The engine belongs to the loop that serves."""
+        self._engine = self._connect()
         self._pool = ThreadPoolExecutor(_THREADS, "blockzoo-openai")
         self._catalog = Catalog(self._zoo, self._engine, self._pool, self._defaults)
-        self._status = Status(
-            self._engine, lambda: self._catalog.run(partial(read_metrics, self._metrics_url))
-        )
+        self._status = Status(self._engine)
         self._page = LivePage(self._zoo.resolve().name, self._catalog, self._status, self._keys is not None)
         yield
         await self._engine.close()

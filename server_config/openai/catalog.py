@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from blockzoo.runtime.text.chat import ChatTemplate
 from blockzoo.runtime.text.tokenizer import Tokenizer
-from blockzoo.server_config.openai.engine import EngineClient
+from blockzoo.server_config.openai.engine import Engine
 from blockzoo.server_config.openai.errors import ApiError, invalid, unknown_model
 from blockzoo.server_config.openai.tools import Format, format_of
 from blockzoo.zoo.chat_files import templates
@@ -74,9 +74,7 @@ class Catalog:
         defaults: whether answers are chosen as generation_config.json says where a request does not.
     """
 
-    def __init__(
-        self, zoo: Path, engine: EngineClient, pool: ThreadPoolExecutor, defaults: bool = True
-    ) -> None:
+    def __init__(self, zoo: Path, engine: Engine, pool: ThreadPoolExecutor, defaults: bool = True) -> None:
         self._zoo, self._engine, self._pool, self._defaults = zoo, engine, pool, defaults
         self._models: dict[str, ServedModel] = {}
         self._records: dict[str, ServedModel] = {}

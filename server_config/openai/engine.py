@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tritonclient.grpc.aio as triton
@@ -73,16 +74,36 @@ class Delta:
     prompt: PromptTokens | None = None
 
 
+class Engine(Protocol):
+    """What generates the answers. Belongs to one event loop."""
+
+    async def close(self) -> None:
+        """Cancel everything under way."""
+
+    async def ready(self, names: Iterable[str]) -> list[str]:
+        """Those of the models that it serves now. Raises ApiError."""
+
+    async def check(self) -> None:
+        """Raises ApiError where it does not serve."""
+
+    async def metrics(self) -> bytes:
+        """Its figures as Prometheus reads them. Raises ApiError."""
+
+    def generate(self, request: EngineRequest, request_id: str) -> AsyncGenerator[Delta, None]:
+        """Deltas until the one with a `finish_reason`. Raises ApiError."""
+
+
 class EngineClient:
-    """Talks to one tritonserver. Belongs to one event loop.
+    """The engine model of one tritonserver. Belongs to one event loop.
 
     Args:
         target: host:port of its gRPC endpoint.
+        metrics: URL of its metrics.
         secret: of the launcher, by which the engine model believes whose requests these are.
     """
 
-    def __init__(self, target: str, secret: str | None = None) -> None:
-        self._streams, self._secret = EngineStreams(target), secret
+    def __init__(self, target: str, metrics: str, secret: str | None = None) -> None:
+        self._streams, self._metrics, self._secret = EngineStreams(target), metrics, secret
         self._looking = asyncio.Semaphore(16)
 
     async def close(self) -> None:
@@ -107,6 +128,10 @@ class EngineClient:
         async with aclosing(self._infer([_tensor("health", "BOOL", [True])], timeout_s=5.0)) as results:
             async for _ in results:
                 pass
+
+    async def metrics(self) -> bytes:
+        """The engine's own metrics out of tritonserver's. Raises ApiError."""
+        return await asyncio.to_thread(_read_metrics, self._metrics)
 
     async def generate(self, request: EngineRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         """Deltas until the one with a `finish_reason`. Raises ApiError."""
@@ -136,6 +161,16 @@ class EngineClient:
                     yield result
         except EngineError as error:
             raise of_engine(error.status, str(error)) from None
+
+
+def _read_metrics(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            lines = response.read().decode().splitlines(keepends=True)
+    except OSError as error:
+        raise ApiError(503, f"The metrics cannot be read now: {error}", retry_after=2) from None
+    ours = ("blockzoo_", "# HELP blockzoo_", "# TYPE blockzoo_")
+    return "".join(line for line in lines if line.startswith(ours)).encode()
 
 
 def _inputs(request: EngineRequest) -> list[Any]:

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from blockzoo.server_config.openai.engine import Delta, EngineClient, EngineRequest
+from blockzoo.server_config.openai.engine import Delta, Engine, EngineRequest
 
 _AHEAD = 4  # deltas per answer that may wait for their client; further ones stay with the engine
 
 
 async def deltas(
-    engine: EngineClient, requests: Sequence[EngineRequest], request_id: str
+    engine: Engine, requests: Sequence[EngineRequest], request_id: str
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """Deltas with the index of their request, as they come; ended, or failed, all at once.
 

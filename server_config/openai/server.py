@@ -8,6 +8,8 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blockzoo.server_config.control import SECRET_VARIABLE
 from blockzoo.server_config.openai.app import OpenAIApp
+from blockzoo.server_config.openai.engine import Engine, EngineClient
 from blockzoo.server_config.openai.keys import Keyring
 
 MAX_CONNECTIONS = 2048
@@ -96,12 +99,24 @@ def _say(message: str) -> None:
     print(f"zoo-serve: {message}", file=sys.stderr, flush=True)
 
 
+def _engine(args: argparse.Namespace) -> Callable[[], Engine]:
+    """What connects to the engine."""
+    if args.replicas is None:
+        return partial(EngineClient, args.grpc, args.metrics, os.environ.get(SECRET_VARIABLE))
+    from blockzoo.server_config.replicas.client import ReplicaClient, join
+
+    join(args.ray_address)
+    return partial(ReplicaClient, args.replicas)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal comes; the exit status."""
     parser = argparse.ArgumentParser(prog="blockzoo.server_config.openai.server")
     parser.add_argument("--zoo", type=Path, required=True)
-    parser.add_argument("--grpc", required=True, help="host:port of tritonserver")
-    parser.add_argument("--metrics", required=True, help="URL of its metrics")
+    parser.add_argument("--grpc", help="host:port of tritonserver")
+    parser.add_argument("--metrics", help="URL of its metrics")
+    parser.add_argument("--replicas", help="instead: name of the Ray Serve application of replicas")
+    parser.add_argument("--ray-address", help="of the Ray that runs it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-keys", type=Path, help="file of keys that requests must come with")
@@ -113,14 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{SECRET_VARIABLE} is not set: the engine would not believe whose requests these are")
     keys = None if args.api_keys is None else Keyring(args.api_keys, _say)
     config = uvicorn.Config(
-        OpenAIApp(
-            args.zoo,
-            args.grpc,
-            args.metrics,
-            keys,
-            os.environ.get(SECRET_VARIABLE),
-            defaults=args.generation_config == "auto",
-        ).application(),
+        OpenAIApp(args.zoo, _engine(args), keys, defaults=args.generation_config == "auto").application(),
         host=args.host,
         port=args.port,
         loop="asyncio",

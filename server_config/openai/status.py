@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from blockzoo.server_config.openai.engine import EngineClient
+from blockzoo.server_config.openai.engine import Engine
 from blockzoo.server_config.openai.errors import ApiError
 
 _CHECK_S = 1.0  # how old what is told of health and metrics may be
@@ -16,14 +15,10 @@ T = TypeVar("T")
 
 
 class Status:
-    """Of one event loop.
+    """Of one event loop."""
 
-    Args:
-        read: gives the metrics.
-    """
-
-    def __init__(self, engine: EngineClient, read: Callable[[], Awaitable[bytes]]) -> None:
-        self._health, self._metrics = Recent(engine.check), Recent(read)
+    def __init__(self, engine: Engine) -> None:
+        self._health, self._metrics = Recent(engine.check), Recent(engine.metrics)
 
     async def check(self) -> None:
         """Raises ApiError where the engine does not serve."""
@@ -37,17 +32,6 @@ class Status:
     def metrics_read(self) -> float:
         """When they were read last, by the monotonic clock in seconds."""
         return self._metrics.when
-
-
-def read_metrics(url: str) -> bytes:
-    """The engine's own metrics out of tritonserver's at `url`. Raises ApiError."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            lines = response.read().decode().splitlines(keepends=True)
-    except OSError as error:
-        raise ApiError(503, f"The metrics cannot be read now: {error}", retry_after=2) from None
-    ours = ("blockzoo_", "# HELP blockzoo_", "# TYPE blockzoo_")
-    return "".join(line for line in lines if line.startswith(ours)).encode()
 
 
 class Recent(Generic[T]):
