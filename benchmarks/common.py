@@ -152,7 +152,7 @@ def _version(package: str) -> str | None:
 def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any) -> Path:
     """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json`; those of other
     shapes there stay."""
-    if getattr(args, "weights", None) in ("int8", "int4"):
+    if getattr(args, "weights", None) in ("int8", "int4", "auto"):
         name = f"{name}_{args.weights}"
     path: Path = args.out / f"{name}.json"
     report: dict[str, Any] = (
