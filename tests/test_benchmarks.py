@@ -212,6 +212,30 @@ def test_the_peer_computes_the_same_model(
     np.testing.assert_allclose(logprobs, expected[np.arange(len(tokens)), tokens], atol=within)
 
 
+@pytest.mark.skipif(
+    not (ROOT / "out/llama").exists(), reason="no llama.cpp: python -m benchmarks.peers.llama out/llama"
+)
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
+def test_llama_computes_the_same_model(shape: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.families import make_family
+    from benchmarks.peers.llama import LlamaSide, gguf_file
+    from benchmarks.sides import Settings
+
+    family = make_family(workdir, shape, 1, own_layers=1)
+    settings = Settings("f32", 1, max_seqs=1, context=64, max_tokens=64, longest_prompt=64)
+    prompt = np.random.default_rng(3).integers(2, family.shape.vocab_size, 50).tolist()
+    side = LlamaSide(ROOT / "out/llama", gguf_file(family, "tenant-0", None), settings)
+    tokens = side.generate(prompt, 6)
+    side.close()
+    zoo = family.zoo()
+    record = zoo.manifest.models["tenant-0"]
+    blocks = [zoo.read_block(block_id) for block_id in record.chain]
+    chain = ProbeChain(OpenVINOEngines("f32"), blocks, record.config, 80)
+    logits = chain.forward([*prompt, *tokens[:-1]], 0)[len(prompt) - 1 :]
+    assert tokens == logits.argmax(1).tolist()
+
+
 @pytest.mark.slow
 def test_kv_reuse(workdir: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "--threads", "1", "--samples", "2"]

@@ -144,6 +144,11 @@ class LlamaSide:
         self._tell("step")
         self._wait()
 
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """Greedy tokens behind a prompt of at most the settings' max_tokens."""
+        self._tell(f"generate {num_tokens} {' '.join(map(str, prompt))}")
+        return [int(token) for token in self._said().split()]
+
     def close(self) -> None:
         """See Side."""
         self._process.communicate(timeout=60)
@@ -153,9 +158,12 @@ class LlamaSide:
         print(line, file=self._process.stdin, flush=True)
 
     def _wait(self, expected: str = "done") -> None:
-        assert self._process.stdout is not None
-        if (said := self._process.stdout.readline().strip()) != expected:
+        if (said := self._said()) != expected:
             raise RuntimeError(f"llama.cpp's process says {said!r} where {expected!r} is expected")
+
+    def _said(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
 
 def decode_at_once(sides: Sequence[LlamaSide], num_tokens: int) -> None:

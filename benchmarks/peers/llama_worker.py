@@ -3,7 +3,8 @@
     python llama_worker.py MODEL.gguf THREADS SEQUENCES TOKENS_PER_SEQUENCE CONTEXT CHUNK
 
 Answers "ready", then "done" to every line: `prefill N` (a new prompt up to its first token), `start N` (the
-first N sequences back at CONTEXT + 1 tokens), `step` (one more token for each), `decode N` (N such steps).
+first N sequences back at CONTEXT + 1 tokens), `step` (one more token for each), `decode N` (N such steps of
+one sequence). `generate N TOKEN...` is answered by the N likeliest tokens behind a prompt.
 """
 
 from __future__ import annotations
@@ -69,6 +70,15 @@ class Worker:
         for _ in range(num_steps - 1):
             self.step()
 
+    def generate(self, num_tokens: int, *prompt: int) -> str:
+        """Greedy tokens behind a prompt of at most a chunk."""
+        seq, count = self._prompts_at, len(prompt)
+        llama.llama_memory_seq_rm(self._memory, seq, 0, -1)
+        tokens = self._run(prompt, range(count), [seq] * count, [count - 1])
+        for position in range(count, count + num_tokens - 1):
+            tokens += self._run(tokens[-1:], [position], [seq], [0])
+        return " ".join(map(str, tokens))
+
     def _prompt(self, seq: int, num_tokens: int) -> None:
         llama.llama_memory_seq_rm(self._memory, seq, 0, -1)
         tokens = self._rng.integers(2, self._vocab, num_tokens).tolist()
@@ -97,8 +107,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         command, *arguments = line.split()
-        getattr(worker, command)(*map(int, arguments))
-        print("done", flush=True)
+        print(getattr(worker, command)(*map(int, arguments)) or "done", flush=True)
 
 
 if __name__ == "__main__":
