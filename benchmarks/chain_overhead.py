@@ -1,6 +1,6 @@
-"""What a chain of engines costs against the same model as one graph, and against OpenVINO GenAI.
+"""What a chain of engines costs against the same model as one graph, OpenVINO GenAI and llama.cpp.
 
-    python -m benchmarks.chain_overhead [--shape 110m|0.5b] [--repeats N]
+    python -m benchmarks.chain_overhead [--shape 110m|0.5b] [--weights int8|int4] [--llama FOLDER]
 
 One model, so that nothing is shared: what is left is the price of the chain. The sides:
 
@@ -8,10 +8,12 @@ One model, so that nothing is shared: what is left is the price of the chain. Th
     layers    our executor, one engine per layer: the most that sharing could cut a chain into
     graph     the model as one OpenVINO graph called directly, nothing around it
     engine    our LLMEngine: fused, with scheduler, greedy sampling and text
+    given     with --weights: the engine with weights as they were given
     genai     OpenVINO GenAI continuous batching: with scheduler and greedy sampling
+    llama     llama.cpp with greedy sampling, in a process of its own that is told each step
 
-All hold their own copy of the weights, run in one process and take turns. Decode steps start after 514
-tokens; engine and genai keep the prompts cached, so that each turn starts there again.
+All hold their own copy of the weights, in the same number of bits, and take turns. Decode steps start
+after 514 tokens; engine, genai and llama keep the prompts cached, so that each turn starts there again.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
     Samples,
+    add_bits,
     arguments,
     genai_missing,
     interleave,
@@ -33,13 +37,21 @@ from benchmarks.common import (
     timed,
 )
 from benchmarks.families import Family, make_family
-from benchmarks.sides import EngineSide, ExecutorSide, Settings, Side, WholeGraphSide, decode_turn
+from benchmarks.sides import (
+    EngineSide,
+    ExecutorSide,
+    Settings,
+    Side,
+    WholeGraphSide,
+    decode_turn,
+    served_in,
+)
 from blockzoo.engines.openvino import OpenVINOEngines
 
 BATCHES = (1, 8, 32)
 CONTEXT = 512
 STEPS = 5
-REFERENCES = ("graph", "genai")
+REFERENCES = ("graph", "genai", "given", "llama")
 
 
 def main() -> None:
@@ -48,14 +60,17 @@ def main() -> None:
         "--context", type=int, default=CONTEXT, help=f"before decode steps; also tokens of a step ({CONTEXT})"
     )
     parser.add_argument("--skip", nargs="*", default=[], help="sides to leave out")
+    add_bits(parser)
     args = parser.parse_args()
     machine = machine_facts()
-    missing = genai_missing()
-    if missing and "genai" not in args.skip:
-        print(f"without genai: {missing}")
-        args.skip.append("genai")
+    missing = {"genai": genai_missing(), "llama": _llama_missing(args.llama)}
+    missing["given"] = None if args.weights else "weights are as given"
+    for side, why in missing.items():
+        if why and side not in args.skip:
+            print(f"without {side}: {why}")
+            args.skip.append(side)
     family = make_family(args.workdir, args.shape, 1)
-    settings = Settings(
+    given = Settings(
         precision=OpenVINOEngines(args.precision).precision,
         num_threads=args.threads,
         max_seqs=max(BATCHES),
@@ -63,9 +78,10 @@ def main() -> None:
         max_tokens=args.context,
         longest_prompt=4 * args.context,
     )
+    settings = served_in(given, args.weights)
     results: dict[str, Any] = {"precision": settings.precision}
     results |= _one_step(family, settings, args)
-    results |= _chunks_and_decode(family, settings, args)
+    results |= _chunks_and_decode(family, settings, given, args)
     for case in ("prefill", "decode"):
         _print(case, {name: value for name, value in results.items() if name.startswith(case)})
     print(save_report("chain_overhead", args, machine, results))
@@ -75,12 +91,13 @@ def _one_step(family: Family, settings: Settings, args: argparse.Namespace) -> d
     """A long prompt in one step. One sequence only, so that pools and scratch stay small."""
     length = settings.longest_prompt
     settings = replace(settings, max_seqs=1, max_tokens=length)
-    zoo, model = family.zoo(), family.tenants[0]
+    zoo, model = family.zoo(args.weights), family.tenants[0]
     makers: dict[str, Callable[[], Side]] = {
         "fused": lambda: ExecutorSide(zoo, [model], settings),
         "layers": lambda: ExecutorSide(zoo, [model], settings, max_span_layers=1),
         "graph": lambda: WholeGraphSide(zoo, model, settings),
-        "genai": lambda: _genai(family, settings),
+        "genai": lambda: _genai(family, settings, args),
+        "llama": lambda: _llama(family, settings, args),
     }
     sides = {name: make() for name, make in makers.items() if name not in args.skip}
     turns = {name: partial(timed, partial(side.prefill, length), 1) for name, side in sides.items()}
@@ -90,14 +107,18 @@ def _one_step(family: Family, settings: Settings, args: argparse.Namespace) -> d
     return {f"prefill {length}, one step": _case(samples)}
 
 
-def _chunks_and_decode(family: Family, settings: Settings, args: argparse.Namespace) -> dict[str, Any]:
-    zoo, model = family.zoo(), family.tenants[0]
+def _chunks_and_decode(
+    family: Family, settings: Settings, given: Settings, args: argparse.Namespace
+) -> dict[str, Any]:
+    zoo, model = family.zoo(args.weights), family.tenants[0]
     makers: dict[str, Callable[[], Side]] = {
         "fused": lambda: ExecutorSide(zoo, [model], settings),
         "layers": lambda: ExecutorSide(zoo, [model], settings, max_span_layers=1),
         "graph": lambda: WholeGraphSide(zoo, model, settings),
         "engine": lambda: EngineSide(zoo, [model], settings),
-        "genai": lambda: _genai(family, settings),
+        "given": lambda: EngineSide(family.zoo(), [model], given),
+        "genai": lambda: _genai(family, settings, args),
+        "llama": lambda: _llama(family, settings, args),
     }
     sides = {name: make() for name, make in makers.items() if name not in args.skip}
     results: dict[str, Any] = {}
@@ -115,10 +136,24 @@ def _chunks_and_decode(family: Family, settings: Settings, args: argparse.Namesp
     return results
 
 
-def _genai(family: Family, settings: Settings) -> Side:
+def _genai(family: Family, settings: Settings, args: argparse.Namespace) -> Side:
     from benchmarks.peers.genai import GenAISide, ir_folder
 
-    return GenAISide(ir_folder(family, family.tenants[0]), settings)
+    return GenAISide(ir_folder(family, family.tenants[0], args.weights), settings)
+
+
+def _llama(family: Family, settings: Settings, args: argparse.Namespace) -> Side:
+    from benchmarks.peers.llama import LlamaSide, gguf_file
+
+    return LlamaSide(args.llama, gguf_file(family, family.tenants[0], args.weights), settings)
+
+
+def _llama_missing(environment: Path | None) -> str | None:
+    if environment is None:
+        return "--llama names no environment"
+    from benchmarks.peers.llama import missing
+
+    return missing(environment)
 
 
 def _case(samples: Mapping[str, Samples]) -> dict[str, Any]:
@@ -137,7 +172,7 @@ def _print(title: str, results: Mapping[str, Any]) -> None:
             rows.append(
                 (f"{case}: {side}", numbers["median_ms"], numbers["p10_ms"], numbers["p90_ms"], *ratios)
             )
-    print_table(title, ("", "median ms", "p10", "p90", "to graph", "to genai"), rows)
+    print_table(title, ("", "median ms", "p10", "p90", *(f"to {other}" for other in REFERENCES)), rows)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,14 @@ def arguments(description: str, *, shape: str, repeats: int) -> argparse.Argumen
     return parser
 
 
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """The arguments of benchmarks that compare in any number of bits, and with llama.cpp."""
+    parser.add_argument("--weights", choices=("int8", "int4"), help="of all sides; default: as given, bf16")
+    parser.add_argument(
+        "--llama", type=Path, help="environment with llama.cpp (python -m benchmarks.peers.llama FOLDER)"
+    )
+
+
 def genai_missing() -> str | None:
     """Why the sides of OpenVINO GenAI cannot run here, or None."""
     for package in ("openvino-genai", "openvino-tokenizers", "transformers"):
@@ -142,14 +150,17 @@ def _version(package: str) -> str | None:
 
 
 def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any) -> Path:
-    """Put the results of a shape into `<out>/<name>.json`; those of other shapes there stay."""
+    """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json`; those of other
+    shapes there stay."""
+    if getattr(args, "weights", None) in ("int8", "int4", "auto"):
+        name = f"{name}_{args.weights}"
     path: Path = args.out / f"{name}.json"
     report: dict[str, Any] = (
         json.loads(path.read_text()) if path.exists() else {"benchmark": name, "shapes": {}}
     )
     report["shapes"][args.shape] = {
         "machine": machine,
-        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "workdir")},
+        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "workdir", "llama")},
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

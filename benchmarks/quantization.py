@@ -20,12 +20,12 @@ from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.smollm2 import NotAvailableError, smollm2
 from blockzoo.build.likeness import divergence, log_probabilities, perplexity
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.report import model_bytes
 from blockzoo.engines.base import EngineError, EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.summary import model_bytes
 
 ASKED = (
     *("What is the capital of France?", "Write a haiku about the sea.", "Explain gravity to a child."),

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from benchmarks.common import timed
+from blockzoo.build.quantized_models import Weights
 from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
+from blockzoo.engines.openvino.engine import prefers_int8
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.exec.executor import Executor, Rows
@@ -84,6 +86,13 @@ class Settings:
             max_span_layers=max_span_layers,
             speculate="off",  # random weights repeat themselves
         )
+
+
+def served_in(settings: Settings, weights: Weights | None) -> Settings:
+    """As a zoo with these weights is served by default on this machine."""
+    if weights is None or not prefers_int8():
+        return settings
+    return replace(settings, precision="f32", int8_activations=True)
 
 
 class Side(Protocol):

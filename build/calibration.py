@@ -6,6 +6,7 @@ like that which a model is used for: so the model writes it itself, by sampling 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,35 +21,82 @@ NUM_TEXTS, NUM_TOKENS = 64, 256
 _FEWEST_TEXTS = 8
 _MAX_KV_BYTES = 1 << 30
 
-Grams = dict[str, np.ndarray]
-"""HF name of a matrix -> float32 [in, in], X^T X / rows of the rows X that it is multiplied with."""
+
+class Met:
+    """What the matrices of one block are multiplied with, over a text.
+
+    Args:
+        oracle: of the model.
+        run: gives the block's output by an oracle.
+    """
+
+    def __init__(self, oracle: Oracle, run: Callable[[Oracle], list[np.ndarray]]) -> None:
+        self._oracle, self._run = oracle, run
+        self._rows, self.out = self._listened(oracle.weight)
+        self._last: tuple[np.ndarray, np.ndarray] | None = None
+
+    def gram(self, name: str) -> np.ndarray:
+        """float32 [in, in], X^T X / rows of the rows X that the matrix of this HF name met."""
+        rows = self._rows[name]
+        if self._last is None or self._last[0] is not rows:  # q, k and v have them in common
+            self._last = rows, _product(rows, rows)
+        return self._last[1]
+
+    def after(self, changes: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What a matrix meets instead when others of the block have changed.
+
+        Args:
+            changes: HF name -> what is added to the matrix, float32.
+            name: of the matrix.
+
+        Returns:
+            float32 [in, in] both: Y^T Y / rows of the rows Y that it meets then, and (X - Y)^T Y / rows.
+        """
+
+        def changed(of: str) -> np.ndarray | None:
+            weight = self._oracle.weight(of)
+            return weight + changes[of] if weight is not None and of in changes else weight
+
+        rows = self._listened(changed)[0][name]
+        return _product(rows, rows), _product(self._rows[name] - rows, rows)
+
+    def _listened(
+        self, weight: Callable[[str], np.ndarray | None]
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        rows: dict[str, np.ndarray] = {}
+        out = self._run(replace(self._oracle, weight=weight, on_input=rows.__setitem__))
+        return rows, out
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return left.T @ right / np.float32(len(left))
 
 
 def calibrate(
-    oracle: Oracle, sequences: Sequence[Sequence[int]], on_layer: Callable[[int, Grams], None]
+    oracle: Oracle, sequences: Sequence[Sequence[int]], on_block: Callable[[int, Met], None]
 ) -> None:
-    """Run token sequences through a model; hand on, layer by layer, what its matrices met.
+    """Run token sequences through a model; hand on, block by block, what its matrices met.
 
     Args:
         oracle: of the model.
         sequences: token ids.
-        on_layer: told a layer and the Gram matrices of its projections; they are dropped afterwards.
+        on_block: told a position in the chain, of attention or feed-forward, and what was met there.
     """
-    met: Grams = {}
-    last: list[np.ndarray] = []  # rows and their Gram matrix: q, k and v have them in common
+    hidden = oracle.embedded(sequences)
+    for layer in range(oracle.config["num_hidden_layers"]):
+        for half, run in enumerate((Oracle.attention, Oracle.feed_forward)):
+            met = Met(oracle, partial(_halved, run, layer, hidden))
+            on_block(1 + 2 * layer + half, met)
+            hidden = met.out
 
-    def listen(name: str, rows: np.ndarray) -> None:
-        if not last or last[0] is not rows:
-            last[:] = rows, rows.T @ rows / np.float32(len(rows))
-        met[name] = last[1]
 
-    def finish(layer: int) -> None:
-        if layer >= 0:
-            on_layer(layer, met)
-        met.clear()
-
-    replace(oracle, on_input=listen).logits(sequences, 1, lambda layer: finish(layer - 1))
-    finish(oracle.config["num_hidden_layers"] - 1)
+def _halved(
+    run: Callable[[Oracle, int, list[np.ndarray]], list[np.ndarray]],
+    layer: int,
+    hidden: list[np.ndarray],
+    oracle: Oracle,
+) -> list[np.ndarray]:
+    return run(oracle, layer, hidden)
 
 
 def own_texts(

@@ -34,16 +34,19 @@ class Oracle:
         on_layer: Callable[[int], None] = lambda layer: None,
     ) -> list[np.ndarray]:
         """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]."""
-        embed = self._need("model.embed_tokens.weight")
-        hidden = [embed[np.asarray(tokens)] for tokens in sequences]
-        head = embed if self.config.get("tie_word_embeddings") else None
-        del embed  # gigabytes, for a large vocabulary
+        hidden = self.embedded(sequences)
         for layer in range(self.config["num_hidden_layers"]):
             on_layer(layer)
             hidden = self._layer(layer, hidden)
         norm = self._need("model.norm.weight")
-        head = self._need("lm_head.weight") if head is None else head
+        tied = self.config.get("tie_word_embeddings")
+        head = self._need("model.embed_tokens.weight" if tied else "lm_head.weight")
         return [self._rms(states[-last:], norm) @ head.T for states in hidden]
+
+    def embedded(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Of each token sequence what enters the first layer, f32 [tokens, hidden]."""
+        embed = self._need("model.embed_tokens.weight")
+        return [embed[np.asarray(tokens)] for tokens in sequences]
 
     def _need(self, name: str) -> np.ndarray:
         weight = self.weight(name)
@@ -62,6 +65,10 @@ class Oracle:
         return y if bias is None else y + bias
 
     def _layer(self, layer: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        return self.feed_forward(layer, self.attention(layer, hidden))
+
+    def attention(self, layer: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        """Of each sequence, f32 [tokens, hidden]: a layer's first half with its residual."""
         prefix = f"model.layers.{layer}."
         lengths = [len(states) for states in hidden]
         x = np.concatenate(hidden)
@@ -72,17 +79,23 @@ class Oracle:
         for length in lengths:
             rows = slice(begin, begin + length)
             mixed.append(
-                self._attention(q[rows], k[rows], v[rows], (q_norm, k_norm), _window(self.config, layer))
+                self._mixed(q[rows], k[rows], v[rows], (q_norm, k_norm), _window(self.config, layer))
             )
             begin += length
         x = x + self._linear(np.concatenate(mixed), prefix + "self_attn.o_proj")
+        return np.split(x, np.cumsum(lengths)[:-1])
+
+    def feed_forward(self, layer: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        """Of each sequence, f32 [tokens, hidden]: a layer's second half with its residual."""
+        prefix = f"model.layers.{layer}."
+        x = np.concatenate(hidden)
         normed = self._rms(x, self._need(prefix + "post_attention_layernorm.weight"))
         gate = self._linear(normed, prefix + "mlp.gate_proj")
         gate = gate / (1 + np.exp(-np.clip(gate, -80, None)))
         x = x + self._linear(gate * self._linear(normed, prefix + "mlp.up_proj"), prefix + "mlp.down_proj")
-        return np.split(x, np.cumsum(lengths)[:-1])
+        return np.split(x, np.cumsum([len(states) for states in hidden])[:-1])
 
-    def _attention(
+    def _mixed(
         self,
         q: np.ndarray,
         k: np.ndarray,

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockzoo.build.calibration import Grams, calibrate
+from blockzoo.build.calibration import Met, calibrate
 from blockzoo.build.draft import Draft
 from blockzoo.build.oracle import Oracle
 from blockzoo.build.partition import CutBlock, chain_names
 from blockzoo.build.progress import Progress
-from blockzoo.build.rounding import on_its_grid, rounded
+from blockzoo.build.rounding import corrected, on_its_grid, rounded
 from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, BlockTensor, HeadSpec, matrix_names, tensor_shapes
 from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
-from blockzoo.zoo.packing import QuantizedDtype, group_of
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
 Choice = Mapping[int, QuantizedDtype]
 """Position in a chain -> what the block there is stored in; others stay as they were given."""
@@ -66,27 +66,27 @@ class Quantizer:
         """Have the blocks of all choices in the draft."""
         wanted = sorted({(at, dtype) for choice in choices for at, dtype in choice.items()})
         missing = [(at, dtype) for at, dtype in wanted if self._find(at, dtype) is None]
-        layers: dict[int, list[tuple[int, QuantizedDtype]]] = {}
+        blocks: dict[int, list[QuantizedDtype]] = {}
         for position, dtype in missing:
             if self._spec(position).kind in PROJECTIONS and self._draft.writer is not None:
-                layers.setdefault((position - 1) // 2, []).append((position, dtype))
+                blocks.setdefault(position, []).append(dtype)
             else:
-                self._store(position, dtype, {})
-        if not layers:
+                self._store(position, dtype, None)
+        if not blocks:
             return
-        what, steps = f"rounding {self._name}", self._record.config.num_layers
+        what, steps = f"rounding {self._name}", 2 * self._record.config.num_layers
 
-        def on_layer(layer: int, grams: Grams) -> None:
-            self._progress(what, layer, steps)
-            for position, dtype in layers.get(layer, ()):
-                self._store(position, dtype, grams)
+        def on_block(position: int, met: Met | None) -> None:
+            self._progress(what, position - 1, steps)
+            for dtype in blocks.get(position, ()):
+                self._store(position, dtype, met)
 
         texts = self._calibration.texts()
         if texts:
-            calibrate(self._calibration.oracle(), texts, on_layer)
+            calibrate(self._calibration.oracle(), texts, on_block)
         else:
-            for layer in layers:
-                on_layer(layer, {})
+            for position in blocks:
+                on_block(position, None)
         self._progress(what, steps, steps)
 
     def chain(self, choice: Choice) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ class Quantizer:
         spec = self._spec(position)
         return self._find(0, "i8") if isinstance(spec, HeadSpec) and spec.tied else None
 
-    def _store(self, position: int, dtype: QuantizedDtype, grams: Grams) -> None:
+    def _store(self, position: int, dtype: QuantizedDtype, met: Met | None) -> None:
         key, spec, tied_to = self._record.chain[position], self._spec(position), self._tied_to(position)
         made_of = QuantizedRecord(key, dtype)
         if self._draft.writer is None:
@@ -123,8 +123,7 @@ class Quantizer:
             return
         given = self._draft.zoo.read_block(key)
         names = chain_names(self._record.config)[position]
-        met = {name: grams[hf] for name, hf in names.items() if hf in grams}
-        tensors = quantized_tensors(spec, given.tensors, dtype, met)
+        tensors = quantized_tensors(spec, given.tensors, dtype, names, met)
         given.drop_pages()
         self._draft.store(
             CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to), lambda: tensors, made_of
@@ -135,16 +134,38 @@ def quantized_tensors(
     spec: BlockSpec,
     tensors: Mapping[str, BlockTensor],
     dtype: QuantizedDtype,
-    grams: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    met: Met | None,
 ) -> dict[str, BlockTensor]:
     """The tensors of a block with its matrices rounded (see `rounding.rounded`), unless they lie on a grid
-    that can be kept, as those of a GGUF file may; all others as they are."""
+    that can be kept, as those of a GGUF file may; all others as they are.
+
+    Of 4 bits the last matrix also makes up for what the ones before it lost.
+
+    Args:
+        spec, tensors: of the block as it was given.
+        dtype: of the integers.
+        names: its tensors' names -> HF names.
+        met: what its matrices are multiplied with; None: they are rounded to nearest.
+    """
     made = {name: tensors[name] for name in tensor_shapes(spec)}
+    changes: dict[str, np.ndarray] = {}
     for name in matrix_names(spec):
-        values = tensors[name].to_f32()
+        values = given = tensors[name].to_f32()
         kind, group = _grid(dtype, values.shape[1])
         kept = on_its_grid(values, kind) if tensors[name].dtype == "f32" else None
-        made[name] = kept or rounded(values, kind, group, grams.get(name))
+        if kept is not None:
+            made[name] = kept
+            continue
+        gram = None
+        if met is not None:
+            gram = met.gram(names[name])
+            if dtype == "i4" and changes and name == PROJECTIONS[spec.kind][-1]:
+                gram, lost = met.after(changes, names[name])
+                values = corrected(values, gram, lost)
+        made[name] = rounded(values, kind, group, gram)
+        if met is not None:
+            changes[names[name]] = made[name].to_f32() - given
     return made
 
 
@@ -165,5 +186,4 @@ def quantized_bytes(spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: 
 
 def _grid(dtype: QuantizedDtype, columns: int) -> tuple[QuantizedDtype, int]:
     """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
-    group = group_of(columns)
-    return ("i8", columns) if group is None else (dtype, group)
+    return (dtype, GROUP) if columns % GROUP == 0 else ("i8", columns)

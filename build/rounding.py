@@ -4,18 +4,25 @@ Of 4 bits, rounding to nearest loses too much. What counts is the error of the p
 the matrix meets, ((W - Q) x)^2, a quadratic form of the error with the Gram matrix of x. So columns are
 rounded one after the other, those with the largest inputs first, and the error of each is made up for by
 those that are still to come (GPTQ, arXiv 2210.17323; Optimal Brain Quantization). Scales are chosen before,
-by least squares over a few candidates for each group, and fitted once more to the integers after.
+by least squares over a few candidates for each group, and fitted once more to the integers after. What a
+matrix' inputs lost because those before it were rounded, it makes up for as far as it can be told from what
+is left of them (as in arXiv 2504.09629).
 """
 
 import numpy as np
 
-from blockzoo.zoo.packing import LIMITS, QuantizedDtype, pack_i4
+from blockzoo.zoo.packing import GROUP, LIMITS, QuantizedDtype, pack_i4
 from blockzoo.zoo.tensors import BlockTensor
 
 _CHUNK = 1 << 22  # elements of temporaries
-_SHRINKS = np.linspace(0.6, 1.15, 23, dtype=np.float32)  # of the scale at which the largest value just fits
+_SHRINKS: dict[QuantizedDtype, np.ndarray] = {
+    "i4": np.outer((1, -1), np.linspace(0.6, 1.15, 23)).astype(np.float32).ravel(),
+    "i8": np.linspace(1, 1.8, 41, dtype=np.float32),
+}
+"""Of the scale at which the largest value just fits: what is tried. 8 bits cut nothing off; among so many
+values, those of a coarser grid (GGUF's Q4_1, Q4_K) lie nearly on one of these."""
 _DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it
-_GGUF_GROUP = 32
+_CAUTION = 0.5  # the same for corrections, which are not of a rounding's size
 _BATCH = 128  # columns whose errors are passed on together
 
 
@@ -35,19 +42,31 @@ def rounded(
     if gram is None:
         integers = _nearest(weight, scales, dtype)
     else:
-        damped = _damped(gram)
+        damped = _damped(gram, _DAMPING)
         integers = _compensated(weight, scales, dtype, damped)
         scales = _refitted(weight, integers, scales, damped)
     stored = integers.astype(np.int8)
     return BlockTensor(dtype, pack_i4(stored) if dtype == "i4" else stored, scales)
 
 
+def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """The matrix whose products with changed inputs are nearest to those with the ones before.
+
+    Args:
+        weight: float32 [out, in].
+        gram: float32 [in, in], Y^T Y of the rows Y that it is multiplied with.
+        lost: float32 [in, in], (X - Y)^T Y, with X what they were before.
+    """
+    change = np.linalg.solve(_damped(gram, _CAUTION), (weight @ lost).T.astype(np.float64))
+    return weight + change.T.astype(np.float32)
+
+
 def on_its_grid(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | None:
     """The matrix exactly, where its values lie on a grid of groups of 32 already: as i8 what GGUF's Q8_0 and
     Q4_0 stand for, as i4 what Q4_0 does. None for any other."""
-    if weight.shape[1] % _GGUF_GROUP:
+    if weight.shape[1] % GROUP:
         return None
-    groups = weight.reshape(len(weight), -1, _GGUF_GROUP)
+    groups = weight.reshape(len(weight), -1, GROUP)
     # of Q8_0 the largest value is 127 times the scale, of Q4_0 the one of the largest magnitude -8 times
     for top, limits in ((127, LIMITS["i8"]), (-8, LIMITS["i4"])):
         if dtype == "i4" and top > 0:
@@ -73,33 +92,22 @@ def on_its_grid(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | None
 def _scales(
     weight: np.ndarray, dtype: QuantizedDtype, group: int, importance: np.ndarray | None
 ) -> np.ndarray:
-    """float32 [out, groups]. Of i8 what lets the largest value fit. Of i4 the best of several by least
-    squares, weighted by the mean square of each column's inputs; of either sign, as one side of the range is
-    longer."""
-    rows = max(1, _CHUNK // weight.shape[1])
-    parts = (
-        weight[i : i + rows].reshape(-1, weight.shape[1] // group, group) for i in range(0, len(weight), rows)
-    )
-    if dtype == "i8":
-        found = [_fitting_scales(part) for part in parts]
-    else:
-        each = np.ones(weight.shape[1], np.float32) if importance is None else importance
-        found = [_best_scales(part, each.reshape(-1, group)) for part in parts]
-    return np.ascontiguousarray(np.concatenate(found), np.float32)
+    """float32 [out, groups]: the best of several by least squares, weighted by the mean square of each
+    column's inputs; of 4 bits of either sign, as one side of the range is longer."""
+    each = np.ones(weight.shape[1], np.float32) if importance is None else importance
+    each, rows = each.reshape(-1, group), max(1, _CHUNK // weight.shape[1])
+    parts = (weight[i : i + rows].reshape(-1, *each.shape) for i in range(0, len(weight), rows))
+    return np.concatenate([_best_scales(part, dtype, each) for part in parts])
 
 
-def _fitting_scales(groups: np.ndarray) -> np.ndarray:
-    largest = np.abs(groups).max(axis=2) / np.float32(LIMITS["i8"][1])
-    return np.where(largest == 0, np.float32(1), largest)
-
-
-def _best_scales(groups: np.ndarray, importance: np.ndarray) -> np.ndarray:
-    low, high = LIMITS["i4"]
+def _best_scales(groups: np.ndarray, dtype: QuantizedDtype, importance: np.ndarray) -> np.ndarray:
+    low, high = LIMITS[dtype]
     at = np.abs(groups).argmax(axis=2)[..., None]
-    fitting = np.take_along_axis(groups, at, axis=2)[..., 0] / np.float32(low)
+    largest = np.take_along_axis(groups, at, axis=2)[..., 0]
+    fitting = (largest if low < -high else np.abs(largest)) / np.float32(low if low < -high else high)
     fitting = np.where(fitting == 0, np.float32(1), fitting)
     best, least = fitting, np.full(fitting.shape, np.inf, np.float32)
-    for shrink in np.concatenate([_SHRINKS, -_SHRINKS]):
+    for shrink in _SHRINKS[dtype]:
         scale = fitting * shrink
         q = np.clip(np.rint(groups / scale[..., None]), low, high)
         norm, product = (importance * q * q).sum(axis=2), (importance * q * groups).sum(axis=2)
@@ -120,11 +128,11 @@ def _nearest(weight: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> n
     return integers
 
 
-def _damped(gram: np.ndarray) -> np.ndarray:
+def _damped(gram: np.ndarray, damping: float) -> np.ndarray:
     """float64, invertible: inputs that were never seen count a little too."""
     damped = gram.astype(np.float64)
     mean = float(np.diag(damped).mean()) or 1.0
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean
+    damped[np.diag_indices_from(damped)] += damping * mean
     return damped
 
 
@@ -139,30 +147,40 @@ def _compensated(
     # row i of this triangle: how the columns after the i-th make up for its error
     inverse = np.linalg.inv(gram[np.ix_(order, order)])
     triangle = np.linalg.cholesky(inverse).T.astype(np.float32)
-    left, integers = weight[:, order], np.empty(weight.shape, np.float32)
+    # columns lie in rows here
+    left, across = np.ascontiguousarray(weight.T[order]), np.ascontiguousarray(scales.T)
+    integers = np.empty(left.shape, np.float32)
     for begin in range(0, columns, _BATCH):
         end = min(begin + _BATCH, columns)
-        part, errors = left[:, begin:end].copy(), np.empty((len(weight), end - begin), np.float32)
+        part, errors = left[begin:end], np.empty((end - begin, len(weight)), np.float32)
         for i, column in enumerate(range(begin, end)):
-            scale = scales[:, group_of[column]]
-            q = np.clip(np.rint(part[:, i] / scale), low, high)
-            integers[:, order[column]] = q
-            errors[:, i] = (part[:, i] - q * scale) / triangle[column, column]
-            part[:, i + 1 :] -= errors[:, i : i + 1] * triangle[column, column + 1 : end]
-        left[:, end:] -= errors @ triangle[begin:end, end:]
-    return integers
+            scale = across[group_of[column]]
+            q = np.clip(np.rint(part[i] / scale), low, high)
+            integers[order[column]] = q
+            errors[i] = (part[i] - q * scale) / triangle[column, column]
+            part[i + 1 :] -= np.outer(triangle[column, column + 1 : end], errors[i])
+        left[end:] -= triangle[begin:end, end:].T @ errors
+    return np.ascontiguousarray(integers.T)
 
 
 def _refitted(weight: np.ndarray, integers: np.ndarray, scales: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """The scales, float32 [out, groups], that bring the least error of products with given integers."""
+    narrow, groups = gram.astype(np.float32), scales.shape[1]
+    rows = max(1, _CHUNK // groups**2)
+    parts = [slice(i, i + rows) for i in range(0, len(weight), rows)]
+    return np.concatenate([_refitted_rows(weight[p], integers[p], scales[p], narrow) for p in parts])
+
+
+def _refitted_rows(
+    weight: np.ndarray, integers: np.ndarray, scales: np.ndarray, gram: np.ndarray
+) -> np.ndarray:
     rows, groups = scales.shape
-    narrow = gram.astype(np.float32)
     size = weight.shape[1] // groups
-    target = ((weight @ narrow) * integers).reshape(rows, groups, size).sum(axis=2, dtype=np.float64)
+    target = ((weight @ gram) * integers).reshape(rows, groups, size).sum(axis=2, dtype=np.float64)
     normal = np.empty((rows, groups, groups))
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        normal[:, g] = ((integers[:, part] @ narrow[part]) * integers).reshape(rows, groups, size).sum(axis=2)
+        normal[:, g] = ((integers[:, part] @ gram[part]) * integers).reshape(rows, groups, size).sum(axis=2)
     # a group of zeros keeps its scale
     ridge = 1e-4 * np.trace(normal, axis1=1, axis2=2) / groups + 1e-12
     normal[:, np.arange(groups), np.arange(groups)] += ridge[:, None]

@@ -28,15 +28,15 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
-def run(name: str, workdir: Path, *arguments: str) -> dict[str, Any]:
+def run(name: str, workdir: Path, *arguments: str, report: str = "") -> dict[str, Any]:
     options = ["--shape", "tiny", "--repeats", "1", "--context", "64", "--threads", "1"]
     folders = ["--workdir", str(workdir), "--out", str(workdir)]
     command = [sys.executable, "-m", f"benchmarks.{name}", *options, *folders, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    report = json.loads((workdir / f"{name}.json").read_text())
-    assert report["shapes"]["tiny"]["machine"]["cores"] > 0
-    return report["shapes"]["tiny"]["results"]
+    found = json.loads((workdir / f"{report or name}.json").read_text())
+    assert found["shapes"]["tiny"]["machine"]["cores"] > 0
+    return found["shapes"]["tiny"]["results"]
 
 
 def test_chain_overhead(workdir: Path) -> None:
@@ -47,6 +47,15 @@ def test_chain_overhead(workdir: Path) -> None:
         assert results[case]["graph"]["to_graph"]["ratio"] == 1
         assert all(side["median_ms"] > 0 for side in results[case].values())
     assert set(results["prefill 256, one step"]) == sides - {"engine"}
+
+
+def test_peers_and_weights_as_given_in_the_same_bits(workdir: Path) -> None:
+    skipped = ["--skip", "fused", "layers", "graph"]
+    results = run("chain_overhead", workdir, "--weights", "int8", *skipped, report="chain_overhead_int8")
+    sides = {"engine", "given"} | ({"genai"} if PEER else set())
+    for case in ("prefill 64", *(f"decode, batch {n}" for n in (1, 8, 32))):
+        assert set(results[case]) == sides
+        assert results[case]["given"]["to_given"]["ratio"] == 1
 
 
 def test_quantized_speed(workdir: Path) -> None:
@@ -171,8 +180,13 @@ def test_zoo20(workdir: Path) -> None:
 
 
 @needs_peer
-@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
-def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "weights", "within"),
+    [("tiny", None, 1e-4), ("tiny-qwen2", None, 1e-4), ("tiny", "int8", 0.05), ("tiny", "int4", 0.5)],
+)
+def test_the_peer_computes_the_same_model(
+    shape: str, weights: Any, within: float, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(ROOT)
     from benchmarks.families import make_family
@@ -182,7 +196,7 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
     family = make_family(workdir, shape, 1, own_layers=1)
     settings = Settings("f32", 1, max_seqs=1, context=64, max_tokens=32, longest_prompt=64)
     prompt = np.random.default_rng(3).integers(2, family.shape.vocab_size, 50)
-    genai = GenAISide(ir_folder(family, "tenant-0"), settings)
+    genai = GenAISide(ir_folder(family, "tenant-0", weights), settings)
     tokens, logprobs = genai.generate(prompt, 16)
     genai.close()
 
@@ -194,8 +208,32 @@ def test_the_peer_computes_the_same_model(shape: str, workdir: Path, monkeypatch
     )[len(prompt) - 1 :]
     shifted = logits - logits.max(1, keepdims=True)
     expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    assert tokens == expected.argmax(1).tolist()
-    np.testing.assert_allclose(logprobs, expected.max(1), atol=1e-4)
+    assert weights or tokens == expected.argmax(1).tolist()
+    np.testing.assert_allclose(logprobs, expected[np.arange(len(tokens)), tokens], atol=within)
+
+
+@pytest.mark.skipif(
+    not (ROOT / "out/llama").exists(), reason="no llama.cpp: python -m benchmarks.peers.llama out/llama"
+)
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen2"])
+def test_llama_computes_the_same_model(shape: str, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.families import make_family
+    from benchmarks.peers.llama import LlamaSide, gguf_file
+    from benchmarks.sides import Settings
+
+    family = make_family(workdir, shape, 1, own_layers=1)
+    settings = Settings("f32", 1, max_seqs=1, context=64, max_tokens=64, longest_prompt=64)
+    prompt = np.random.default_rng(3).integers(2, family.shape.vocab_size, 50).tolist()
+    side = LlamaSide(ROOT / "out/llama", gguf_file(family, "tenant-0", None), settings)
+    tokens = side.generate(prompt, 6)
+    side.close()
+    zoo = family.zoo()
+    record = zoo.manifest.models["tenant-0"]
+    blocks = [zoo.read_block(block_id) for block_id in record.chain]
+    chain = ProbeChain(OpenVINOEngines("f32"), blocks, record.config, 80)
+    logits = chain.forward([*prompt, *tokens[:-1]], 0)[len(prompt) - 1 :]
+    assert tokens == logits.argmax(1).tolist()
 
 
 @pytest.mark.slow

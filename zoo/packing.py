@@ -14,15 +14,8 @@ QuantizedDtype = Literal["i8", "i4"]
 LIMITS: dict[QuantizedDtype, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7)}
 """The least and the largest integer in use."""
 
-_GROUPS = (128, 64, 32)
-_LEAST_GROUPS = 4  # of a row: OpenVINO unpacks whole what has fewer
-
-
-def group_of(in_features: int) -> int | None:
-    """Columns in a group: the largest of 128, 64 and 32 that divides and leaves enough groups; None where 32
-    does not divide."""
-    sizes = [size for size in _GROUPS if in_features % size == 0]
-    return next((size for size in sizes if size * _LEAST_GROUPS <= in_features), min(sizes, default=None))
+GROUP = 32
+"""Columns that share a scale in what is made here, where it divides; a file may have any."""
 
 
 def pack_i4(integers: np.ndarray) -> np.ndarray:

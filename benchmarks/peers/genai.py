@@ -23,18 +23,21 @@ from openvino_genai import (
 
 from benchmarks.families import Family, made_once
 from benchmarks.sides import MAX_STEPS, Settings
+from blockzoo.build.quantized_models import Weights
 
 
-def ir_folder(family: Family, tenant: str) -> Path:
+def ir_folder(family: Family, tenant: str, weights: Weights | None = None) -> Path:
     """A tenant's model as GenAI reads it, written on first use."""
-    return write_once(family.checkpoint(tenant), family.path / "genai" / tenant)
+    folder = family.path / f"genai{f'-{weights}' if weights else ''}"
+    return write_once(family.checkpoint(tenant), folder / tenant, weights)
 
 
-def write_once(checkpoint: Path, path: Path) -> Path:
+def write_once(checkpoint: Path, path: Path, weights: Weights | None = None) -> Path:
     """A checkpoint as GenAI reads it, in `path`, written on first use (by a process that imports torch)."""
 
     def write(folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.peers.ir", str(checkpoint), str(folder)]
+        command += [weights] if weights else []
         subprocess.run(command, check=True, env={**os.environ, "CI": "true"})  # "CI": no telemetry
 
     return made_once(path, write)

@@ -4,7 +4,9 @@ A stateful decoder: token ids in, logits of all tokens out, K and V per layer in
 reorder. GenAI turns the attention into its paged form when it loads the model; so what is built here
 decides nothing but the weights and the order of the operators around the attention.
 
-    python -m benchmarks.peers.ir CHECKPOINT FOLDER
+    python -m benchmarks.peers.ir CHECKPOINT FOLDER [int8|int4]
+
+int8: one scale a row; int4: groups of 128 where they divide, embedding and head in int8: as exporters do.
 """
 
 from __future__ import annotations
@@ -18,21 +20,27 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino.opset15 as op
-from openvino import Model, PartialShape, Type
+from openvino import Model, PartialShape, Tensor, Type
 from openvino.op import Constant, Parameter
 
+from blockzoo.build.rounding import rounded
 from blockzoo.engines.openvino.graphs import openvino_tensor
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
+from blockzoo.zoo.tensors import BlockTensor
+
+_GROUP = 128
 
 Node = Any  # ov.Node or ov.Output
 
 
-def write_ir(checkpoint: Path, folder: Path) -> None:
-    """Write model, tokenizer and configs for `openvino_genai` into `folder`. Weights keep their bf16."""
+def write_ir(checkpoint: Path, folder: Path, weights: str | None = None) -> None:
+    """Write model, tokenizer and configs for `openvino_genai` into `folder`. Weights keep their bf16 unless
+    `weights` are "int8" or "int4"."""
     opened = open_checkpoint(checkpoint)  # must outlive the model, whose constants lie over its files
-    model = _Decoder(opened).build()
+    model = _Decoder(opened, weights).build()
     ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
-    _mark_weights(folder / "openvino_model.xml")
+    if weights is None:
+        _mark_weights(folder / "openvino_model.xml")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, folder / name)
     _write_tokenizer(checkpoint, folder)
@@ -67,9 +75,19 @@ def _const(value: object, dtype: Any = np.int64) -> Node:
     return op.constant(np.array(value, dtype=dtype))
 
 
+def _quantized_weight(tensor: BlockTensor) -> Node:
+    """The pattern of compressed weights: integers, converted and scaled, in groups or whole rows."""
+    assert tensor.scales is not None
+    (rows, columns), groups = tensor.shape, tensor.scales.shape[1]
+    shape = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
+    integers = Constant(Tensor(tensor.data, shape, Type.i8 if tensor.dtype == "i8" else Type.i4), False)
+    values = op.multiply(op.convert(integers, "f32"), op.constant(tensor.scales.reshape(*shape[:-1], 1)))
+    return values if groups == 1 else op.reshape(values, _const([rows, columns]), False)
+
+
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint, self._config = checkpoint, checkpoint.config
+    def __init__(self, checkpoint: Checkpoint, weights: str | None) -> None:
+        self._checkpoint, self._config, self._weights = checkpoint, checkpoint.config, weights
         self._params = {
             name: self._param(name, Type.i64, [-1, -1])
             for name in ("input_ids", "attention_mask", "position_ids")
@@ -104,6 +122,12 @@ class _Decoder:
 
     def _weight(self, name: str) -> Node:
         tensor = self._checkpoint.tensor(name)
+        if self._weights is not None:
+            columns = tensor.shape[1]
+            four = self._weights == "int4" and name != "model.embed_tokens.weight" and columns % _GROUP == 0
+            return _quantized_weight(
+                rounded(tensor.to_f32(), "i4" if four else "i8", _GROUP if four else columns)
+            )
         constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
         if tensor.dtype == "f32":
             return constant
@@ -197,4 +221,4 @@ class _Decoder:
 
 
 if __name__ == "__main__":
-    write_ir(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_ir(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

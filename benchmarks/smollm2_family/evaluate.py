@@ -1,12 +1,13 @@
 """The held-out figures of the SmolLM2 family, asked of the runtime as it is shipped: base against fine-tune.
 
-    python -m benchmarks.smollm2_family.evaluate [ZOO]
+    python -m benchmarks.smollm2_family.evaluate [ZOO | --weights int8|int4|auto]
 
 Every model gets the same prompt (the trade's system line and the sample's text, by the chat template),
 answers greedily, and is judged by the same function. `base, told` has besides in its prompt what a fine-tune
 learnt instead: the form of the answer, the rules of the house, the meanings of the codes. ZOO is one that has
 `base`, such as `make demo` makes; all its models whose names begin with a trade's are asked, and so is a full
-fine-tune that is compiled into it as `minutes-full`. Without it the family is assembled and compiled first.
+fine-tune that is compiled into it as `minutes-full`. Without it the family is assembled and compiled first,
+in `--weights`, whose report is one of its own.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("zoo", nargs="?", help="a zoo of the family")
     parser.add_argument("--samples", type=int, default=100, help="held-out samples of a trade (100)")
     parser.add_argument("--trades", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--weights", choices=("int8", "int4", "auto"), help="of the family (as given)")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args(arguments)
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         zoo = args.zoo or str(Path(temporary) / "zoo")
         if args.zoo is None:
             models = assemble(Path(temporary) / "models")
-            compile_models(models, zoo, CompileOptions(verify=False, profile=False))
+            compile_models(models, zoo, CompileOptions(verify=False, profile=False, weights=args.weights))
         llm = LLM(zoo, precision=args.precision, kv_cache_bytes=512 * MEBIBYTE)
         del args.zoo  # where it lay is nobody's business
         results: dict[str, Any] = {}

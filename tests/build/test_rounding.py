@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from blockzoo.build.rounding import on_its_grid, rounded
+from blockzoo.build.rounding import corrected, on_its_grid, rounded
 from blockzoo.zoo.packing import LIMITS
 
 RNG = np.random.default_rng(1)
@@ -90,3 +90,29 @@ def test_grids_of_gguf_files_are_kept(kind: str, dtype: str, kept: bool) -> None
         assert found.dtype == dtype
         np.testing.assert_array_equal(found.to_f32(), values)
     assert on_its_grid(weight, dtype) is None  # type: ignore[arg-type]
+
+
+def test_what_inputs_lost_is_made_up_for() -> None:
+    """On rows that were not seen, as far as what is left of the inputs tells it; noise is left alone."""
+    mixing = np.eye(256, dtype=np.float32) + 0.02 * RNG.standard_normal((256, 256)).astype(np.float32)
+
+    def error(noise: float, seen: int) -> float:
+        before = rows(seen + 400)
+        after = before @ mixing + noise * RNG.standard_normal(before.shape).astype(np.float32)
+        x, y = before[:seen], after[:seen]
+        found = corrected(WEIGHT, y.T @ y / seen, (x - y).T @ y / seen)
+        x, y = before[seen:], after[seen:]
+        return float(np.square(y @ found.T - x @ WEIGHT.T).sum() / np.square((y - x) @ WEIGHT.T).sum())
+
+    assert error(0.0, 4000) < 0.3
+    assert error(0.1, 300) < 1.0
+
+
+def test_eight_bits_find_the_grid_of_four_bits_with_an_offset() -> None:
+    kind = gguf.GGMLQuantizationType.Q4_1
+    values = gguf.quants.dequantize(gguf.quants.quantize(WEIGHT, kind), kind).astype(np.float32)
+    groups = values.reshape(40, -1, 32)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / 127
+    plain = (np.rint(groups / scale) * scale).reshape(values.shape)
+    found = rounded(values, "i8", 32).to_f32()
+    assert np.square(found - values).sum() < 0.6 * np.square(plain - values).sum()

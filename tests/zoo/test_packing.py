@@ -9,7 +9,7 @@ import pytest
 
 from blockzoo.zoo.blocks import FfnSpec
 from blockzoo.zoo.fingerprint import block_id
-from blockzoo.zoo.packing import group_of, pack_i4, unpack_i4
+from blockzoo.zoo.packing import pack_i4, unpack_i4
 from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, stacked, write_tensor_file
 
 RNG = np.random.default_rng(0)
@@ -94,7 +94,3 @@ def test_stacked_ones_stay_quantized_where_they_are_alike() -> None:
     mixed = stacked([a, quantized("i8")])
     assert mixed.dtype == "f32"
     assert mixed.shape == (12, 64)
-
-
-def test_groups() -> None:
-    assert [group_of(n) for n in (4096, 576, 256, 96, 100)] == [128, 64, 64, 32, None]
