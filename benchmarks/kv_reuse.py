@@ -9,7 +9,7 @@ Prompts are made of known documents in another order, between words of their own
     naive                   K and V taken over as they are, K rotated to its new place
     query                   the lines that the question points at are computed anew
     query, pages            the pages that it points at
-    heads of 8              the first eight tokens of each run are computed anew, in any case
+    ... and heads of 8      of them the first eight tokens of each run in any case
     head of run (EPIC)      the first tokens of each run
     deviation (CacheBlend)  where V deviates the most after two layers that run in full
     DHD                     that times the attention from the question (KVShare), prefill stage, in pages

@@ -24,13 +24,15 @@ ENGINE = ReuseConfig(selector="importance*deviation")  # needs the most of the e
 Sides = dict[str, tuple[KVReuse, ReuseConfig | None]]
 
 
+def _sharing(config: ReuseConfig, share: float) -> ReuseConfig:
+    return replace(config, recompute=share, edit_recompute=share)
+
+
 def quality_sides() -> Sides:
     """Every selector at every share, and refreshing beside decoding for some; "full" first."""
-    grid = {
-        f"{name} {share:g}": replace(c, recompute=share) for name, c in SELECTORS.items() for share in SHARES
-    }
+    grid = {f"{name} {share:g}": _sharing(c, share) for name, c in SELECTORS.items() for share in SHARES}
     naive = ReuseConfig(recompute=0.0, head=0)
-    sides = {"naive": naive, "heads of 8": replace(naive, head=8)} | grid
+    sides = {"naive": naive} | grid
     configs = {
         name: replace(c, refresh=0, refresh_order="position", max_deviation=_NEVER, min_share=0.0)
         for name, c in sides.items()
@@ -52,7 +54,7 @@ def time_sides() -> Sides:
         if name == "random":  # a control of quality
             continue
         for share in SHARES if name.startswith("query") else (0.15,):
-            chosen[f"{name} {share:g}"] = replace(config, recompute=share)
+            chosen[f"{name} {share:g}"] = _sharing(config, share)
     sides: Sides = {"full": ("off", None), "exact prefix": ("exact", None)}
     for name, config in chosen.items():
         sides[name] = "approx", replace(config, refresh=0, max_deviation=_NEVER)

@@ -110,6 +110,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "recovery": encode(record.recovery),
             "equivalence": encode(record.equivalence),
             "quantization": encode(record.quantization),
+            "reuse": encode(record.reuse),
             "chain_bytes": shared.all_bytes[name],
             "own_bytes": shared.own_bytes[name],
             "source": encode(record.source),
@@ -150,6 +151,7 @@ def _print_zoo(zoo: "Zoo") -> None:
         equivalence_text,
         human_bytes,
         quantization_texts,
+        reuse_texts,
         sharing_bytes,
         verification_text,
     )
@@ -184,6 +186,8 @@ def _print_zoo(zoo: "Zoo") -> None:
         if manifest.models[name].equivalence is not None:
             console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
         for line in quantization_texts(manifest, manifest.models[name]):
+            console.print(f"{name:{width}}  {line}", markup=False)
+        for line in reuse_texts(manifest.models[name]):
             console.print(f"{name:{width}}  {line}", markup=False)
         console.print(f"{name:{width}}  {said}", markup=False)
 

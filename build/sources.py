@@ -227,7 +227,7 @@ def _find_base(
         if candidate in waiting and candidate != name:
             return None
         if zoo is not None and candidate in in_zoo and candidate != name:
-            return _zoo_source(candidate, zoo)
+            return zoo_source(candidate, zoo)
     for source in opened.values():
         if not wanted and source.path is not None and source.path.resolve() == Path(asked).resolve():
             return source
@@ -239,7 +239,8 @@ def _find_base(
     )
 
 
-def _zoo_source(name: str, zoo: Zoo) -> Source:
+def zoo_source(name: str, zoo: Zoo) -> Source:
+    """A model of a zoo, as it could be compiled again."""
     record = zoo.manifest.models[name]
     places = {
         hf: (block_id, tensor)

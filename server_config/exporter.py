@@ -34,6 +34,7 @@ COUNTERS = {
     "cached_tokens_total": "Those of them that the prefix cache spared",
     "copied_pages_total": "Pages of which a part was copied, as they begin alike",
     "approximate_tokens_total": "Prompt tokens whose KV was taken from equal words behind other ones",
+    "approximate_declined_total": "Approximate requests computed exactly: no settings were near enough",
     "document_hit_tokens_total": "Prompt tokens whose KV was found in published documents",
     "document_loads_total": "Chains of published documents whose KV came from disk",
     "document_computes_total": "Those whose KV was computed",

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "engines": {"engines", "zoo"},
     "build": {"build", "engines", "zoo"},
     "runtime": {"runtime", "engines", "zoo"},
+    "calibrate": {"calibrate", "build", "runtime", "engines", "zoo"},
     "server_config": {"server_config", "runtime", "zoo"},
 }
 ROOMS_MAY_IMPORT = {  # folders of runtime/

@@ -262,6 +262,55 @@ class QuantizationRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ReuseSettings:
+    """How KV is reused approximately: fields of the runtime's `ReuseConfig`."""
+
+    selector: Literal["query", "head-of-run"]
+    unit: Literal["line", "page", "token"]
+    recompute: float
+    edit_recompute: float
+    head: int
+    edit: int
+    refresh: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReusePoint:
+    """What one way to reuse KV approximately gives and costs, against full prefills in f32."""
+
+    settings: ReuseSettings
+    computed: float
+    """Share of the prompts' tokens that was computed."""
+    speedup: float
+    """How many times faster the first token came: the median over the prompts."""
+    agreement: float
+    """Share of equal likeliest tokens along the full prefill's answers."""
+    kl: float
+    """Mean Kullback-Leibler divergence there, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseRecord:
+    """How a model reuses KV approximately, as zoo-calibrate chose it."""
+
+    settings: ReuseSettings | None
+    """None: not at all, as nothing that was near enough was fast enough."""
+    asked: float
+    """The least agreement, as a share of that of bf16."""
+    least_speedup: float
+    bf16_agreement: float
+    """Of a full prefill rounded to bf16: what is accepted anyway."""
+    bf16_kl: float
+    curve: tuple[ReusePoint, ...]
+    """All that was tried."""
+    num_prompts: int
+    num_tokens: int
+    """Of the answers compared."""
+    prompts: str
+    """Name of the file of prompts; "built-in" without one."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
 
@@ -331,6 +380,7 @@ class ModelRecord:
     generation_defaults: dict[str, float] | None = field(default=None, metadata={"added": True})
     """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
     quantization: QuantizationRecord | None = field(default=None, metadata={"added": True})
+    reuse: ReuseRecord | None = field(default=None, metadata={"added": True})
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -409,6 +459,12 @@ class Manifest:
             generation_defaults(model.generation_defaults or {}, here)
         except CheckpointError as error:
             raise ManifestError(str(error)) from None
+        chosen = None if model.reuse is None else model.reuse.settings
+        if chosen is not None and not (
+            min(chosen.recompute, chosen.edit_recompute, chosen.head, chosen.edit, chosen.refresh) >= 0
+            and max(chosen.recompute, chosen.edit_recompute) <= 1
+        ):
+            raise ManifestError(f"{here}.reuse.settings: {chosen} are out of range; calibrate it again")
         specs = chain_specs(model.config)
         if len(model.chain) != len(specs):
             raise ManifestError(f"{here}.chain: expected {len(specs)} blocks, seen {len(model.chain)}")

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, VerificationRecord
+from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, ReuseSettings, VerificationRecord
 
 
 def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
@@ -128,4 +128,34 @@ def part_of(manifest: Manifest, names: Collection[str]) -> Manifest:
         models=models,
         blocks={block_id: record for block_id, record in manifest.blocks.items() if block_id in blocks},
         adapters={key: record for key, record in manifest.adapters.items() if key in adapters},
+    )
+
+
+def reuse_texts(model: ModelRecord) -> list[str]:
+    """How a model reuses KV approximately, and what was tried, a line of each; none where nobody asked."""
+    found = model.reuse
+    if found is None:
+        return []
+    chosen = "exactly alone" if found.settings is None else reuse_settings_text(found.settings)
+    lines = [
+        f"approximate reuse of KV: {chosen}; asked {found.asked:.1%} of the agreement in bf16 "
+        f"({found.bf16_agreement:.1%}) and {found.least_speedup:g} times the speed, over {found.num_tokens} "
+        f"tokens of {found.num_prompts} prompts ({found.prompts})"
+    ]
+    lines += [
+        f"  {reuse_settings_text(point.settings)}: same top token {point.agreement:.1%}, KL {point.kl:.1e}, "
+        f"computes {point.computed:.0%}, first token {point.speedup:.1f} times as fast"
+        for point in found.curve
+    ]
+    return lines
+
+
+def reuse_settings_text(settings: ReuseSettings) -> str:
+    """Settings in a few words."""
+    if settings.selector == "head-of-run":
+        return f"heads of runs, {settings.recompute:.0%}"
+    beside = f", {settings.refresh} beside each token" if settings.refresh else ""
+    return (
+        f"{settings.unit}s that the question points at, {settings.recompute:.0%}, heads of {settings.head}, "
+        f"{settings.edit} behind edits{beside}"
     )

@@ -16,6 +16,8 @@ class ReuseConfig:
 
     Attributes:
         recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
+        edit_recompute: the same of tokens behind an edit: those before which their donor has the prompt's
+            words but for some. They lean on it less than others on words that were all others.
         refresh: reused tokens computed anew beside each generated one.
         refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
             drained queue leaves that of a full prefill; "importance" what received the most attention first.
@@ -27,8 +29,9 @@ class ReuseConfig:
             2405.16444).
             "importance*deviation": that times the attention from the end of the prompt (KVShare).
             "random": the control.
-        head: tokens at the front of each run that are always computed anew, beside the share: what stood at
-            the front of another prompt draws attention wherever it is put.
+        head: tokens at the front of each run that are always computed anew, of the share: what stood at the
+            front of another prompt draws attention wherever it is put.
+        edit: the same for runs behind an edit: what stands right there leans on it the most (2609.17983).
         check_layers: that run in full for the selectors that look at deviations. Models that have no more
             are computed in full.
         rounds: of looking ("query"): in each but the first, what was chosen before looks too.
@@ -43,11 +46,13 @@ class ReuseConfig:
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
-    recompute: float = 0.07
+    recompute: float = 0.15
+    edit_recompute: float = 0.05
     refresh: int = 3
     refresh_order: RefreshOrder = "importance"
     selector: Selector = "query"
-    head: int = 0
+    head: int = 8
+    edit: int = 32
     check_layers: int = 2
     rounds: int = 1
     unit: Unit = "line"
@@ -59,11 +64,12 @@ class ReuseConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the setting that is out of range."""
-        for name in ("recompute", "min_share"):
+        for name in ("recompute", "edit_recompute", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        least = {"refresh": 0, "head": 0, "window": 2, "max_donors": 1, "check_layers": 1, "rounds": 1}
-        for name, low in (least | {"max_deviation": 0, "negligible": 0}).items():
+        least = dict.fromkeys(("refresh", "head", "edit", "max_deviation", "negligible"), 0)
+        least |= dict.fromkeys(("max_donors", "check_layers", "rounds"), 1) | {"window": 2}
+        for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
         for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder), ("unit", Unit)):

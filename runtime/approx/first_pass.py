@@ -15,6 +15,8 @@ Ints and numpy only, but for the hidden states, which it passes on unseen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +34,18 @@ RowsLike = Callable[[Array, int], Array]
 """(rows, n) -> n new rows like them."""
 
 
+class Signs(NamedTuple):
+    """What a look at KV as it was taken tells of how far it may be trusted.
+
+    Attributes:
+        heads: of the question's attention to what was taken, the share that went to the fronts of runs.
+        chosen: the share that went to what is computed anew, the fronts among it.
+    """
+
+    heads: float
+    chosen: float
+
+
 class FirstPass:
     """Of one sequence.
 
@@ -42,23 +56,32 @@ class FirstPass:
             rows it would only add to.
         start: the first token behind the exact prefix, in all layers or in lower ones alone.
         line_ends: bool [num_tokens], which tokens end a line of text.
+        budget: matched tokens to compute anew, those in any case among them.
 
     Attributes:
         done: it is decided; what is left of the prompt runs.
         importance: float32 [num_tokens], attention received, as shares of one row and layer sum.
         old_values: V of matched tokens at the last check layer as it was taken, float32 [n, heads, head_dim].
         hidden: rows [num_tokens - start, hidden] that leave the check layers.
+        signs: of the last look; None where the question does not look.
     """
 
     def __init__(
-        self, config: ReuseConfig, matched: np.ndarray, anew: np.ndarray, start: int, line_ends: np.ndarray
+        self,
+        config: ReuseConfig,
+        matched: np.ndarray,
+        anew: np.ndarray,
+        start: int,
+        line_ends: np.ndarray,
+        budget: int,
     ) -> None:
         self.config, self.matched, self.anew, self.start = config, matched, anew, start
-        self._line_ends = line_ends
+        self._line_ends, self._budget = line_ends, budget
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
         self.hidden: Array | None = None
+        self.signs: Signs | None = None
         self._round = 1
         tail = int(np.flatnonzero(matched)[-1]) + 1
         self._question = max(tail, matched.size - QUESTION_TOKENS)
@@ -124,10 +147,12 @@ class FirstPass:
         """
         config = self.config
         if not config.uses_check:
-            share = config.recompute * self._round / config.rounds
+            budget = ceil(self._budget * self._round / config.rounds)
             self.done = self._round == config.rounds
             self._round += 1
-            return self._highest(self._pointed(), share)
+            chosen = self._highest(self._pointed(), budget)
+            self.signs = self._signs(chosen)
+            return chosen
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)
@@ -140,9 +165,16 @@ class FirstPass:
         if config.selector == "importance*deviation":
             scores = scores * self.importance
         scores = np.where(self.anew, 0.0, scores)
-        return self._highest(scores, config.recompute)
+        return self._highest(scores, self._budget)
 
-    def _highest(self, scores: np.ndarray, share: float) -> np.ndarray:
+    def _signs(self, chosen: np.ndarray) -> Signs:
+        attention = np.where(self.matched, self.importance, 0.0)
+        total = max(float(attention.sum()), 1e-20)
+        return Signs(float(attention[self.anew].sum()) / total, float(attention[chosen].sum()) / total)
+
+    def _highest(self, scores: np.ndarray, budget: int) -> np.ndarray:
+        """What is computed anew in any case, and the highest until all are so many."""
+        share = max(0, budget - int(self.anew.sum())) / int(self.matched.sum())
         if self.config.unit == "line":
             return lines_of_highest(scores, self.matched, share, self._line_ends) | self.anew
         return highest(scores, self.matched, share, self.config.unit == "page") | self.anew

@@ -35,6 +35,12 @@ def at_random(runs: Sequence[tuple[int, int]], share: float) -> np.ndarray:
 _BLIND: dict[str, SelectorFunction] = {"head-of-run": head_of_run, "random": at_random}
 
 
+def _each(select: SelectorFunction, runs: Sequence[tuple[int, int]], shares: Sequence[float]) -> np.ndarray:
+    """What is selected of each run by its share."""
+    chosen = [select([run], share) for run, share in zip(runs, shares, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *chosen])
+
+
 def highest(scores: np.ndarray, matched: np.ndarray, share: float, page_aligned: bool) -> np.ndarray:
     """Those with the highest scores, until they are `share` of the matched tokens.
 
@@ -95,20 +101,33 @@ def matched_positions(runs: Sequence[tuple[int, int]], num_tokens: int) -> np.nd
     return matched
 
 
-def reused_positions(runs: Sequence[tuple[int, int]], num_tokens: int, config: ReuseConfig) -> np.ndarray:
+def within_budget(wanted: Sequence[int], budget: int) -> list[int]:
+    """Of several numbers of tokens as many as `budget` allows: the largest give way."""
+    left, cap = budget, 0
+    for index, count in enumerate(sorted(wanted)):
+        cap = min(count, left // (len(wanted) - index))
+        left -= cap
+        if cap < count:
+            break
+    return [min(count, cap) for count in wanted]
+
+
+def reused_positions(
+    runs: Sequence[tuple[int, int]], shares: Sequence[float], num_tokens: int, config: ReuseConfig
+) -> np.ndarray:
     """bool [num_tokens]: the tokens of (start, length) `runs` whose KV stays as taken over, where the
-    selector need not look at it."""
+    selector need not look at it; `shares` of each run's tokens are computed anew."""
     reused = matched_positions(runs, num_tokens)
     if config.recompute == 0:
         return reused
     select = _BLIND[config.selector]
     if config.unit != "token":
         ends = [(start // PAGE_TOKENS, pages_for(start + length)) for start, length in runs]
-        pages = select([(first, end - first) for first, end in ends], config.recompute)
+        pages = _each(select, [(first, end - first) for first, end in ends], shares)
         chosen = (pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).ravel()
         chosen = chosen[chosen < num_tokens]
     else:
-        chosen = select(runs, config.recompute)
+        chosen = _each(select, runs, shares)
     reused[chosen] = False
     return reused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,14 @@ from blockzoo.engines.base import PAGE_TOKENS, pages_for
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.first_pass import FirstPass
 from blockzoo.runtime.approx.matching import Donor, Donors, Run
-from blockzoo.runtime.approx.selection import matched_positions, reused_positions
+from blockzoo.runtime.approx.selection import matched_positions, reused_positions, within_budget
 from blockzoo.runtime.approx.state import ApproximateKV, Borrowed
 from blockzoo.runtime.kv.nodes import Node, SegmentTree
 from blockzoo.runtime.kv.published_donors import PublishedDonors, without_overlap
 from blockzoo.runtime.kv.sequence import Chain, TokenSequence
+
+MAX_EDIT_TOKENS = 64
+"""Between equal words, in the donor or in the prompt: more than that is no edit, but other text."""
 
 Where = tuple[bytes, Chain]
 """A scope's root key, and a chain."""
@@ -55,7 +59,7 @@ class ReusePlanner:
 
     def plan(self, seq: TokenSequence, trees: Sequence[SegmentTree]) -> Plan | None:
         """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
-        config = self.config
+        config = self.config if seq.approximate is None else seq.approximate
         if config.recompute == 1 or (config.uses_check and seq.num_layers <= config.check_layers):
             return None
         start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
@@ -68,14 +72,17 @@ class ReusePlanner:
         if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
             return None
         runs = [(run.start, run.length) for run, _ in found]
-        heads = [(start, min(length, config.head)) for start, length in runs]
-        anew = matched_positions(heads, seq.num_tokens)
+        behind = self._behind_edits(seq, start, found)
+        shares = [config.recompute if words is None else config.edit_recompute for words in behind]
+        budget = ceil(sum(share * length for share, (_, length) in zip(shares, runs, strict=True)) - 1e-9)
+        fronts = within_budget(_fronts(runs, behind, config), budget)
+        anew = matched_positions([(run[0], n) for run, n in zip(runs, fronts, strict=True)], seq.num_tokens)
         if config.looks_first:
             taken = matched_positions(runs, seq.num_tokens)
-            first_pass = FirstPass(config, taken, anew, start, seq.line_ends())
+            first_pass = FirstPass(config, taken, anew, start, seq.line_ends(), budget)
             reused = first_pass.first_reused()
         else:
-            reused = taken = reused_positions(runs, seq.num_tokens, config) & ~anew
+            reused = taken = reused_positions(runs, shares, seq.num_tokens, config) & ~anew
             first_pass = None
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
@@ -90,6 +97,23 @@ class ReusePlanner:
         )
         approx = ApproximateKV(config, reused, borrowed, first_pass)
         return Plan(approx, borrowed.positions.size, tuple(nodes))
+
+    @staticmethod
+    def _behind_edits(seq: TokenSequence, start: int, found: Sequence[tuple[Run, Donor]]) -> list[int | None]:
+        """Of each run the words of an edit before it, here or in its donor, whatever is more, where all
+        others before it are its donor's too; None where they are not."""
+        last: dict[bytes, tuple[int, int]] = {}  # donor -> where equal words ended last: in the prompt, in it
+        behind: list[int | None] = []
+        for run, donor in found:
+            key = donor.keys[-1]
+            if start and key not in last and np.array_equal(donor.token_ids[:start], seq.token_ids[:start]):
+                last[key] = start, start
+            end, donor_end = last.get(key, (0, run.donor_start + 1))
+            gap, donor_gap = run.start - end, run.donor_start - donor_end
+            is_edit = donor_gap >= 0 and max(gap, donor_gap) <= MAX_EDIT_TOKENS
+            behind.append(max(gap, donor_gap) if is_edit else None)
+            last[key] = run.start + run.length, run.donor_start + run.length
+        return behind
 
     def _match(self, seq: TokenSequence, start: int, end: int) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of the scope hold, or published documents."""
@@ -117,6 +141,15 @@ class ReusePlanner:
         shift = np.full(offsets.size, run.start - run.donor_start)
         columns = places // PAGE_TOKENS - first
         return run.start + offsets, pages[:, columns].astype(np.int64), places % PAGE_TOKENS, shift
+
+
+def _fronts(runs: Sequence[tuple[int, int]], behind: Sequence[int | None], config: ReuseConfig) -> list[int]:
+    """How many first tokens of each (start, length) run to compute anew in any case; none where all words
+    before it are its donor's (`behind`: see `_behind_edits`)."""
+    return [
+        min(length, config.head if words is None else config.edit if words else 0)
+        for (_, length), words in zip(runs, behind, strict=True)
+    ]
 
 
 def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.selection import pieces
 from blockzoo.runtime.approx.state import ApproximateKV
 from blockzoo.runtime.kv.page_keys import PUBLIC_ROOT, branch_key, page_key, root_key
@@ -63,6 +64,7 @@ class TokenSequence:
         "_root_key",
         "_tokens",
         "approx",
+        "approximate",
         "arrival",
         "cache",
         "chain_index",
@@ -109,6 +111,7 @@ class TokenSequence:
         chain_index: int = -1,
         tenant: str | None = None,
         weight: float | None = None,
+        approximate: ReuseConfig | None = None,
     ) -> None:
         """`segments` cover all layers of the chain, bottom up; `arrival` is seconds of time.monotonic().
 
@@ -116,7 +119,8 @@ class TokenSequence:
         pages to all scopes. `documents` are the (start, end) of the prompt's marked pieces. `ends_line`, bool
         [vocabulary], tells which tokens end a line of text. `chain_index`, into the topology's chains, is how
         executors know the chain. `tenant` is whose share of the engine it takes; None: the model's. `weight`
-        is the tenant's, where it came with the request.
+        is the tenant's, where it came with the request. `approximate`: how this request reuses KV
+        approximately; None: as the cache's planner has it.
         """
         self.request_id = request_id
         self.model = model
@@ -127,6 +131,7 @@ class TokenSequence:
         self.segments = tuple(segments)
         self.scope = scope
         self.reuse = reuse
+        self.approximate = approximate
         self.arrival = arrival
         self.num_layers = _check_segments(self.segments)
 

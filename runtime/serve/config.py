@@ -112,6 +112,8 @@ class EngineConfig:
             whoever asked before in their scope, who thereby can change answers. None refuses such requests,
             unless kv_reuse is "approx": then the defaults. Fields of `ReuseConfig` in a mapping are taken
             too. Needs prefix_caching.
+        calibrated: where `approximate` says nothing of its own, models reuse KV as zoo-calibrate found for
+            them; those for which nothing was near enough compute such requests exactly.
         kv_sharing: who may use KV that a request left: with "model" requests to the same model with the same
             scope (which is a claim of the client, unless a gateway sets it); with "scope" also those to other
             models, which saves memory and time where models share layers, and lets their users find out (by
@@ -148,6 +150,7 @@ class EngineConfig:
     kv_cache_dir: str | None = None
     kv_cache_dir_bytes: int = 4 << 30
     approximate: ReuseConfig | None = None
+    calibrated: bool = True
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Policy = "hit-first"
     speculate: Literal["auto", "off"] = "auto"

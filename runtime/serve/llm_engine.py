@@ -235,7 +235,7 @@ class LLMEngine:
                     "send it again"
                 ) from None
             self._requests[request.seq.request_id] = request
-            self._recorder.on_request_arrived(request.model.name)
+            self._recorder.on_request_arrived(request.model.name, request.declined)
 
     def add_request(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blockzoo.engines.base import Embedding, Engine
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span, Topology
@@ -23,6 +24,13 @@ RopeTables = Mapping[tuple[RopeConfig, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What zoo-calibrate found of approximate reuse; None: nothing that is near enough is fast enough."""
+
+    reuse: ReuseConfig | None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What a request needs to know of its model."""
 
@@ -34,6 +42,7 @@ class LoadedModel:
     max_len: int  # tokens of prompt and answer together
     plain_rope: bool  # rotating a key by a difference of positions moves it there
     generation_defaults: Mapping[str, float | int]  # of its maker, as fields of SamplingParams
+    calibrated: Calibrated | None = None  # None: nobody asked
 
 
 @dataclass(frozen=True, slots=True)

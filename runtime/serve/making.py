@@ -6,24 +6,25 @@ What another zoo, whose place it takes, has of that already is taken over.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from blockzoo.engines import kv_pages
 from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineMaker
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
-from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, RopeTables, UnsoundError
+from blockzoo.runtime.serve.loaded import Calibrated, LoadedModel, LoadedZoo, RopeTables, UnsoundError
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
-from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.manifest import Manifest, ReuseRecord
 from blockzoo.zoo.rope import RopeConfig
 
 Progress = Callable[[int, int], None]  # engines done, engines in all
@@ -264,7 +265,22 @@ def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokeniz
     record, index = manifest.models[name], topology.chain_of_model[name]
     plain = record.config.rope.rope_type == "default"
     defaults = sampling_defaults(record.generation_defaults)
-    return LoadedModel(name, index, topology.chains[index], tokenizer, record.end_ids, 0, plain, defaults)
+    return LoadedModel(
+        name,
+        index,
+        topology.chains[index],
+        tokenizer,
+        record.end_ids,
+        0,
+        plain,
+        defaults,
+        calibrated=None if record.reuse is None else Calibrated(_reuse(record.reuse)),
+    )
+
+
+def _reuse(record: ReuseRecord) -> ReuseConfig | None:
+    """Settings of approximate reuse as zoo-calibrate chose them; what it leaves alone is by default."""
+    return None if record.settings is None else ReuseConfig(**asdict(record.settings))
 
 
 def _ropes(

@@ -99,6 +99,8 @@ class Metrics:
         copied_pages_total: pages of which a part was copied, as they begin alike.
         approximate_tokens_total: tokens whose KV was taken from equal words behind other ones, in whole pages
             of each request.
+        approximate_declined_total: requests for approximate reuse that were computed exactly, as no settings
+            were near enough for their model when it was calibrated.
         generated_tokens_total: tokens generated, also of requests that still run.
         drafted_tokens_total: tokens that were guessed and run, by model and drafter.
         accepted_tokens_total: those of them that came true.
@@ -141,6 +143,7 @@ class Metrics:
     cached_tokens_total: int
     copied_pages_total: int
     approximate_tokens_total: int
+    approximate_declined_total: int
     generated_tokens_total: int
     drafted_tokens_total: Mapping[tuple[str, str], int]
     accepted_tokens_total: Mapping[tuple[str, str], int]
@@ -179,6 +182,7 @@ class MetricsRecorder:
         self._lock = Lock()
         self._arrived = 0
         self._refused = Counter[str]()  # by model
+        self._declined = 0
         self._asked: set[str] = set()  # models
         self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self._prompt_tokens = 0
@@ -199,10 +203,11 @@ class MetricsRecorder:
         counted = cache.stats().without_pages()
         self._gone = counted if self._gone is None else self._gone.plus(counted)
 
-    def on_request_arrived(self, model: str) -> None:
-        """A request to a model of the zoo was queued."""
+    def on_request_arrived(self, model: str, declined: bool = False) -> None:
+        """A request to a model of the zoo was queued; `declined`: for approximate reuse, in vain."""
         with self._lock:
             self._arrived += 1
+            self._declined += declined
             self._asked.add(model)
 
     def on_request_refused(self, model: str) -> None:
@@ -283,6 +288,7 @@ class MetricsRecorder:
                 cached_tokens_total=self._cached_tokens,
                 copied_pages_total=sum(s.copied_pages for s in stats),
                 approximate_tokens_total=PAGE_TOKENS * sum(s.approximate_pages for s in stats),
+                approximate_declined_total=self._declined,
                 generated_tokens_total=self._generated_tokens,
                 drafted_tokens_total=dict(self._drafted),
                 accepted_tokens_total=dict(self._accepted),

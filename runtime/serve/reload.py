@@ -373,6 +373,6 @@ def _variant(record: ModelRecord) -> Variant:
 def _same(one: ModelRecord, other: ModelRecord | None) -> bool:
     def content(record: ModelRecord) -> object:
         text = record.tokenizer, record.end_ids, record.generation_defaults
-        return record.config, record.chain, record.adapters, text
+        return record.config, record.chain, record.adapters, record.reuse, text
 
     return other is not None and content(one) == content(other)

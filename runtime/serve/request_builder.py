@@ -17,13 +17,14 @@ from blockzoo.runtime.api.request import (
     SamplingParams,
     TokenLogprob,
 )
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.guesses import Guess
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.guided import Guides
 from blockzoo.runtime.sampling.sampler import SampledToken, SamplerState
 from blockzoo.runtime.serve.config import LEAST_WEIGHT, MOST_WEIGHT, EngineConfig
-from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo
+from blockzoo.runtime.serve.loaded import Calibrated, LoadedModel, LoadedZoo
 from blockzoo.runtime.text.detokenizer import Detokenizer
 from blockzoo.runtime.text.prompt import Prompt, assemble
 
@@ -39,6 +40,7 @@ class Request:
     detokenizer: Detokenizer
     max_tokens: int  # params.max_tokens, or what the model's length leaves
     arrival: float
+    declined: bool = False  # asked for approximate reuse, which is not near enough for its model
     started: bool = False
     last_token_time: float | None = None
     num_generated: int = field(default=0)
@@ -133,6 +135,10 @@ class RequestBuilder:
         if params.prompt_logprobs is not None and kv_reuse == "approx":
             raise InvalidRequestError("prompt_logprobs cannot go with kv_reuse 'approx'; leave one out")
         reuse = self._allowed_reuse(loaded, kv_reuse)
+        own = self._calibrated(loaded) if reuse == "approx" else None
+        declined = own is not None and own.reuse is None
+        if declined:
+            reuse = "exact"
         if params.prompt_logprobs is not None:
             reuse = "off"  # what is taken from the cache has no logits
         bad_words = loaded.tokenizer.bad_word_ids(params.bad_words)
@@ -157,13 +163,21 @@ class RequestBuilder:
             chain_index=loaded.chain_index,
             tenant=tenant,
             weight=weight,
+            approximate=None if own is None else own.reuse,
         )
         known: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None:
             seq.logits_from, known = 0, [None]
         detokenizer = Detokenizer(loaded.tokenizer, params, token_ids)
         max_tokens = min(params.max_tokens, loaded.max_len - len(token_ids))
-        return Request(seq, loaded, params, sampler, detokenizer, max_tokens, arrival, prompt_logprobs=known)
+        return Request(
+            seq, loaded, params, sampler, detokenizer, max_tokens, arrival, declined, prompt_logprobs=known
+        )
+
+    def _calibrated(self, model: LoadedModel) -> Calibrated | None:
+        """What was found for a model, where the operator leaves it to that."""
+        is_left = self._config.calibrated and self._config.approximate == ReuseConfig()
+        return model.calibrated if is_left else None
 
     def _allowed_reuse(self, model: LoadedModel, asked: KVReuse | None) -> KVReuse:
         """What a request gets. Raises InvalidRequestError where it may not have what it asked for."""

@@ -40,11 +40,13 @@ class Fuzz:
         self.reuse = ReuseConfig(
             selector=draw(["query", "head-of-run", "deviation", "importance*deviation", "random"]),
             recompute=0.999 if self.full else draw([0.0, 0.07, 0.3]),
+            edit_recompute=0.999 if self.full else draw([0.0, 0.05, 0.3]),
             refresh=0 if self.full else draw([0, 1, 3, 8]),
             refresh_order=draw(["position", "importance"]),
             rounds=draw([1, 2]),
             unit=draw(["line", "page", "token"]),
-            head=draw([0, 4]),
+            head=draw([0, 4, 16]),
+            edit=draw([0, 8, 40]),
         )
         config = EngineConfig(
             precision="f32",

@@ -82,11 +82,17 @@ def test_the_share_of_recomputed_tokens(selector, unit):
     runs = [(10, 600), (700, 300)]
     for share in (0.0, 0.1, 0.5, 1.0):
         config = ReuseConfig(recompute=share, selector=selector, unit=unit)
-        reused = reused_positions(runs, 1024, config)
+        reused = reused_positions(runs, [share, share], 1024, config)
         assert reused[:10].sum() == reused[610:700].sum() == reused[1000:].sum() == 0
         assert abs(int(reused.sum()) - (1 - share) * 900) <= (2 if unit == "token" else 3 * PAGE_TOKENS)
         if share in (0.0, 1.0):
             assert int(reused.sum()) == round((1 - share) * 900)
+
+
+def test_each_run_has_a_share_of_its_own():
+    config = ReuseConfig(selector="head-of-run", unit="token")
+    reused = reused_positions([(10, 600), (700, 300)], [0.1, 0.5], 1024, config)
+    assert np.flatnonzero(reused).tolist() == [*range(70, 610), *range(850, 1000)]
 
 
 @given(st.sets(st.integers(0, 199), min_size=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.approx.config import ReuseConfig, Selector
 from blockzoo.runtime.approx.first_pass import FirstPass, relative_deviation
-from blockzoo.runtime.approx.selection import highest, lines_of_highest
+from blockzoo.runtime.approx.selection import highest, lines_of_highest, within_budget
 
 
 @settings(max_examples=80, deadline=None)
@@ -60,7 +61,8 @@ def test_lines_around_what_is_pointed_at() -> None:
 
 
 def made(config: ReuseConfig, matched: np.ndarray, start: int) -> FirstPass:
-    return FirstPass(config, matched, np.zeros_like(matched), start, np.zeros_like(matched))
+    budget = ceil(config.recompute * matched.sum())
+    return FirstPass(config, matched, np.zeros_like(matched), start, np.zeros_like(matched), budget)
 
 
 def first_pass(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> FirstPass:
@@ -136,3 +138,28 @@ def test_what_runs_first(selector: Selector) -> None:
     assert int(found.first_reused().sum()) == (280 if selector == "query" else 0)
     assert found.exits == (selector == "deviation")
     assert found.restart == (319 if selector == "query" else 10)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "budget", "expected"),
+    [
+        ([8, 8, 8], 36, [8, 8, 8]),
+        ([8, 32, 8], 36, [8, 20, 8]),
+        ([8, 8, 8], 12, [4, 4, 4]),
+        ([8, 0, 8], 0, [0, 0, 0]),
+    ],
+)
+def test_fronts_keep_to_the_budget(wanted: list[int], budget: int, expected: list[int]) -> None:
+    assert within_budget(wanted, budget) == expected
+
+
+def test_what_is_computed_in_any_case_is_of_the_share() -> None:
+    matched = np.ones(300, bool)
+    anew = np.zeros(300, bool)
+    anew[:20] = True
+    config = ReuseConfig(recompute=0.1, unit="token")
+    found = FirstPass(config, matched, anew, 0, np.zeros(300, bool), 30)
+    found.add_scores(np.arange(300, dtype=np.float32), 1)
+    chosen = found.conclude(lambda: np.empty(0))
+    assert chosen[:20].all()
+    assert chosen.sum() == 30

@@ -1,0 +1,211 @@
+"""The settings that are tried, and which of them a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from blockzoo.calibrate.follower import Follower, Run, agreement, divergence
+from blockzoo.calibrate.prompts import BUILT_IN, Case, built_in, read_prompts
+from blockzoo.calibrate.yardstick import Bf16
+from blockzoo.runtime import EngineConfig, LLMEngine
+from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import ReusePoint, ReuseRecord, ReuseSettings
+from blockzoo.zoo.store import Zoo
+from blockzoo.zoo.writer import ZooWriter
+
+ANSWER_TOKENS = 16
+CHARACTERS = 4  # of a token, about
+Progress = Callable[[str, int, int], None]
+"""(what, done, of)."""
+
+_QUERY = ReuseSettings("query", "line", 0.15, 0.05, head=8, edit=32, refresh=0)
+CANDIDATES = (
+    replace(_QUERY, recompute=0.07, edit_recompute=0.03),
+    replace(_QUERY, selector="head-of-run", unit="token"),
+    _QUERY,
+    replace(_QUERY, recompute=0.3, edit_recompute=0.15, head=16),
+    replace(_QUERY, recompute=0.5, edit_recompute=0.3, head=32, edit=64),
+)
+
+
+class NothingKnownError(ZooError):
+    """No prompt has words that others have."""
+
+
+@dataclass(slots=True)
+class _Tried:
+    """What all prompts gave of one candidate."""
+
+    agrees: list[np.ndarray]
+    kl: list[np.ndarray]
+    computed: list[float]
+    speedups: list[float]
+
+    def point(self, settings: ReuseSettings) -> ReusePoint:
+        return ReusePoint(
+            settings,
+            computed=_rounded(np.mean(self.computed)),
+            speedup=_rounded(np.median(self.speedups)),
+            agreement=_rounded(np.concatenate(self.agrees).mean()),
+            kl=_rounded(max(0.0, float(np.concatenate(self.kl).mean()))),
+        )
+
+
+def calibrate(
+    zoo_path: Path | str,
+    models: Sequence[str] = (),
+    prompts: Path | str | None = None,
+    *,
+    agreement: float = 0.99,
+    speedup: float = 1.5,
+    count: int = 12,
+    length: int = 600,
+    num_threads: int | None = None,
+    write: bool = True,
+    progress: Progress = lambda what, done, of: None,
+) -> dict[str, ReuseRecord]:
+    """Find for each model the fastest way to reuse KV approximately that keeps it near enough to itself.
+
+    Args:
+        zoo_path: a zoo.
+        models: names; none: all with a plain rotary embedding, without which there is no such reuse.
+        prompts: a file of prompts (`read_prompts`); None: built-in ones.
+        agreement: the least share of equal likeliest tokens along a full prefill's answers, in f32, as a
+            share of what a full prefill rounded to bf16 keeps of them.
+        speedup: how many times as fast the first token must come, at least.
+        count, length: of built-in prompts, and their tokens, about.
+        num_threads: compute threads; None leaves the backend's choice.
+        write: the findings go into the zoo's manifest, which `kv_reuse="approx"` goes by.
+        progress: hears how far it is.
+
+    Raises:
+        PromptsError, NothingKnownError, StoreError, ManifestError.
+        RequestError: a model cannot take a prompt.
+        ValueError: a setting is out of range, or a model is not in the zoo.
+    """
+    if not 0 < agreement <= 1:
+        raise ValueError(f"agreement is {agreement}; expected above 0, at most 1")
+    if not speedup >= 1 or count < 1 or length < 64:
+        raise ValueError(f"speedup is {speedup}, count {count}, length {length}; expected 1, 1, 64 or more")
+    zoo = Zoo.open(zoo_path)
+    able = (n for n, m in zoo.manifest.models.items() if m.config.rope.rope_type == "default")
+    names = list(models) or sorted(able)
+    for name in names:
+        if name not in zoo.manifest.models:
+            raise ValueError(
+                f"there is no model {name!r} in {zoo.path}: {', '.join(sorted(zoo.manifest.models))}"
+            )
+    config = EngineConfig(
+        precision="f32",
+        num_threads=num_threads,
+        approximate=ReuseConfig(),
+        calibrated=False,
+        max_step_seconds=None,
+    )
+    follower, bf16 = Follower(LLMEngine(zoo.path, config)), Bf16(zoo)
+    known = None if prompts is None else read_prompts(Path(prompts))
+    source = BUILT_IN if prompts is None else Path(prompts).name
+    found = {}
+    for name in names:
+        cases = known
+        if cases is None:
+            chats = follower.engine.tokenizer(name).chat_template is not None
+            cases = built_in(count, CHARACTERS * length, chats)
+        search = _Search(follower, bf16, name, progress)
+        found[name] = search.record(cases, agreement, speedup, source)
+    if write:
+        _write(zoo, found)
+    return found
+
+
+class _Search:
+    """Of one model."""
+
+    def __init__(self, follower: Follower, bf16: Bf16, model: str, progress: Progress) -> None:
+        self._follower, self._bf16, self._model, self._progress = follower, bf16, model, progress
+
+    def record(self, cases: Sequence[Case], asked: float, speedup: float, source: str) -> ReuseRecord:
+        """What all candidates give, and the fastest that is near enough."""
+        tried = [_Tried([], [], [], []) for _ in CANDIDATES]
+        bf16 = _Tried([], [], [], [])
+        for number, case in enumerate(cases):
+            self._progress(self._model, number, len(cases))
+            self._try(case, number, tried, bf16)
+        self._progress(self._model, len(cases), len(cases))
+        if not bf16.agrees:
+            raise NothingKnownError(
+                f"{self._model}: none of {len(cases)} prompts has long runs of words that are known from "
+                "others, so there is nothing to reuse: give prompts that come together in your traffic"
+            )
+        curve = tuple(t.point(s) for t, s in zip(tried, CANDIDATES, strict=True))
+        yardstick = float(np.concatenate(bf16.agrees).mean())
+        return ReuseRecord(
+            settings=choose(curve, asked * yardstick, speedup),
+            asked=asked,
+            least_speedup=speedup,
+            bf16_agreement=_rounded(yardstick),
+            bf16_kl=_rounded(max(0.0, float(np.concatenate(bf16.kl).mean()))),
+            curve=curve,
+            num_prompts=len(bf16.agrees),
+            num_tokens=int(np.concatenate(bf16.agrees).size),
+            prompts=source,
+        )
+
+    def _try(self, case: Case, number: int, tried: Sequence[_Tried], bf16: _Tried) -> None:
+        """One prompt, by all candidates in turn: each after a full prefill would be, alone."""
+        scope = "in turn" if case.known is None else str(number)
+        for known in case.known or ():
+            self._run(Run(self._text(known), "exact"), 1, scope)
+        prompt = self._text(case.prompt)
+        full = self._run(Run(prompt), ANSWER_TOKENS, scope)
+        runs = []
+        for settings in CANDIDATES:
+            config = ReuseConfig(**asdict(settings))
+            run = Run(prompt, "approx", config, full.tokens)
+            runs.append(self._run(run, len(full.tokens), scope))
+        if case.known is None:
+            self._run(Run(prompt, "exact"), 1, scope)
+        if not all(run.reuses for run in runs):
+            return  # computed in full: it tells nothing
+        for taken, run in zip(tried, runs, strict=True):
+            taken.agrees.append(agreement(full, run))
+            taken.kl.append(divergence(full.logits, run.logits))
+            taken.computed.append(run.recomputed)
+            taken.speedups.append(full.first_s / run.first_s)
+        ids = [*self._follower.engine.tokenizer(self._model).encode(prompt), *full.tokens[:-1]]
+        rounded = self._bf16.logits(self._model, ids, len(full.tokens))
+        bf16.agrees.append(rounded.argmax(1) == full.logits.argmax(1))
+        bf16.kl.append(divergence(full.logits, rounded))
+
+    def _text(self, prompt: object) -> str:
+        return self._follower.render(self._model, prompt)  # type: ignore[arg-type]
+
+    def _run(self, run: Run, max_tokens: int, scope: str) -> Run:
+        self._follower.run(self._model, [run], max_tokens, scope)
+        return run
+
+
+def choose(curve: Sequence[ReusePoint], least: float, speedup: float) -> ReuseSettings | None:
+    """The fastest settings that agree at least so much and are at least so fast; None: there are none."""
+    fit = [point for point in curve if point.agreement >= least and point.speedup >= speedup]
+    return max(fit, key=lambda point: point.speedup).settings if fit else None
+
+
+def _write(zoo: Zoo, found: dict[str, ReuseRecord]) -> None:
+    """Note the findings of models that are what they were when this began."""
+    with ZooWriter(zoo.path) as writer:
+        models = dict(writer.manifest.models)
+        for name, record in found.items():
+            now, then = models.get(name), zoo.manifest.models[name]
+            if now is not None and (now.chain, now.adapters) == (then.chain, then.adapters):
+                models[name] = replace(now, reuse=record)
+        writer.commit(replace(writer.manifest, models=models))
+
+
+def _rounded(value: float | np.floating) -> float:
+    return float(f"{float(value):.4g}")
