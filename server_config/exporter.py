@@ -107,6 +107,11 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=field in _LABELLED)
+            for label in [label for name, label in self._values if name == field and label not in values]:
+                if field in _LABELLED_GAUGES:  # of a model that is gone
+                    self._update(field, label, 0, counter=False)
+                else:  # its count begins anew, Triton's goes on
+                    self._values[field, label] = 0
         for label, waits in metrics.wait_seconds.items():
             self._update(_WAIT_P99, label, waits.quantile(0.99), counter=False)
 
@@ -121,7 +126,7 @@ class MetricsExporter:
             self._metrics[key] = self._labelled[name].Metric(labels={label_name: label})
         metric = self._metrics[key]
         if counter:
-            metric.increment(value - seen)
+            metric.increment(value - seen if value > seen else value)
         else:
             metric.set(value)
         self._values[key] = value

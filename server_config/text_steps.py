@@ -135,9 +135,7 @@ class Preprocessor:
                 raise InvalidRequestError("text_input is empty; send at least one character")
             model, deadline = names[0].removeprefix(_PREFIX), _deadline(request)
             is_short = len(text) <= _SHORT_BYTES
-            waiting, work = (
-                (self._short, self._tokenize) if is_short else (self._long, self._tokenize_long)
-            )
+            waiting, work = (self._short, self._tokenize) if is_short else (self._long, self._tokenize_long)
             waiting.put(model, None, len(text), partial(work, sender, model, text, deadline))
         except BaseException as error:
             _fail(self._pb, sender, error)
