@@ -6,7 +6,7 @@ tokens are measured here. Updating one metric is a round trip of about 0.03 ms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockzoo.runtime.serve.metrics import E2E_BOUNDS, INTER_TOKEN_BOUNDS, TTFT_BOUNDS
@@ -116,12 +116,23 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=field in LABELLED)
+            for label in self._gone(field, {(label, "") for label in values}):
+                if field in LABELLED_GAUGES:
+                    self._update(field, label[0], 0, counter=False)
+                else:  # its count begins anew, Triton's goes on
+                    self._values[field, *label] = 0
         for field in BY_DRAFTER:
             drafted: Mapping[tuple[str, str], int] = getattr(metrics, field)
             for (model, drafter), value in drafted.items():
                 self._update(field, model, value, counter=True, drafter=drafter)
+            for label in self._gone(field, drafted.keys()):
+                self._values[field, *label] = 0
         for label, waits in metrics.wait_seconds.items():
             self._update(WAIT_P99, label, waits.quantile(0.99), counter=False)
+
+    def _gone(self, field: str, labels: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Labels of a field that are no more: of models that are gone."""
+        return [(one, two) for name, one, two in self._values if name == field and (one, two) not in labels]
 
     def _update(self, name: str, label: str, value: float, counter: bool, drafter: str = "") -> None:
         key = (name, label, drafter)
@@ -135,7 +146,7 @@ class MetricsExporter:
             self._metrics[key] = self._labelled[name].Metric(labels=labels)
         metric = self._metrics[key]
         if counter:
-            metric.increment(value - seen)
+            metric.increment(value - seen if value > seen else value)
         else:
             metric.set(value)
         self._values[key] = value

@@ -84,6 +84,12 @@ class AdapterCache:
             self.num_evictions += 1
         return pairs
 
+    def keep(self, adapters: Collection[str]) -> None:
+        """Forget any other adapter: no model has it any more."""
+        for key in self._loaded.keys() - adapters:
+            self.num_bytes -= _num_bytes(self._loaded.pop(key))
+        self._dropped.intersection_update(adapters)
+
     def hold(self, pairs: Mapping[str, Pairs]) -> None:
         """Have matrices of adapters, whose files may be gone, ready for the next who asks; those held before
         are dropped."""

@@ -24,14 +24,16 @@ class CacheStats:
     published_pages: int  # those of the tree that are published, so never evicted
     published_hit_tokens: int  # whose KV was found among them
     evictions: int  # nodes evicted
-    hit_tokens: dict[str, int]  # per segment key: tokens whose KV was found, and not computed
-    deduped_tokens: dict[str, int]  # per segment key: tokens computed twice, whose second KV was dropped
-    layer_hit_tokens: dict[str, int]  # as hit_tokens, by layers: "0-9" are layers 0 to 9
+    hit_tokens: dict[str, int]  # per key of a segment that there is: tokens whose KV was found, not computed
+    deduped_tokens: dict[str, int]  # the same: tokens computed twice, whose second KV was dropped
+    layer_hit_tokens: dict[str, int]  # as hit_tokens, by layers ("0-9": 0 to 9), of all that ever were
 
     def without_pages(self) -> CacheStats:
-        """The counters alone."""
+        """The counters alone, of a cache that is no more."""
         return replace(
             self,
+            hit_tokens={},
+            deduped_tokens={},
             pages_total=0,
             pages_free=0,
             pages_cached=0,

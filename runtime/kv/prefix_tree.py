@@ -47,9 +47,7 @@ class PrefixTree:
         # By the whole segment, not its key alone: a node's pages must fit the layers that ask for it.
         self._segments: dict[Segment, SegmentTree] = {}
         self._lru: OrderedDict[Node, None] = OrderedDict()
-        self._gone_hits = Counter[str]()  # of segments that are no more, by key
-        self._gone_deduped = Counter[str]()
-        self._gone_hits_by_layers = Counter[str]()
+        self._gone_hits = Counter[str]()  # of segments that are no more, by their layers
 
     def find(self, segment: Segment) -> SegmentTree | None:
         """The nodes of a segment, where it has had any."""
@@ -148,15 +146,15 @@ class PrefixTree:
         self.num_pages = sum(n.pages.size for tree in self._segments.values() for n in tree.nodes.values())
         self.num_evictable_pages = sum(node.pages.size for node in self._lru)
         self._forget_gone(nodes)
-        for segment, tree in old.items():
-            self._gone_hits[segment.key] += tree.hit_tokens
-            self._gone_deduped[segment.key] += tree.deduped_tokens
-            self._gone_hits_by_layers[tree.layers] += tree.hit_tokens
+        for tree in old.values():
+            self._gone_hits[tree.layers] += tree.hit_tokens
         self.version += 1
 
     def gains(self) -> tuple[dict[str, int], dict[str, int]]:
-        """By segment key: tokens whose KV was found; tokens computed twice, whose second KV was dropped."""
-        hits, deduped = dict(self._gone_hits), dict(self._gone_deduped)
+        """By the key of each segment that there is: tokens whose KV was found; tokens computed twice, whose
+        second KV was dropped."""
+        hits: dict[str, int] = {}
+        deduped: dict[str, int] = {}
         for tree in list(self._segments.values()):  # a copy: others may ask while the engine runs
             key = tree.segment.key
             hits[key] = hits.get(key, 0) + tree.hit_tokens
@@ -165,7 +163,7 @@ class PrefixTree:
 
     def hits_by_layers(self) -> dict[str, int]:
         """By the layers of segments: tokens whose KV was found; it only grows, whichever there are."""
-        hits = self._gone_hits_by_layers.copy()
+        hits = self._gone_hits.copy()
         for tree in list(self._segments.values()):
             hits[tree.layers] += tree.hit_tokens
         return dict(hits)

@@ -58,6 +58,7 @@ def change_over(
     for request in requests:
         bring_up_to_date(request, new)
     chains = new.topology.chains
+    new.adapters.keep({key for chain in chains for _, key in chain.adapters})
     new.boundaries.keep({segment.boundary for chain in chains for segment in chain.segments})
     pages = {family: cache.pool.num_pages for family, cache in new.caches.items()}
     return replace(new, models=fitted(new.models, new.manifest, make.config, pages))

@@ -518,7 +518,14 @@ class LLMEngine:
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
         """
-        return self._served.reload()
+        reloaded = self._served.reload()
+        self._between.run(self._forget_names)
+        return reloaded
+
+    def _forget_names(self) -> None:
+        """Those of models that are gone: they would pile up as ever others come."""
+        self._recorder.keep(self._zoo.models)
+        self._pace.keep(self._zoo.models)
 
     @property
     def may_settle(self) -> bool:

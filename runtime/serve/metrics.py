@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from threading import Lock
@@ -202,6 +202,15 @@ class MetricsRecorder:
         """No model uses a cache any more: its pages go, what it counted stays."""
         counted = cache.stats().without_pages()
         self._gone = counted if self._gone is None else self._gone.plus(counted)
+
+    def keep(self, models: Collection[str]) -> None:
+        """Forget what was counted for any other model by its name: those that are gone would pile up."""
+        with self._lock:
+            self._asked.intersection_update(models)
+            self._refused = Counter({name: n for name, n in self._refused.items() if name in models})
+            for counts in (self._drafted, self._accepted):
+                for key in [key for key in counts if key[0] not in models]:
+                    del counts[key]
 
     def on_request_arrived(self, model: str, declined: bool = False) -> None:
         """A request to a model of the zoo was queued; `declined`: for approximate reuse, in vain."""

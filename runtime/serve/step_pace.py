@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.zoo.manifest import Manifest
@@ -40,6 +40,10 @@ class StepPace:
             return 0
         pace = self.seconds_per_token(model)
         return PAGE_TOKENS if pace is None else int(seconds / max(pace, 1e-9))
+
+    def keep(self, models: Collection[str]) -> None:
+        """Forget any other model."""
+        self._seconds = {model: pace for model, pace in self._seconds.items() if model in models}
 
     def observe(self, tokens: Mapping[str, int], seconds: float) -> None:
         """A step with so many tokens of prefill by model took so long. Less than a page tells nothing."""

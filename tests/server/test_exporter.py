@@ -83,3 +83,14 @@ def test_who_runs_waits_and_is_refused_by_model() -> None:
     before = seen.updates.copy()
     exporter.export(recorder.snapshot(scheduler, [cache], adapters))
     assert seen.updates == before
+    recorder.on_request_arrived("c")
+    scheduler.add(TokenSequence("4", "c", cache, [Segment(0, 1, "k")], "s", [5, 6], 4.0))
+    exporter.export(recorder.snapshot(scheduler, [cache], adapters))
+    assert values("model_requests_waiting") == {"a": 0, "c": 1}
+    scheduler.abort("4")
+    recorder.keep(["b"])  # the others were removed
+    exporter.export(recorder.snapshot(scheduler, [cache], adapters))
+    assert values("model_requests_waiting") == {"a": 0, "c": 0}
+    recorder.on_request_refused("a")  # it came back
+    exporter.export(recorder.snapshot(scheduler, [cache], adapters))
+    assert values("model_requests_refused_total") == {"a": 3}

@@ -527,8 +527,8 @@ def test_segments_that_merge_keep_what_both_have():
     assert cache.pool.num_free == free + 3 + 2  # the upper layer of b, and the third page below it
     assert cache.probe(sequence(cache, tokens(7, extra=1), (whole,))) == 32
     assert cache.probe(sequence(cache, tokens(1, 2, 3, extra=1), (whole,))) == 64
-    assert cache.stats().hit_tokens["low"] == 0
-    assert cache.stats().deduped_tokens["low"] == 64  # also of a segment that is no more
+    assert cache.stats().hit_tokens == cache.stats().deduped_tokens == {whole.key: 0}
+    assert cache.stats().layer_hit_tokens["0-1"] == 0
 
 
 def test_a_sequence_that_enters_late_cannot_go_over_to_a_merged_segment():
