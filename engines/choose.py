@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal, get_args
 
 from blockzoo.engines.base import EngineError, EngineMaker, Precision
 from blockzoo.engines.kv_pages import KVChoice
 from blockzoo.zoo.store import Zoo
+
+_LOG = logging.getLogger(__name__)
 
 Backend = Literal["openvino", "reference", "tensorrt"]
 
@@ -38,9 +41,13 @@ def make_engines(
         EngineError: the backend, device or precision is not available here.
     """
     backend = backend or "openvino"
-    in_u8: Literal["u8"] | None = None
-    if kv_precision == "u8" or (kv_precision == "auto" and backend == "openvino" and _bears_u8(zoo)):
-        in_u8 = "u8"
+    in_u8: Literal["u8"] | None = "u8" if kv_precision == "u8" else None
+    if kv_precision == "auto":
+        against = _against_u8(backend, zoo)
+        if against is None:
+            in_u8 = "u8"
+        else:
+            _LOG.warning("KV stays in the precision of activations: %s", against)
     if backend == "openvino":
         if device not in (None, "cpu"):
             raise EngineError(
@@ -72,12 +79,17 @@ def make_engines(
     raise EngineError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
 
 
-def _bears_u8(zoo: Zoo | None) -> bool:
-    """Whether all models of a zoo were verified with KV in 8 bits, and lost no more than by bf16."""
-    if zoo is None:
-        return False
-    checks = [model.verification for model in zoo.manifest.models.values()]
-    return all(check is not None and check.kv is not None and check.kv.excess <= 1 for check in checks)
+def _against_u8(backend: Backend, zoo: Zoo | None) -> str | None:
+    """Why KV in 8 bits is not to be had without loss; None where no model loses more by it than by bf16."""
+    if backend != "openvino":
+        return f"backend {backend} does not choose by itself"
+    for name, model in sorted(zoo.manifest.models.items()) if zoo is not None else ():
+        found = model.verification.kv if model.verification is not None else None
+        if found is None:
+            return f"what {name} loses in 8 bits was not measured; zoo-compile does as it verifies a model"
+        if not found.excess <= 1:
+            return f"{name} loses {found.excess:.2g} times what it loses by bf16 (see zoo-inspect)"
+    return None if zoo is not None else "there is no zoo to look into"
 
 
 def _is_quantized(zoo: Zoo) -> bool:

@@ -73,7 +73,7 @@ def test_what_kv_in_8_bits_loses_is_measured(checkpoints: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize("fault", [None, "loses more", "not measured", "not verified"])
 def test_auto_takes_8_bits_where_no_model_loses_more_than_by_bf16(
-    verified: Path, tmp_path: Path, fault: str | None
+    verified: Path, caplog: pytest.LogCaptureFixture, fault: str | None
 ) -> None:
     zoo = Zoo.open(verified)
     figures = LossFigures(1e-4, 0.01, 1.0)
@@ -89,6 +89,9 @@ def test_auto_takes_8_bits_where_no_model_loses_more_than_by_bf16(
     judged = Zoo(zoo.path, replace(zoo.manifest, models=models))
     maker = make_engines(precision="f32", zoo=judged, kv_precision="auto")
     assert maker.kv_precision == ("f32" if fault else "u8")
+    said = "what notes loses in 8 bits was not measured"
+    said = "notes loses 1.5 times what it loses by bf16" if fault == "loses more" else said
+    assert (said in caplog.text) == (fault is not None)
     assert make_engines("reference", "f32", device="cpu", zoo=judged, kv_precision="auto").kv_precision == (
         "f32"  # the oracle stays exact unless it is told
     )
