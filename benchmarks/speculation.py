@@ -3,9 +3,9 @@
     python -m benchmarks.speculation [--zoo ZOO]
 
 One engine; requests of the two sides take turns and differ in `speculate` alone. Greedy decoding is timed,
-from the first token of all to the last of the last; both sides must give the same tokens. Each round has a
-scope of its own, so that no side finds the other's answers. ZOO has `base` and `extract` of the SmolLM2
-family (else it is assembled and compiled).
+from the first token of all to the last of the last; both sides must give the same tokens. Each request has a
+scope of its own, but for the records, of which a round's follow each other in one; no side finds the other's
+answers. ZOO has `base` and `extract` of the SmolLM2 family (else it is assembled and compiled).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def quote(about: str) -> Ask:
 def cases() -> dict[str, list[list[Ask]]]:
     """By name, groups of requests that run at the same time; the groups run one after the other."""
     edit = f"```python\n{SCRIPT}```\n\nWrite this file again with the variable rows renamed to lines."
-    notices = samples.held_out(extract, 4)
+    notices = samples.held_out(extract, 6)
     return {
         "RAG that quotes": [[quote(about)] for about in QUOTES[:2]],
         "edit of a file": [[Ask("base", [{"role": "user", "content": edit}])]],
@@ -135,7 +135,8 @@ def measured(engine: LLMEngine, groups: list[list[Ask]], args: argparse.Namespac
         def turn() -> list[float]:
             scope, total, said = f"round {next(rounds)}", 0.0, []
             for number, group in enumerate(groups):
-                seconds, tokens = bench.run(group, f"{scope}, {number}", name == "auto")
+                own = scope if group[0].schema else f"{scope}, {number}"  # records follow each other
+                seconds, tokens = bench.run(group, own, name == "auto")
                 total += seconds
                 said += tokens
             answers[name].append(said)
@@ -191,12 +192,13 @@ def main() -> None:
     for name, groups in chosen.items():
         results[name] = measured(engine, groups, args)
         print(name, results[name]["speedup"], results[name]["drafted_accepted"], flush=True)
+        path = save_report("speculation", args, machine, results)  # as it grows: it takes minutes
     rows = [
         (name, r["tokens"], r["off"]["median_ms"], r["auto"]["median_ms"], *r["speedup"].values())
         for name, r in results.items()
     ]
     print_table("greedy decoding", ("", "tokens", "off ms", "auto ms", "speed-up", "p10", "p90"), rows)
-    print(save_report("speculation", args, machine, results))
+    print(path)
 
 
 def _compile(folder: Path) -> None:

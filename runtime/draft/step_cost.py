@@ -73,7 +73,8 @@ class StepCost:
             costs.logs[drafted] = math.log(seconds)
             return
         surprise = max(-_MOST_NEWS, min(math.log(seconds) - expected, _MOST_NEWS))
-        own = math.exp(-costs.steps_since_bare / _FRESH_STEPS) if drafted else 0.0
+        fresh = 1.0 if count == 1 else math.exp(-costs.steps_since_bare / _FRESH_STEPS)
+        own = fresh if drafted else 0.0
         everywhere = _NEWS * (1 - own) * surprise
         costs.logs.setdefault(drafted, expected)
         costs.logs = {rows: log + everywhere for rows, log in costs.logs.items()}

@@ -12,13 +12,12 @@ from __future__ import annotations
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import chain
 
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.forced import ForcedTokens
 from blockzoo.runtime.draft.guesses import Context, Drafter, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
-from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, RowChoice
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.serve.request_builder import Request
@@ -62,7 +61,8 @@ class Speculation:
         self._planned.pop(family, None)
         if any(item.num_tokens > 1 for item in items):
             return  # beside prompts no row is free, and their shapes are new anyway
-        asking = [request for item in items if _may_draft(request := requests[item.seq.request_id])]
+        running = [requests[item.seq.request_id] for item in items]
+        asking = [request for request in running if _may_draft(request)]
         if not asking or (self._lone_only and len(items) > 1):
             return
         for request in asking:
@@ -70,10 +70,13 @@ class Speculation:
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
         self._planned[family] = kind
-        hopes = [chances(request.guesses, self._of(request).rate) for request in asking]
+        hopes = [
+            Hopes(request.seq.tenant, chances(request.guesses, self._of(request).rate), _may_draft(request))
+            for request in running
+        ]
         choice = self._choices.setdefault(family, RowChoice())
-        rows = choice.choose(kind, len(asking), [*chain.from_iterable(hopes)], scheduler.spare_rows)
-        for request, count in zip(asking, _shared_out(rows, hopes), strict=True):
+        rows = choice.choose(kind, hopes, scheduler.spare_rows)
+        for request, count in zip(running, _shared_out(rows, hopes), strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
 
@@ -157,18 +160,15 @@ def _scope_of(request: Request) -> Hashable:
     return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
 
 
-def _shared_out(rows: int, hopes: Sequence[Sequence[float]]) -> list[int]:
+def _shared_out(rows: int, hopes: Sequence[Hopes]) -> list[int]:
     """How many of so many rows each sequence gets: the likeliest guesses first, then fillers."""
-    ordered = sorted(
-        ((chance, index) for index, chances_of in enumerate(hopes) for chance in chances_of),
-        key=lambda item: -item[0],
-    )
+    guesses = ((chance, index) for index, each in enumerate(hopes) for chance in each.chances)
     counts = [0] * len(hopes)
-    for _, index in ordered[:rows]:
+    for _, index in sorted(guesses, key=lambda guess: -guess[0])[:rows]:
         counts[index] += 1
     left = rows - sum(counts)
-    for index, count in enumerate(counts):
-        more = min(left, MOST_DRAFTED - count)
+    for index, each in enumerate(hopes):
+        more = min(left, MOST_DRAFTED - counts[index]) if each.may_draft else 0
         counts[index] += more
         left -= more
     return counts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, RowChoice
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
 from blockzoo.runtime.draft.step_cost import StepCost, StepKind
 
 LONE = StepKind(1, 1)
@@ -34,7 +34,7 @@ def run(
     """Drafted rows by step, and how much faster than without: tokens a second, as they are hoped for."""
     rng, chosen, spent, tokens = np.random.default_rng(0), [], 0.0, 0.0
     for _ in range(steps):
-        drafted = choice.choose(kind, kind.rows, chances * kind.rows, spare=100)
+        drafted = choice.choose(kind, [Hopes("t", chances)] * kind.rows, spare=100)
         is_new = not chosen or chosen[-1] != drafted
         took = (seconds(kind.rows + drafted) + is_new * new_shape) * np.exp(noise * rng.standard_normal())
         choice.observe(kind, drafted, took)
@@ -85,7 +85,7 @@ def test_a_new_shape_must_pay() -> None:
     """Guesses now and then are no reason to change the shape of steps twice for each."""
     choice, switches, last = RowChoice(), 0, 0
     for step in range(400):
-        drafted = choice.choose(LONE, 1, likely(0.7) if step % 10 == 0 else [], spare=100)
+        drafted = choice.choose(LONE, [Hopes("t", likely(0.7) if step % 10 == 0 else [])], spare=100)
         switches += drafted != last
         choice.observe(LONE, drafted, dear(1 + drafted) + (drafted != last) * 0.05)
         last = drafted
@@ -100,3 +100,20 @@ def test_costs_are_learnt_and_follow_a_machine_that_slows_down() -> None:
             cost.observe(LONE, drafted, factor * dear(1 + drafted), is_new_shape=False)
         for drafted in (0, 3, 7):
             assert abs(cost.seconds(LONE, drafted) / (factor * dear(1 + drafted)) - 1) < 0.1
+
+
+def chosen_for(sequences: list[Hopes], seconds: Callable[[int], float], steps: int = 60) -> int:
+    choice, kind = RowChoice(), StepKind(len(sequences), 1)
+    for _ in range(steps):
+        drafted = choice.choose(kind, sequences, spare=100)
+        choice.observe(kind, drafted, seconds(kind.rows + drafted))
+    return drafted
+
+
+def test_no_tenant_is_slowed_down_for_another() -> None:
+    eager = [Hopes(name, likely(0.95)) for name in "abc"]
+    assert chosen_for(eager, dear) > 0
+    for without in (Hopes("d", []), Hopes("d", [], may_draft=False)):
+        assert chosen_for([*eager, without], dear) == 0
+        assert chosen_for([*eager, without], free) > 0, "free rows slow nobody down"
+    assert chosen_for([eager[0], Hopes("a", [])], dear) > 0, "one's own may be"
