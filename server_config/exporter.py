@@ -116,23 +116,23 @@ class MetricsExporter:
             values: Mapping[str, int] = getattr(metrics, field)
             for label, value in values.items():
                 self._update(field, label, value, counter=field in LABELLED)
-            for label in self._gone(field, {(label, "") for label in values}):
+            for key in self._gone(field, {(label, "") for label in values}):
                 if field in LABELLED_GAUGES:
-                    self._update(field, label[0], 0, counter=False)
+                    self._update(field, key[1], 0, counter=False)
                 else:  # its count begins anew, Triton's goes on
-                    self._values[field, *label] = 0
+                    self._values[key] = 0
         for field in BY_DRAFTER:
             drafted: Mapping[tuple[str, str], int] = getattr(metrics, field)
             for (model, drafter), value in drafted.items():
                 self._update(field, model, value, counter=True, drafter=drafter)
-            for label in self._gone(field, drafted.keys()):
-                self._values[field, *label] = 0
+            for key in self._gone(field, drafted.keys()):
+                self._values[key] = 0
         for label, waits in metrics.wait_seconds.items():
             self._update(WAIT_P99, label, waits.quantile(0.99), counter=False)
 
-    def _gone(self, field: str, labels: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Labels of a field that are no more: of models that are gone."""
-        return [(one, two) for name, one, two in self._values if name == field and (one, two) not in labels]
+    def _gone(self, field: str, labels: Collection[tuple[str, str]]) -> list[tuple[str, str, str]]:
+        """What was told of a field under labels that are no more: of models that are gone."""
+        return [key for key in self._values if key[0] == field and key[1:] not in labels]
 
     def _update(self, name: str, label: str, value: float, counter: bool, drafter: str = "") -> None:
         key = (name, label, drafter)
