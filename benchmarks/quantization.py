@@ -1,10 +1,10 @@
 """What quantized weights cost a real model: SmolLM2-135M-Instruct in bf16, int8, int4 and auto.
 
-    python -m benchmarks.quantization [--weights int8 int4 auto] [--max-kl 0.02]
+    python -m benchmarks.quantization [--weights int8 int4 auto] [--max-kl 0.02] [--texts 0]
 
 Every side follows the answers that the f32 model gives greedily to chats, token by token: how often its own
 likeliest token is that of the f32 model, and how far its distributions are (KL, in nats). Bytes are those of
-the model's blocks in the zoo. Nothing is timed.
+the model's blocks in the zoo. Nothing is timed. With --texts 0 matrices are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.smollm2 import NotAvailableError, smollm2
+from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.likeness import divergence, log_probabilities, perplexity
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.engines.base import EngineError, EngineMaker
@@ -77,7 +78,11 @@ def main() -> None:
             for name, r in results.items()
         ],
     )
-    print(save_report("quantization", args, machine, {"num_tokens": num_tokens, "sides": results}))
+    print(
+        save_report(
+            f"quantization{_texts(args)}", args, machine, {"num_tokens": num_tokens, "sides": results}
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,14 +91,23 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", nargs="+", choices=("int8", "int4", "auto"), default=["int8", "int4", "auto"]
     )
     parser.add_argument("--max-kl", type=float, default=0.02, help="of auto (0.02)")
+    parser.add_argument(
+        "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
+    )
     parser.add_argument("--max-tokens", type=int, default=48, help="of an answer (48)")
     parser.add_argument("--chats", type=int, default=len(ASKED), help=f"how many of them (all {len(ASKED)})")
     return parser
 
 
+def _texts(args: argparse.Namespace) -> str:
+    return "" if args.texts == NUM_TEXTS else f"-{args.texts}-texts"
+
+
 def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
     """The model's zoo in `weights`, compiled where it is not there yet."""
-    path = args.workdir / f"quantization-{weights}{f'-{args.max_kl:g}' if weights == 'auto' else ''}"
+    how = f"-{args.max_kl:g}" if weights == "auto" else ""
+    how += _texts(args) if weights in ("int8", "int4", "auto") else ""
+    path = args.workdir / f"quantization-{weights}{how}"
     options = CompileOptions(
         dtype="bf16" if weights == "bf16" else None,
         weights=weights if weights in ("int8", "int4", "auto") else None,  # type: ignore[arg-type]
@@ -101,6 +115,7 @@ def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
         verify=False,
         profile=False,
         threads=args.threads,
+        calibration_texts=args.texts,
     )
     compile_models({MODEL: file}, path, options)
     return Zoo.open(path)
