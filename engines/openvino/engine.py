@@ -117,16 +117,16 @@ class OpenVINOEngines:
         int8_activations: bool = False,
         kv_precision: Literal["u8"] | None = None,
     ) -> None:
+        if int8_activations and precision == "bf16":
+            raise EngineError(
+                "int8 activations are rounded from f32, and precision bf16 was asked for: leave one out"
+            )
         self._core = ov.Core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         has_bf16 = "BF16" in capabilities
         if precision == "bf16" and not has_bf16:
             raise EngineError(
                 f"precision bf16 was asked for, but this CPU offers {', '.join(capabilities)}; use f32"
-            )
-        if int8_activations and precision == "bf16":
-            raise EngineError(
-                "int8 activations are rounded from f32, and precision bf16 was asked for: leave one out"
             )
         if int8_activations and not multiplies_int8():
             raise EngineError("int8 activations were asked for, but this CPU lacks VNNI: leave them out")
