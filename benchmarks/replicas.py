@@ -7,21 +7,28 @@ requests go by what they hold, two that take turns. Requests begin with one of a
 of that memory, in random order; the servers take turns, with new documents each time. Then streams over one
 replica and over a server without Ray, in turn. Then, again and again, a replica of the second server is
 killed with -9 while streams run.
+
+    python -m benchmarks.replicas --engines
+
+The same requests to as many engines in this process, between which the router's own bookkeeping chooses: what
+the choice comes to, without Ray.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
 import re
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -33,8 +40,14 @@ import numpy as np
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.demo_server import Server
 from benchmarks.families import SHAPES, Family, make_family
+from blockzoo.runtime import SamplingParams
+from blockzoo.server_config.openai.engine import EngineRequest
+from blockzoo.server_config.replicas.host import EngineHost, ReplicaSettings
 from blockzoo.server_config.replicas.local_ray import local_ray
+from blockzoo.server_config.replicas.prefixes import Holdings, Lane, Prompt
 
+Ask = Callable[[dict[str, Any]], tuple[int, int]]
+"""A request -> the tokens of its prompt, and those of them that were cached."""
 _PAGE_TOKENS = 32
 _SEQS = 8  # at once in a replica
 _FILL = 0.75  # of the memory for KV, by the documents of a round
@@ -53,10 +66,13 @@ def main() -> int:
     parser.add_argument("--asks", type=int, default=4, help="requests about each document, on average")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--engines", action="store_true", help="without Ray: engines in this process")
     args = parser.parse_args()
     machine = machine_facts()
     family = make_family(args.workdir, args.shape, 4)
     zoo = family.zoo().path
+    if args.engines:
+        return _without_ray(zoo, family, args, machine)
     replicas = sum(number for number, _ in _SIDES.values())
     with local_ray(replicas) as ray, ExitStack() as stack:
         servers = {
@@ -65,7 +81,9 @@ def main() -> int:
             )
             for name, side in _SIDES.items()
         }
-        rounds = [_round(servers, family, args, number) for number in range(1 + args.repeats)][1:]
+        tokens = _metrics(servers["one"])["pages_total"] * _PAGE_TOKENS / SHAPES[args.shape].num_layers
+        asks = {name: partial(_post, server) for name, server in servers.items()}
+        rounds = [_round(asks, int(tokens), family, args, number) for number in range(1 + args.repeats)][1:]
         alone = stack.enter_context(Server(zoo, *_alone(args), openai=True, quiet=True))
         costs = [_cost(servers["one"], alone, family, args, number) for number in range(args.repeats)]
         kills = [_kill(servers["held"], family, args, number) for number in range(args.kills)]
@@ -101,12 +119,13 @@ def _alone(args: argparse.Namespace, replicas: int = 1) -> list[str]:
 
 
 def _round(
-    servers: dict[str, Server], family: Family, args: argparse.Namespace, number: int
+    asks: dict[str, Ask], kv_tokens: int, family: Family, args: argparse.Namespace, number: int
 ) -> dict[str, Any]:
-    """Figures of each server for documents that none has seen."""
-    tokens = _metrics(servers["one"])["pages_total"] * _PAGE_TOKENS / SHAPES[args.shape].num_layers
+    """Figures of each side for documents that none has seen; each holds the KV of so many tokens."""
     rng = random.Random(number)
-    documents = [_words(rng, args.document_tokens) for _ in range(int(_FILL * tokens / args.document_tokens))]
+    documents = [
+        _words(rng, args.document_tokens) for _ in range(int(_FILL * kv_tokens / args.document_tokens))
+    ]
     asked = [
         (index, _words(rng, 16)) for index in rng.choices(range(len(documents)), k=args.asks * len(documents))
     ]
@@ -117,21 +136,22 @@ def _round(
     first = [_is_first(asked, place) for place in range(len(asked))]
     names = list(_SIDES)
     shift = number % len(names)
-    return {name: _ask_all(servers[name], requests, first, args) for name in names[shift:] + names[:shift]}
+    return {name: _ask_all(asks[name], requests, first, args) for name in names[shift:] + names[:shift]}
 
 
 def _is_first(asked: Sequence[tuple[int, str]], place: int) -> bool:
     return all(index != asked[place][0] for index, _ in asked[:place])
 
 
-def _ask_all(
-    server: Server, requests: list[dict[str, Any]], first: list[bool], args: argparse.Namespace
-) -> dict[str, Any]:
-    def ask(request: dict[str, Any]) -> tuple[int, int]:
-        body = {**request, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
-        usage = server.post("/v1/completions", body)["usage"]
-        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+def _post(server: Server, request: dict[str, Any]) -> tuple[int, int]:
+    body = {**request, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    usage = server.post("/v1/completions", body)["usage"]
+    return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
+
+def _ask_all(
+    ask: Ask, requests: list[dict[str, Any]], first: list[bool], args: argparse.Namespace
+) -> dict[str, Any]:
     began = time.monotonic()
     with ThreadPoolExecutor(args.concurrency) as pool:
         counts = list(pool.map(ask, requests))
@@ -167,6 +187,59 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
         "min": round(min(values), 3),
         "max": round(max(values), 3),
     }
+
+
+# ---- without Ray
+
+
+class _Engines:
+    """Engines of this process, and who chooses between them."""
+
+    def __init__(self, zoo: Path, number: int, routing: str, args: argparse.Namespace) -> None:
+        settings = {
+            "kv_cache_bytes": int(args.kv_gb * 2**30 / number),
+            "num_threads": args.threads or 1,
+            "max_num_seqs": _SEQS,
+        }
+        self.hosts = [EngineHost(ReplicaSettings(str(zoo), settings)) for _ in range(number)]
+        self._in_turn, self._turn = routing == "round-robin", 0
+        self._holdings, self._lock = Holdings(), threading.Lock()
+        for index, host in enumerate(self.hosts):
+            self._holdings.set_capacity(index, host.state().kv_tokens)
+
+    def ask(self, request: dict[str, Any]) -> tuple[int, int]:
+        """As `Ask`."""
+        lanes = (Lane(f"model {request['model']}", 1.0),)
+        prompt = Prompt(None, lanes, [request["prompt"]])
+        with self._lock:
+            self._turn += 1
+            name = str(self._turn)
+            order = random.sample(range(len(self.hosts)), len(self.hosts))
+            index = self._turn % len(order) if self._in_turn else self._holdings.rank(order, prompt)[0]
+            self._holdings.send(name, index, prompt)
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        asked = EngineRequest(request["model"], request["prompt"], params, stream=False)
+        last = asyncio.run(self._last(self.hosts[index], asked))
+        with self._lock:
+            self._holdings.end(name)
+        return last.num_prompt_tokens, last.num_cached_tokens
+
+    async def _last(self, host: EngineHost, request: EngineRequest) -> Any:
+        return [item async for item in host.generate(request)][-1]
+
+
+def _without_ray(zoo: Path, family: Family, args: argparse.Namespace, machine: dict[str, Any]) -> int:
+    sides = {name: _Engines(zoo, *side, args) for name, side in _SIDES.items()}
+    tokens = sides["one"].hosts[0].state().kv_tokens
+    asks = {name: side.ask for name, side in sides.items()}
+    rounds = [_round(asks, tokens, family, args, number) for number in range(1 + args.repeats)][1:]
+    for side in sides.values():
+        for host in side.hosts:
+            host.close()
+    results = {"hits": _hits(rounds), "rounds": rounds}
+    _print(results)
+    print("wrote", save_report("replicas_engines", args, machine, results))
+    return 0
 
 
 # ---- what Ray costs
@@ -274,8 +347,9 @@ def _print(results: dict[str, Any]) -> None:
     ]
     columns = ("requests go to", "hit rate", "of one replica's", "requests/s of one replica's")
     print_table("documents found in the cache; median (range)", columns, rows)
-    print("streams, of those of a server without Ray:", results["streams_of_a_server_without_ray"])
-    for each in results["kills"]:
+    if "streams_of_a_server_without_ray" in results:
+        print("streams, of those of a server without Ray:", results["streams_of_a_server_without_ray"])
+    for each in results.get("kills", ()):
         print(json.dumps(each))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,8 @@ class ReplicaServer:
                     front.stop()
             except KeyboardInterrupt:
                 return 130
+            finally:
+                self._delete()
 
     def _deploy(self) -> None:
         from ray import serve
@@ -237,12 +239,20 @@ class ReplicaServer:
             if getattr(found, key):
                 say(f"replica {replica}: {key} {', '.join(getattr(found, key))}")
 
+    def _delete(self) -> None:
+        """Have Ray end the replicas, where it has not been asked to."""
+        from ray import serve
+
+        with suppress(Exception):  # Ray is gone, and they with it
+            if self._name in serve.status().applications:
+                serve.delete(self._name, _blocking=False)
+
     def _undeploy(self) -> bool:
         """Let requests finish and end the replicas; whether they ended in time."""
         from ray import serve
 
         deadline = time.monotonic() + self._plan.drain_s
-        serve.delete(self._name, _blocking=False)
+        self._delete()
         while self._name in serve.status().applications:
             if time.monotonic() > deadline + _ASK_S:
                 return False
