@@ -77,6 +77,8 @@ class FirstPass:
     ) -> None:
         self.config, self.matched, self.anew, self.start = config, matched, anew, start
         self._line_ends, self._budget = line_ends, budget
+        if config.selector == "query":
+            self._budget = min(budget, int(anew.sum()) + ceil(config.pointed * matched.sum()))
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
