@@ -25,7 +25,7 @@ Sides = dict[str, tuple[KVReuse, ReuseConfig | None]]
 
 
 def _sharing(config: ReuseConfig, share: float) -> ReuseConfig:
-    return replace(config, recompute=share, edit_recompute=share)
+    return replace(config, recompute=share, edit_recompute=share, pointed=1.0)
 
 
 def quality_sides() -> Sides:

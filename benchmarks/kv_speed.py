@@ -181,7 +181,9 @@ def under_load(family: Family, args: argparse.Namespace, full_s: float) -> dict[
         share of a prompt's work that reuse spared.
     """
     sides: dict[str, KVReuse] = {"full": "off", "exact prefix": "exact", "approximate": "approx"}
-    config = ReuseConfig(recompute=args.share, refresh=args.refresh, max_deviation=1e9)
+    config = ReuseConfig(
+        recompute=args.share, edit_recompute=args.share, refresh=args.refresh, max_deviation=1e9
+    )
     return {
         f"{load:g} of full prefill": {
             name: _serve(family, args, how, config, load / full_s) for name, how in sides.items()

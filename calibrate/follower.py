@@ -12,7 +12,6 @@ import numpy as np
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.approx.first_pass import Signs
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState
 from blockzoo.runtime.serve.request_builder import Request
 
@@ -29,7 +28,6 @@ class Run:
         logits: float32 [tokens, vocab].
         recomputed: share of the prompt's tokens that were computed; 1 where nothing was taken over.
         reuses: whether KV was taken over approximately.
-        signs: seen in the first look, where there was one.
         first_s: seconds to the first token, where it ran alone.
     """
 
@@ -42,7 +40,6 @@ class Run:
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     recomputed: float = 1.0
     reuses: bool = False
-    signs: Signs | None = None
     first_s: float = 0.0
 
 
@@ -117,7 +114,7 @@ def _note_reuse(run: Run, request: Request, approx: Any) -> None:
     spared = seq.num_cached
     if approx is not None:
         spared += int(approx.reused.sum())
-        run.signs, run.reuses = approx.signs, True
+        run.reuses = True
     run.recomputed = 1 - spared / seq.prompt_len
 
 

@@ -23,13 +23,13 @@ CHARACTERS = 4  # of a token, about
 Progress = Callable[[str, int, int], None]
 """(what, done, of)."""
 
-_QUERY = ReuseSettings("query", "line", 0.15, 0.05, head=8, edit=32, refresh=0)
+_QUERY = ReuseSettings("query", "line", 0.2, 0.05, pointed=0.07, head=16, edit=32, refresh=0)
 CANDIDATES = (
-    replace(_QUERY, recompute=0.07, edit_recompute=0.03),
-    replace(_QUERY, selector="head-of-run", unit="token"),
+    replace(_QUERY, recompute=0.07, edit_recompute=0.03, head=8),
+    replace(_QUERY, selector="head-of-run", unit="token", recompute=0.15),
     _QUERY,
-    replace(_QUERY, recompute=0.3, edit_recompute=0.15, head=16),
-    replace(_QUERY, recompute=0.5, edit_recompute=0.3, head=32, edit=64),
+    replace(_QUERY, selector="head-of-run", unit="token", recompute=0.3, edit_recompute=0.1),
+    replace(_QUERY, recompute=0.4, edit_recompute=0.2, pointed=0.15, head=32, edit=64),
 )
 
 

@@ -269,6 +269,7 @@ class ReuseSettings:
     unit: Literal["line", "page", "token"]
     recompute: float
     edit_recompute: float
+    pointed: float
     head: int
     edit: int
     refresh: int
@@ -461,8 +462,8 @@ class Manifest:
             raise ManifestError(str(error)) from None
         chosen = None if model.reuse is None else model.reuse.settings
         if chosen is not None and not (
-            min(chosen.recompute, chosen.edit_recompute, chosen.head, chosen.edit, chosen.refresh) >= 0
-            and max(chosen.recompute, chosen.edit_recompute) <= 1
+            all(0 <= share <= 1 for share in (chosen.recompute, chosen.edit_recompute, chosen.pointed))
+            and min(chosen.head, chosen.edit, chosen.refresh) >= 0
         ):
             raise ManifestError(f"{here}.reuse.settings: {chosen} are out of range; calibrate it again")
         specs = chain_specs(model.config)

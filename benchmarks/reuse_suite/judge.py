@@ -14,7 +14,6 @@ from benchmarks.reuse_suite.texts import Messages
 from blockzoo.calibrate.follower import Follower, Run, agreement, divergence
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.approx.first_pass import Signs
 
 ANSWER_TOKENS = 16
 MEBIBYTE = 1 << 20
@@ -30,7 +29,6 @@ class Verdict:
         same: whether it would give the same answer.
         right: 0 or 1; None: the task has no right answer.
         recomputed: share of the prompt's tokens that were computed.
-        signs: seen in the first look, where there was one.
     """
 
     agrees: np.ndarray
@@ -38,7 +36,6 @@ class Verdict:
     same: bool
     right: float | None
     recomputed: float = 1.0
-    signs: Signs | None = None
 
 
 class Judge:
@@ -102,4 +99,4 @@ def _verdict(sample: Sample, run: Run, full: Run, text: str) -> Verdict:
     agrees = agreement(full, run)
     right = None if sample.answer is None else float(all(words in text for words in sample.answer))
     kl = divergence(full.logits, run.logits)
-    return Verdict(agrees, kl, bool(agrees.all()), right, run.recomputed, run.signs)
+    return Verdict(agrees, kl, bool(agrees.all()), right, run.recomputed)

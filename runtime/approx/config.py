@@ -17,7 +17,7 @@ class ReuseConfig:
     Attributes:
         recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
         edit_recompute: the same of tokens behind an edit: those before which their donor has the prompt's
-            words but for some. They lean on it less than others on words that were all others.
+            words but for some, on which they lean less. At most `recompute`.
         refresh: reused tokens computed anew beside each generated one.
         refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
             drained queue leaves that of a full prefill; "importance" what received the most attention first.
@@ -32,6 +32,8 @@ class ReuseConfig:
         head: tokens at the front of each run that are always computed anew, of the share: what stood at the
             front of another prompt draws attention wherever it is put.
         edit: the same for runs behind an edit: what stands right there leans on it the most (2609.17983).
+        pointed: share of the reused tokens that "query" adds to those by looking, at most, of what they leave
+            of `recompute`: on a real model, more of it gains less than longer heads do.
         check_layers: that run in full for the selectors that look at deviations. Models that have no more
             are computed in full.
         rounds: of looking ("query"): in each but the first, what was chosen before looks too.
@@ -46,12 +48,13 @@ class ReuseConfig:
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
-    recompute: float = 0.15
+    recompute: float = 0.2
     edit_recompute: float = 0.05
+    pointed: float = 0.07
     refresh: int = 3
     refresh_order: RefreshOrder = "importance"
     selector: Selector = "query"
-    head: int = 8
+    head: int = 16
     edit: int = 32
     check_layers: int = 2
     rounds: int = 1
@@ -64,7 +67,7 @@ class ReuseConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the setting that is out of range."""
-        for name in ("recompute", "edit_recompute", "min_share"):
+        for name in ("recompute", "edit_recompute", "pointed", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         least = dict.fromkeys(("refresh", "head", "edit", "max_deviation", "negligible"), 0)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,18 +31,6 @@ NEAR_TOKENS = 8
 
 RowsLike = Callable[[Array, int], Array]
 """(rows, n) -> n new rows like them."""
-
-
-class Signs(NamedTuple):
-    """What a look at KV as it was taken tells of how far it may be trusted.
-
-    Attributes:
-        heads: of the question's attention to what was taken, the share that went to the fronts of runs.
-        chosen: the share that went to what is computed anew, the fronts among it.
-    """
-
-    heads: float
-    chosen: float
 
 
 class FirstPass:
@@ -63,7 +50,6 @@ class FirstPass:
         importance: float32 [num_tokens], attention received, as shares of one row and layer sum.
         old_values: V of matched tokens at the last check layer as it was taken, float32 [n, heads, head_dim].
         hidden: rows [num_tokens - start, hidden] that leave the check layers.
-        signs: of the last look; None where the question does not look.
     """
 
     def __init__(
@@ -77,11 +63,12 @@ class FirstPass:
     ) -> None:
         self.config, self.matched, self.anew, self.start = config, matched, anew, start
         self._line_ends, self._budget = line_ends, budget
+        if config.selector == "query":
+            self._budget = min(budget, int(anew.sum()) + ceil(config.pointed * matched.sum()))
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
         self.hidden: Array | None = None
-        self.signs: Signs | None = None
         self._round = 1
         tail = int(np.flatnonzero(matched)[-1]) + 1
         self._question = max(tail, matched.size - QUESTION_TOKENS)
@@ -150,9 +137,7 @@ class FirstPass:
             budget = ceil(self._budget * self._round / config.rounds)
             self.done = self._round == config.rounds
             self._round += 1
-            chosen = self._highest(self._pointed(), budget)
-            self.signs = self._signs(chosen)
-            return chosen
+            return self._highest(self._pointed(), budget)
         self.done = True
         assert self.old_values is not None, "taken before the first pass"
         deviation = np.zeros(self.matched.size, np.float32)
@@ -166,11 +151,6 @@ class FirstPass:
             scores = scores * self.importance
         scores = np.where(self.anew, 0.0, scores)
         return self._highest(scores, self._budget)
-
-    def _signs(self, chosen: np.ndarray) -> Signs:
-        attention = np.where(self.matched, self.importance, 0.0)
-        total = max(float(attention.sum()), 1e-20)
-        return Signs(float(attention[self.anew].sum()) / total, float(attention[chosen].sum()) / total)
 
     def _highest(self, scores: np.ndarray, budget: int) -> np.ndarray:
         """What is computed anew in any case, and the highest until all are so many."""

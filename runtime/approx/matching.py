@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from blockzoo.runtime.approx.config import ReuseConfig
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-_MAX_CANDIDATES = 4  # donors looked at per window, the newest
+_MAX_CANDIDATES = 4  # donors per window that have KV, the newest
+_MAX_LOOKED_AT = 64  # whether they have
 
 
 class Run(NamedTuple):
@@ -40,6 +41,14 @@ class Donor(NamedTuple):
 
     token_ids: np.ndarray  # int32 [32 * pages]
     keys: tuple[bytes, ...]
+
+
+NumThere = Callable[[Donor], int]
+"""How many of a donor's first tokens still have KV."""
+
+
+def _everything(donor: Donor) -> int:
+    return donor.token_ids.size
 
 
 class DonorIndex:
@@ -76,20 +85,26 @@ class DonorIndex:
                 del self._places[value]
         return not self._donors
 
-    def match(self, token_ids: np.ndarray, start: int, end: int) -> list[Run]:
-        """Runs within tokens [start, end), without overlap; each token goes with the longest around it."""
+    def match(
+        self, token_ids: np.ndarray, start: int, end: int, num_there: NumThere = _everything
+    ) -> list[Run]:
+        """Runs within tokens [start, end), without overlap; each token goes with the longest around it.
+
+        `num_there` says how many of a donor's first tokens still have KV: others are no match. What is gone
+        for good must not hide what is there, and the longer a cache lives the more is gone.
+        """
         best = np.zeros(token_ids.size, np.int64)  # length of the run each token goes with
         donor_of = np.full(token_ids.size, -1, np.int64)
         place_of = np.zeros(token_ids.size, np.int64)
         seen: dict[tuple[int, int], int] = {}  # (donor, shift) -> end of the run found there last
+        there: dict[int, int] = {}
         hashes = window_hashes(token_ids[start:end], self._window).tolist()
         for position, value in enumerate(hashes, start):
-            for number, place in self._places.get(value, [])[-_MAX_CANDIDATES:]:
+            for number, place in self._newest_there(value, there, num_there):
                 if seen.get((number, position - place), -1) > position:
                     continue
-                first, length = _extend(
-                    token_ids[:end], start, position, self._donors[number].token_ids, place
-                )
+                known = self._donors[number].token_ids[: there[number]]
+                first, length = _extend(token_ids[:end], start, position, known, place)
                 seen[number, position - place] = first + length
                 if length < self._window:
                     continue  # another window of this hash
@@ -98,6 +113,18 @@ class DonorIndex:
                 best[run], donor_of[run] = length, number
                 place_of[run] = run - (position - place)
         return _runs(donor_of, place_of, self._window)
+
+    def _newest_there(self, value: int, there: dict[int, int], num_there: NumThere) -> list[tuple[int, int]]:
+        """The newest (donor, position) of windows of this hash that still have KV; `there` remembers."""
+        found: list[tuple[int, int]] = []
+        for number, place in islice(reversed(self._places.get(value, [])), _MAX_LOOKED_AT):
+            if number not in there:
+                there[number] = num_there(self._donors[number])
+            if place + self._window <= there[number]:
+                found.append((number, place))
+                if len(found) == _MAX_CANDIDATES:
+                    break
+        return found
 
 
 def _extend(target: np.ndarray, low: int, position: int, donor: np.ndarray, place: int) -> tuple[int, int]:
@@ -163,9 +190,11 @@ class Donors(Generic[Where]):
         self._known = OrderedDict(((w, key), number) for w, key, number in known if w is not None)
         self._indexes = {w: self._indexes[old] for old, w in places.items() if w is not None}
 
-    def match(self, where: Where, token_ids: np.ndarray, start: int, end: int) -> list[tuple[Run, Donor]]:
-        """Runs of tokens [start, end) that donors of `where` hold."""
+    def match(
+        self, where: Where, token_ids: np.ndarray, start: int, end: int, num_there: NumThere
+    ) -> list[tuple[Run, Donor]]:
+        """Runs of tokens [start, end) that donors of `where` hold (`DonorIndex.match`)."""
         index = self._indexes.get(where)
         if index is None:
             return []
-        return [(run, index.donor(run.donor)) for run in index.match(token_ids, start, end)]
+        return [(run, index.donor(run.donor)) for run in index.match(token_ids, start, end, num_there)]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.approx.first_pass import FirstPass, Signs
+from blockzoo.runtime.approx.first_pass import FirstPass
 
 _CALM_TOKENS = 8  # refreshed in a row with negligible deviations: the queue is given up
 _DECAY = 0.9  # of attention, from one generated token to the next
@@ -49,7 +49,6 @@ class ApproximateKV:
         stale: int64 [n], positions to refresh while decoding, the next first.
         num_refreshing: of `stale`, in this step.
         refreshed: int64 [n], in the last step.
-        signs: of how far what was taken over may be trusted; None where nothing looked.
     """
 
     __slots__ = (
@@ -61,7 +60,6 @@ class ApproximateKV:
         "num_refreshing",
         "refreshed",
         "reused",
-        "signs",
         "stale",
     )
 
@@ -73,7 +71,6 @@ class ApproximateKV:
         self.importance = np.zeros(reused.size, np.float32) if first_pass is None else first_pass.importance
         self.stale = self.refreshed = np.empty(0, np.int64)
         self.num_refreshing = 0
-        self.signs: Signs | None = None
         self._num_calm = 0  # refreshed in a row with negligible deviations
 
     # ---- which tokens run
@@ -105,7 +102,6 @@ class ApproximateKV:
         first_pass = self.first_pass
         assert first_pass is not None, "nothing is looked at"
         chosen = first_pass.conclude(new_values)
-        self.signs = first_pass.signs
         self.reused = first_pass.matched & ~chosen
         if first_pass.done:
             self.fill_queue(self.reused.size)

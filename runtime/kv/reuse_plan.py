@@ -65,7 +65,7 @@ class ReusePlanner:
         start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
         found = [
             (cut, donor)
-            for run, donor in self._match(seq, start, end)
+            for run, donor in self._match(seq, start, end, trees)
             if (cut := self._present(run, donor, trees)).length >= config.window
         ]
         matched = sum(run.length for run, _ in found)
@@ -73,7 +73,8 @@ class ReusePlanner:
             return None
         runs = [(run.start, run.length) for run, _ in found]
         behind = self._behind_edits(seq, start, found)
-        shares = [config.recompute if words is None else config.edit_recompute for words in behind]
+        behind_edits = min(config.edit_recompute, config.recompute)
+        shares = [config.recompute if words is None else behind_edits for words in behind]
         budget = ceil(sum(share * length for share, (_, length) in zip(shares, runs, strict=True)) - 1e-9)
         fronts = within_budget(_fronts(runs, behind, config), budget)
         anew = matched_positions([(run[0], n) for run, n in zip(runs, fronts, strict=True)], seq.num_tokens)
@@ -115,18 +116,20 @@ class ReusePlanner:
             last[key] = run.start + run.length, run.donor_start + run.length
         return behind
 
-    def _match(self, seq: TokenSequence, start: int, end: int) -> list[tuple[Run, Donor]]:
+    def _match(
+        self, seq: TokenSequence, start: int, end: int, trees: Sequence[SegmentTree]
+    ) -> list[tuple[Run, Donor]]:
         """Runs of tokens [start, end) that donors of the scope hold, or published documents."""
-        found = self._donors.match(_where(seq), seq.token_ids, start, end)
+        found = self._donors.match(
+            _where(seq), seq.token_ids, start, end, lambda donor: _num_present(donor, trees) * PAGE_TOKENS
+        )
         published = self.published.match(seq, start, end)
         return without_overlap(found + published, self.config.window) if published else found
 
     @staticmethod
     def _present(run: Run, donor: Donor, trees: Sequence[SegmentTree]) -> Run:
         """The run as far as the donor's pages are still in the tree in all segments."""
-        limit = len(donor.keys)
-        for tree in trees:  # no node outlives its parent
-            limit = bisect_left(donor.keys, True, 0, limit, key=lambda key: key not in tree.nodes)
+        limit = _num_present(donor, trees)
         return run._replace(length=min(run.length, limit * PAGE_TOKENS - run.donor_start))
 
     @staticmethod
@@ -150,6 +153,14 @@ def _fronts(runs: Sequence[tuple[int, int]], behind: Sequence[int | None], confi
         min(length, config.head if words is None else config.edit if words else 0)
         for (_, length), words in zip(runs, behind, strict=True)
     ]
+
+
+def _num_present(donor: Donor, trees: Sequence[SegmentTree]) -> int:
+    """How many of a donor's pages are still in the tree in all segments: the first ones."""
+    limit = len(donor.keys)
+    for tree in trees:  # no node outlives its parent
+        limit = bisect_left(donor.keys, True, 0, limit, key=lambda key: key not in tree.nodes)
+    return limit
 
 
 def _keys(run: Run, donor: Donor) -> tuple[bytes, ...]:

@@ -15,7 +15,7 @@ from blockzoo.runtime.approx.config import RefreshOrder, ReuseConfig, Selector, 
 from blockzoo.runtime.kv.sequence import TokenSequence
 
 # the tests count tokens; the queue that they drain is in order of position
-Reuse = partial(ReuseConfig, head=0, refresh_order="position")
+Reuse = partial(ReuseConfig, head=0, pointed=1.0, refresh_order="position")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
 

@@ -45,6 +45,7 @@ class Fuzz:
             refresh_order=draw(["position", "importance"]),
             rounds=draw([1, 2]),
             unit=draw(["line", "page", "token"]),
+            pointed=1.0 if self.full else draw([0.0, 0.07, 1.0]),
             head=draw([0, 4, 16]),
             edit=draw([0, 8, 40]),
         )

@@ -231,7 +231,9 @@ def test_models_with_approximate_kv_go_on(
 ) -> None:
     """All that is taken over is computed anew here, so that answers are exact."""
     add(tmp_path, folders, "base", "top")
-    config = EngineConfig(**SETTINGS, approximate={"recompute": 0.999, "edit_recompute": 0.999, "refresh": 0})
+    config = EngineConfig(
+        **SETTINGS, approximate={"recompute": 0.999, "edit_recompute": 0.999, "pointed": 1.0, "refresh": 0}
+    )
     engine = LLMEngine(tmp_path, config)
     document = np.random.default_rng(6).integers(2, 2048, 160).tolist()
     prompts = [[*PROMPT[:i], *document, *PROMPT[-9:]] for i in (3, 20, 40)]

@@ -10,6 +10,11 @@ from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.approx.matching import Donor, DonorIndex, Donors, Run, window_hashes
 from blockzoo.runtime.approx.selection import pieces, reused_positions
 
+
+def everything(donor):
+    return donor.token_ids.size
+
+
 RNG = np.random.default_rng(0)
 
 
@@ -71,9 +76,9 @@ def test_donors_are_bounded_kept_apart_and_known_once():
         for _ in range(2):
             donors.add("red", words, [b"first", bytes([number])])
     assert len(donors) == 2
-    assert donors.match("red", tokens(64, 0), 0, 64) == []
-    assert [run for run, _ in donors.match("red", tokens(64, 2), 0, 64)] == [Run(0, 64, 3, 0)]
-    assert donors.match("blue", tokens(64, 2), 0, 64) == []
+    assert donors.match("red", tokens(64, 0), 0, 64, everything) == []
+    assert [run for run, _ in donors.match("red", tokens(64, 2), 0, 64, everything)] == [Run(0, 64, 3, 0)]
+    assert donors.match("blue", tokens(64, 2), 0, 64, everything) == []
 
 
 @pytest.mark.parametrize("selector", ["head-of-run", "random"])

@@ -69,7 +69,7 @@ def first_pass(selector: Selector, rounds: int = 1, recompute: float = 0.1) -> F
     """Of 320 tokens: 10 of an exact prefix, unmatched ones, matched from 20 to 300, a question."""
     matched = np.zeros(320, bool)
     matched[20:300] = True
-    config = ReuseConfig(selector=selector, rounds=rounds, recompute=recompute, unit="token")
+    config = ReuseConfig(selector=selector, rounds=rounds, recompute=recompute, pointed=1.0, unit="token")
     return made(config, matched, 10)
 
 
@@ -97,7 +97,7 @@ def test_the_question_looks_and_nothing_else() -> None:
 def test_what_is_looked_at_sharply_comes_before_what_is_near_or_spread() -> None:
     matched = np.ones(320, bool)
     matched[300:] = False
-    config = ReuseConfig(recompute=0.1, head=0, unit="page")
+    config = ReuseConfig(recompute=0.1, head=0, pointed=1.0, unit="page")
     found = made(config, matched, 0)
     scores = np.zeros(320, np.float32)
     scores[70] = 2.0  # pointed at
@@ -157,9 +157,10 @@ def test_what_is_computed_in_any_case_is_of_the_share() -> None:
     matched = np.ones(300, bool)
     anew = np.zeros(300, bool)
     anew[:20] = True
-    config = ReuseConfig(recompute=0.1, unit="token")
-    found = FirstPass(config, matched, anew, 0, np.zeros(300, bool), 30)
-    found.add_scores(np.arange(300, dtype=np.float32), 1)
-    chosen = found.conclude(lambda: np.empty(0))
-    assert chosen[:20].all()
-    assert chosen.sum() == 30
+    for pointed, expected in ((1.0, 30), (0.02, 26)):
+        config = ReuseConfig(recompute=0.1, pointed=pointed, unit="token")
+        found = FirstPass(config, matched, anew, 0, np.zeros(300, bool), 30)
+        found.add_scores(np.arange(300, dtype=np.float32), 1)
+        chosen = found.conclude(lambda: np.empty(0))
+        assert chosen[:20].all()
+        assert chosen.sum() == expected

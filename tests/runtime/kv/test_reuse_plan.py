@@ -20,16 +20,21 @@ def sequence(cache: KVCache, prompt: Sequence[int], reuse: ReuseConfig | None = 
     return TokenSequence("r", "m", cache, CHAIN, "s", prompt, 0.0, "approx", approximate=reuse)
 
 
-@pytest.fixture
-def cache() -> KVCache:
-    """With a donor."""
-    cache = KVCache(100, reuse=ReuseConfig(head=4, edit=40, recompute=0.5, edit_recompute=0.5))
-    donor = sequence(cache, KNOWN)
+def compute(cache: KVCache, prompt: Sequence[int]) -> None:
+    """Make a donor."""
+    donor = sequence(cache, prompt)
     cache.begin(donor)
     assert cache.reserve(donor, donor.num_tokens)
     donor.num_computed = donor.num_tokens
     cache.commit(donor)
     cache.release(donor)
+
+
+@pytest.fixture
+def cache() -> KVCache:
+    """With a donor."""
+    cache = KVCache(100, reuse=ReuseConfig(head=4, edit=40, recompute=0.5, edit_recompute=0.5))
+    compute(cache, KNOWN)
     return cache
 
 
@@ -70,6 +75,18 @@ def test_less_is_computed_behind_an_edit(cache: KVCache) -> None:
     reuse = ReuseConfig(head=4, edit=40, recompute=0.5, edit_recompute=0.1)
     assert len(fronts(cache, KNOWN[:100] + NEW[:6] + KNOWN[104:300] + NEW, reuse)) == 20  # of 196
     assert fronts(cache, NEW + KNOWN[40:200] + NEW, reuse) == [70, 71, 72, 73]
+
+
+def test_donors_that_are_gone_hide_none_that_are_there(cache: KVCache) -> None:
+    """The longer a cache lives, the more of the prompts that it remembers have lost their pages."""
+    for number in range(5):
+        compute(cache, list(range(2000 + 1500 * number, 3500 + 1500 * number)))  # takes nearly all pages
+        compute(cache, list(range(100 * number + 100, 100 * number + 140)) + KNOWN[:200])
+    seq = sequence(cache, NEW[::-1] + KNOWN[20:140] + NEW)
+    cache.begin(seq)
+    assert cache.borrow(seq) >= 120
+    cache.take_borrowed(seq)
+    cache.release(seq)
 
 
 def test_a_sequence_may_have_settings_of_its_own(cache: KVCache) -> None:
