@@ -147,7 +147,8 @@ def _may_draft(request: Request) -> bool:
     refreshed when would change, and with it the answer."""
     seq, approx = request.seq, request.seq.approx
     calm = approx is None or (approx.first_pass is None and not approx.stale.size)
-    return request.params.speculate and calm and not seq.lacks_prompt_logits and _num_left(request) > 0
+    ends = seq.num_uncomputed == 1 and not seq.lacks_prompt_logits  # a prompt may come token by token
+    return request.params.speculate and calm and ends and _num_left(request) > 0
 
 
 def _num_left(request: Request) -> int:

@@ -207,3 +207,22 @@ def test_a_drafter_that_fails_harms_nobody(
     prompt, params = list(range(5, 25)), ask("seeded", 10)
     assert_same(alone(engine, "base", prompt, params), alone(quiet, "base", prompt, params))
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_prompt_of_which_one_token_runs_is_left_alone(
+    demo_zoo: Path, quiet: LLMEngine, any_rows: random.Random
+) -> None:
+    """It starts at an odd place, so that two tokens a step leave one before the border of a page."""
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 3, "kv_cache_bytes": 16 << 20}
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", **settings))
+    first, found = list(range(5, 40)), dict[str, Answer]()
+    alone(engine, "base", first, ask("greedy", 1))
+    engine.add_request("a", "base", [900, 901, 902, 903] * 3, ask("greedy", 40))
+    while not found:
+        take(engine, found)
+    prompt = [*first[:5], *range(100, 140)]
+    engine.add_request("b", "base", prompt, ask("greedy", 4))
+    while engine.has_unfinished():
+        take(engine, found)
+    assert engine.metrics().copied_pages_total == 1
+    assert_same(found["b"], alone(quiet, "base", prompt, ask("greedy", 4)))
