@@ -1,6 +1,6 @@
 """What K and V in 8 bits cost and save: equal top tokens, KL, bytes a token, time of decode steps.
 
-    python -m benchmarks.kv_precision [--zoo ZOO] [--models base sql] [--contexts 512 4096] [--no-quality]
+    python -m benchmarks.kv_precision [--models base sql] [--contexts 512 4096] [--decode-at 4096]
 
 Quality: behind so many tokens of text each model says 64 more, greedily in f32. Over its last 256 positions,
 these included, every side is compared with f32 throughout, tokens given: K and V rounded to bf16 (a page as
@@ -8,7 +8,7 @@ soon as it is full, all else in f32), K and V in 8 bits (all else in f32), and e
 zoo-compile's yardstick: a forward of the original files that rounds as engines in bf16 do. ZOO is one of the
 SmolLM2 family and --family the folders that it was compiled from; without them both are made.
 
-Speed: an attention layer decodes 32 rows at the longest context, with the heads of the shape and with a KV
+Speed: an attention layer decodes 32 rows at --decode-at tokens, with the heads of the shape and with a KV
 head for each of them. What it reads is many times the size of the processor's caches. Sides take turns;
 ratios are of processor seconds with one thread, which others on the machine disturb less than time passed.
 """
@@ -70,10 +70,11 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments(__doc__ or "", shape="110m", repeats=9)
-    parser.add_argument("--zoo", type=Path, help="of the SmolLM2 family")
-    parser.add_argument("--family", type=Path, help="the folders it was compiled from")
+    parser.add_argument("--zoo", help="of the SmolLM2 family")
+    parser.add_argument("--family", help="the folders it was compiled from")
     parser.add_argument("--models", nargs="+", default=["base", "sql", "label", "minutes"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096])
+    parser.add_argument("--decode-at", type=int, default=4096, help="tokens of context, timed (4096)")
     parser.add_argument("--no-quality", dest="quality", action="store_false", help="only time steps")
     return parser
 
@@ -82,14 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quality(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    family = args.family
-    if family is None:
+    family = Path(args.family or folder / "family")
+    if args.family is None:
         from benchmarks.smollm2_family.assemble import assemble
 
-        assemble(folder / "family")
-        family = folder / "family"
+        assemble(family)
     given = {name: _source(family, name) for name in dict.fromkeys(("base", *args.models))}
-    path = args.zoo or folder / "zoo"
+    path = Path(args.zoo or folder / "zoo")
     if args.zoo is None:
         compile_models(given, path, CompileOptions(verify=False, profile=False, threads=args.threads))
     zoo, results = Zoo.open(path), {}
@@ -202,7 +202,7 @@ class _Layer:
         for name in ("key_cache", "value_cache"):
             pages = maker.arrays.pages(ROWS * per_row, shape.num_kv_heads, shape.head_dim)
             values = rng.standard_normal((64, *pages.shape[1:3], shape.head_dim), dtype=np.float32)
-            filled = pack_u8(values) if pages.dtype == np.uint8 else values
+            filled = pack_u8(values) if pages.dtype == np.uint8 else maker.arrays.activations(values)
             for begin in range(0, len(pages), len(filled)):
                 pages[begin : begin + len(filled)] = filled[: len(pages) - begin]
             engine.bind(name, pages)
@@ -211,9 +211,10 @@ class _Layer:
         cos, sin = (table[context] for table in spec.rope.tables(shape.head_dim, context + 1))
         for name, row in (("cos", cos), ("sin", sin)):
             engine.bind(name, np.tile(row, (ROWS, 1, 1, 1)))
+        hidden = rng.standard_normal((ROWS, shape.hidden_size), dtype=np.float32)
         bound = {
-            "hidden": rng.standard_normal((ROWS, shape.hidden_size), dtype=np.float32),
-            "hidden_out": np.empty((ROWS, shape.hidden_size), np.float32),
+            "hidden": maker.arrays.activations(hidden),
+            "hidden_out": maker.arrays.zeros(hidden.shape, "activation"),
             "past_lens": np.full(ROWS, context, np.int32),
             "subsequence_begins": np.arange(ROWS + 1, dtype=np.int32),
             "block_indices_begins": np.arange(ROWS + 1, dtype=np.int32) * np.int32(per_row),
@@ -247,7 +248,7 @@ def _attention(shape: Shape, longest: int) -> Block:
 
 
 def _speed(args: argparse.Namespace) -> dict[str, Any]:
-    context, shape = max(args.contexts), SHAPES[args.shape]
+    context, shape = args.decode_at, SHAPES[args.shape]
     shapes = {
         f"{shape.num_heads} heads over {shape.num_kv_heads}": shape,
         f"{shape.num_heads} heads over {shape.num_heads}": replace(shape, num_kv_heads=shape.num_heads),

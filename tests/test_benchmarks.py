@@ -67,6 +67,19 @@ def test_quantized_speed(workdir: Path) -> None:
         assert all(numbers["median_ms"] > 0 for numbers in sides.values())
 
 
+def test_kv_precision(workdir: Path, demo_family: dict[str, Path]) -> None:
+    family = ["--family", str(demo_family["base"].parent), "--models", "base", "notes"]
+    results = run("kv_precision", workdir, *family)
+    assert list(results["quality"]) == ["base, 64 tokens", "notes, 64 tokens"]
+    for sides in results["quality"].values():
+        assert 0 < sides["K and V in bf16"]["kl"] < sides["all in bf16"]["kl"] < 0.01
+        assert 0 < sides["K and V in 8 bits"]["kl"] < 0.01
+        assert all(side["top1"] > 0.9 for side in sides.values())
+    assert len(results["decode"]) == 2
+    for sides in results["decode"].values():
+        assert [numbers["median_ms"] > 0 for numbers in sides.values()] == [True, True]
+
+
 def test_multi_tenant(workdir: Path) -> None:
     results = run("multi_tenant", workdir, "--tenants", "2", "--own-layers", "1")
     sides = {"engine", "executor"} | ({"genai in turn", "genai threads"} if PEER else set())
