@@ -60,7 +60,7 @@ def private_bytes() -> int:
 
 
 def test_what_long_texts_took_is_given_back(step):
-    """Each thread that tokenizes them would keep up to 35 MB."""
+    """Each thread that tokenizes them would keep up to 32 MB."""
 
     def tokenize(count: int) -> None:
         request = text_of("base", "word " * count)
