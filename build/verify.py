@@ -116,7 +116,8 @@ def verify(
     if packed_kv is not None:
         chain = ProbeChain(packed_kv, blocks, config, longest, adapters)
         own = everywhere if recovered else [probe.logits for probe in probes]
-        kv = yardstick.judge([chain.forward(tokens, 0)[-last:] for tokens in sequences], own)
+        found = yardstick.judge([chain.forward(tokens, 0)[-last:] for tokens in sequences], own)
+        kv = found if np.isfinite(found.stored.kl) else None  # as good as not measured: no model to serve so
         del chain
     if recovered:
         loss = yardstick.judge(everywhere, scored)
