@@ -154,10 +154,11 @@ class FirstPass:
 
     def _highest(self, scores: np.ndarray, budget: int) -> np.ndarray:
         """What is computed anew in any case, and the highest until all are so many."""
-        share = max(0, budget - int(self.anew.sum())) / int(self.matched.sum())
+        left = self.matched & ~self.anew
+        share = max(0, budget - int(self.anew.sum())) / max(1, int(left.sum()))
         if self.config.unit == "line":
-            return lines_of_highest(scores, self.matched, share, self._line_ends) | self.anew
-        return highest(scores, self.matched, share, self.config.unit == "page") | self.anew
+            return lines_of_highest(scores, left, share, self._line_ends) | self.anew
+        return highest(scores, left, share, self.config.unit == "page") | self.anew
 
 
 def relative_deviation(old: np.ndarray, new: np.ndarray) -> np.ndarray:

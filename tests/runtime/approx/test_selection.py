@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.approx.config import ReuseConfig, Selector
+from blockzoo.runtime.approx.config import ReuseConfig, Selector, Unit
 from blockzoo.runtime.approx.first_pass import FirstPass, relative_deviation
 from blockzoo.runtime.approx.selection import highest, lines_of_highest, within_budget
 
@@ -164,3 +164,14 @@ def test_what_is_computed_in_any_case_is_of_the_share() -> None:
         chosen = found.conclude(lambda: np.empty(0))
         assert chosen[:20].all()
         assert chosen.sum() == expected
+
+
+@pytest.mark.parametrize("unit", ["line", "page", "token"])
+def test_what_is_computed_in_any_case_is_counted_once(unit: Unit) -> None:
+    matched = np.ones(300, bool)
+    anew = np.zeros(300, bool)
+    anew[:20] = True
+    config = ReuseConfig(recompute=0.999, pointed=1.0, unit=unit)
+    found = FirstPass(config, matched, anew, 0, np.zeros(300, bool), 300)
+    found.add_scores(np.ones(300, np.float32), 1)
+    assert found.conclude(lambda: np.empty(0)).all()
