@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOP = ("build", "calibrate", "engines", "runtime", "server_config", "zoo")
+TOP = ("build", "engines", "runtime", "server_config", "zoo")
 
 
 def test_every_package_is_listed() -> None:

@@ -25,8 +25,8 @@ from benchmarks.reuse_suite.judge import Judge, Verdict
 from benchmarks.reuse_suite.sides import SIDES
 from benchmarks.reuse_suite.tasks import TASKS
 from benchmarks.reuse_suite.texts import CHARACTERS
-from blockzoo.calibrate.follower import divergence
-from blockzoo.calibrate.yardstick import Bf16
+from blockzoo.build.calibrate.follower import divergence
+from blockzoo.build.calibrate.yardstick import Bf16
 from blockzoo.zoo.store import Zoo
 
 ALL = TASKS | HELD_OUT

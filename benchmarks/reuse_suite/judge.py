@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.kv_sides import ENGINE
 from benchmarks.reuse_suite.tasks import Sample
 from benchmarks.reuse_suite.texts import Messages
-from blockzoo.calibrate.follower import Follower, Run, agreement, divergence
+from blockzoo.build.calibrate.follower import Follower, Run, agreement, divergence
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.approx.config import ReuseConfig
 

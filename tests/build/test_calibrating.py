@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from blockzoo.calibrate import NothingKnownError, calibrate
-from blockzoo.calibrate.cli import main
-from blockzoo.calibrate.search import CANDIDATES, choose
+from blockzoo.build.calibrate import NothingKnownError, calibrate
+from blockzoo.build.calibrate.cli import main
+from blockzoo.build.calibrate.search import CANDIDATES, choose
 from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.zoo.demo.corpus import standard_library_texts
 from blockzoo.zoo.errors import ManifestError

@@ -15,9 +15,9 @@ from blockzoo.zoo.console import command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after a message on standard error."""
     args = _parser().parse_args(argv)
+    from blockzoo.build.calibrate.report import draw, print_record
+    from blockzoo.build.calibrate.search import calibrate
     from blockzoo.build.progress import ProgressPrinter
-    from blockzoo.calibrate.report import draw, print_record
-    from blockzoo.calibrate.search import calibrate
     from blockzoo.engines.base import EngineError
     from blockzoo.runtime.api.errors import RequestError
     from blockzoo.zoo.errors import ZooError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockzoo.calibrate.prompts import Case, PromptsError, built_in, read_prompts
+from blockzoo.build.calibrate.prompts import Case, PromptsError, built_in, read_prompts
 
 
 def test_prompts_are_texts_or_messages_with_what_is_known(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from blockzoo.calibrate.follower import Follower, Run, agreement, divergence
-from blockzoo.calibrate.prompts import BUILT_IN, Case, built_in, read_prompts
-from blockzoo.calibrate.yardstick import Bf16
+from blockzoo.build.calibrate.follower import Follower, Run, agreement, divergence
+from blockzoo.build.calibrate.prompts import BUILT_IN, Case, built_in, read_prompts
+from blockzoo.build.calibrate.yardstick import Bf16
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.zoo.errors import ZooError

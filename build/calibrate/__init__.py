@@ -8,6 +8,6 @@ report      a table and a picture
 cli         `zoo-calibrate`
 """
 
-from blockzoo.calibrate.search import NothingKnownError, calibrate
+from blockzoo.build.calibrate.search import NothingKnownError, calibrate
 
 __all__ = ["NothingKnownError", "calibrate"]
