@@ -62,7 +62,6 @@ def run(family: Family, args: argparse.Namespace) -> dict[str, Any]:
                 max_num_seqs=4,
                 prefix_caching=caching,
                 kv_sharing="scope",
-                speculate="off",
             ),
         )
         for caching in (False, True)

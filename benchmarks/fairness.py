@@ -86,7 +86,6 @@ class Bench:
             num_threads=args.threads,
             kv_cache_bytes=1 << 30,
             max_model_len=2048,
-            speculate="off",
         )
         self.thread = EngineThread(family.zoo().path, config)
         self._rng = np.random.default_rng(0)

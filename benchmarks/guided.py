@@ -84,7 +84,6 @@ def main() -> int:
         num_threads=args.threads,
         kv_cache_bytes=1 << 30,
         max_num_seqs=args.batch,
-        speculate="off",
     )
     bench = Bench(LLMEngine(zoo, config), args.batch, args.steps)
     guided = GuidedDecoding("json_schema", json.dumps(SCHEMA))

@@ -56,7 +56,6 @@ class Judge:
             num_threads=num_threads,
             kv_cache_bytes=256 << 20,
             approximate=ENGINE,
-            speculate="off",
         )
         self._engine, self._model = LLMEngine(zoo, config), model
         self._follower = self._engine._sampler = _Follower()

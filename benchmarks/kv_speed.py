@@ -93,7 +93,6 @@ def _engine(family: Family, args: argparse.Namespace, num_known: int, reuse: Reu
             kv_cache_bytes=2 * tokens * family.shape.kv_bytes_per_token,
             max_num_seqs=args.running,
             approximate=reuse,
-            speculate="off",
         ),
     )
 

@@ -74,7 +74,6 @@ class Bench:
             max_model_len=length + 4 * QUESTION,
             max_num_seqs=4,
             published_kv_share=1.0,
-            speculate="off",
             **settings,
         )
         return LLMEngine(self._family.zoo().path, config)

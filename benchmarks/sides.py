@@ -84,7 +84,6 @@ class Settings:
             max_num_seqs=self.max_seqs,
             max_num_batched_tokens=self.max_tokens,
             max_span_layers=max_span_layers,
-            speculate="off",  # random weights repeat themselves
         )
 
 

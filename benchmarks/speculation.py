@@ -180,7 +180,9 @@ def main() -> None:
     args = parser.parse_args()
     machine = machine_facts()
     zoo = args.zoo or made_once(args.workdir / "smollm2-family", _compile)
-    config = EngineConfig(precision=args.precision, num_threads=args.threads, kv_cache_bytes=1 << 30)
+    config = EngineConfig(
+        precision=args.precision, num_threads=args.threads, kv_cache_bytes=1 << 30, speculate="auto"
+    )
     engine = LLMEngine(zoo, config)
     chosen = {
         name: groups

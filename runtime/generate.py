@@ -65,8 +65,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculate",
         choices=("auto", "off"),
-        default="auto",
-        help="guess tokens ahead where that is hoped to be faster; the answer is the same (default: auto)",
+        default="off",
+        help="auto: guess tokens ahead where that is hoped to be faster; answers are the same (default: off)",
     )
 
 

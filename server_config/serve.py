@@ -126,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--speculate",
         choices=("auto", "off"),
-        help="guess tokens ahead (from the prompt, earlier answers, the form of an answer) and check several "
-        "in one step where that is hoped to be faster (default: auto); answers are the same",
+        help="auto: guess tokens ahead (from the prompt, earlier answers, the form of an answer) and check "
+        "several in one step where that is hoped to be faster; answers are the same (default: off)",
     )
     engine.add_argument(
         "--publish",

@@ -33,9 +33,7 @@ class Quiet:
     """An engine that caches nothing and runs one request at a time."""
 
     def __init__(self, zoo: Path) -> None:
-        config = EngineConfig(
-            precision="f32", kv_cache_bytes=64 << 20, prefix_caching=False, num_threads=1, speculate="off"
-        )
+        config = EngineConfig(precision="f32", kv_cache_bytes=64 << 20, prefix_caching=False, num_threads=1)
         self._engine = LLMEngine(zoo, config)
         self._known: dict[tuple, Live] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from blockzoo.runtime import LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState
+from blockzoo.runtime.sampling.sampler import SampledToken, Sampler, SamplerState, SamplingError
 from blockzoo.runtime.serve.request_builder import Request
 
 
@@ -50,16 +50,14 @@ class _FollowingSampler(Sampler):
         super().__init__()
         self.told: dict[int, tuple[Sequence[int] | None, list[np.ndarray]]] = {}  # by id of the state
 
-    def sample(  # type: ignore[override]
-        self, logits: np.ndarray, states: Sequence[SamplerState]
-    ) -> list[SampledToken]:
-        tokens = []
-        for row, state in zip(logits, states, strict=True):
-            answer, kept = self.told[id(state)]
-            kept.append(np.array(row, np.float32))
-            token = int(row.argmax()) if answer is None else answer[len(kept) - 1]
-            tokens.append(SampledToken(token, None, ()))
-        return tokens
+    def follow(
+        self, logits: np.ndarray, state: SamplerState, drafted: Sequence[int] = ()
+    ) -> Iterator[SampledToken | SamplingError]:
+        assert not drafted, "the engine does not speculate"
+        answer, kept = self.told[id(state)]
+        kept.append(np.array(logits[0], np.float32))
+        token = int(logits[0].argmax()) if answer is None else answer[len(kept) - 1]
+        yield SampledToken(token, None, ())
 
 
 class Follower:

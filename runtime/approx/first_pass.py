@@ -63,7 +63,7 @@ class FirstPass:
     ) -> None:
         self.config, self.matched, self.anew, self.start = config, matched, anew, start
         self._line_ends, self._budget = line_ends, budget
-        if config.selector == "query":
+        if config.selector == "query" and config.recompute < 1:
             self._budget = min(budget, int(anew.sum()) + ceil(config.pointed * matched.sum()))
         self.done = False
         self.importance = np.zeros(matched.size, np.float32)

@@ -7,7 +7,8 @@ edits, records.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,11 @@ class AnswerLookup:
         self._kept[scope] = text[-self._max_tokens :]
         while len(self._kept) > self._max_scopes:
             self._kept.popitem(last=False)
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the answers of any other scope."""
+        for scope in [scope for scope in self._kept if not wanted(scope)]:
+            del self._kept[scope]
 
     def propose(self, context: Context, limit: int) -> list[Guess]:
         """What followed the longest of the latest equal endings, up to the end of that answer."""

@@ -153,7 +153,7 @@ class EngineConfig:
     calibrated: bool = True
     kv_sharing: Literal["model", "scope"] = "model"
     schedule: Policy = "hit-first"
-    speculate: Literal["auto", "off"] = "auto"
+    speculate: Literal["auto", "off"] = "off"
     num_threads: int | None = None
     max_span_layers: int | None = None
     strict: bool = False

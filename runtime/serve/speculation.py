@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.forced import ForcedTokens
@@ -46,7 +46,7 @@ class Speculation:
         self._answers = AnswerLookup()
         own = (ForcedTokens(), PromptLookup()) if drafters is None else tuple(drafters)
         self._drafters: tuple[Drafter, ...] = (*own, self._answers)
-        self._tenants: OrderedDict[str, Acceptance] = OrderedDict()
+        self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
         self._choices: dict[Family, RowChoice] = {}
         self._planned: dict[Family, StepKind] = {}
 
@@ -110,6 +110,12 @@ class Speculation:
         if request.params.speculate and scope is not None and request.num_generated:
             self._answers.remember(scope, request.seq.token_ids, request.seq.prompt_len)
 
+    def keep(self, models: Collection[str]) -> None:
+        """Forget what was learnt of any other model."""
+        self._answers.keep(lambda scope: scope[1] in models)
+        for key in [key for key in self._tenants if key[0] not in models]:
+            del self._tenants[key]
+
     def _guess(self, request: Request) -> None:
         seq = request.seq
         context = Context(seq.token_ids, _scope_of(request), request.sampler.guide)
@@ -125,9 +131,9 @@ class Speculation:
 
     def _of(self, request: Request) -> Acceptance:
         if request.acceptance is None:
-            name = request.seq.tenant
-            tenant = self._tenants.pop(name, None) or Acceptance()
-            self._tenants[name] = tenant
+            key = request.model.name, request.seq.tenant
+            tenant = self._tenants.pop(key, None) or Acceptance()
+            self._tenants[key] = tenant
             while len(self._tenants) > _MOST_TENANTS:
                 self._tenants.popitem(last=False)
             request.acceptance = Acceptance(tenant, _OF_REQUEST)
@@ -156,7 +162,7 @@ def _num_left(request: Request) -> int:
     return request.max_tokens - request.num_generated - 1
 
 
-def _scope_of(request: Request) -> Hashable:
+def _scope_of(request: Request) -> tuple[str, str] | None:
     """Whose answers may be looked at: of the same scope and model; None: nobody's."""
     return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
 

@@ -146,7 +146,7 @@ with urllib.request.urlopen(url, json.dumps(body).encode()) as response:
 
 @pytest.fixture(scope="module")
 def small_server(serve_zoo, demo_zoo):
-    return serve_zoo(demo_zoo, "--max-num-seqs", "4", "--kv-cache-gb", "0.02")
+    return serve_zoo(demo_zoo, "--max-num-seqs", "4", "--kv-cache-gb", "0.02", "--max-model-len", "2048")
 
 
 def test_a_client_killed_in_mid_stream_frees_its_pages(small_server):

@@ -44,7 +44,9 @@ def test_names_and_adapters_of_models_that_are_gone_are_forgotten(
 ) -> None:
     base, zoo = architectures["llama-gqa-untied"], tmp_path / "zoo"
     compile_models({"base": base}, zoo, FAST)
-    config = EngineConfig(precision="f32", enable_lora=True, kv_cache_bytes=8 << 20, adapter_cache_bytes=4096)
+    config = EngineConfig(
+        precision="f32", enable_lora=True, kv_cache_bytes=8 << 20, adapter_cache_bytes=4096, speculate="auto"
+    )
     engine = LLMEngine(zoo, config)
     names = [f"guest-{i}" for i in range(3)]
     adapters: set[str] = set()

@@ -129,7 +129,7 @@ def test_what_is_recomputed_is_a_full_prefill(demo_zoo: Path, selector: Any) -> 
     """Scores of attention and deviations of V are read from pages in 8 bits."""
     document = words(150, 4)
     donor, prompt = words(20, 5) + document + words(30, 6), words(37, 7) + document + words(25, 8)
-    reuse = ReuseConfig(recompute=0.999, refresh=0, head=0, selector=selector)
+    reuse = ReuseConfig(recompute=0.999, pointed=1.0, refresh=0, head=0, selector=selector)
     engine = serve(demo_zoo, approximate=reuse)
     ask(engine, donor)
     found = ask(engine, prompt, kv_reuse="approx")

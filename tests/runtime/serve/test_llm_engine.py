@@ -25,7 +25,7 @@ from blockzoo.zoo.store import Zoo
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = "def main(argv):\n    "
-CONFIG = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=8, speculate="off")
+CONFIG = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=8)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Topology
 from blockzoo.runtime.serve.making import pages_per_family
 
-MAKER: Any = SimpleNamespace(precision="bf16")
+MAKER: Any = SimpleNamespace(precision="bf16", kv_precision="bf16")
 LARGE, SMALL = Family(4096, 8, 128), Family(768, 4, 64)
 
 

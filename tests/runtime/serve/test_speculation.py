@@ -136,7 +136,7 @@ def test_answers_are_those_without_whatever_else_runs(
     expected = {name: alone(quiet, *given) for name, given in asked.items()}
     wholes = [prompt + expected[name].tokens for name, (_, prompt, _) in asked.items()]
 
-    config = EngineConfig(precision="f32", kv_cache_bytes=pages, max_num_seqs=6)
+    config = EngineConfig(precision="f32", kv_cache_bytes=pages, max_num_seqs=6, speculate="auto")
     engine = LLMEngine(demo_zoo, config)
     engine._speculation = Speculation(engine._recorder.on_drafted, drafters=[Seer(wholes, rng)])
     waiting, found, aborted = list(asked), {}, set()
@@ -166,19 +166,19 @@ def test_answers_are_those_without_whatever_else_runs(
 
 
 def test_a_request_and_an_engine_may_do_without(demo_zoo: Path, any_rows: random.Random) -> None:
-    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto"))
     prompt = [5, 6, 7, 8] * 8
     for speculate in (False, True):
         params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, speculate=speculate)
         alone(engine, "base", prompt, params)
         assert bool(engine.metrics().drafted_tokens_total) == speculate
-    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="off"))
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
     alone(engine, "base", prompt, params)
     assert not engine.metrics().drafted_tokens_total
 
 
 def test_other_answers_are_looked_at_within_a_scope_alone(demo_zoo: Path, any_rows: random.Random) -> None:
-    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto"))
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
     prompt = np.random.default_rng(8).integers(2, 2048, 25).tolist()
 
@@ -202,7 +202,7 @@ def test_a_drafter_that_fails_harms_nobody(
         def propose(self, context: Context, limit: int) -> list[Guess]:
             raise ZeroDivisionError
 
-    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20))
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto"))
     engine._speculation = Speculation(engine._recorder.on_drafted, drafters=[Broken()])
     prompt, params = list(range(5, 25)), ask("seeded", 10)
     assert_same(alone(engine, "base", prompt, params), alone(quiet, "base", prompt, params))
@@ -214,7 +214,7 @@ def test_a_prompt_of_which_one_token_runs_is_left_alone(
 ) -> None:
     """It starts at an odd place, so that two tokens a step leave one before the border of a page."""
     settings = {"max_num_seqs": 2, "max_num_batched_tokens": 3, "kv_cache_bytes": 16 << 20}
-    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", **settings))
+    engine = LLMEngine(demo_zoo, EngineConfig(precision="f32", speculate="auto", **settings))
     first, found = list(range(5, 40)), dict[str, Answer]()
     alone(engine, "base", first, ask("greedy", 1))
     engine.add_request("a", "base", [900, 901, 902, 903] * 3, ask("greedy", 40))
