@@ -70,7 +70,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(1e-5, range(1), range(2, 14), marks=pytest.mark.slow),
         (4e-3, range(1, 12), range(1, 2)),
-        (5.0, range(12, 13), range(1, 2)),
+        pytest.param(5.0, range(12, 13), range(1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_auto_stays_within_its_bound(

@@ -98,6 +98,7 @@ def expect_less_loss(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     monkeypatch.setattr(Yardstick, "of", stricter)
 
 
+@pytest.mark.slow
 def test_what_loses_too_much_is_stored_whole(
     models: dict[str, str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +116,7 @@ def test_what_loses_too_much_is_stored_whole(
     assert compile_models(models, tmp_path / "z", options).models[1].status == "unchanged"
 
 
+@pytest.mark.slow
 def test_single_blocks_are_given_back(
     models: dict[str, str | Path],
     tmp_path: Path,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,51 @@ def test_recomputing_everything_is_a_full_prefill(
     expected, expected_logprobs, _ = ask(exact, PROMPT)
     assert tokens == expected
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+def composed(rng: random.Random) -> tuple[list[list[int]], list[int]]:
+    """Known prompts, and one of their pieces: in another order, edited, cut, behind an equal beginning."""
+    pieces = [words(rng.randint(20, 90), rng.randrange(10**6)) for _ in range(5)]
+    opening = words(rng.choice([0, 40, 70]), 1)
+    known = [[*opening, *chain(*rng.sample(pieces, 4)), *words(30, rng.randrange(10**6))] for _ in range(2)]
+    prompt = list(opening)
+    for piece in rng.sample(pieces, rng.randint(3, 5)):
+        cut = rng.randrange(len(piece))
+        edit = words(rng.choice([0, 0, 3, 12]), rng.randrange(10**6))
+        prompt += piece[:cut] + edit + piece[cut + rng.choice([0, 0, 5]) :]
+    return known, prompt + words(rng.randint(1, 20), rng.randrange(10**6))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_whatever_is_composed_all_of_it_anew_is_a_full_prefill(
+    demo_zoo: Path, exact: LLMEngine, selector: Selector
+) -> None:
+    rng = random.Random(selector)
+    engine = serve(demo_zoo, ReuseConfig(selector="importance*deviation"), max_num_batched_tokens=64)
+    for number in range(4):
+        engine.configure_reuse(
+            ReuseConfig(
+                selector=selector,
+                recompute=0.9999,
+                edit_recompute=0.9999,
+                pointed=1.0,
+                head=rng.choice([0, 8, 40]),
+                edit=rng.choice([0, 8, 40]),
+                rounds=rng.choice([1, 2]),
+                unit=rng.choice(["token", "page", "line"]),
+                refresh=rng.choice([0, 3]),
+                refresh_order=rng.choice(["position", "importance"]),
+                max_deviation=1e9,
+                min_share=0.0,
+            )
+        )
+        known, prompt = composed(rng)
+        for donor in known:
+            ask(engine, donor, scope=str(number))
+        tokens, logprobs, _ = ask(engine, prompt, "approx", scope=str(number))
+        expected, expected_logprobs, _ = ask(exact, prompt)
+        assert tokens == expected
+        assert logprobs == pytest.approx(expected_logprobs, abs=2e-4)
 
 
 @pytest.mark.parametrize("selector", ["deviation", "importance*deviation"])

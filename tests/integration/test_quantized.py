@@ -203,16 +203,16 @@ def test_a_model_that_joins_is_weighed_as_it_is_stored(
 def test_weights_stay_packed_in_the_compiled_graph(
     precision: Any, demo_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "NUM_TOKENS", 16)
-    options = CompileOptions(weights="int4", verify=False, profile=False)
-    compile_models({"base": demo_family["base"]}, tmp_path / "z", options)
-    zoo = Zoo.open(tmp_path / "z")
     try:
         engines = (
             OpenVINOEngines(int8_activations=True) if precision == "int8" else OpenVINOEngines(precision)
         )
     except EngineError as error:
         pytest.skip(str(error))
+    monkeypatch.setattr(calibration, "NUM_TOKENS", 16)
+    options = CompileOptions(weights="int4", verify=False, profile=False)
+    compile_models({"base": demo_family["base"]}, tmp_path / "z", options)
+    zoo = Zoo.open(tmp_path / "z")
     engine = engines.span([zoo.read_block(key) for key in zoo.manifest.models["base"].chain[1:]])
     graph = engine._request.get_compiled_model().get_runtime_model()
     kinds: dict[str, list[str]] = {}

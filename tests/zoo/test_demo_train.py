@@ -122,6 +122,7 @@ def test_three_steps_of_each_stage_then_assemble(tmp_path, capsys):
     assert len(lines) == 2 + 7
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     torch = pytest.importorskip("torch")
     train = pytest.importorskip("blockzoo.zoo.demo.train")
