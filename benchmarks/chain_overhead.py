@@ -100,6 +100,8 @@ def _one_step(family: Family, settings: Settings, args: argparse.Namespace) -> d
         "llama": lambda: _llama(family, settings, args),
     }
     sides = {name: make() for name, make in makers.items() if name not in args.skip}
+    if not sides:
+        return {}
     turns = {name: partial(timed, partial(side.prefill, length), 1) for name, side in sides.items()}
     samples = interleave(turns, max(1, args.repeats // 3))
     for side in sides.values():
