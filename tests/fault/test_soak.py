@@ -24,6 +24,7 @@ ANSWERED_WITHIN_S = 300.0  # on a machine that has other work; the report has th
 # Of the last quarter over the third: medians of what the allocator happens to hold. What Triton itself leaks
 # when the stream of an ensemble is closed early (14 kB each, 2.51) stays below.
 GROWTH_ALLOWED, GROWTH_ALLOWED_MIB = 0.02, 8.0
+THREADS_ALLOWED = 2  # of a pool that gRPC has within tritonserver, and lets grow and shrink
 
 
 def settled(server, before: dict[str, Held], timeout_s: float = 20.0) -> dict[str, Held]:
@@ -31,7 +32,10 @@ def settled(server, before: dict[str, Held], timeout_s: float = 20.0) -> dict[st
     deadline = time.monotonic() + timeout_s
     while True:
         now = held_by_role(server)
-        back = all(now[role][i] <= before[role][i] for role in before for i in (1, 2))
+        back = all(
+            now[role].files <= one.files and now[role].threads <= one.threads + THREADS_ALLOWED
+            for role, one in before.items()
+        )
         if back or time.monotonic() > deadline:
             return now
         time.sleep(0.1)
@@ -151,7 +155,7 @@ def test_soak(soaked, tmp_path: Path) -> None:
         assert metrics[f"blockzoo_{name}"] == metrics_before[f"blockzoo_{name}"], name
     assert server.processes() == pids, "a process was replaced"
     for role in pids:
-        assert after[role].threads <= before[role].threads, (role, before[role], after[role])
+        assert after[role].threads <= before[role].threads + THREADS_ALLOWED, (role, before[role], after[role])
         assert after[role].files <= before[role].files, (role, before[role], after[role])
     third, last = memory["all"][2:]
     assert last <= third * (1 + GROWTH_ALLOWED) + GROWTH_ALLOWED_MIB, memory
