@@ -155,7 +155,11 @@ def test_soak(soaked, tmp_path: Path) -> None:
         assert metrics[f"blockzoo_{name}"] == metrics_before[f"blockzoo_{name}"], name
     assert server.processes() == pids, "a process was replaced"
     for role in pids:
-        assert after[role].threads <= before[role].threads + THREADS_ALLOWED, (role, before[role], after[role])
+        assert after[role].threads <= before[role].threads + THREADS_ALLOWED, (
+            role,
+            before[role],
+            after[role],
+        )
         assert after[role].files <= before[role].files, (role, before[role], after[role])
     third, last = memory["all"][2:]
     assert last <= third * (1 + GROWTH_ALLOWED) + GROWTH_ALLOWED_MIB, memory
