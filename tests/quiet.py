@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,22 @@ NEAR = 2e-3  # two tokens whose log-probabilities differ by less may change plac
 
 def words(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(2, 2048, length).tolist()
+
+
+def ask(
+    engine: LLMEngine, model: str, prompt: Any, params: SamplingParams, **how: Any
+) -> tuple[list[int], list[float], int]:
+    """Of one request alone: tokens, their log-probabilities, and how many prompt tokens were cached."""
+    engine.add_request("r", model, prompt, params, **how)
+    tokens, logprobs, cached = [], [], 0
+    while engine.has_unfinished():
+        for output in engine.step():
+            assert output.error is None
+            tokens += output.token_ids
+            logprobs += [entry.logprob for entry in output.logprobs or ()]
+            cached = output.num_cached_tokens
+    engine.check_integrity()
+    return tokens, logprobs, cached
 
 
 @dataclass

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quiet
+from quiet import words
 
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
@@ -20,10 +22,6 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 Reuse = partial(ReuseConfig, head=0, pointed=1.0, refresh_order="position")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
-
-
-def words(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 2048, length).tolist()
 
 
 DOCUMENT = words(150, 1)
@@ -41,16 +39,7 @@ def ask(
     engine: LLMEngine, prompt: list[int], how: str = "exact", **more: Any
 ) -> tuple[list, list[float], int]:
     """Tokens, their log-probabilities and how many prompt tokens came from the exact cache."""
-    engine.add_request("r", "base", prompt, GREEDY, kv_reuse=how, **more)
-    tokens, logprobs, cached = [], [], 0
-    while engine.has_unfinished():
-        for output in engine.step():
-            assert output.error is None
-            tokens += output.token_ids
-            logprobs += [entry.logprob for entry in output.logprobs or ()]
-            cached = output.num_cached_tokens
-    engine.check_integrity()
-    return tokens, logprobs, cached
+    return quiet.ask(engine, "base", prompt, GREEDY, kv_reuse=how, **more)
 
 
 def approximated(engine: LLMEngine) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quiet
+from quiet import words
 
 from blockzoo.engines.kv_pages import unpack_u8
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
@@ -19,10 +21,6 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprob
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
 DOCUMENT = "def parse(line):\n    key, value = line.split('=')\n    return key.strip(), int(value)\n\n" * 3
 QUESTION = "def main():\n    print(parse("
-
-
-def words(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 2048, length).tolist()
 
 
 def serve(zoo: Path, **settings: Any) -> LLMEngine:
@@ -41,16 +39,7 @@ def start(engine: LLMEngine, prompt: Any, params: SamplingParams = LONG, **how: 
 
 def ask(engine: LLMEngine, prompt: Any, **how: Any) -> tuple[list[int], list[float], int]:
     """Tokens, their log-probabilities, and how many tokens of the prompt came from the cache."""
-    engine.add_request("r", how.pop("model", "base"), prompt, GREEDY, **how)
-    tokens, logprobs, cached = [], [], 0
-    while engine.has_unfinished():
-        for output in engine.step():
-            assert output.error is None
-            tokens += output.token_ids
-            logprobs += [entry.logprob for entry in output.logprobs or ()]
-            cached = output.num_cached_tokens
-    engine.check_integrity()
-    return tokens, logprobs, cached
+    return quiet.ask(engine, how.pop("model", "base"), prompt, GREEDY, **how)
 
 
 def kv_of(engine: LLMEngine, seq: TokenSequence, num_tokens: int) -> np.ndarray:
