@@ -85,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=48, help="under each load (48)")
     add("--answer", type=int, default=16, help="tokens of an answer under load (16)")
     add("--running", type=int, default=8, help="requests that run at once (8)")
-    default = ReuseConfig()
-    share, refresh = default.recompute, default.refresh
+    share, refresh = 0.2, ReuseConfig().refresh
     add("--share", type=float, default=share, help=f"computed anew under load ({share})")
     add("--refresh", type=int, default=refresh, help=f"... beside each generated token ({refresh})")
     return parser

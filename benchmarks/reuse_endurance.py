@@ -25,6 +25,7 @@ from benchmarks.families import made_once
 from benchmarks.kv_reuse import _make_demo
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import KVReuse
+from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.zoo.demo.corpus import standard_library_texts
 from blockzoo.zoo.store import Zoo
 
@@ -76,6 +77,7 @@ def endure(zoo: Path, args: argparse.Namespace, published: int) -> dict[str, Any
         kv_cache_bytes=int(tokens * token_bytes),
         num_threads=args.threads,
         kv_reuse="approx",
+        approximate=ReuseConfig(recompute=0.2),
         max_step_seconds=None,
     )
     engine = LLMEngine(zoo, config)

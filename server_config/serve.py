@@ -124,6 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
         "change them), for requests with kv_reuse approx or for all that do not say otherwise",
     )
     engine.add_argument(
+        "--kv-recompute",
+        type=float,
+        metavar="X",
+        help="of approximate reuse: share of the tokens behind other texts that is computed anew, 0 to 1, "
+        "for all models (default: as zoo-calibrate found for each; without that 1, and only KV behind edits "
+        "is reused)",
+    )
+    engine.add_argument(
         "--speculate",
         choices=("auto", "off"),
         help="auto: guess tokens ahead (from the prompt, earlier answers, the form of an answer) and check "
@@ -231,7 +239,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "max_request_seconds": 600.0 if args.max_request_seconds is None else args.max_request_seconds,
         "kv_sharing": args.kv_sharing,
         "kv_reuse": None if args.kv_reuse == "on-request" else args.kv_reuse,
-        "approximate": {} if args.kv_reuse == "on-request" else None,
+        "approximate": _approximate(args),
         "published_kv_share": args.published_kv_share,
         "kv_cache_dir": None if args.kv_cache_dir is None else str(Path(args.kv_cache_dir).resolve()),
         "kv_cache_dir_bytes": None if args.kv_cache_dir_gb is None else int(args.kv_cache_dir_gb * 2**30),
@@ -243,6 +251,17 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)
     return settings
+
+
+def _approximate(args: argparse.Namespace) -> dict[str, float] | None:
+    """Settings of approximate reuse, None: of `EngineConfig` itself. Raises InvalidRequestError."""
+    from blockzoo.runtime.api.errors import InvalidRequestError
+
+    if args.kv_recompute is None:
+        return {} if args.kv_reuse == "on-request" else None
+    if args.kv_reuse not in ("on-request", "approx"):
+        raise InvalidRequestError("--kv-recompute is about --kv-reuse on-request or approx: add one of them")
+    return {"recompute": args.kv_recompute}
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:

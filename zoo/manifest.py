@@ -283,7 +283,7 @@ class ReusePoint:
     computed: float
     """Share of the prompts' tokens that was computed."""
     speedup: float
-    """How many times faster the first token came: the median over the prompts."""
+    """How many times faster the first token came: the median of the prompts of which KV was reused."""
     agreement: float
     """Share of equal likeliest tokens along the full prefill's answers."""
     kl: float

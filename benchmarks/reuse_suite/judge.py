@@ -75,18 +75,29 @@ class Judge:
         runs = {name: Run(prompt, "approx", config, full.tokens) for name, config in sides.items()}
         if sample.other_order is not None and not quick:
             runs["other order"] = Run(self._text(model, sample.other_order), answer=full.tokens)
-        self._run(model, list(runs.values()), len(full.tokens))
         verdicts = {"full": _verdict(sample, full, full, full.text)}
-        astray = {name: run for name, run in runs.items() if not agreement(full, run).all()}
-        free = {name: Run(run.prompt, run.how, run.config) for name, run in astray.items()}
-        if sample.answer is not None and not quick:
-            self._run(model, list(free.values()), ANSWER_TOKENS)
-        for name, run in runs.items():
-            verdicts[name] = _verdict(sample, run, full, free[name].text if name in free else full.text)
+        # what computes a prompt in full leaves its KV: after all others
+        leaves = {
+            name: run for name, run in runs.items() if run.config is not None and run.config.recompute == 1
+        }
+        for group in ({name: run for name, run in runs.items() if name not in leaves}, leaves):
+            verdicts |= self._along(model, sample, full, group, not quick)
         for run in asked:
             verdicts["bare"] = _verdict(sample, full, full, run.text)
         ids = self._follower.engine.tokenizer(model).encode(prompt)
         return verdicts, [*ids, *full.tokens], full.logits
+
+    def _along(
+        self, model: str, sample: Sample, full: Run, runs: dict[str, Run], free: bool
+    ) -> dict[str, Verdict]:
+        """Verdicts of sides along the full prefill's answer, and how they answer freely."""
+        self._run(model, list(runs.values()), len(full.tokens))
+        astray = {name: run for name, run in runs.items() if not agreement(full, run).all()}
+        own = {name: Run(run.prompt, run.how, run.config) for name, run in astray.items()}
+        if sample.answer is not None and free:
+            self._run(model, list(own.values()), ANSWER_TOKENS)
+        texts = {name: own[name].text if name in own else full.text for name in runs}
+        return {name: _verdict(sample, run, full, texts[name]) for name, run in runs.items()}
 
     def _text(self, model: str, messages: Messages) -> str:
         return self._follower.render(model, messages.as_dicts())

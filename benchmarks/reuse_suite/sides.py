@@ -27,9 +27,10 @@ SIDES: dict[str, ReuseConfig] = {
     "EPIC 15 %": replace(_PLAIN, selector="head-of-run", unit="token"),
     "DHD pages 15 %": replace(_PLAIN, selector="importance*deviation", unit="page", max_deviation=_NEVER),
 }
-SIDES["default"] = ReuseConfig(min_share=0.0)
+SIDES["composed 20 %"] = ReuseConfig(recompute=0.2, min_share=0.0)
 for _share in (0.1, 0.15, 0.2, 0.25, 0.3, 0.5):
     _own = replace(_PLAIN, recompute=_share, edit_recompute=_share / 3)
     SIDES[f"lines {_share:.0%}, heads"] = replace(_own, head=8, edit=32)
     SIDES[f"lines {_share:.0%}, heads of 16"] = replace(_own, head=16, edit=32)
     SIDES[f"EPIC {_share:.0%}"] = replace(_own, selector="head-of-run", unit="token")
+SIDES["default"] = ReuseConfig(min_share=0.0)

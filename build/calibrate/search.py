@@ -30,6 +30,8 @@ CANDIDATES = (
     _QUERY,
     replace(_QUERY, selector="head-of-run", unit="token", recompute=0.3, edit_recompute=0.1),
     replace(_QUERY, recompute=0.4, edit_recompute=0.2, pointed=0.15, head=32, edit=64),
+    # edits alone; the last, since what it computes in full stays in the cache
+    replace(_QUERY, recompute=1.0),
 )
 
 
@@ -39,7 +41,7 @@ class NothingKnownError(ZooError):
 
 @dataclass(slots=True)
 class _Tried:
-    """What all prompts gave of one candidate."""
+    """What all prompts gave of one candidate; speed-ups of those in which it took something over."""
 
     agrees: list[np.ndarray]
     kl: list[np.ndarray]
@@ -50,7 +52,7 @@ class _Tried:
         return ReusePoint(
             settings,
             computed=_rounded(np.mean(self.computed)),
-            speedup=_rounded(np.median(self.speedups)),
+            speedup=_rounded(np.median(self.speedups or [1.0])),
             agreement=_rounded(np.concatenate(self.agrees).mean()),
             kl=_rounded(max(0.0, float(np.concatenate(self.kl).mean()))),
         )
@@ -170,13 +172,14 @@ class _Search:
             runs.append(self._run(run, len(full.tokens), scope))
         if case.known is None:
             self._run(Run(prompt, "exact"), 1, scope)
-        if not all(run.reuses for run in runs):
-            return  # computed in full: it tells nothing
+        if not any(run.reuses for run in runs):
+            return  # nothing is known: it tells nothing
         for taken, run in zip(tried, runs, strict=True):
             taken.agrees.append(agreement(full, run))
             taken.kl.append(divergence(full.logits, run.logits))
             taken.computed.append(run.recomputed)
-            taken.speedups.append(full.first_s / run.first_s)
+            if run.reuses:
+                taken.speedups.append(full.first_s / run.first_s)
         ids = [*self._follower.engine.tokenizer(self._model).encode(prompt), *full.tokens[:-1]]
         rounded = self._bf16.logits(self._model, ids, len(full.tokens))
         bf16.agrees.append(rounded.argmax(1) == full.logits.argmax(1))
@@ -191,9 +194,10 @@ class _Search:
 
 
 def choose(curve: Sequence[ReusePoint], least: float, speedup: float) -> ReuseSettings | None:
-    """The fastest settings that agree at least so much and are at least so fast; None: there are none."""
+    """Those that compute the least, of settings that agree at least so much, and are at least so fast where
+    they take anything over; None: there are none."""
     fit = [point for point in curve if point.agreement >= least and point.speedup >= speedup]
-    return max(fit, key=lambda point: point.speedup).settings if fit else None
+    return min(fit, key=lambda point: point.computed).settings if fit else None
 
 
 def _write(zoo: Zoo, found: dict[str, ReuseRecord]) -> None:

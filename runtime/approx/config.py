@@ -15,7 +15,9 @@ class ReuseConfig:
     """How approximate reuse works.
 
     Attributes:
-        recompute: share of the reused tokens computed anew in the prefill, 0 (naive reuse) to 1 (full).
+        recompute: share of the tokens known from elsewhere that is computed anew in the prefill, 0 (naive
+            reuse) to 1: all of them. That is the default where other texts stand before them than in their
+            donor, since no smaller share kept a real model near to itself on all tasks (docs/benchmarks.md).
         edit_recompute: the same of tokens behind an edit: those before which their donor has the prompt's
             words but for some, on which they lean less. At most `recompute`.
         refresh: reused tokens computed anew beside each generated one.
@@ -48,7 +50,7 @@ class ReuseConfig:
         max_donors: prompts remembered as donors in all; the least recently used go first.
     """
 
-    recompute: float = 0.2
+    recompute: float = 1.0
     edit_recompute: float = 0.05
     pointed: float = 0.07
     refresh: int = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from math import ceil
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class ReusePlanner:
     def plan(self, seq: TokenSequence, trees: Sequence[SegmentTree]) -> Plan | None:
         """What `seq` may take over behind its exact prefix; None where it is too little to be worth it."""
         config = self.config if seq.approximate is None else seq.approximate
-        if config.recompute == 1 or (config.uses_check and seq.num_layers <= config.check_layers):
+        if config.uses_check and seq.num_layers <= config.check_layers:
             return None
         start, end = len(seq.nodes[0]) * PAGE_TOKENS, seq.num_tokens - 1
         found = [
@@ -68,13 +69,16 @@ class ReusePlanner:
             for run, donor in self._match(seq, start, end, trees)
             if (cut := self._present(run, donor, trees)).length >= config.window
         ]
-        matched = sum(run.length for run, _ in found)
+        behind, in_place = _edits(seq, found)
+        behind_edits = min(config.edit_recompute, config.recompute)
+        shares = [behind_edits if alone else config.recompute for alone in in_place]
+        taken_over = [share < 1 for share in shares]
+        found = list(compress(found, taken_over))
+        behind, shares = list(compress(behind, taken_over)), list(compress(shares, taken_over))
+        runs = [(run.start, run.length) for run, _ in found]
+        matched = sum(length for _, length in runs)
         if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
             return None
-        runs = [(run.start, run.length) for run, _ in found]
-        behind = self._behind_edits(seq, start, found)
-        behind_edits = min(config.edit_recompute, config.recompute)
-        shares = [config.recompute if words is None else behind_edits for words in behind]
         budget = ceil(sum(share * length for share, (_, length) in zip(shares, runs, strict=True)) - 1e-9)
         fronts = within_budget(_fronts(runs, behind, config), budget)
         anew = matched_positions([(run[0], n) for run, n in zip(runs, fronts, strict=True)], seq.num_tokens)
@@ -98,23 +102,6 @@ class ReusePlanner:
         )
         approx = ApproximateKV(config, reused, borrowed, first_pass)
         return Plan(approx, borrowed.positions.size, tuple(nodes))
-
-    @staticmethod
-    def _behind_edits(seq: TokenSequence, start: int, found: Sequence[tuple[Run, Donor]]) -> list[int | None]:
-        """Of each run the words of an edit before it, here or in its donor, whatever is more, where all
-        others before it are its donor's too; None where they are not."""
-        last: dict[bytes, tuple[int, int]] = {}  # donor -> where equal words ended last: in the prompt, in it
-        behind: list[int | None] = []
-        for run, donor in found:
-            key = donor.keys[-1]
-            if start and key not in last and np.array_equal(donor.token_ids[:start], seq.token_ids[:start]):
-                last[key] = start, start
-            end, donor_end = last.get(key, (0, run.donor_start + 1))
-            gap, donor_gap = run.start - end, run.donor_start - donor_end
-            is_edit = donor_gap >= 0 and max(gap, donor_gap) <= MAX_EDIT_TOKENS
-            behind.append(max(gap, donor_gap) if is_edit else None)
-            last[key] = run.start + run.length, run.donor_start + run.length
-        return behind
 
     def _match(
         self, seq: TokenSequence, start: int, end: int, trees: Sequence[SegmentTree]
@@ -146,9 +133,36 @@ class ReusePlanner:
         return run.start + offsets, pages[:, columns].astype(np.int64), places % PAGE_TOKENS, shift
 
 
+def _edits(seq: TokenSequence, found: Sequence[tuple[Run, Donor]]) -> tuple[list[int | None], list[bool]]:
+    """Of each run the tokens of an edit right before it, here or in its donor, whatever is more; None where
+    no equal words stand before that. And whether all before the run is its donor's but for edits."""
+    last: dict[bytes, tuple[int, int, bool]] = {}  # where a donor's words ended, here and in it; and the same
+    behind: list[int | None] = []
+    in_place: list[bool] = []
+    for run, donor in found:
+        key = donor.keys[-1]
+        if key not in last:
+            same = min(_num_same(seq.token_ids, donor.token_ids), run.start)
+            last[key] = (same, same, True) if same or run.start == 0 else (0, run.donor_start + 1, False)
+        end, donor_end, alone = last[key]
+        gap, donor_gap = run.start - end, run.donor_start - donor_end
+        is_edit = donor_gap >= 0 and max(gap, donor_gap) <= MAX_EDIT_TOKENS
+        behind.append(max(gap, donor_gap) if is_edit else None)
+        in_place.append(is_edit and alone)
+        last[key] = run.start + run.length, run.donor_start + run.length, in_place[-1]
+    return behind, in_place
+
+
+def _num_same(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    length = min(one.size, other.size)
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
 def _fronts(runs: Sequence[tuple[int, int]], behind: Sequence[int | None], config: ReuseConfig) -> list[int]:
     """How many first tokens of each (start, length) run to compute anew in any case; none where all words
-    before it are its donor's (`behind`: see `_behind_edits`)."""
+    before it are its donor's (`behind`: see `_edits`)."""
     return [
         min(length, config.head if words is None else config.edit if words else 0)
         for (_, length), words in zip(runs, behind, strict=True)

@@ -39,17 +39,21 @@ def zoo(demo_zoo: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": PROMPT, "known": [KNOWN]}, {"prompt": KNOWN}, {"prompt": PROMPT}]
+    lines = [{"prompt": EDITED, "known": [KNOWN]}, {"prompt": KNOWN}, {"prompt": PROMPT}]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return path
 
 
-def point(index: int, agreement: float, speedup: float) -> ReusePoint:
-    return ReusePoint(CANDIDATES[index], 0.2, speedup, agreement, 0.01)
+EDITED = "first words\n" + "\n".join(TEXTS).replace(TEXTS[0][:8], "Changed:", 1) + "\nQ:"
 
 
-def test_the_fastest_that_is_near_enough() -> None:
-    curve = [point(0, 0.90, 6.0), point(1, 0.97, 4.0), point(2, 0.98, 3.0), point(3, 1.0, 1.2)]
+def point(index: int, agreement: float, speedup: float, computed: float) -> ReusePoint:
+    return ReusePoint(CANDIDATES[index], computed, speedup, agreement, 0.01)
+
+
+def test_the_cheapest_that_is_near_enough() -> None:
+    curve = [point(0, 0.90, 6.0, 0.1), point(1, 0.97, 4.0, 0.2)]
+    curve += [point(2, 0.98, 9.0, 0.3), point(3, 1.0, 1.2, 0.9)]
     assert choose(curve, 0.97, 1.5) == CANDIDATES[1]
     assert choose(curve, 0.975, 1.5) == CANDIDATES[2]
     assert choose(curve, 0.99, 1.5) is None  # near enough, but hardly faster
@@ -70,6 +74,8 @@ def test_the_command_writes_what_requests_then_get(
     assert record.num_prompts == 2  # of the line in between, nothing is known
     assert record.bf16_agreement > 0.5
     assert all(0 < each.computed < 1 and each.speedup > 0 for each in record.curve)
+    assert record.curve[-1].computed > 0.5  # of the texts in another order it takes nothing over
+    assert record.settings == min(record.curve, key=lambda each: each.computed).settings
     assert [each.settings for each in record.curve] == list(CANDIDATES)
     llm = LLM(zoo, precision="f32", kv_cache_bytes=64 << 20, kv_reuse="approx")
     llm.generate("base", KNOWN, GREEDY)

@@ -185,7 +185,10 @@ def test_a_queue_without_news_is_given_up(demo_zoo: Path, refresh_order: Refresh
 def test_attention_is_told_as_it_is(demo_zoo: Path, exact: LLMEngine, backend: str) -> None:
     """Over exact KV: the document is known from the same place behind the same words."""
     engine = serve(
-        demo_zoo, Reuse(refresh=0), backend=backend, device="cpu" if backend == "reference" else None
+        demo_zoo,
+        Reuse(recompute=0.2, refresh=0),
+        backend=backend,
+        device="cpu" if backend == "reference" else None,
     )
     ask(engine, DONOR)
     prompt = [*words(10, 40), *DOCUMENT, *words(20, 41)]
@@ -201,13 +204,14 @@ def test_attention_is_told_as_it_is(demo_zoo: Path, exact: LLMEngine, backend: s
 def test_a_deployment_says_what_requests_get(demo_zoo: Path) -> None:
     llm = LLM(demo_zoo, precision="f32", kv_cache_bytes=16 << 20, kv_reuse="approx")
     llm.generate("base", [DONOR], GREEDY)
-    llm.generate("base", [PROMPT], GREEDY, kv_reuse="exact")
+    edited, other = (DONOR[:9] + words(length, 31) + DONOR[20:] for length in (11, 12))
+    llm.generate("base", [edited], GREEDY, kv_reuse="exact")
+    llm.generate("base", [PROMPT], GREEDY)  # behind other words
     assert approximated(llm.engine) == 0
-    other = words(11, 31) + PROMPT[37:]
     llm.generate("base", [other, other], GREEDY, kv_reuse=["approx", "off"])
     assert approximated(llm.engine) > 0
     before = approximated(llm.engine)
-    llm.generate("base", [words(13, 32) + PROMPT[37:]], GREEDY)
+    llm.generate("base", [DONOR[:9] + words(13, 32) + DONOR[20:]], GREEDY)
     assert approximated(llm.engine) > before
     with pytest.raises(InvalidRequestError, match="kv_reuse has 1 entries for 2 prompts"):
         llm.generate("base", [other, other], GREEDY, kv_reuse=["off"])
@@ -377,7 +381,7 @@ def test_preempted_requests_leave_no_refreshes_behind(demo_zoo: Path) -> None:
 
 
 def test_each_model_of_a_scope_has_donors_of_its_own(demo_zoo: Path) -> None:
-    engine = serve(demo_zoo, Reuse(), kv_sharing="scope")
+    engine = serve(demo_zoo, Reuse(recompute=0.2), kv_sharing="scope")
     for model in ("solver", "base"):
         engine.add_request("r", model, DONOR, GREEDY)
         while engine.has_unfinished():

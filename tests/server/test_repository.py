@@ -149,6 +149,7 @@ def test_no_model_batches_in_triton():
 
 def test_weights_of_tenants_reach_the_engine_and_unknown_ones_are_named(demo_zoo, tmp_path, capsys):
     options = ["--tenant-weight", "base=2", "--tenant-weight", "a=b=0.5", "--max-step-seconds", "0.2"]
+    options += ["--kv-reuse", "on-request", "--kv-recompute", "0.25"]
     assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), *options]) == 0
     said = capsys.readouterr().err
     assert "--tenant-weight a=b: " in said
@@ -160,6 +161,7 @@ def test_weights_of_tenants_reach_the_engine_and_unknown_ones_are_named(demo_zoo
     engine = EngineConfig(**settings.engine)
     assert engine.tenant_weights == {"base": 2.0, "a=b": 0.5}
     assert engine.max_step_seconds == 0.2
+    assert (engine.kv_reuse, engine.approximate.recompute) == ("exact", 0.25)
 
 
 @pytest.mark.parametrize("wrong", ["base", "=2", "base=", "base=two"])
@@ -173,6 +175,20 @@ def test_a_weight_that_is_none_is_refused(demo_zoo, wrong, capsys):
 def test_a_weight_out_of_range_is_refused(demo_zoo, tmp_path, wrong, capsys):
     assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), "--tenant-weight", wrong]) == 1
     assert "tenant_weights['base'] is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--kv-recompute", "0.2"], "add one of them"),
+        (["--kv-reuse", "exact", "--kv-recompute", "0.2"], "add one of them"),
+        (["--kv-reuse", "approx", "--kv-recompute", "20"], "recompute is 20.0; expected 0 to 1"),
+        (["--kv-reuse", "approx", "--kv-recompute", "nan"], "recompute is nan; expected 0 to 1"),
+    ],
+)
+def test_a_share_to_compute_anew_that_is_none_is_refused(demo_zoo, tmp_path, options, told, capsys):
+    assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), *options]) == 1
+    assert told in capsys.readouterr().err
 
 
 def _settings_text(config: str) -> str:

@@ -67,6 +67,27 @@ def test_a_window_behind_an_edit(cache: KVCache) -> None:
     assert fronts(cache, cut) == list(range(96, 136))
 
 
+def test_an_edit_among_the_first_words(cache: KVCache) -> None:
+    """Of fewer tokens than a page, so that there is no exact prefix."""
+    assert fronts(cache, KNOWN[:9] + NEW[:6] + KNOWN[13:200] + NEW) == list(range(15, 55))
+    assert fronts(cache, NEW[:6] + KNOWN[6:200] + NEW) == list(range(6, 10))  # another first token: no edit
+
+
+def test_by_default_only_what_stands_behind_edits_is_taken_over(cache: KVCache) -> None:
+    def taken(prompt: Sequence[int]) -> int:
+        seq = sequence(cache, prompt, ReuseConfig(edit=8))
+        cache.begin(seq)
+        count: int = cache.borrow(seq)
+        cache.release(seq)
+        return count
+
+    assert taken(KNOWN[:100] + NEW[:6] + KNOWN[104:300] + NEW) == 196
+    assert taken(KNOWN[:40] + NEW[:6] + KNOWN[44:150] + NEW[:3] + KNOWN[150:300] + NEW) == 106 + 150
+    assert taken(NEW + KNOWN[40:300] + NEW) == 0
+    assert taken(NEW + KNOWN[40:200] + NEW[:6] + KNOWN[204:300] + NEW) == 0  # an edit behind other words
+    assert taken(KNOWN[:40] + KNOWN[150:300] + KNOWN[50:150] + NEW) == 0  # in another order
+
+
 def test_no_front_where_all_words_before_are_the_same(cache: KVCache) -> None:
     assert fronts(cache, KNOWN[:115] + NEW[:6] + KNOWN[119:300] + NEW) == list(range(121, 161))
 
