@@ -115,6 +115,7 @@ def summary(found: dict[str, list[Verdict]], side: str) -> dict[str, Any]:
         share = (score - bare) / (full - bare)
     result: dict[str, Any] = {
         "samples": len(verdicts),
+        "tokens": sum(v.agrees.size for v in verdicts),
         "agrees": float(np.concatenate([v.agrees for v in verdicts]).mean()),
         "kl": float(np.concatenate([v.kl for v in verdicts]).mean()),
         "same": float(np.mean([v.same for v in verdicts])),
