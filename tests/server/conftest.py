@@ -6,43 +6,25 @@ import http.client
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import Served
 
 START_S = 60.0
 
 
-class ServedZoo:
+class ServedZoo(Served):
     """A zoo-serve process and the simplest clients for it."""
 
     def __init__(self, zoo: Path, scratch: Path, *options: str) -> None:
         ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "openai")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), *ports, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(scratch)},
-        )
-        self.out: list[str] = []
-        self.err: list[str] = []
-        self._readers = [
-            threading.Thread(target=lines.extend, args=(pipe,), daemon=True)
-            for lines, pipe in ((self.out, self.process.stdout), (self.err, self.process.stderr))
-        ]
-        for reader in self._readers:
-            reader.start()
+        super().__init__(zoo, *ports, *options, TMPDIR=str(scratch))
 
     def wait_until_serving(self) -> None:
-        self.wait_for(lambda: any("curl" in line for line in self.out), START_S)
+        self.wait_until_told(START_S)
         text = "".join(self.out)
         self.http_port = int(re.search(r"HTTP +http://127.0.0.1:(\d+)", text)[1])
         self.grpc = re.search(r"gRPC +(\S+)", text)[1]
@@ -50,15 +32,6 @@ class ServedZoo:
         self.openai = None if openai is None else openai[1]
         self.metrics_port = int(re.search(r"metrics +http://127.0.0.1:(\d+)", text)[1])
         self.curl = next(line.strip() for line in self.out if "curl" in line)
-
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-        """Poll until the condition holds; its value."""
-        deadline = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert self.process.poll() is None, f"zoo-serve ended: {''.join(self.err)}"
-            assert time.monotonic() < deadline, f"not within {timeout_s} s; log: {''.join(self.err)}"
-            time.sleep(0.02)
-        return value
 
     # ---- clients
 
@@ -139,17 +112,6 @@ class ServedZoo:
     def shared_memory(self) -> list[str]:
         """Regions of this launcher's servers."""
         return [name for name in os.listdir("/dev/shm") if name.startswith(f"blockzoo-{self.process.pid}-")]
-
-    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 40) -> int:
-        """Send a signal (None: it was sent) and wait; the exit status."""
-        if number is not None and self.process.poll() is None:
-            self.process.send_signal(number)
-        status = self.process.wait(timeout)
-        for reader in self._readers:
-            reader.join(5)
-        self.process.stdout.close()
-        self.process.stderr.close()
-        return status
 
 
 def _children(parent: int) -> list[tuple[int, str]]:

@@ -8,10 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,33 +15,19 @@ from typing import Any
 
 import openai
 import pytest
+from served import Served
 
 START_S = 300.0  # Ray's processes, on a machine that has other work
 
 
-class ServedReplicas:
+class ServedReplicas(Served):
     """A zoo-serve process with replicas, and clients for it."""
 
     def __init__(self, zoo: Path, *options: str, key: str = "none", **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
-        command = [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo)]
-        self.process = subprocess.Popen(
-            [*command, f"--openai-port={self.port}", "--kv-cache-gb=0.05", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
+        super().__init__(zoo, f"--openai-port={self.port}", "--kv-cache-gb=0.05", *options, **environment)
         self.key = key
-        self.out: list[str] = []
-        self.err: list[str] = []
-        self._readers = [
-            threading.Thread(target=lines.extend, args=(pipe,), daemon=True)
-            for lines, pipe in ((self.out, self.process.stdout), (self.err, self.process.stderr))
-        ]
-        for reader in self._readers:
-            reader.start()
         self.client = self.client_of(key)
 
     def client_of(self, key: str) -> openai.OpenAI:
@@ -53,16 +35,7 @@ class ServedReplicas:
         return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
 
     def wait_until_serving(self) -> None:
-        self.wait_for(lambda: any("curl" in line for line in self.out), START_S)
-
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
-        """Poll until the condition holds; its value."""
-        deadline = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert self.process.poll() is None, f"zoo-serve ended: {''.join(self.err)}"
-            assert time.monotonic() < deadline, f"not within {timeout_s} s; log: {''.join(self.err)}"
-            time.sleep(0.05)
-        return value
+        self.wait_until_told(START_S)
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -111,17 +84,11 @@ class ServedReplicas:
                     found.append((address, int(port, 16)))
         return found
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        status = self.process.wait(60)
-        for reader in self._readers:
-            reader.join(5)
-        for pipe in (self.process.stdout, self.process.stderr):
-            pipe.close()
-        self.client.close()
-        return status
+    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 60) -> int:
+        try:
+            return super().stop(number, timeout)
+        finally:
+            self.client.close()
 
 
 def descendants(parent: int) -> dict[int, str]:

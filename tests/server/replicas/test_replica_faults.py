@@ -109,11 +109,11 @@ def test_a_changed_zoo_goes_round_and_loses_no_stream(serve_replicas, demo_famil
         try:
             compile_models({"notes": f"{demo_family['notes']}@base"}, zoo, FAST)
             served.wait_for(lambda: sum("added notes" in line for line in served.err) == 2, 120)
-            served.wait_for(lambda: models() == {"base", "notes", "solver"})
+            served.wait_for(lambda: models() == {"base", "notes", "solver"}, 30)
             assert served.complete("notes", "The parties agree").choices[0].text
             compile_models({}, zoo, FAST, remove=["solver"])
             served.wait_for(lambda: sum("removed solver" in line for line in served.err) == 2, 120)
-            served.wait_for(lambda: models() == {"base", "notes"})
+            served.wait_for(lambda: models() == {"base", "notes"}, 30)
         finally:
             stop.set()
         for each in asking:

@@ -71,7 +71,8 @@ def test_a_client_that_goes_away_ends_its_request(served) -> None:
         lambda: (
             served.metrics()['blockzoo_requests_total{finish_reason="abort"}'] == before + 1
             and served.metrics()["blockzoo_requests_running"] == 0
-        )
+        ),
+        30,
     )
 
 

@@ -1,0 +1,62 @@
+"""zoo-serve as a user starts it: a process whose lines are read as they come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Served:
+    """A zoo-serve process.
+
+    Attributes:
+        out, err: the lines that it wrote, also while it runs.
+    """
+
+    def __init__(self, zoo: Path, *options: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=lines.extend, args=(pipe,), daemon=True)
+            for lines, pipe in ((self.out, self.process.stdout), (self.err, self.process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def wait_until_told(self, timeout_s: float) -> None:
+        """Until it has said how to ask."""
+        self.wait_for(lambda: any("curl" in line for line in self.out), timeout_s)
+
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+        """Poll until the condition holds; its value."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert self.process.poll() is None, f"zoo-serve ended: {''.join(self.err)}"
+            assert time.monotonic() < deadline, f"not within {timeout_s} s; log: {''.join(self.err)}"
+            time.sleep(0.02)
+        return value
+
+    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 40) -> int:
+        """Send a signal (None: it was sent) and wait; the exit status."""
+        if number is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(5)
+        for pipe in (self.process.stdout, self.process.stderr):
+            pipe.close()
+        return status
