@@ -52,14 +52,17 @@ def test_prompts_stay_with_the_replica_that_holds_them(served) -> None:
 
 
 def test_a_crowd_is_spread(served) -> None:
-    def ask(number: int) -> str:
-        return served.complete("base", f"{number} {PROMPT}", 24).choices[0].text
+    def ask(number: int) -> int:
+        return served.complete("base", f"{number} {PROMPT}", 24).usage.prompt_tokens
+
+    def more() -> list[float]:
+        return [count - before[name] for name, count in served.by_replica("prompt_tokens_total").items()]
 
     before = served.by_replica("prompt_tokens_total")
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, range(32)))
-    more = [count - before[name] for name, count in served.by_replica("prompt_tokens_total").items()]
-    assert min(more) > 0.3 * sum(more)
+        asked = sum(pool.map(ask, range(32)))
+    served.wait_for(lambda: sum(more()) >= asked, 30)  # a busy replica tells its figures later
+    assert min(more()) > 0.3 * asked
 
 
 def test_a_client_that_goes_away_ends_its_request(served) -> None:
@@ -69,7 +72,7 @@ def test_a_client_that_goes_away_ends_its_request(served) -> None:
     stream.close()
     served.wait_for(
         lambda: (
-            served.metrics()['blockzoo_requests_total{finish_reason="abort"}'] == before + 1
+            served.metrics()['blockzoo_requests_total{finish_reason="abort"}'] > before
             and served.metrics()["blockzoo_requests_running"] == 0
         ),
         30,
