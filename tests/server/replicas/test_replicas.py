@@ -67,7 +67,7 @@ def test_a_crowd_is_spread(served) -> None:
 
 def test_a_client_that_goes_away_ends_its_request(served) -> None:
     before = served.metrics()['blockzoo_requests_total{finish_reason="abort"}']
-    stream = served.complete("base", "On and on", 400, stream=True, extra_body={"ignore_eos": True})
+    stream = served.complete("base", "On and on", 4000, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
     served.wait_for(
