@@ -4,7 +4,9 @@ elsewhere where a replica is lost before it has said anything."""
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -49,6 +51,7 @@ class ReplicaClient:
         self._application = application
         self._handle: Any = serve.get_deployment_handle(DEPLOYMENT, application)
         self._generate = self._handle.options(method_name="generate", stream=True)
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Leave Ray, which ends what is under way."""
@@ -104,7 +107,8 @@ class ReplicaClient:
         another; one that has begun ends with an error that says so."""
         for _ in range(_TRIES):
             num_tokens, begun, finished, ended = 0, False, False, False
-            items = self._generate.remote(request)
+            name = uuid.uuid4().hex
+            items = self._generate.remote(request, name)
             try:
                 async for item in items:  # to its end: then it counts as ended at once
                     if isinstance(item, Refusal):
@@ -127,8 +131,17 @@ class ReplicaClient:
                 raise _unreachable(error) from None
             finally:
                 if not ended:
-                    items.cancel()
+                    items.cancel()  # which Ray loses as often as not where the stream has begun
+                    leaving = asyncio.create_task(self._leave(name))
+                    self._leaving.add(leaving)  # the loop itself keeps no task alive
+                    leaving.add_done_callback(self._leaving.discard)
         raise ApiError(503, f"{_TRIES} replicas were lost while they had this request.", None, None, 2)
+
+    async def _leave(self, name: str) -> None:
+        """Tell whatever replica has a request that its client has left."""
+        with suppress(RayError, RayServeException, TimeoutError):
+            told = self._handle.broadcast("leave", name)
+            await told.results_async(timeout_s=_ASK_S, return_exceptions=True)
 
 
 def _lost(num_tokens: int) -> ApiError:

@@ -36,6 +36,7 @@ from blockzoo.server_config.openai.engine import Delta, EngineRequest, PromptTok
 from blockzoo.server_config.schema import MAX_SCOPE_CHARS, checked_text
 from blockzoo.zoo.store import manifest_stamp
 
+_LEFT = 4096  # names of requests that were left, the last ones, which may be heard of first
 _STALL_S = 120.0  # longest step before the process counts as hung
 _SHORT_BYTES = 1 << 16  # tokenized within about 50 ms
 _SHORT_WAITING, _LONG_WAITING = 64 << 20, 128 << 20  # bytes of text
@@ -116,14 +117,19 @@ class EngineHost:
         self._reloaded = time.monotonic()
         self._reloading = threading.Lock()
         self._submitted: dict[str, float] = {}  # when the engine got each request
+        self._answers: dict[str, _Answer] = {}  # by the names of their requests
+        self._left: deque[str] = deque(maxlen=_LEFT)  # names of requests that their clients left
         self._short = FairQueue("blockzoo-short", 2, _SHORT_WAITING)
         self._long = FairQueue("blockzoo-long", 1, _LONG_WAITING)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta | Refusal, None]:
+    async def generate(self, request: EngineRequest, name: str) -> AsyncGenerator[Delta | Refusal, None]:
         """Deltas until one with a `finish_reason`, or a refusal; of a request without `stream` one at most.
-        Closing the iterator ends the request."""
+        Closing the iterator ends the request, and so does `leave`, by its name."""
         answer = _Answer(request, asyncio.get_running_loop())
+        self._answers[name] = answer
         try:
+            if name in self._left:
+                answer.leave()
             self._queue(request, answer)
             async with aclosing(answer.items()) as items:
                 async for item in items:
@@ -131,8 +137,15 @@ class EngineHost:
         except Exception as error:
             yield _refusal(error)
         finally:
+            del self._answers[name]
             answer.given_up = True
             self._forget(answer)
+
+    def leave(self, name: str) -> None:
+        """Nobody waits for this request's answer any more. It may be heard of before the request itself."""
+        self._left.append(name)
+        if name in self._answers:
+            self._answers[name].leave()
 
     def state(self) -> HostState:
         """What to tell whoever sends requests."""
@@ -225,6 +238,11 @@ class _Answer:
         self._num_prompt_top = request.params.prompt_logprobs or 0
         self._loop, self._ready = loop, asyncio.Event()
         self._outputs: deque[RequestOutput | BaseException] = deque()
+
+    def leave(self) -> None:
+        """Nobody waits for it."""
+        self.given_up = True
+        self.put(RuntimeError("the client has left"))
 
     def put(self, output: RequestOutput | BaseException) -> None:
         """From any thread."""

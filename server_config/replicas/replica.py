@@ -21,10 +21,14 @@ class Replica:
         self._host = EngineHost(settings)
         self._id = serve.get_replica_context().replica_id.unique_id
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta | Refusal, None]:
+    async def generate(self, request: EngineRequest, name: str) -> AsyncGenerator[Delta | Refusal, None]:
         """See `EngineHost.generate`; cancelling the call ends the request."""
-        async for item in self._host.generate(request):
+        async for item in self._host.generate(request, name):
             yield item
+
+    async def leave(self, name: str) -> None:
+        """See `EngineHost.leave`."""
+        self._host.leave(name)
 
     async def tell(self) -> Told:
         """What it holds and has done."""

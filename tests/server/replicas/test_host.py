@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from contextlib import aclosing
 
 import pytest
@@ -29,7 +30,7 @@ def a_request(model="base", prompt="The parties agree", stream=True, **params) -
 
 
 async def collect(host, request) -> list[Delta | Refusal]:
-    return [item async for item in host.generate(request)]
+    return [item async for item in host.generate(request, uuid.uuid4().hex)]
 
 
 def test_answers_are_those_of_the_runtime(host, demo_zoo) -> None:
@@ -89,7 +90,7 @@ def test_a_full_queue_refuses_and_says_when(host) -> None:
 
 def test_closing_the_iterator_frees_the_request(host) -> None:
     async def leave() -> None:
-        async with aclosing(host.generate(a_request(max_tokens=200, ignore_eos=True))) as items:
+        async with aclosing(host.generate(a_request(max_tokens=200, ignore_eos=True), "left")) as items:
             async for _ in items:
                 break
         for _ in range(200):
@@ -101,6 +102,37 @@ def test_closing_the_iterator_frees_the_request(host) -> None:
     before = host.metrics().requests_total["abort"]
     asyncio.run(leave())
     assert host.metrics().requests_total["abort"] == before + 1
+    assert host.problem() is None
+
+
+@pytest.mark.parametrize("when", ["before it comes", "while it waits", "when it has begun"])
+def test_a_request_that_is_left_ends(host, when) -> None:
+    """By its name: Ray may lose that a call was cancelled."""
+    request = a_request(max_tokens=3000, ignore_eos=True)
+
+    async def leave() -> list[Delta | Refusal]:
+        if when == "before it comes":
+            host.leave(when)
+        found = []
+        async for item in host.generate(request, when):
+            found.append(item)
+            host.leave(when)
+        return found
+
+    async def leave_at_once() -> list[Delta | Refusal]:
+        task = asyncio.create_task(collect_named())
+        await asyncio.sleep(0)
+        host.leave(when)
+        return await task
+
+    async def collect_named() -> list[Delta | Refusal]:
+        return [item async for item in host.generate(request, when)]
+
+    before = host.metrics().requests_total["length"]
+    found = asyncio.run(leave_at_once() if when == "while it waits" else leave())
+    assert isinstance(found[-1], Refusal)
+    assert sum(len(item.token_ids) for item in found if isinstance(item, Delta)) < 1000
+    assert host.metrics().requests_total["length"] == before
     assert host.problem() is None
 
 
