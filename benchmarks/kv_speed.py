@@ -6,6 +6,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,7 +23,9 @@ from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.approx.config import ReuseConfig
 
 QUESTION = 32  # tokens of it
+EDIT = 100  # where one begins
 _LINE = 12  # tokens of one
+EDITED = "a line edited, default"
 
 
 class Prompts:
@@ -39,6 +42,7 @@ class Prompts:
         self._rng, self._vocab, self._line_end = np.random.default_rng(0), vocab, line_end
         size = (length - 2 * QUESTION) // NUM_DOCUMENTS
         self._documents = [self._words(size) for _ in range(num_known)]
+        self._first_donor: list[int] = []
 
     def _words(self, count: int) -> list[int]:
         drawn = self._rng.integers(2, self._vocab, count)
@@ -52,11 +56,18 @@ class Prompts:
         middle = [token for i in order for token in self._documents[i]]
         return self._words(QUESTION) + middle + self._words(QUESTION)
 
+    def edited(self) -> list[int]:
+        """The first donor with other words early on, and another question."""
+        donor = self._first_donor
+        return [*donor[:EDIT], *self._words(_LINE), *donor[EDIT + _LINE : -QUESTION], *self._words(QUESTION)]
+
     def donors(self) -> list[list[int]]:
         """Prompts that make all documents known."""
         known = self._documents
         parts = [known[i : i + NUM_DOCUMENTS] for i in range(0, len(known), NUM_DOCUMENTS)]
-        return [[*self._words(QUESTION), *chain(*part), *self._words(QUESTION)] for part in parts]
+        found = [[*self._words(QUESTION), *chain(*part), *self._words(QUESTION)] for part in parts]
+        self._first_donor = found[0]
+        return found
 
 
 class Stopwatch:
@@ -112,10 +123,12 @@ def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, A
         first_token(engine, model, donor, params)
     parts: dict[str, list[dict[str, float]]] = defaultdict(list)
 
-    def ours(name: str, how: KVReuse, config: ReuseConfig | None) -> list[float]:
+    def ours(
+        name: str, how: KVReuse, config: ReuseConfig | None, draw: Callable[[], list[int]] = prompts.draw
+    ) -> list[float]:
         if config is not None:
             engine.configure_reuse(config)
-        prompt = prompts.draw()
+        prompt = draw()
         watch.seconds.clear()
         seconds, _ = first_token(engine, model, prompt, params, how)
         parts[name].append(dict(watch.seconds) | {"all": seconds})
@@ -124,6 +137,7 @@ def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, A
     turns: dict[str, Callable[[], list[float]]] = {
         name: partial(ours, name, *side) for name, side in time_sides().items()
     }
+    turns[EDITED] = partial(ours, EDITED, "approx", replace(ReuseConfig(), refresh=0), prompts.edited)
     if genai_missing() is None:
         turns["GenAI, prefix cache"] = _genai(family, args, engine, prompts)
     samples = interleave(turns, args.repeats)
