@@ -205,13 +205,16 @@ class _Engines:
         self._in_turn, self._turn = routing == "round-robin", 0
         self._holdings, self._lock = Holdings(), threading.Lock()
         for index, host in enumerate(self.hosts):
-            self._holdings.set_capacity(index, host.state().kv_tokens)
+            self._set_capacity(index, host)
 
     def ask(self, request: dict[str, Any]) -> tuple[int, int]:
         """As `Ask`."""
         lanes = (Lane(f"model {request['model']}", 1.0),)
-        prompt = Prompt(None, lanes, [request["prompt"]])
+        told = self.hosts[0].state().chars_per_token
+        prompt = Prompt(None, lanes, [request["prompt"]], told)
         with self._lock:
+            for place, host in enumerate(self.hosts):
+                self._set_capacity(place, host)
             self._turn += 1
             name = str(self._turn)
             order = random.sample(range(len(self.hosts)), len(self.hosts))
@@ -219,13 +222,17 @@ class _Engines:
             self._holdings.send(name, index, prompt)
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         asked = EngineRequest(request["model"], request["prompt"], params, stream=False)
-        last = asyncio.run(self._last(self.hosts[index], asked))
+        last = asyncio.run(self._last(self.hosts[index], asked, name))
         with self._lock:
             self._holdings.end(name)
         return last.num_prompt_tokens, last.num_cached_tokens
 
-    async def _last(self, host: EngineHost, request: EngineRequest) -> Any:
-        return [item async for item in host.generate(request)][-1]
+    def _set_capacity(self, index: int, host: EngineHost) -> None:
+        state = host.state()
+        self._holdings.set_capacity(index, state.kv_tokens, state.chars_per_token)
+
+    async def _last(self, host: EngineHost, request: EngineRequest, name: str) -> Any:
+        return [item async for item in host.generate(request, name)][-1]
 
 
 def _without_ray(zoo: Path, family: Family, args: argparse.Namespace, machine: dict[str, Any]) -> int:

@@ -33,6 +33,7 @@ from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.server_config.documents import publish_documents
 from blockzoo.server_config.fair_queue import FairQueue
 from blockzoo.server_config.openai.engine import Delta, EngineRequest, PromptTokens
+from blockzoo.server_config.replicas.prefixes import CHARS_PER_TOKEN
 from blockzoo.server_config.schema import MAX_SCOPE_CHARS, checked_text
 from blockzoo.zoo.store import manifest_stamp
 
@@ -61,6 +62,7 @@ class HostState:
         models: served.
         warm: those of them all of whose adapters are in memory.
         kv_tokens: about how many tokens' KV its pools hold.
+        chars_per_token: of the texts that it was asked about lately.
         stamp: of the manifest that was read last (`manifest_stamp`).
         retry: whether models wait for memory, and it is time to try them again.
         left_out: models of the zoo that are not served, and why; those that wait for memory too.
@@ -69,6 +71,7 @@ class HostState:
     models: tuple[str, ...]
     warm: tuple[str, ...]
     kv_tokens: int
+    chars_per_token: float
     stamp: tuple[int, int] | None
     retry: bool
     left_out: Mapping[str, str]
@@ -116,6 +119,7 @@ class EngineHost:
         self._waiting: Mapping[str, str] = {}
         self._reloaded = time.monotonic()
         self._reloading = threading.Lock()
+        self._chars, self._tokens = 100 * CHARS_PER_TOKEN, 100.0  # of texts, the later ones counting more
         self._submitted: dict[str, float] = {}  # when the engine got each request
         self._answers: dict[str, _Answer] = {}  # by the names of their requests
         self._left: deque[str] = deque(maxlen=_LEFT)  # names of requests that their clients left
@@ -133,6 +137,8 @@ class EngineHost:
             self._queue(request, answer)
             async with aclosing(answer.items()) as items:
                 async for item in items:
+                    if isinstance(item, Delta) and item.finish_reason is not None:
+                        self._count(request, item.num_prompt_tokens)
                     yield item
         except Exception as error:
             yield _refusal(error)
@@ -152,7 +158,15 @@ class EngineHost:
         engine = self._engine.engine
         retry = bool(self._waiting) and time.monotonic() - self._reloaded > _RETRY_S
         left_out = {**self._engine.left_out, **self._waiting}
-        return HostState(engine.models, engine.warm_models, engine.kv_tokens, self._stamp, retry, left_out)
+        return HostState(
+            engine.models,
+            engine.warm_models,
+            engine.kv_tokens,
+            self._chars / self._tokens,
+            self._stamp,
+            retry,
+            left_out,
+        )
 
     def metrics(self) -> Metrics:
         """A snapshot."""
@@ -221,6 +235,11 @@ class EngineHost:
         self._submitted[answer.request_id] = time.monotonic()
         if answer.given_up or answer.ended:  # meanwhile
             self._forget(answer)
+
+    def _count(self, request: EngineRequest, num_tokens: int) -> None:
+        if isinstance(request.prompt, str):
+            chars = len(request.prompt) + sum(map(len, request.documents))
+            self._chars, self._tokens = 0.99 * self._chars + chars, 0.99 * self._tokens + num_tokens
 
     def _forget(self, answer: _Answer) -> None:
         if self._submitted.pop(answer.request_id, None) is not None:

@@ -17,12 +17,15 @@ from typing import NamedTuple
 
 CHUNK_CHARS = 64
 CHUNK_IDS = 16
-"""Tokens of a chunk, about as many as its characters make."""
+"""Tokens of a chunk of token ids."""
+CHARS_PER_TOKEN = CHUNK_CHARS / CHUNK_IDS
+"""Where nothing is known of the text: that of English."""
 MAX_CHUNKS = 2048
 """Of a prompt that are looked at: 128 Ki characters."""
 MOST_CHUNKS = 1 << 16
 """Kept for a replica, whatever its pools hold."""
 _ANSWER_TOKENS = 64.0  # what an answer under way counts for, in tokens of a prompt
+_WAITING = 0.5  # of work that is under way there: what is computed twice takes time and room from all
 _ADAPTER_TOKENS = 64.0  # the same of an adapter that is read first
 _HASH_KEY = os.urandom(16)  # so that no client can look for collisions
 
@@ -59,10 +62,17 @@ class Prompt:
         scope: who may see its KV.
         lanes: of its model; shares add up to 1.
         parts: texts, or one list of token ids, in order.
+        chars_per_token: of the texts, about.
     """
 
-    def __init__(self, scope: str | None, lanes: Sequence[Lane], parts: Sequence[str | list[int]]) -> None:
-        chunks = list(_chunks(parts))
+    def __init__(
+        self,
+        scope: str | None,
+        lanes: Sequence[Lane],
+        parts: Sequence[str | list[int]],
+        chars_per_token: float = CHARS_PER_TOKEN,
+    ) -> None:
+        chunks = list(_chunks(parts, chars_per_token))
         self.num_tokens = sum(tokens for _, tokens in chunks)
         """About how many tokens it has."""
         self._tokens = [tokens for _, tokens in chunks]
@@ -91,9 +101,11 @@ class Holdings:
         self._held: dict[Hashable, _Held] = {}
         self._sent: dict[str, _Sent] = {}
 
-    def set_capacity(self, replica: Hashable, kv_tokens: int) -> None:
+    def set_capacity(
+        self, replica: Hashable, kv_tokens: int, chars_per_token: float = CHARS_PER_TOKEN
+    ) -> None:
         """A replica's pools hold the KV of as many tokens."""
-        most = max(1, min(MOST_CHUNKS, kv_tokens // CHUNK_IDS))
+        most = max(1, min(MOST_CHUNKS, int(kv_tokens * chars_per_token / CHUNK_CHARS)))
         self._held.setdefault(replica, _Held()).most_chunks = most
 
     def rank(
@@ -115,7 +127,8 @@ class Holdings:
         held = self._held.get(replica)
         if held is None:
             return prompt.num_tokens + _ADAPTER_TOKENS * cold
-        return prompt.num_tokens - prompt.known_tokens(held.chunks) + held.tokens + _ADAPTER_TOKENS * cold
+        missing = prompt.num_tokens - prompt.known_tokens(held.chunks)
+        return missing + _WAITING * held.tokens + _ADAPTER_TOKENS * cold
 
     def send(self, request_id: str, replica: Hashable, prompt: Prompt) -> None:
         """A request goes to a replica, which will hold its prompt; and to no other, where it did before."""
@@ -152,18 +165,17 @@ class Holdings:
         return tuple(self._held)
 
 
-def _chunks(parts: Sequence[str | list[int]]) -> Iterator[tuple[bytes, int]]:
+def _chunks(parts: Sequence[str | list[int]], chars_per_token: float) -> Iterator[tuple[bytes, float]]:
     """Data of full chunks and about how many tokens each has; a rest at the end counts too."""
     left = MAX_CHUNKS
     for part in parts:
-        size = CHUNK_CHARS if isinstance(part, str) else CHUNK_IDS
+        size, per_token = (CHUNK_CHARS, chars_per_token) if isinstance(part, str) else (CHUNK_IDS, 1.0)
         for begin in range(0, len(part), size):
             if not left:
                 return
             left -= 1
             piece = part[begin : begin + size]
-            tokens = CHUNK_IDS if len(piece) == size else max(1, len(piece) * CHUNK_IDS // size)
-            yield _data(piece), tokens
+            yield _data(piece), max(1.0, len(piece) / per_token)
 
 
 def _data(piece: str | list[int]) -> bytes:
@@ -172,7 +184,7 @@ def _data(piece: str | list[int]) -> bytes:
     return b"".join(token.to_bytes(4, "little", signed=True) for token in piece)
 
 
-def _keys(scope: str | None, lane: str, chunks: Sequence[tuple[bytes, int]]) -> Iterator[bytes]:
+def _keys(scope: str | None, lane: str, chunks: Sequence[tuple[bytes, float]]) -> Iterator[bytes]:
     key = repr((scope, lane)).encode("utf-8", "surrogatepass")
     for data, _ in chunks:
         key = hashlib.blake2b(key + data, digest_size=16, key=_HASH_KEY).digest()

@@ -52,7 +52,12 @@ class Replica:
         """Called by Ray about every second, for the routers."""
         state = self._host.state()
         cold = sorted(set(state.models) - set(state.warm))
-        return {"models": state.models, "cold": cold, "kv_tokens": state.kv_tokens}
+        return {
+            "models": state.models,
+            "cold": cold,
+            "kv_tokens": state.kv_tokens,
+            "chars_per_token": state.chars_per_token,
+        }
 
     def __del__(self) -> None:
         """Called by Ray once no request runs here any more, or the time for that is over."""

@@ -17,7 +17,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from blockzoo.server_config.openai.engine import EngineRequest
 from blockzoo.server_config.replicas.lanes import Lanes
-from blockzoo.server_config.replicas.prefixes import Holdings, Prompt
+from blockzoo.server_config.replicas.prefixes import CHARS_PER_TOKEN, Holdings, Prompt
 
 POLICIES = ("held", "round-robin")
 """How replicas are chosen: by what they hold and their load; in turn, to compare with."""
@@ -40,6 +40,7 @@ class ReplicaRouter(RequestRouter):
         """
         self._lanes, self._policy = Lanes(zoo), policy
         self._holdings = Holdings()
+        self._chars_per_token = CHARS_PER_TOKEN  # of the last replica that told it
         self._turn = 0
         _ROUTERS[self.app_name] = self
 
@@ -70,7 +71,9 @@ class ReplicaRouter(RequestRouter):
         by_id = {one.replica_id: one for one in replicas}
         for name, one in by_id.items():
             if "kv_tokens" in one.routing_stats:
-                self._holdings.set_capacity(name, one.routing_stats["kv_tokens"])
+                told = one.routing_stats
+                self._chars_per_token = told["chars_per_token"]
+                self._holdings.set_capacity(name, told["kv_tokens"], self._chars_per_token)
         cold = {name for name, one in by_id.items() if request.model in one.routing_stats.get("cold", ())}
         prompt = self._prompt(request)
         order = list(by_id)
@@ -81,7 +84,7 @@ class ReplicaRouter(RequestRouter):
 
     def _prompt(self, request: EngineRequest) -> Prompt:
         lanes = self._lanes.of(request.model)
-        return Prompt(request.kv_scope, lanes, [*request.documents, request.prompt])
+        return Prompt(request.kv_scope, lanes, [*request.documents, request.prompt], self._chars_per_token)
 
     def _expect(self, pending: PendingRequest, replica: ReplicaID, prompt: Prompt) -> None:
         """Count a request where it is about to go: others are routed before it has got there."""

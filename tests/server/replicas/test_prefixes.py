@@ -87,6 +87,7 @@ def test_token_ids_and_documents() -> None:
     holdings.send("1", "a", ids)
     holdings.end("1")
     assert holdings.cost("a", Prompt(None, WHOLE, [list(range(12 * CHUNK_IDS))])) == 2 * CHUNK_IDS
+    assert Prompt(None, WHOLE, ["好" * 1280], 1.0).num_tokens == 1280
     document = text(1, 4) + "an end"
     holdings.send("2", "b", Prompt(None, WHOLE, [document, "a question"]))
     holdings.end("2")
@@ -150,6 +151,6 @@ def test_work_adds_up_whatever_comes(events) -> None:
             holdings.forget(replica)
             where = {name: at for name, at in where.items() if at != replica}
         for each in range(3):
-            work = holdings.cost(each, prompt(""))
+            work = 2 * holdings.cost(each, prompt(""))  # what is under way counts for half
             busy = sum(at == each for at in where.values())
             assert 64 * busy <= work <= (64 + 3 * CHUNK_IDS) * busy
