@@ -82,8 +82,9 @@ def bring_up_to_date(request: Request, zoo: LoadedZoo) -> None:
 def _take_over_adapters(old: LoadedZoo, new: LoadedZoo, requests: Collection[Request]) -> None:
     held: dict[str, Pairs] = {}
     running = {request.model.chain_index for request in requests}
-    for family in old.executors.keys() & new.executors.keys():
-        held |= new.executors[family].take_over(old.executors[family], running)
+    before, after = old.local_executors, new.local_executors
+    for family in before.keys() & after.keys():
+        held |= after[family].take_over(before[family], running)
     new.adapters.hold(held)
 
 
@@ -168,7 +169,7 @@ def _share_out_pages(old: LoadedZoo, new: LoadedZoo, make: Making, requests: Col
             pool.resize(pool.num_pages + more)
             left -= more * sizes[family]
     for family, pages in gone.items():
-        new.executors[family].discard(pages)
+        new.local_executors[family].discard(pages)
 
 
 def _most_needed(zoo: LoadedZoo, family: Family, requests: Collection[Request]) -> int:

@@ -26,8 +26,10 @@ _LOG = logging.getLogger(__name__)
 
 def making(zoo: Zoo, config: EngineConfig, maker: EngineMaker) -> Making:
     """What makes a loaded zoo, and those that follow it as the zoo changes."""
-    boundary_bytes = config.boundary_cache_bytes if config.prefix_caching else 0
+    keeps = config.prefix_caching and config.workers is None
+    boundary_bytes = config.boundary_cache_bytes if keeps else 0
     return Making(
+        zoo.path,
         config,
         maker,
         BoundaryCache(boundary_bytes, maker.arrays.rows_like),
@@ -84,11 +86,19 @@ def _load(
     """Load a zoo of undamaged models; `engines`: those compiled so far. Raises UnsoundError."""
     topology = make.plan(zoo.manifest)
     make.pages(topology)  # told before anything is compiled
-    make.compile(topology, engines, files.blocks.__getitem__, progress)
+    if make.config.workers is None:
+        make.compile(topology, engines, files.blocks.__getitem__, progress)
     tokenizers = {name: files.tokenizer(name) for name in zoo.manifest.models}
     loaded = make.put_together(zoo.manifest, (), topology, engines, files.blocks, tokenizers)
     _warn_of_short_pools(zoo, make.config, loaded.models)
-    check_sound(topology, loaded.executors, range(len(topology.chains)))
+    try:
+        check_sound(topology, loaded.executors, range(len(topology.chains)))
+    except BaseException:
+        if loaded.workers is not None:
+            loaded.workers.group.close()
+        raise
+    if loaded.workers is not None:
+        loaded.workers.group.release_memory()
     return loaded
 
 

@@ -23,7 +23,7 @@ from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
 from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
 from blockzoo.runtime.serve.making import Making
-from blockzoo.runtime.serve.memory import available_memory
+from blockzoo.runtime.serve.memory import available_memory, engine_bytes
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
@@ -258,14 +258,7 @@ class ServedZoo:
             return None
         size = activation_dtype(self._make.maker.precision).itemsize
         spans = [span for span in topology.spans if span not in before.engines]
-        needs = [  # quantized matrices are not unpacked
-            sum(
-                tensor.num_bytes if tensor.scales is not None else size * tensor.size
-                for i in span.block_ids
-                for tensor in blocks[i].tensors.values()
-            )
-            for span in spans
-        ]
+        needs = [engine_bytes((blocks[i] for i in span.block_ids), size) for span in spans]
         # one that is being compiled has its weights twice
         need, available = sum(needs) + max(needs, default=0), available_memory()
         if need <= available:
@@ -289,7 +282,7 @@ class ServedZoo:
             self.current = replace(loaded, left_out=old.left_out, unsound=old.unsound)
 
         self._change(old, new, take)
-        for executor in old.executors.values():
+        for executor in old.local_executors.values():
             executor.close()
         self._make.maker.arrays.trim()
         used = {id(model.tokenizer) for model in self.current.models.values()}
