@@ -553,8 +553,6 @@ class LLMEngine:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
             InvalidRequestError: the engines are in workers, which keep the models that they started with.
         """
-        if self.config.workers is not None:
-            raise InvalidRequestError("models do not come and go over workers yet: start anew to serve them")
         reloaded = self._served.reload()
         self._between.run(self._forget_names)
         return reloaded

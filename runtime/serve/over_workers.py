@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.memory import available_memory, engine_bytes
 from blockzoo.runtime.workers.distributed import DistributedExecutor
-from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.group import WorkerGroup, WorkerStartError
 from blockzoo.runtime.workers.settings import WorkerPlan
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.manifest import Manifest
@@ -22,6 +23,7 @@ from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, pl
 
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
 _HOP_S = 1e-4  # that rows take from worker to worker: measured with ZeroMQ on one machine
+_STARTS = 3  # that are tried in the place of a worker that is lost
 _BYTE_S = 1e-9  # of weights, that a token takes where blocks were not timed
 
 
@@ -37,10 +39,16 @@ class Workers:
 
         Raises WorkerStartError, UnloadableError: they cannot be.
         """
-        started = self.group.restart()
+        started = self._restart()
         for executor in self.executors.values():
             executor.forget_pages()
         return started
+
+    def _restart(self) -> list[int]:
+        for _ in range(_STARTS - 1):
+            with suppress(WorkerStartError):  # it may have been killed, as the one before
+                return self.group.restart()
+        return self.group.restart()
 
 
 def start_workers(

@@ -167,6 +167,10 @@ class ServedZoo:
             self._leave_waiting(before, zoo, files, found)
             if not found.coming and before.models.keys() <= zoo.manifest.models.keys():
                 break
+            if before.workers is not None:
+                raise InvalidRequestError(
+                    "models do not come and go over workers yet: start anew to serve the zoo as it is now"
+                )
             manifest, gone = self._union(before, zoo.manifest, found.coming)
             topology = self._make.plan(manifest, before.topology.spans)
             tokenizers |= {name: self._tokenizer(zoo, files, name) for name in found.coming}

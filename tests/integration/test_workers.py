@@ -16,6 +16,7 @@ import zmq
 
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.runtime.workers import distributed
 
 SETTINGS = {
@@ -251,8 +252,10 @@ def test_what_workers_cannot_do_is_refused(settings: dict, message: str) -> None
         EngineConfig(**settings)
 
 
+def test_a_zoo_that_has_not_changed_is_reloaded(spread: LLMEngine) -> None:
+    assert spread.reload() == Reloaded()
+
+
 def test_what_is_not_supported_over_workers_says_so(spread: LLMEngine) -> None:
-    with pytest.raises(InvalidRequestError, match="start anew"):
-        spread.reload()
     with pytest.raises(InvalidRequestError, match="over workers"):
         spread.publish("handbook", "words")

@@ -40,5 +40,5 @@ def test_every_row_runs_once_in_order(shapes: list[tuple[int, int]], most: int) 
     ("counts", "sizes"), [([512], [128] * 4), ([1] * 32, [32]), ([1, 1, 254], [128] * 2)]
 )
 def test_micro_batches_are_equal(counts: list[int], sizes: list[int]) -> None:
-    parts = micro_batches([rows(count) for count in counts], 128 if sizes[0] == 128 else 64, 8)
+    parts = micro_batches([rows(count) for count in counts], 128, 8)
     assert [sum(len(piece.token_ids) for piece in part.rows) for part in parts] == sizes
