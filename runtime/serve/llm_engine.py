@@ -597,6 +597,11 @@ class LLMEngine:
             return self._zoo.chain_index.keys()
         return {request.model.chain.key for request in list(self._requests.values())}
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the workers' processes, where the engines are in workers."""
+        return [] if self._zoo.workers is None else self._zoo.workers.group.pids
+
     def watch(self) -> None:
         """Between requests: start a worker again that has ended."""
         with self._between.held():
