@@ -129,8 +129,8 @@ class EngineConfig:
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
         workers: processes on this machine over which the blocks are spread, each with num_threads (None: the
             processors, divided); None: the blocks are in this process. With workers, the backend is
-            openvino, models do not come and go while it runs, documents are not published, KV is not reused
-            approximately, and no hidden states are kept (boundary_cache_bytes).
+            openvino, documents are not published, KV is not reused approximately, and no hidden states are
+            kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
     """
 

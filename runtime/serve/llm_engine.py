@@ -551,7 +551,7 @@ class LLMEngine:
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
-            InvalidRequestError: the engines are in workers, which keep the models that they started with.
+            InvalidRequestError: the engines are in workers, and requests to models that go are under way.
         """
         reloaded = self._served.reload()
         self._between.run(self._forget_names)
@@ -614,8 +614,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the workers, where there are some; nothing runs any more."""
-        if self._zoo.workers is not None:
-            self._zoo.workers.group.close()
+        self._zoo.close_workers()
 
     # ---- looking in
 

@@ -83,6 +83,11 @@ class LoadedZoo:
     unsound: frozenset[str] = frozenset()
     workers: Workers | None = None
 
+    def close_workers(self) -> None:
+        """End the workers, where there are some."""
+        if self.workers is not None:
+            self.workers.group.close()
+
     @property
     def local_executors(self) -> Mapping[Family, Executor]:
         """The executors of a zoo whose engines are here."""

@@ -17,7 +17,7 @@ from blockzoo.runtime.exec.topology import Span
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, UnsoundError
-from blockzoo.runtime.serve.making import Making, Progress, check_sound
+from blockzoo.runtime.serve.making import Making, Progress, check_all
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.zoo.store import Zoo
 
@@ -86,19 +86,11 @@ def _load(
     """Load a zoo of undamaged models; `engines`: those compiled so far. Raises UnsoundError."""
     topology = make.plan(zoo.manifest)
     make.pages(topology)  # told before anything is compiled
-    if make.config.workers is None:
-        make.compile(topology, engines, files.blocks.__getitem__, progress)
+    make.compile(topology, engines, files.blocks.__getitem__, progress)
     tokenizers = {name: files.tokenizer(name) for name in zoo.manifest.models}
     loaded = make.put_together(zoo.manifest, (), topology, engines, files.blocks, tokenizers)
     _warn_of_short_pools(zoo, make.config, loaded.models)
-    try:
-        check_sound(topology, loaded.executors, range(len(topology.chains)))
-    except BaseException:
-        if loaded.workers is not None:
-            loaded.workers.group.close()
-        raise
-    if loaded.workers is not None:
-        loaded.workers.group.release_memory()
+    check_all(loaded)
     return loaded
 
 

@@ -99,10 +99,13 @@ class Making:
         runs_once: bool = False,
     ) -> None:
         """Add the engine of each span that has none; `runs_once`: it is run, so that it packs its weights.
+        Workers compile theirs as they start (`put_together`).
 
         Raises:
             UnsoundError: some cannot be compiled; the others were added.
         """
+        if self.config.workers is not None:
+            return
         self.maker.expect(len(topology.spans))
         failed: dict[int, Exception] = {}
         for index, span in enumerate(topology.spans):
@@ -135,6 +138,7 @@ class Making:
         before: LoadedZoo | None = None,
     ) -> LoadedZoo:
         """A loaded zoo of engines that are compiled; nothing of `before`, whose place it takes, is changed.
+        Over workers it has others than `before`, with all engines anew.
 
         Args:
             manifest, gone, engines, blocks: see `LoadedZoo`.
@@ -401,3 +405,14 @@ def check_sound(topology: Topology, executors: Mapping[Family, StepExecutor], ch
             broken[index] = error
     if broken:
         raise UnsoundError(models_of(topology, broken))
+
+
+def check_all(loaded: LoadedZoo) -> None:
+    """`check_sound` of all chains; workers end where it raises."""
+    try:
+        check_sound(loaded.topology, loaded.executors, range(len(loaded.topology.chains)))
+    except BaseException:
+        loaded.close_workers()
+        raise
+    if loaded.workers is not None:
+        loaded.workers.group.release_memory()

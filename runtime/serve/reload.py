@@ -22,7 +22,7 @@ from blockzoo.runtime.exec.segments import Variant
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
 from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
-from blockzoo.runtime.serve.making import Making
+from blockzoo.runtime.serve.making import Making, check_all
 from blockzoo.runtime.serve.memory import available_memory, engine_bytes
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
@@ -32,6 +32,10 @@ from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
 _LOG = logging.getLogger(__name__)
+_STILL_USED = (
+    "requests to models that were removed or replaced are under way; over workers, the change of the zoo "
+    "waits until they have ended"
+)
 _RETRY_S = 30.0  # after a settling that could not be done
 
 
@@ -167,12 +171,9 @@ class ServedZoo:
             self._leave_waiting(before, zoo, files, found)
             if not found.coming and before.models.keys() <= zoo.manifest.models.keys():
                 break
-            if before.workers is not None:
-                raise InvalidRequestError(
-                    "models do not come and go over workers yet: start anew to serve the zoo as it is now"
-                )
             manifest, gone = self._union(before, zoo.manifest, found.coming)
             topology = self._make.plan(manifest, before.topology.spans)
+            self._check_unused(before, topology)
             tokenizers |= {name: self._tokenizer(zoo, files, name) for name in found.coming}
             try:
                 self._make.compile(topology, engines, files.block, runs_once=True)
@@ -198,6 +199,8 @@ class ServedZoo:
                     if family in error.families and name in found.coming:
                         del found.coming[name]
                         found.waiting[name] = str(error)
+            except StillUsedError:  # a request came meanwhile, as `_check_unused` had seen
+                raise InvalidRequestError(_STILL_USED) from None
         files.drop_pages()
 
     def _union(
@@ -211,7 +214,9 @@ class ServedZoo:
         } | dict(coming)
         variants = {_variant(record) for record in models.values()}
         gone = set()
-        for record in before.manifest.models.values():
+        # workers read the files anew, and of models that went there are none
+        before_models = before.manifest.models.values() if before.workers is None else ()
+        for record in before_models:
             if _variant(record) not in variants:
                 variants.add(_variant(record))
                 self._num_gone += 1
@@ -219,6 +224,12 @@ class ServedZoo:
                 models[name] = record
                 gone.add(name)
         return _manifest_of(models, before.manifest, manifest), frozenset(gone)
+
+    def _check_unused(self, before: LoadedZoo, topology: Topology) -> None:
+        """Raise where workers are to lose a chain that is in use."""
+        going = before.chain_index.keys() - {chain.key for chain in topology.chains}
+        if going & set(self._in_use()):
+            raise InvalidRequestError(_STILL_USED)
 
     def _leave_waiting(self, before: LoadedZoo, zoo: Zoo, files: ModelFiles, found: _Found) -> None:
         """Move the models to `found.waiting` that would take more memory than there is."""
@@ -285,7 +296,14 @@ class ServedZoo:
         def take(loaded: LoadedZoo) -> None:
             self.current = replace(loaded, left_out=old.left_out, unsound=old.unsound)
 
-        self._change(old, new, take)
+        if new.workers is not None:
+            check_all(new)  # all its engines are new: they are ready before anything waits for them
+        try:
+            self._change(old, new, take)
+        except BaseException:
+            new.close_workers()
+            raise
+        old.close_workers()
         for executor in old.local_executors.values():
             executor.close()
         self._make.maker.arrays.trim()

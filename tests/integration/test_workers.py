@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
+from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.serve.reload import Reloaded
@@ -122,6 +123,7 @@ def test_requests_can_be_ended_at_any_moment(local: LLMEngine, spread: LLMEngine
         assert tokens == expected[key][: len(tokens)]
 
 
+@pytest.mark.slow
 def test_memory_moves_with_the_pages(demo_zoo: Path, local: LLMEngine) -> None:
     """With a pool that all of them fill anew, pages change owners all the time."""
     config = EngineConfig(**(SETTINGS | {"workers": 2, "kv_cache_bytes": 2 << 20, "max_num_seqs": 4}))
@@ -164,6 +166,7 @@ def test_a_killed_worker_loses_no_request(local: LLMEngine, spread: LLMEngine) -
     assert max(killed) < 20, "seconds until both serve again"
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_while_nothing_runs_is_replaced(demo_zoo: Path) -> None:
     thread = EngineThread(demo_zoo, EngineConfig(workers=1, **SETTINGS))
     try:
@@ -224,6 +227,7 @@ def test_strangers_cannot_take_part(spread: LLMEngine, local: LLMEngine) -> None
         socket.close(0)
 
 
+@pytest.mark.slow
 def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) -> None:
     memory = {"kv_cache_bytes": 2 << 20, "worker_memory_bytes": 19 << 20, "max_num_seqs": 4}
     with pytest.raises(InvalidRequestError, match="does not fit in 1 workers"):
@@ -254,6 +258,41 @@ def test_what_workers_cannot_do_is_refused(settings: dict, message: str) -> None
 
 def test_a_zoo_that_has_not_changed_is_reloaded(spread: LLMEngine) -> None:
     assert spread.reload() == Reloaded()
+
+
+def test_models_come_and_go(demo_family: dict[str, Path], tmp_path: Path, local: LLMEngine) -> None:
+    """Under requests that run: those to other models go on, and of removed ones they hold up the change."""
+    zoo, options = tmp_path / "zoo", CompileOptions(verify=False, profile=False)
+    compile_models({name: demo_family[name] for name in ("base", "notes")}, zoo, options)
+    engine = LLMEngine(zoo, EngineConfig(workers=2, **SETTINGS))
+    jobs = [(model, words(40, seed)) for seed, model in enumerate(("base", "notes", "base"))]
+    expected, before = answers(local, jobs, 30), engine.worker_pids
+    try:
+        for index, (model, prompt) in enumerate(jobs):
+            engine.add_request(str(index), model, prompt, greedy(30))
+        found: Answers = {}
+        steps = 0
+        while engine.has_unfinished():
+            for output in engine.step():
+                assert output.error is None
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+            steps += 1
+            if steps == 8:
+                compile_models({"solver": demo_family["solver"]}, zoo, options)
+                assert engine.reload().added == ("solver",)
+            if steps == 12:
+                compile_models({}, zoo, options, remove=("notes",))
+                with pytest.raises(InvalidRequestError, match="until they have ended"):
+                    engine.reload()
+        assert found == expected
+        assert not set(engine.worker_pids) & set(before)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+        assert engine.reload().removed == ("notes",)
+        assert engine.models == ("base", "solver")
+        jobs = [(model, words(40, 9)) for model in engine.models]
+        assert answers(engine, jobs) == answers(local, jobs)
+    finally:
+        engine.close()
 
 
 def test_what_is_not_supported_over_workers_says_so(spread: LLMEngine) -> None:
