@@ -112,9 +112,10 @@ class Part:
         return AdapterInputs(cache, topology.chains, topology.spans, specs)
 
     def executor(self, number: int, micro: int) -> PartExecutor:
-        """Of a family, by its number, and the place of a micro-batch."""
-        if (number, micro) not in self._places:
-            self._places[number, micro] = self._make(number, micro)
+        """Of a family, by its number, and the place of a micro-batch; the first place has the pool of all."""
+        for place in (0, micro):
+            if (number, place) not in self._places:
+                self._places[number, place] = self._make(number, place)
         return self._places[number, micro]
 
     def _make(self, number: int, micro: int) -> PartExecutor:

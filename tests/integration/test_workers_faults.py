@@ -16,6 +16,7 @@ import pytest
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime.workers import distributed
 from blockzoo.runtime.workers import group as groups
 from blockzoo.runtime.workers.group import WorkerGroup
 
@@ -102,6 +103,35 @@ def test_workers_killed_at_any_moment(spread: LLMEngine, expected: dict[str, lis
     assert group.num_restarts >= 3
 
 
+def resident(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_pages_that_hold_nothing_take_no_memory(demo_zoo: Path) -> None:
+    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **(SETTINGS | {"kv_cache_bytes": 64 << 20})))
+    try:
+        rng, few = np.random.default_rng(5), SamplingParams(max_tokens=1)
+        engine.add_request("first", "base", rng.integers(2, 2048, 200).tolist(), few)
+        while engine.has_unfinished():
+            engine.step()
+        stays = group_of(engine).pids[0]
+        before = resident(stays)
+        for index in range(60):
+            engine.add_request(str(index), "base", rng.integers(2, 2048, 200).tolist(), few)
+        while engine.has_unfinished():
+            engine.step()
+        filled = resident(stays)
+        os.kill(group_of(engine).pids[1], signal.SIGKILL)
+        engine.watch()
+        deadline = time.monotonic() + 5
+        while resident(stays) > (before + filled) // 2:
+            assert time.monotonic() < deadline, (before, filled, resident(stays))
+            time.sleep(0.05)
+    finally:
+        engine.close()
+
+
 def test_a_worker_that_cannot_start_again_fails_its_requests_clearly(
     spread: LLMEngine, monkeypatch: pytest.MonkeyPatch, expected: dict[str, list[int]]
 ) -> None:
@@ -173,6 +203,17 @@ def test_links_that_take_their_time(
         engine.close()
         for link in links:
             link.close()
+
+
+def test_families_side_by_side(architecture_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several KV geometries, with micro-batches that do not all go through every worker."""
+    monkeypatch.setattr(distributed, "LEAST_ROWS", 8)
+    settings = SETTINGS | {"kv_cache_bytes": 96 << 20, "max_model_len": 400}
+    spread = LLMEngine(architecture_zoo, EngineConfig(workers=3, **settings))
+    try:
+        assert answers(spread) == answers(LLMEngine(architecture_zoo, EngineConfig(**settings)))
+    finally:
+        spread.close()
 
 
 def test_equivalents_answer_as_from_one_process(demo_family: dict[str, Path], tmp_path: Path) -> None:
