@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 Homes = Mapping[str, frozenset[int]]
 """By span, the workers that hold it."""
@@ -215,6 +215,18 @@ class _Search:
                             name: self._moved(name, route, span, origin, worker)
                             for name, route in routes.items()
                         }
+
+        if not self._task.copies:
+            yield from self._swaps(plan)
+
+    def _swaps(self, plan: Plan) -> Iterable[dict[str, tuple[int, ...]]]:
+        """Routes with two spans in each other's places, where memory may leave no room to move one alone."""
+        home = {span: min(places) for span, places in plan.homes.items()}
+        for one, other in combinations(home, 2):
+            if home[one] != home[other]:
+                now = {**home, one: home[other], other: home[one]}
+                chains = self._task.chains.items()
+                yield {name: tuple(now[span] for span in chain.spans) for name, chain in chains}
 
     def _moved(
         self, name: str, route: tuple[int, ...], span: str, origin: int, worker: int

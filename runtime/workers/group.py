@@ -146,6 +146,7 @@ class WorkerGroup:
     def _start(self, worker: _Worker) -> None:
         worker.kill()
         worker.number += 1
+        worker.problems = {}
         settings = WorkerSettings(
             self.plan, worker.index, worker.identity, self._address, self._keys, worker.memory
         )
