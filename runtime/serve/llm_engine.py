@@ -56,6 +56,7 @@ Result = Iterator[SampledToken | SamplingError] | RequestError | None
 """What a step gave a sequence: tokens, chosen as they are taken; why it failed; nothing, as it wants none."""
 
 _LOG = logging.getLogger(__name__)
+_RETRY_S = 30.0  # after workers did not start
 _CHECK_SHARE = 0.01  # of the time may go into checks at rest
 
 
@@ -113,6 +114,7 @@ class LLMEngine:
         if self.config.speculate == "auto":
             self._speculation = Speculation(self._recorder.on_drafted, lone_only=maker.arrays.records)
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
+        self._watch_after = 0.0
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
     @property
@@ -354,6 +356,7 @@ class LLMEngine:
             workers.recover()
         except Exception as problem:
             traceback.print_exc()
+            self._watch_after = time.monotonic() + _RETRY_S
             return [self._fail(seq, f"the engine failed: {problem}") for seq in running]
         _LOG.warning("serving again after %.1f s", time.monotonic() - start)
         return []
@@ -603,9 +606,9 @@ class LLMEngine:
         return [] if self._zoo.workers is None else self._zoo.workers.group.pids
 
     def watch(self) -> None:
-        """Between requests: start a worker again that has ended."""
+        """Between requests: start a worker again that has ended; not at once where that has just failed."""
         with self._between.held():
-            if self._zoo.workers is None:
+            if self._zoo.workers is None or time.monotonic() < self._watch_after:
                 return
             try:
                 self._zoo.workers.group.check()
