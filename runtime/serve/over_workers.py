@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from blockzoo.runtime.serve.memory import available_memory, engine_bytes
 from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.group import WorkerGroup, WorkerStartError
 from blockzoo.runtime.workers.settings import WorkerPlan
-from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.blocks import Block, HeadSpec
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, place
 
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
 _HOP_S = 1e-4  # that rows take from worker to worker: measured with ZeroMQ on one machine
+_HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
 _STARTS = 3  # that are tried in the place of a worker that is lost
 _BYTE_S = 1e-9  # of weights, that a token takes where blocks were not timed
 
@@ -153,7 +154,7 @@ def placement_task(
     spans = {}
     for index, span in enumerate(topology.spans):
         size = engine_bytes((blocks[i] for i in span.block_ids), itemsize)
-        spans[str(index)] = Span(size, _seconds(span.block_ids, manifest) or size * _BYTE_S)
+        spans[str(index)] = Span(size, _seconds([blocks[i] for i in span.block_ids], manifest, itemsize))
     ways = {
         name: tuple(str(use.span) for use in topology.chains[index].uses)
         for name, index in topology.chain_of_model.items()
@@ -170,15 +171,15 @@ def placement_task(
     )
 
 
-def _seconds(block_ids: tuple[str, ...], manifest: Manifest) -> float | None:
-    """That a token takes through blocks, by their times; None where some have none."""
-    total = 0.0
-    for block_id in block_ids:
-        times = manifest.blocks[block_id].latency_us
-        if not times:
-            return None
-        total += times[max(times)] * 1e-6 / max(times)
-    return total
+def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> float:
+    """That a token takes through blocks: by their times, or by their bytes where some have none."""
+    times = [manifest.blocks[block.id].latency_us for block in blocks]
+    shares = [_HEAD_SHARE if isinstance(block.spec, HeadSpec) else 1.0 for block in blocks]
+    if all(times):
+        known = [each[max(each)] * 1e-6 / max(each) for each in times if each]
+    else:
+        known = [engine_bytes((block,), itemsize) * _BYTE_S for block in blocks]
+    return sum(share * seconds for share, seconds in zip(shares, known, strict=True))
 
 
 def _memory(config: EngineConfig) -> int:

@@ -25,7 +25,7 @@ from blockzoo.runtime.workers.micro_batches import MicroBatch, micro_batches
 from blockzoo.runtime.workers.settings import MOST_MICRO_BATCHES, WorkerPlan
 from blockzoo.runtime.workers.wire import STEP, pack_rows
 
-LEAST_ROWS = 64
+LEAST_ROWS = 128
 """Of a micro-batch: the weights that it reads are read anew for each."""
 
 
