@@ -5,8 +5,7 @@
 Engines whole, with scheduler and greedy sampling, in turns:
 
     one worker     engines in one other process, against engines here; the same threads
-    two workers    a thread each, against one process with two threads; and two threads each, which lie idle
-                   while the other worker computes
+    two workers    a thread each, against one process with two threads; prompts and decode steps
     a kill         of one of two workers under streams of the demo family: seconds until tokens come again
     a small limit  a zoo that does not fit into one worker's memory: whether answers are those of one process
 """
@@ -65,7 +64,6 @@ def main() -> None:
         results |= _compare(family, args, {"local": (None, threads), "one worker": (1, threads)})
     if "two" in args.cases:
         results |= _compare(family, args, {"one process": (None, 2), "two workers": (2, 1)})
-        results |= _compare(family, args, {"one process": (None, 2), "two workers, all cores each": (2, 2)})
     _print(results)
     if "faults" in args.cases:
         results |= _faults(args.repeats)
