@@ -259,9 +259,11 @@ class EngineSide:
     Sequence i is one of models[i % len(models)].
     """
 
-    def __init__(self, zoo: Zoo, models: Sequence[str], settings: Settings) -> None:
+    def __init__(
+        self, zoo: Zoo, models: Sequence[str], settings: Settings, workers: int | None = None
+    ) -> None:
         config = zoo.manifest.models[models[0]].config
-        self._engine = LLMEngine(zoo.path, settings.engine_config(config))
+        self._engine = LLMEngine(zoo.path, replace(settings.engine_config(config), workers=workers))
         self._models, self._vocab = models, config.vocab_size
         self._rng = np.random.default_rng(0)
         self._prompts = [self._prompt(settings.context + 1) for _ in range(settings.max_seqs)]
@@ -289,6 +291,7 @@ class EngineSide:
 
     def close(self) -> None:
         """See Side."""
+        self._engine.close()
         del self._engine
 
     def generate_each(self, num_tokens: int) -> None:

@@ -158,7 +158,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-cache-dir-gb", type=_amount, metavar="GB", help="the most it may hold (default 4)"
     )
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
-    engine.add_argument("--threads", type=int, metavar="N", help="compute threads")
+    engine.add_argument("--threads", type=int, metavar="N", help="compute threads (of each worker)")
+    engine.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="spread the zoo's blocks over so many processes of this machine (docs/cluster.md)",
+    )
+    engine.add_argument(
+        "--worker-memory-gb",
+        type=_amount,
+        metavar="GB",
+        help="that the weights in each and the KV pool may take (default: what is available)",
+    )
     parser.add_argument(
         "--drain-seconds",
         type=_amount,
@@ -247,6 +259,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "speculate": args.speculate,
         "num_threads": args.threads,
         "strict": args.strict,
+        "workers": args.workers,
+        "worker_memory_bytes": None if args.worker_memory_gb is None else int(args.worker_memory_gb * 2**30),
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)
@@ -367,6 +381,8 @@ def _serve_replicas(args: argparse.Namespace) -> int:
     from blockzoo.server_config.environment import free_ports
     from blockzoo.server_config.replicas.command import serve
 
+    if args.workers is not None:
+        raise InvalidRequestError("--replicas and --workers do not go together yet: leave one out")
     if args.write_only or not args.openai_port:
         raise InvalidRequestError(
             "--replicas serves the OpenAI endpoint alone: it needs that, and no --write-only"

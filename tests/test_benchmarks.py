@@ -285,3 +285,12 @@ def test_a_real_model_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").touch()
     with pytest.raises(NotAvailableError, match="file"):
         smollm2(tmp_path / "file" / "folder")
+
+
+@pytest.mark.slow
+def test_workers(workdir: Path) -> None:
+    results = run("workers", workdir)
+    assert len([case for case in results if "decode" in case]) == 6
+    assert results["kill"]["equal_tokens"]
+    assert results["limit"]["two_workers_equal_tokens"]
+    assert "does not fit" in results["limit"]["one_worker"]

@@ -24,7 +24,8 @@ ROOMS_MAY_IMPORT = {  # folders of runtime/
     "draft": {"draft", "sampling", "api"},
     "kv": {"kv", "approx", "api"},
     "exec": {"exec", "kv", "approx", "api"},
-    "serve": {"serve", "exec", "kv", "approx", "draft", "sampling", "text", "api"},
+    "workers": {"workers", "exec", "kv", "approx", "api"},
+    "serve": {"serve", "workers", "exec", "kv", "approx", "draft", "sampling", "text", "api"},
 }
 INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/batch")
 HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}

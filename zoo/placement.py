@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 Homes = Mapping[str, frozenset[int]]
 """By span, the workers that hold it."""
@@ -68,6 +68,7 @@ class Task:
         head: the worker from which tokens come and to which they go back.
         held: what workers hold already.
         horizon_s: seconds for which a plan is made: what must be moved for it is spread over them.
+        copies: whether more than one worker may hold a span.
     """
 
     spans: Mapping[str, Span]
@@ -78,6 +79,7 @@ class Task:
     head: int = 0
     held: Homes = field(default_factory=dict)
     horizon_s: float = math.inf
+    copies: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ def place(task: Task) -> Plan:
     by_rate = sorted(task.chains, key=lambda name: -task.chains[name].rate)
     by_size = sorted(task.chains, key=lambda name: -_num_bytes(task, name))
     starts = (search.one_by_one(by_rate), search.one_by_one(by_size), search.packed())
-    plans = [plan for start in starts if start is not None and (plan := search.improve(start)) is not None]
+    allowed = [start for start in starts if start is not None and fits(task, start.homes)]
+    plans = [plan for start in allowed if (plan := search.improve(start)) is not None]
     if not plans:
         needed = sum(span.num_bytes for span in task.spans.values())
         room = sum(worker.num_bytes for worker in task.workers)
@@ -142,8 +145,9 @@ def judge(task: Task, routes: Mapping[str, tuple[int, ...]]) -> Plan:
 
 
 def fits(task: Task, homes: Homes) -> bool:
-    """Whether all workers have room for what they are to hold."""
-    return all(room >= 0 for room in _room(task, homes))
+    """Whether all workers have room for what they are to hold, and no span is on more than it may be."""
+    single = task.copies or all(len(places) == 1 for places in homes.values())
+    return single and all(room >= 0 for room in _room(task, homes))
 
 
 class _Search:
@@ -212,6 +216,18 @@ class _Search:
                             for name, route in routes.items()
                         }
 
+        if not self._task.copies:
+            yield from self._swaps(plan)
+
+    def _swaps(self, plan: Plan) -> Iterable[dict[str, tuple[int, ...]]]:
+        """Routes with two spans in each other's places, where memory may leave no room to move one alone."""
+        home = {span: min(places) for span, places in plan.homes.items()}
+        for one, other in combinations(home, 2):
+            if home[one] != home[other]:
+                now = {**home, one: home[other], other: home[one]}
+                chains = self._task.chains.items()
+                yield {name: tuple(now[span] for span in chain.spans) for name, chain in chains}
+
     def _moved(
         self, name: str, route: tuple[int, ...], span: str, origin: int, worker: int
     ) -> tuple[int, ...]:
@@ -231,6 +247,8 @@ class _Search:
             reached: dict[int, tuple[float, tuple[int, ...], dict[int, int]]] = {}
             for worker in range(len(task.workers)):
                 new = worker not in around.homes.get(span, ())
+                if new and span in around.homes and not task.copies:
+                    continue
                 size = task.spans[span].num_bytes if new else 0
                 step = self._step(chain.rate, span, worker, around.loads[worker], new)
                 for before, (cost, path, taken) in paths.items():

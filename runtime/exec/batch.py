@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockzoo.engines.arrays import Array, Arrays
-from blockzoo.runtime.exec.calls import Call, CallGraph, Passed
+from blockzoo.runtime.exec.calls import Call, CallGraph, Fed, Passed
 from blockzoo.runtime.exec.step_arrays import Buffers, StepArrays
 from blockzoo.runtime.exec.topology import ChainPlan, Span
 
@@ -55,6 +55,7 @@ class _Group:
     range: _Range
     dropped: bool = False  # now logit rows
     side: int = 0  # which of the two buffers holds its rows
+    last_call: int | None = None  # that moved them there
 
 
 class StepLayout:
@@ -136,12 +137,21 @@ class StepLayout:
         for group in self._groups:
             for use in self._chains[group.chain].uses[group.entry : group.exit]:
                 users[use.position, use.span, use.first_layer].append(group)
-        calls = []
+        calls: list[Call] = []
         for (position, span_index, first_layer), groups in sorted(users.items(), key=lambda item: item[0]):
             groups = [g for g in groups if not g.dropped or _length(g.range.kept)]
             if groups:
+                fed = self._fed(groups, len(calls))
                 calls.append(self._make_call(position, span_index, first_layer, groups))
+                calls[-1].fed = fed
         return calls
+
+    def _fed(self, groups: list[_Group], index: int) -> list[Fed]:
+        """What call number `index` takes over from calls before it."""
+        fed = [Fed(g.last_call, self._view(g)) for g in groups if g.last_call is not None]
+        for group in groups:
+            group.last_call = index
+        return fed
 
     def _make_call(self, position: int, span_index: int, first_layer: int, groups: list[_Group]) -> Call:
         span = self._spans[span_index]

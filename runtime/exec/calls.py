@@ -31,6 +31,13 @@ class Passed(NamedTuple):
     rows: Array
 
 
+class Fed(NamedTuple):
+    """Rows that enter a call as an earlier one, number `call` of the step, has left them."""
+
+    call: int
+    rows: Array
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One engine run. Before it, `copies_in` fill its private arrays; after it, `copies_out`."""
@@ -45,6 +52,7 @@ class Call:
     copies_in: list[tuple[Array, Array]] = field(default_factory=list)  # (destination, source)
     copies_out: list[tuple[Array, Array]] = field(default_factory=list)
     passed: list[Passed] = field(default_factory=list)
+    fed: list[Fed] = field(default_factory=list)
 
     @property
     def is_small(self) -> bool:

@@ -308,7 +308,7 @@ class Executor:
             take(cos, positions, buffers.cos[rows, 0, 0])
             take(sin, positions, buffers.sin[rows, 0, 0])
         for (entry, embed_id), run in groupby(groups, key=lambda g: (g[1], self.chains[g[0]].embed_id)):
-            if not entry:
+            if not entry and embed_id in self._embeddings:
                 _, rows = _joined(list(run))
                 self._embeddings[embed_id].lookup(arrays.token_ids[rows], buffers.hidden[0][rows])
 

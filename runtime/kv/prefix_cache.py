@@ -439,6 +439,10 @@ class KVCache:
         self.tree.evict_until_free(max(0, self.pool.num_pages - num_pages))
         return self.pool.resize(num_pages)
 
+    def forget_all(self) -> None:
+        """Cache nothing any more: what pages hold is gone. No sequence has some, and nothing is published."""
+        self.tree.evict_until_free(self.pool.num_free + self.tree.num_evictable_pages)
+
     def release(self, seq: TokenSequence) -> None:
         """Take all pages from `seq`: own ones become free, those of the tree stay there, evictable."""
         self.pool.free(seq.own_pages())

@@ -53,6 +53,8 @@ def change_over(
     check_sound(new.topology, new.executors, coming)
     if old.caches.keys() != new.caches.keys():
         _share_out_pages(old, new, make, requests)
+    if new.workers is not old.workers:
+        _forget_all(old, requests, scheduler)
     for family in old.caches.keys() & new.caches.keys():
         _reshape(family, old.topology, new, requests, scheduler)
     for request in requests:
@@ -79,11 +81,20 @@ def bring_up_to_date(request: Request, zoo: LoadedZoo) -> None:
         seq.take_segments(chain.segments, [[] for _ in chain.segments])
 
 
+def _forget_all(old: LoadedZoo, requests: Collection[Request], scheduler: Scheduler) -> None:
+    """Other workers have other pages: what runs begins anew, from its tokens."""
+    for request in requests:
+        scheduler.put_back(request.seq)
+    for cache in old.caches.values():
+        cache.forget_all()
+
+
 def _take_over_adapters(old: LoadedZoo, new: LoadedZoo, requests: Collection[Request]) -> None:
     held: dict[str, Pairs] = {}
     running = {request.model.chain_index for request in requests}
-    for family in old.executors.keys() & new.executors.keys():
-        held |= new.executors[family].take_over(old.executors[family], running)
+    before, after = old.local_executors, new.local_executors
+    for family in before.keys() & after.keys():
+        held |= after[family].take_over(before[family], running)
     new.adapters.hold(held)
 
 
@@ -167,8 +178,9 @@ def _share_out_pages(old: LoadedZoo, new: LoadedZoo, make: Making, requests: Col
             more = min(more, left // sizes[family])
             pool.resize(pool.num_pages + more)
             left -= more * sizes[family]
-    for family, pages in gone.items():
-        new.executors[family].discard(pages)
+    for family, executor in new.local_executors.items():
+        if family in gone:
+            executor.discard(gone[family])
 
 
 def _most_needed(zoo: LoadedZoo, family: Family, requests: Collection[Request]) -> int:

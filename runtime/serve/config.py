@@ -16,6 +16,7 @@ from blockzoo.runtime.serve.memory import available_memory
 _DEFAULT_KV_BYTES = 2 << 30
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
 """Of a tenant."""
+MOST_WORKERS = 64
 MAX_PROMPT_LOGITS = 128
 """Prompt tokens of a step that may have log-probabilities: each takes a row of logits."""
 
@@ -126,6 +127,11 @@ class EngineConfig:
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
+        workers: processes on this machine over which the blocks are spread, each with num_threads (None: the
+            processors, divided); None: the blocks are in this process. With workers, the backend is
+            openvino, documents are not published, KV is not reused approximately, and no hidden states are
+            kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
+        worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
     """
 
     backend: Backend | None = None
@@ -157,6 +163,8 @@ class EngineConfig:
     num_threads: int | None = None
     max_span_layers: int | None = None
     strict: bool = False
+    workers: int | None = None
+    worker_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in get_args(Backend):
@@ -166,7 +174,14 @@ class EngineConfig:
             raise InvalidRequestError(f"precision is {self.precision!r}; expected f32, bf16 or None")
         if self.kv_precision not in (None, *get_args(KVChoice)):
             raise InvalidRequestError(f"kv_precision is {self.kv_precision!r}; expected u8, auto or None")
-        for name in ("kv_cache_bytes", "max_model_len", "num_threads", "max_span_layers"):
+        for name in (
+            "kv_cache_bytes",
+            "max_model_len",
+            "num_threads",
+            "max_span_layers",
+            "workers",
+            "worker_memory_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}; expected at least 1, or None")
@@ -186,12 +201,26 @@ class EngineConfig:
             expected = ", ".join(get_args(KVReuse))
             raise InvalidRequestError(f"kv_reuse is {self.kv_reuse!r}; expected {expected}")
         self._resolve_approximate()
+        self._check_workers()
         if self.kv_sharing not in ("model", "scope"):
             raise InvalidRequestError(f"kv_sharing is {self.kv_sharing!r}; expected model or scope")
         if self.speculate not in ("auto", "off"):
             raise InvalidRequestError(f"speculate is {self.speculate!r}; expected auto or off")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
+
+    def _check_workers(self) -> None:
+        if self.workers is None:
+            if self.worker_memory_bytes is not None:
+                raise InvalidRequestError("worker_memory_bytes is set and workers is not: set both, or none")
+            return
+        if self.workers > MOST_WORKERS:
+            raise InvalidRequestError(f"workers is {self.workers}; expected at most {MOST_WORKERS}")
+        if self.backend not in (None, "openvino"):
+            raise InvalidRequestError(f"backend is {self.backend!r}; workers have openvino: leave one out")
+        for name in ("approximate", "kv_cache_dir"):
+            if getattr(self, name) is not None:
+                raise InvalidRequestError(f"{name} is set; it does not work over workers yet: leave one out")
 
     def _resolve_approximate(self) -> None:
         given = self.approximate

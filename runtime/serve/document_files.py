@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockzoo.engines.kv_pages import KVPrecision
-from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.topology import ChainPlan, Topology
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
 from blockzoo.runtime.serve.kv_store import KVPart, KVStore
@@ -32,7 +32,7 @@ class DocumentFiles:
         """Files that were damaged or not what they said."""
         return self._store.num_rejected
 
-    def _parts(self, seq: TokenSequence, executor: Executor) -> list[tuple[Segment, KVPart]]:
+    def _parts(self, seq: TokenSequence, executor: StepExecutor) -> list[tuple[Segment, KVPart]]:
         """What of a document is a file: each segment, so that models share those of their common layers."""
         zoo, chain = self._zoo(), executor.chains[seq.chain_index]
         dtype: KVPrecision = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
@@ -45,7 +45,7 @@ class DocumentFiles:
             parts.append((segment, KVPart(blocks_key, first, end, seq.token_ids, shape, dtype)))
         return parts
 
-    def load(self, seq: TokenSequence, executor: Executor) -> bool:
+    def load(self, seq: TokenSequence, executor: StepExecutor) -> bool:
         """Fill the pages of `seq` that are not in the tree from disk; False, having changed nothing."""
         found = []
         for (segment, part), path in zip(self._parts(seq, executor), seq.nodes, strict=True):
@@ -61,7 +61,7 @@ class DocumentFiles:
         seq.cache.commit(seq)
         return True
 
-    def save(self, seq: TokenSequence, executor: Executor) -> None:
+    def save(self, seq: TokenSequence, executor: StepExecutor) -> None:
         """Keep the KV of a computed document."""
         for segment, part in self._parts(seq, executor):
             pages = seq.page_table[segment.first_layer : segment.end_layer, : seq.num_pages]

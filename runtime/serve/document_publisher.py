@@ -25,7 +25,7 @@ from blockzoo.runtime.api.errors import (
     PromptTooLongError,
     RequestError,
 )
-from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication, PublishStats
 from blockzoo.runtime.kv.sequence import TokenSequence
@@ -294,7 +294,7 @@ class DocumentPublisher:
                 "published_kv_share or raise kv_cache_bytes"
             )
 
-    def _compute(self, seq: TokenSequence, executor: Executor) -> None:
+    def _compute(self, seq: TokenSequence, executor: StepExecutor) -> None:
         while seq.num_computed < seq.num_tokens:
             end = min(seq.num_tokens, seq.num_computed + self._config.max_num_batched_tokens)
             border = end - end % PAGE_TOKENS

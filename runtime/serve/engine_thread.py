@@ -23,6 +23,7 @@ from blockzoo.runtime.serve.tenants import check_queue
 from blockzoo.runtime.text.prompt import Prompt
 
 OnOutput = Callable[[RequestOutput], None]
+_WATCH_EVERY_S = 1.0
 Publication = tuple[str, str, Sequence[str] | None]  # arguments of LLMEngine.publish
 
 
@@ -183,6 +184,7 @@ class EngineThread:
         self._thread.join()
         if self._settling is not None:
             self._settling.join()
+        self.engine.close()
 
     # ---- the engine's thread
 
@@ -193,6 +195,8 @@ class EngineThread:
                     self._deliver(self.engine.step())
                     self.engine.rest()  # after the answers: what it finds wrong is no reason to lose them
                     self._settle()
+                else:
+                    self.engine.watch()
                 self.last_progress = time.monotonic()
             for request_id in list(self._pending):
                 output = self.engine.abort(request_id)
@@ -218,7 +222,8 @@ class EngineThread:
             self._wake.notify_all()
 
     def _take_in(self) -> bool:
-        """Move what came in to the engine; waits while there is nothing to do. False: stop."""
+        """Move what came in to the engine; waits while there is nothing to do, but with workers, which are
+        looked after, not for long. False: stop."""
         with self._wake:
             self._wake.wait_for(
                 lambda: (
@@ -227,7 +232,8 @@ class EngineThread:
                     or self._aborts
                     or self._publications
                     or self.engine.has_unfinished()
-                )
+                ),
+                None if self.engine.config.workers is None else _WATCH_EVERY_S,
             )
             publications, self._publications = self._publications, deque()
             arrived, self._inbox = self._inbox, deque()

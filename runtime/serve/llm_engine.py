@@ -8,6 +8,7 @@ One caller at a time for `enqueue`, `step` and `abort` (EngineThread sees to tha
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
@@ -27,6 +28,7 @@ from blockzoo.runtime.api.errors import (
 )
 from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, SamplingParams, TokenLogprob
 from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.exec.interface import KVLostError
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler
@@ -53,6 +55,8 @@ from blockzoo.zoo.store import Zoo
 Result = Iterator[SampledToken | SamplingError] | RequestError | None
 """What a step gave a sequence: tokens, chosen as they are taken; why it failed; nothing, as it wants none."""
 
+_LOG = logging.getLogger(__name__)
+_RETRY_S = 30.0  # after workers did not start
 _CHECK_SHARE = 0.01  # of the time may go into checks at rest
 
 
@@ -110,6 +114,7 @@ class LLMEngine:
         if self.config.speculate == "auto":
             self._speculation = Speculation(self._recorder.on_drafted, lone_only=maker.arrays.records)
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
+        self._watch_after = 0.0
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
 
     @property
@@ -273,7 +278,12 @@ class LLMEngine:
     # ---- published documents
 
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
-        """Compute or load a document's KV, for some models (all), for every scope: `DocumentPublisher`."""
+        """Compute or load a document's KV, for some models (all), for every scope: `DocumentPublisher`.
+
+        Raises InvalidRequestError too where the engines are in workers, with which pages may be lost.
+        """
+        if self.config.workers is not None:
+            raise InvalidRequestError("documents cannot be published over workers yet")
         with self._between.held():
             return self._publisher.publish(name, text, models)
 
@@ -321,10 +331,35 @@ class LLMEngine:
             request = self._requests[item.seq.request_id]
             self._note_start(request)
             by_family.setdefault(request.model.chain.family, []).append(item)
-        for family, items in by_family.items():
-            for seq, result in self._execute(family, items):
-                outputs.append(self._take_result(self._requests[seq.request_id], result))
+        try:
+            for family, items in by_family.items():
+                for seq, result in self._execute(family, items):
+                    outputs.append(self._take_result(self._requests[seq.request_id], result))
+        except KVLostError as error:
+            outputs += self._begin_anew(error)
         return outputs
+
+    def _begin_anew(self, error: KVLostError) -> list[RequestOutput]:
+        """A worker is lost: forget all KV, start it again, and let all that runs be computed from its tokens.
+
+        Where it does not start, the requests that ran end with an error.
+        """
+        workers, start = self._zoo.workers, time.monotonic()
+        assert workers is not None, "only workers are lost"
+        _LOG.warning("%s: it is started again, and what runs is computed anew", error)
+        running = self._scheduler.running
+        for seq in running:
+            self._scheduler.put_back(seq)
+        for cache in self._zoo.caches.values():
+            cache.forget_all()
+        try:
+            workers.recover()
+        except Exception as problem:
+            traceback.print_exc()
+            self._watch_after = time.monotonic() + _RETRY_S
+            return [self._fail(seq, f"the engine failed: {problem}") for seq in running]
+        _LOG.warning("serving again after %.1f s", time.monotonic() - start)
+        return []
 
     def rest(self) -> None:
         """Between steps, once the outputs are handed out: where nothing is left to do, give scratch back, and
@@ -354,6 +389,8 @@ class LLMEngine:
                 self._speculation.observe(family, items, seconds)
             self._recorder.on_step(done.num_calls, done.num_call_rows)
             self._judge_prompts(items, done)
+        except KVLostError:
+            raise
         except Exception as error:
             traceback.print_exc()
             return [(seq, RequestError(f"the engine failed: {error}")) for seq, _ in items]
@@ -517,6 +554,7 @@ class LLMEngine:
 
         Raises:
             ManifestError, StoreError: the zoo cannot be read; nothing has changed.
+            InvalidRequestError: the engines are in workers, and requests to models that go are under way.
         """
         reloaded = self._served.reload()
         self._between.run(self._forget_names)
@@ -561,6 +599,25 @@ class LLMEngine:
         if self._publisher.is_behind:
             return self._zoo.chain_index.keys()
         return {request.model.chain.key for request in list(self._requests.values())}
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the workers' processes, where the engines are in workers."""
+        return [] if self._zoo.workers is None else self._zoo.workers.group.pids
+
+    def watch(self) -> None:
+        """Between requests: start a worker again that has ended; not at once where that has just failed."""
+        with self._between.held():
+            if self._zoo.workers is None or time.monotonic() < self._watch_after:
+                return
+            try:
+                self._zoo.workers.group.check()
+            except KVLostError as error:
+                self._begin_anew(error)
+
+    def close(self) -> None:
+        """End the workers, where there are some; nothing runs any more."""
+        self._zoo.close_workers()
 
     # ---- looking in
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from blockzoo.engines.base import Embedding, Engine
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterCache
 from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span, Topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
@@ -18,6 +20,9 @@ from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.rope import RopeConfig
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.serve.over_workers import Workers
 
 RopeTables = Mapping[tuple[RopeConfig, int], tuple[np.ndarray, np.ndarray]]
 """By settings and head_dim, (cos, sin) float32 [positions, head_dim]."""
@@ -57,12 +62,13 @@ class LoadedZoo:
         chain_index: of each chain, by what stands for it (`ChainPlan.key`).
         left_out: models of the zoo that are not served, and why.
         unsound: those of them whose files are whole: what they compute is not.
+        workers: that have the engines; None: they are here.
     """
 
     models: Mapping[str, LoadedModel]
     manifest: Manifest
     topology: Topology
-    executors: Mapping[Family, Executor]
+    executors: Mapping[Family, StepExecutor]
     caches: Mapping[Family, KVCache]
     boundaries: BoundaryCache
     adapters: AdapterCache
@@ -75,6 +81,17 @@ class LoadedZoo:
     gone: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
     unsound: frozenset[str] = frozenset()
+    workers: Workers | None = None
+
+    def close_workers(self) -> None:
+        """End the workers, where there are some."""
+        if self.workers is not None:
+            self.workers.group.close()
+
+    @property
+    def local_executors(self) -> Mapping[Family, Executor]:
+        """The executors of a zoo whose engines are here."""
+        return {family: each for family, each in self.executors.items() if isinstance(each, Executor)}
 
 
 class UnsoundError(Exception):

@@ -17,7 +17,7 @@ from blockzoo.runtime.exec.topology import Span
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loaded import LoadedModel, LoadedZoo, UnsoundError
-from blockzoo.runtime.serve.making import Making, Progress, check_sound
+from blockzoo.runtime.serve.making import Making, Progress, check_all
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.zoo.store import Zoo
 
@@ -26,8 +26,10 @@ _LOG = logging.getLogger(__name__)
 
 def making(zoo: Zoo, config: EngineConfig, maker: EngineMaker) -> Making:
     """What makes a loaded zoo, and those that follow it as the zoo changes."""
-    boundary_bytes = config.boundary_cache_bytes if config.prefix_caching else 0
+    keeps = config.prefix_caching and config.workers is None
+    boundary_bytes = config.boundary_cache_bytes if keeps else 0
     return Making(
+        zoo.path,
         config,
         maker,
         BoundaryCache(boundary_bytes, maker.arrays.rows_like),
@@ -88,7 +90,7 @@ def _load(
     tokenizers = {name: files.tokenizer(name) for name in zoo.manifest.models}
     loaded = make.put_together(zoo.manifest, (), topology, engines, files.blocks, tokenizers)
     _warn_of_short_pools(zoo, make.config, loaded.models)
-    check_sound(topology, loaded.executors, range(len(topology.chains)))
+    check_all(loaded)
     return loaded
 
 

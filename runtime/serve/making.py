@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from blockzoo.engines import kv_pages
-from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineMaker
+from blockzoo.engines.base import PAGE_TOKENS, Embedding, Engine, EngineError, EngineMaker
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
 from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
@@ -27,7 +32,13 @@ from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest, ReuseRecord
 from blockzoo.zoo.rope import RopeConfig
 
+if TYPE_CHECKING:
+    from blockzoo.runtime.serve.over_workers import Workers
+
 Progress = Callable[[int, int], None]  # engines done, engines in all
+Rotation = tuple[np.ndarray, np.ndarray]  # cos, sin float32 [positions, head_dim]
+
+_SPANS_PER_WORKER = 2  # that a chain is cut into at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +46,14 @@ class Making:
     """What makes loaded zoos.
 
     Attributes:
+        zoo: folder of the zoo.
         config: of the engine.
         maker: of engines.
         boundaries, adapters: of all that are made, one after the other.
         kv_bytes: of all pools together.
     """
 
+    zoo: Path
     config: EngineConfig
     maker: EngineMaker
     boundaries: BoundaryCache
@@ -52,12 +65,20 @@ class Making:
         reuse = self.config.approximate
         return plan_topology(
             manifest,
-            self.config.max_span_layers,
+            self._span_layers(manifest),
             self.config.enable_lora,
             check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
             scores=reuse is not None and reuse.uses_scores,
             known=known,
         )
+
+    def _span_layers(self, manifest: Manifest) -> int | None:
+        """Where spans are cut though no model parts there: with workers, so that there is what to divide."""
+        count = self.config.workers or 1
+        if self.config.max_span_layers is not None or count == 1:
+            return self.config.max_span_layers
+        most = max(model.config.num_layers for model in manifest.models.values())
+        return max(1, most // (_SPANS_PER_WORKER * count))
 
     def pages(self, topology: Topology, before: LoadedZoo | None = None) -> dict[Family, int]:
         """Pages of each family's pool; those of `before` where it has the same families.
@@ -78,10 +99,13 @@ class Making:
         runs_once: bool = False,
     ) -> None:
         """Add the engine of each span that has none; `runs_once`: it is run, so that it packs its weights.
+        Workers compile theirs as they start (`put_together`).
 
         Raises:
             UnsoundError: some cannot be compiled; the others were added.
         """
+        if self.config.workers is not None:
+            return
         self.maker.expect(len(topology.spans))
         failed: dict[int, Exception] = {}
         for index, span in enumerate(topology.spans):
@@ -114,6 +138,7 @@ class Making:
         before: LoadedZoo | None = None,
     ) -> LoadedZoo:
         """A loaded zoo of engines that are compiled; nothing of `before`, whose place it takes, is changed.
+        Over workers it has others than `before`, with all engines anew.
 
         Args:
             manifest, gone, engines, blocks: see `LoadedZoo`.
@@ -136,12 +161,22 @@ class Making:
         known = {} if before is None else before.embeddings
         embeddings = {key: known.get(key) or maker.embedding(blocks[key]) for key in embeds}
         ropes = _ropes(manifest, topology, capacity, config, {} if before is None else before.ropes)
-        executors = {
-            family: self._executor(
-                family, topology, engines, blocks, embeddings, ropes, manifest, capacity[family], before
-            )
-            for family in pages
+        tables = {
+            index: ropes[manifest.models[name].config.rope, topology.chains[index].family.head_dim]
+            for name, index in topology.chain_of_model.items()
         }
+        workers = None
+        executors: Mapping[Family, StepExecutor]
+        if config.workers is not None:
+            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings)
+            executors = workers.executors
+        else:
+            executors = {
+                family: self._executor(
+                    family, topology, engines, blocks, embeddings, tables, capacity[family], before
+                )
+                for family in pages
+            }
         models = {
             name: _model(name, manifest, topology, tokenizers[name])
             for name in manifest.models
@@ -155,14 +190,46 @@ class Making:
             caches,
             self.boundaries,
             self.adapters,
-            {span: engines[span] for span in topology.spans},
+            {span: engines[span] for span in topology.spans if workers is None},
             {i: blocks[i] for chain in topology.chains for i in topology.chain_ids(chain)},
             embeddings,
             ropes,
             {chain.key: index for index, chain in enumerate(topology.chains)},
             maker.facts(),
             frozenset(gone),
+            workers=workers,
         )
+
+    def _start_workers(
+        self,
+        manifest: Manifest,
+        topology: Topology,
+        blocks: Mapping[str, Block],
+        num_pages: Mapping[Family, int],
+        tables: Mapping[int, Rotation],
+        embeddings: Mapping[str, Embedding],
+    ) -> Workers:
+        """Raises UnsoundError: some spans cannot be loaded; InvalidRequestError."""
+        from blockzoo.runtime.serve.over_workers import start_workers  # ZeroMQ is imported with workers alone
+        from blockzoo.runtime.workers.group import UnloadableError
+
+        vocab_sizes = {key: table.vocab_size for key, table in embeddings.items()}
+        try:
+            return start_workers(
+                self.zoo,
+                manifest,
+                topology,
+                blocks,
+                num_pages,
+                tables,
+                vocab_sizes,
+                self.maker,
+                self.config,
+                self.kv_bytes,
+            )
+        except UnloadableError as error:
+            problems = {span: EngineError(why) for span, why in error.problems.items()}
+            raise UnsoundError(models_of(topology, _chains_over(topology, problems))) from error
 
     def _cache(self, family: Family, num_pages: int) -> KVCache:
         """A pool that may grow to all there is for KV, where that takes no memory before it is used."""
@@ -182,8 +249,7 @@ class Making:
         engines: Mapping[Span, Engine],
         blocks: Mapping[str, Block],
         embeddings: Mapping[str, Embedding],
-        ropes: RopeTables,
-        manifest: Manifest,
+        tables: Mapping[int, Rotation],
         num_pages: int,
         before: LoadedZoo | None,
     ) -> Executor:
@@ -196,17 +262,14 @@ class Making:
             topology.spans,
             {index: engines[topology.spans[index]] for index in used},
             embeddings,
-            {
-                index: ropes[manifest.models[name].config.rope, chains[index].family.head_dim]
-                for name, index in topology.chain_of_model.items()
-            },
+            tables,
             self.maker.arrays,
             num_pages,
             max_tokens=self.config.max_num_batched_tokens,
             max_seqs=self.config.max_num_seqs,
             max_more_logits=MAX_PROMPT_LOGITS,
             adapters=AdapterInputs(self.adapters, chains, topology.spans, specs),
-            before=None if before is None else before.executors.get(family),
+            before=None if before is None else before.local_executors.get(family),
         )
 
 
@@ -321,7 +384,7 @@ def models_of(topology: Topology, chains: Mapping[int, Exception]) -> dict[str, 
     return {name: chains[index] for name, index in topology.chain_of_model.items() if index in chains}
 
 
-def check_sound(topology: Topology, executors: Mapping[Family, Executor], chains: Iterable[int]) -> None:
+def check_sound(topology: Topology, executors: Mapping[Family, StepExecutor], chains: Iterable[int]) -> None:
     """Run one token through chains.
 
     At the start engines pack their weights here, so that the files' memory can be given back; and a broken
@@ -342,3 +405,14 @@ def check_sound(topology: Topology, executors: Mapping[Family, Executor], chains
             broken[index] = error
     if broken:
         raise UnsoundError(models_of(topology, broken))
+
+
+def check_all(loaded: LoadedZoo) -> None:
+    """`check_sound` of all chains; workers end where it raises."""
+    try:
+        check_sound(loaded.topology, loaded.executors, range(len(loaded.topology.chains)))
+    except BaseException:
+        loaded.close_workers()
+        raise
+    if loaded.workers is not None:
+        loaded.workers.group.release_memory()

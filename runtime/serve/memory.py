@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from blockzoo.zoo.blocks import Block
 
 
 class _Files(NamedTuple):
@@ -33,6 +35,15 @@ def available_memory(root: Path = Path("/")) -> int:
     """
     available = _fields(root / "proc/meminfo")["MemAvailable:"] * 1024
     return min([available, *_left_by_groups(root)])
+
+
+def engine_bytes(blocks: Iterable[Block], itemsize: int) -> int:
+    """Bytes of an engine's weights: quantized matrices are not unpacked. `itemsize`: of activations."""
+    return sum(
+        tensor.num_bytes if tensor.scales is not None else itemsize * tensor.size
+        for block in blocks
+        for tensor in block.tensors.values()
+    )
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:

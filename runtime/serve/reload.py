@@ -22,8 +22,8 @@ from blockzoo.runtime.exec.segments import Variant
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
 from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
-from blockzoo.runtime.serve.making import Making
-from blockzoo.runtime.serve.memory import available_memory
+from blockzoo.runtime.serve.making import Making, check_all
+from blockzoo.runtime.serve.memory import available_memory, engine_bytes
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
@@ -32,6 +32,10 @@ from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
 
 _LOG = logging.getLogger(__name__)
+_STILL_USED = (
+    "requests to models that were removed or replaced are under way; over workers, the change of the zoo "
+    "waits until they have ended"
+)
 _RETRY_S = 30.0  # after a settling that could not be done
 
 
@@ -169,6 +173,7 @@ class ServedZoo:
                 break
             manifest, gone = self._union(before, zoo.manifest, found.coming)
             topology = self._make.plan(manifest, before.topology.spans)
+            self._check_unused(before, topology)
             tokenizers |= {name: self._tokenizer(zoo, files, name) for name in found.coming}
             try:
                 self._make.compile(topology, engines, files.block, runs_once=True)
@@ -194,6 +199,8 @@ class ServedZoo:
                     if family in error.families and name in found.coming:
                         del found.coming[name]
                         found.waiting[name] = str(error)
+            except StillUsedError:  # a request came meanwhile, as `_check_unused` had seen
+                raise InvalidRequestError(_STILL_USED) from None
         files.drop_pages()
 
     def _union(
@@ -207,7 +214,9 @@ class ServedZoo:
         } | dict(coming)
         variants = {_variant(record) for record in models.values()}
         gone = set()
-        for record in before.manifest.models.values():
+        # workers read the files anew, and of models that went there are none
+        before_models = before.manifest.models.values() if before.workers is None else ()
+        for record in before_models:
             if _variant(record) not in variants:
                 variants.add(_variant(record))
                 self._num_gone += 1
@@ -215,6 +224,12 @@ class ServedZoo:
                 models[name] = record
                 gone.add(name)
         return _manifest_of(models, before.manifest, manifest), frozenset(gone)
+
+    def _check_unused(self, before: LoadedZoo, topology: Topology) -> None:
+        """Raise where workers are to lose a chain that is in use."""
+        going = before.chain_index.keys() - {chain.key for chain in topology.chains}
+        if going & set(self._in_use()):
+            raise InvalidRequestError(_STILL_USED)
 
     def _leave_waiting(self, before: LoadedZoo, zoo: Zoo, files: ModelFiles, found: _Found) -> None:
         """Move the models to `found.waiting` that would take more memory than there is."""
@@ -258,14 +273,7 @@ class ServedZoo:
             return None
         size = activation_dtype(self._make.maker.precision).itemsize
         spans = [span for span in topology.spans if span not in before.engines]
-        needs = [  # quantized matrices are not unpacked
-            sum(
-                tensor.num_bytes if tensor.scales is not None else size * tensor.size
-                for i in span.block_ids
-                for tensor in blocks[i].tensors.values()
-            )
-            for span in spans
-        ]
+        needs = [engine_bytes((blocks[i] for i in span.block_ids), size) for span in spans]
         # one that is being compiled has its weights twice
         need, available = sum(needs) + max(needs, default=0), available_memory()
         if need <= available:
@@ -288,8 +296,15 @@ class ServedZoo:
         def take(loaded: LoadedZoo) -> None:
             self.current = replace(loaded, left_out=old.left_out, unsound=old.unsound)
 
-        self._change(old, new, take)
-        for executor in old.executors.values():
+        if new.workers is not None:
+            check_all(new)  # all its engines are new: they are ready before anything waits for them
+        try:
+            self._change(old, new, take)
+        except BaseException:
+            new.close_workers()
+            raise
+        old.close_workers()
+        for executor in old.local_executors.values():
             executor.close()
         self._make.maker.arrays.trim()
         used = {id(model.tokenizer) for model in self.current.models.values()}

@@ -19,7 +19,8 @@ import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
-from blockzoo.runtime.exec.executor import Executor, StepResult
+from blockzoo.runtime.exec.executor import StepResult
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.rows import RowError, Rows
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.sequence import Part, TokenSequence
@@ -71,7 +72,7 @@ class StepRunner:
     def __init__(self, boundaries: BoundaryCache, reuse: ReuseSteps, shares_models: bool) -> None:
         self._boundaries, self._reuse, self._shares_models = boundaries, reuse, shares_models
 
-    def run(self, executor: Executor, items: Sequence[Scheduled], advance: Advance) -> StepOutcome:
+    def run(self, executor: StepExecutor, items: Sequence[Scheduled], advance: Advance) -> StepOutcome:
         """Write the KV of the scheduled tokens.
 
         Args:
@@ -139,7 +140,7 @@ class StepRunner:
 
     @staticmethod
     def _run_those_that_can(
-        executor: Executor,
+        executor: StepExecutor,
         items: Sequence[Scheduled],
         batch: list[Rows],
         owners: list[tuple[int, Part]],
@@ -159,7 +160,7 @@ class StepRunner:
 
     def _keep_hidden(
         self,
-        executor: Executor,
+        executor: StepExecutor,
         items: Sequence[Scheduled],
         batch: list[Rows],
         owners: list[tuple[int, Part]],
@@ -176,7 +177,7 @@ class StepRunner:
                     level = executor.chains[seq.chain_index].entries.index(entry)
                     self._boundaries.record(seq, seq.segments[level].boundary, part.start, hidden)
 
-    def _rows_of(self, item: Scheduled, executor: Executor) -> list[tuple[Rows, Part]]:
+    def _rows_of(self, item: Scheduled, executor: StepExecutor) -> list[tuple[Rows, Part]]:
         seq, num_tokens = item
         parts = self._reuse.before(seq, executor.kv) + seq.parts(seq.end_after(num_tokens))
         found = [(self._rows(seq, part, executor), part) for part in parts]
@@ -185,7 +186,7 @@ class StepRunner:
             found[-1] = _with_drafted(rows, seq.drafted), part
         return found
 
-    def _rows(self, seq: TokenSequence, part: Part, executor: Executor) -> Rows:
+    def _rows(self, seq: TokenSequence, part: Part, executor: StepExecutor) -> Rows:
         chain = executor.chains[seq.chain_index]
         first_pass = None if seq.approx is None else seq.approx.first_pass
         entry, leaves = chain.entries[part.level], False

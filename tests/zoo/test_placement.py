@@ -58,10 +58,11 @@ def optimum(task: Task) -> Plan | None:
     return best
 
 
-def test_near_the_optimum_of_small_cases() -> None:
+@pytest.mark.parametrize("copies", [True, False])
+def test_near_the_optimum_of_small_cases(copies: bool) -> None:
     gaps, missed = [], 0
     for seed in range(40):
-        task = random_task(seed)
+        task = replace(random_task(seed), copies=copies)
         best = optimum(task)
         if best is None:
             with pytest.raises(PlacementError):
@@ -73,6 +74,7 @@ def test_near_the_optimum_of_small_cases() -> None:
             missed += 1
             continue
         assert fits(task, plan.homes)
+        assert copies or all(len(places) == 1 for places in plan.homes.values())
         gaps.append(plan.cost / best.cost - 1)
     assert min(gaps) > -1e-9
     assert len(gaps) >= 25

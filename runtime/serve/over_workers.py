@@ -1,0 +1,187 @@
+"""Spans placed over workers, and executors over them, in the place of engines in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockzoo.engines.base import EngineMaker, activation_dtype
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.exec.rows import RowChecks
+from blockzoo.runtime.exec.topology import Family, Topology
+from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
+from blockzoo.runtime.serve.memory import available_memory, engine_bytes
+from blockzoo.runtime.workers.distributed import DistributedExecutor
+from blockzoo.runtime.workers.group import WorkerGroup, WorkerStartError
+from blockzoo.runtime.workers.settings import WorkerPlan
+from blockzoo.zoo.blocks import Block, HeadSpec
+from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, place
+
+_BUSY = 0.5  # share of the time for which workers are taken to be busy
+_HOP_S = 1e-4  # that rows take from worker to worker: measured with ZeroMQ on one machine
+_HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
+_STARTS = 3  # that are tried in the place of a worker that is lost
+_BYTE_S = 1e-9  # of weights, that a token takes where blocks were not timed
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What runs the steps of a zoo."""
+
+    group: WorkerGroup
+    executors: Mapping[Family, DistributedExecutor]
+
+    def recover(self) -> list[int]:
+        """Start again what is lost, over pages that hold nothing; which they were.
+
+        Raises WorkerStartError, UnloadableError: they cannot be.
+        """
+        started = self._restart()
+        for executor in self.executors.values():
+            executor.forget_pages()
+        return started
+
+    def _restart(self) -> list[int]:
+        for _ in range(_STARTS - 1):
+            with suppress(WorkerStartError):  # it may have been killed, as the one before
+                return self.group.restart()
+        return self.group.restart()
+
+
+def start_workers(
+    zoo: Path,
+    manifest: Manifest,
+    topology: Topology,
+    blocks: Mapping[str, Block],
+    num_pages: Mapping[Family, int],
+    rope_tables: Mapping[int, tuple],
+    vocab_sizes: Mapping[str, int],
+    maker: EngineMaker,
+    config: EngineConfig,
+    kv_bytes: int,
+) -> Workers:
+    """Start the workers of a configuration that has some.
+
+    Args:
+        zoo: its folder.
+        manifest, topology, blocks: of what is served.
+        num_pages: of each family's pool.
+        rope_tables: by chain index.
+        vocab_sizes: by embed block id.
+        maker: of engines like theirs.
+        kv_bytes: of all pools.
+
+    Raises:
+        InvalidRequestError: the spans do not fit in their memory.
+        WorkerStartError, UnloadableError.
+    """
+    count = config.workers or 1
+    homes = _homes(manifest, topology, blocks, maker, config, kv_bytes)
+    models = {index: manifest.models[name] for name, index in topology.chain_of_model.items()}
+    plan = WorkerPlan(
+        zoo.resolve(),
+        manifest,
+        topology,
+        homes,
+        dict(num_pages),
+        {index: (model.config.rope, len(rope_tables[index][0])) for index, model in models.items()},
+        maker.precision,
+        bool(getattr(maker, "int8_activations", False)),
+        "u8" if maker.kv_precision == "u8" else None,
+        config.num_threads or max(1, len(os.sched_getaffinity(0)) // count),
+        config.max_num_batched_tokens,
+        config.max_num_seqs,
+        MAX_PROMPT_LOGITS,
+        config.adapter_cache_bytes,
+    )
+    group = WorkerGroup(plan, count)
+    max_logits = plan.max_seqs + plan.max_more_logits
+    executors = {
+        family: DistributedExecutor(
+            family,
+            topology.chains,
+            group,
+            RowChecks(
+                topology.chains,
+                vocab_sizes,
+                rope_tables,
+                pages,
+                family.hidden_size,
+                plan.max_tokens,
+                max_logits,
+            ),
+            maker.arrays,
+        )
+        for family, pages in num_pages.items()
+    }
+    return Workers(group, executors)
+
+
+def _homes(
+    manifest: Manifest,
+    topology: Topology,
+    blocks: Mapping[str, Block],
+    maker: EngineMaker,
+    config: EngineConfig,
+    kv_bytes: int,
+) -> tuple[int, ...]:
+    """By span index, its worker. Each span has one, as the pages of its layers have."""
+    task = placement_task(manifest, topology, blocks, maker, config, kv_bytes)
+    try:
+        plan = place(task)
+    except PlacementError as error:
+        raise InvalidRequestError(
+            f"the zoo does not fit in {config.workers} workers of {_memory(config)} bytes, of which the KV "
+            f"pool may take {kv_bytes} in each: {error}, give them more memory, or lower kv_cache_bytes"
+        ) from error
+    return tuple(min(plan.homes[str(index)]) for index in range(len(topology.spans)))
+
+
+def placement_task(
+    manifest: Manifest,
+    topology: Topology,
+    blocks: Mapping[str, Block],
+    maker: EngineMaker,
+    config: EngineConfig,
+    kv_bytes: int,
+) -> Task:
+    """What is to be placed: all models are taken to be asked as often, and workers to be as fast."""
+    count, itemsize = config.workers or 1, activation_dtype(maker.precision).itemsize
+    spans = {}
+    for index, span in enumerate(topology.spans):
+        size = engine_bytes((blocks[i] for i in span.block_ids), itemsize)
+        spans[str(index)] = Span(size, _seconds([blocks[i] for i in span.block_ids], manifest, itemsize))
+    ways = {
+        name: tuple(str(use.span) for use in topology.chains[index].uses)
+        for name, index in topology.chain_of_model.items()
+    }
+    rate = _BUSY * count / sum(spans[span].seconds for way in ways.values() for span in way)
+    workers = range(count)
+    return Task(
+        spans,
+        {name: Chain(way, rate) for name, way in ways.items()},
+        [Worker(_memory(config) - kv_bytes)] * count,
+        hop_s=[[0.0 if a == b else _HOP_S for b in workers] for a in workers],
+        byte_s=[[0.0] * count for _ in workers],
+        copies=False,
+    )
+
+
+def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> float:
+    """That a token takes through blocks: by their times, or by their bytes where some have none."""
+    times = [manifest.blocks[block.id].latency_us for block in blocks]
+    shares = [_HEAD_SHARE if isinstance(block.spec, HeadSpec) else 1.0 for block in blocks]
+    if all(times):
+        known = [each[max(each)] * 1e-6 / max(each) for each in times if each]
+    else:
+        known = [engine_bytes((block,), itemsize) * _BYTE_S for block in blocks]
+    return sum(share * seconds for share, seconds in zip(shares, known, strict=True))
+
+
+def _memory(config: EngineConfig) -> int:
+    """Bytes of a worker."""
+    return available_memory() if config.worker_memory_bytes is None else config.worker_memory_bytes

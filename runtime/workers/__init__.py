@@ -1,0 +1,1 @@
+"""Spans of one zoo in several processes, behind one head."""

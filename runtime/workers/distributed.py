@@ -1,0 +1,190 @@
+"""The executor whose engines are in workers: the same steps as `Executor`, with the same answers.
+
+    batch -> micro-batches -> rows to all workers that they go through -> logits from those that have heads
+
+Page ids mean the same in all pools: a page belongs to the worker whose layers have written it last. Before
+another one's use it, its memory is given back there, so that all pools together take what one would.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from blockzoo.engines.arrays import Arrays
+from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.runtime.exec.adapters import AdapterUnavailableError
+from blockzoo.runtime.exec.executor import StepResult
+from blockzoo.runtime.exec.kv_tensors import KVTensors
+from blockzoo.runtime.exec.rows import RowChecks, Rows
+from blockzoo.runtime.exec.topology import ChainPlan, Family
+from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.micro_batches import MicroBatch, micro_batches
+from blockzoo.runtime.workers.settings import MOST_MICRO_BATCHES, WorkerPlan
+from blockzoo.runtime.workers.wire import STEP, pack_rows
+
+LEAST_ROWS = 128
+"""Of a micro-batch: the weights that it reads are read anew for each."""
+
+
+class PartError(RuntimeError):
+    """A worker failed in a step; it runs on."""
+
+
+class DistributedExecutor:
+    """Runs steps of the models of one family over workers. See `Executor`, whose place it takes.
+
+    Args:
+        family: of the models.
+        chains: of the whole topology.
+        group: the workers.
+        check: of rows.
+        arrays: of a maker of engines like theirs.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        chains: Sequence[ChainPlan],
+        group: WorkerGroup,
+        check: RowChecks,
+        arrays: Arrays,
+    ) -> None:
+        self.chains = tuple(chains)
+        self._group, self._check = group, check
+        self._number = group.plan.families.index(family)
+        self._num_pages = group.plan.num_pages[family]
+        homes = group.plan.homes
+        self._route = {
+            i: frozenset(homes[use.span] for use in chain.uses)
+            for i, chain in enumerate(chains)
+            if chain.family == family
+        }
+        self._layer_homes = {i: _layer_homes(chains[i], group.plan) for i in self._route}
+        self._several = len(group.logits) > 1
+        self._owners = np.full(self._num_pages, -1, np.int8)
+        self.kv: KVTensors = _Pages(self._num_pages, arrays, self.copy_pages)
+        self._most_rows = 0
+
+    def run(self, batch: Sequence[Rows]) -> StepResult:
+        """Run a batch; K and V of all its rows are written when it returns.
+
+        Raises: as `Executor.run`; KVLostError; PartError.
+        """
+        self._check(batch)
+        step = self._group.next_step()
+        self._give_pages(step, batch)
+        least = LEAST_ROWS if self._several else 1 << 30
+        return self._run(step, micro_batches(batch, least, MOST_MICRO_BATCHES))
+
+    def is_sound(self, chain: int) -> bool:
+        """Run one token through a chain, in no page of a sequence: whether its logits are finite."""
+        table = np.full((self.chains[chain].num_layers, 1), self._num_pages, np.int32)
+        rows = Rows(chain, np.zeros(1, np.int32), 0, table, 1)
+        result = self._run(self._group.next_step(), [MicroBatch([rows], [0])])
+        return all(bool(np.isfinite(logits).all()) for logits, _ in result.logits)
+
+    def release_memory(self) -> None:
+        """Have workers give back scratch, if a step was large enough for that to be worth it."""
+        if self._most_rows > LEAST_ROWS:
+            self._group.release_memory()
+            self._most_rows = 0
+
+    def forget_pages(self) -> None:
+        """No page holds anything any more: workers give back the memory of all."""
+        step, pages = self._group.next_step(), np.arange(self._num_pages, dtype=np.int32)
+        for worker in range(len(self._group.logits)):
+            self._group.send(worker, b"discard", STEP.pack(step, 0, self._number), pages.tobytes())
+        self._owners[...] = -1
+
+    def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """Copy pages of K and V, int32 [n] each, each where it lies."""
+        step = self._group.next_step()
+        owners = self._owners[source]
+        self._take(step, destination, owners)
+        for worker in np.unique(owners).tolist():
+            mine = owners == worker
+            pairs = np.stack([source[mine], destination[mine]]).astype(np.int32)
+            self._group.send(worker, b"copy", STEP.pack(step, 0, self._number), pairs.tobytes())
+
+    # ---- pages
+
+    def _give_pages(self, step: int, batch: Sequence[Rows]) -> None:
+        """Note whose the pages are that the rows begin."""
+        for rows in batch:
+            first = -(-rows.past_len // PAGE_TOKENS)
+            if first < rows.num_pages:
+                pages = rows.page_table[:, first : rows.num_pages]
+                owners = np.broadcast_to(self._layer_homes[rows.chain][:, None], pages.shape)
+                self._take(step, pages.ravel(), owners.ravel())
+
+    def _take(self, step: int, pages: np.ndarray, owners: np.ndarray) -> None:
+        """Give pages to workers; those that had them give back the memory."""
+        before = self._owners[pages]
+        self._owners[pages] = owners
+        moved = (before >= 0) & (before != owners)
+        if not moved.any():
+            return
+        for worker in np.unique(before[moved]).tolist():
+            gone = np.ascontiguousarray(pages[moved & (before == worker)], np.int32)
+            self._group.send(worker, b"discard", STEP.pack(step, 0, self._number), gone.tobytes())
+
+    # ---- steps
+
+    def _run(self, step: int, parts: Sequence[MicroBatch]) -> StepResult:
+        self._group.check()
+        open_parts: dict[int, set[int]] = {}  # by micro-batch, the workers that have not done it
+        for micro, part in enumerate(parts):
+            route = frozenset().union(*(self._route[rows.chain] for rows in part.rows))
+            which, data = STEP.pack(step, micro, self._number), pack_rows(part.rows)
+            for worker in sorted(route):
+                self._group.send(worker, b"step", which, data)
+            open_parts[micro] = set(route)
+            self._most_rows = max(self._most_rows, sum(len(rows.token_ids) for rows in part.rows))
+        logits: dict[int, list[tuple[np.ndarray, list[int]]]] = defaultdict(list)
+        num_calls = num_rows = 0
+        for worker, kind, what in self._group.answers(set().union(*open_parts.values())):
+            if kind not in ("done", "error") or what["step"] != step:
+                continue
+            if kind == "error":
+                raise self._error(worker, what)
+            micro, members = what["micro"], parts[what["micro"]].members
+            for begin, vocab, places in what["logits"]:
+                rows = self._group.logits[worker][begin : begin + len(places) * vocab]
+                logits[micro].append((rows.reshape(-1, vocab), [members[place] for place in places]))
+            num_calls, num_rows = num_calls + what["calls"], num_rows + what["rows"]
+            open_parts[micro].discard(worker)
+            if not any(open_parts.values()):
+                break
+        found = [item for micro in sorted(logits) for item in logits[micro]]
+        return StepResult(found, num_calls, num_rows, [], {})
+
+    @staticmethod
+    def _error(worker: int, what: Mapping[str, object]) -> Exception:
+        if isinstance(what["chain"], int):
+            return AdapterUnavailableError(what["chain"], str(what["message"]))
+        return PartError(f"worker {worker}: {what['message']}")
+
+
+class _Pages(KVTensors):
+    """Pages that lie in workers. They can be copied; what else `KVTensors` does no setting allows here."""
+
+    def __init__(
+        self, num_pages: int, arrays: Arrays, copy: Callable[[np.ndarray, np.ndarray], None]
+    ) -> None:
+        super().__init__({}, num_pages, {}, arrays)
+        self._copy = copy
+
+    def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """See `KVTensors.copy`."""
+        self._copy(self._checked(source), self._checked(destination))
+
+
+def _layer_homes(chain: ChainPlan, plan: WorkerPlan) -> np.ndarray:
+    """The worker of each layer of a chain, int8."""
+    homes = [
+        plan.homes[use.span] for use in chain.uses for _ in range(plan.topology.spans[use.span].num_layers)
+    ]
+    return np.array(homes, np.int8)

@@ -1,0 +1,134 @@
+"""What a worker has of a zoo: engines of its spans, tables where chains begin here, and its pool's pages."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+
+from blockzoo.engines.base import Embedding, Engine
+from blockzoo.engines.choose import make_engines
+from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.exec.topology import ChainPlan
+from blockzoo.runtime.workers.part import PartExecutor
+from blockzoo.runtime.workers.settings import WorkerSettings
+from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.rope import RopeConfig
+from blockzoo.zoo.store import Zoo
+
+
+class SpanError(Exception):
+    """Spans of this worker cannot be had; why, by index."""
+
+    def __init__(self, problems: dict[int, str]) -> None:
+        super().__init__(str(problems))
+        self.problems = problems
+
+
+class Hosted:
+    """What a worker has of a zoo."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        plan = settings.plan
+        self._settings, self._plan = settings, plan
+        zoo = Zoo(plan.zoo, plan.manifest)
+        self._maker = make_engines(
+            "openvino",
+            plan.precision,
+            num_threads=plan.num_threads,
+            int8_activations=plan.int8_activations,
+            kv_precision=plan.kv_precision,
+        )
+        self._blocks: dict[str, Block] = {}
+        self._engines = self._compile(zoo)
+        self._embeddings = self._embed(zoo)
+        self._inputs = self._adapter_inputs(zoo)
+        self._ropes = {key: key[0].tables(key[2], key[1]) for key in {self._rope_key(i) for i in plan.ropes}}
+        memory = mmap.mmap(settings.logits, 4 * plan.num_logits)
+        self._logits = np.frombuffer(memory, np.float32)
+        self._places: dict[tuple[int, int], PartExecutor] = {}  # by family's number, micro-batch
+
+    @property
+    def _chains(self) -> Sequence[ChainPlan]:
+        return self._plan.topology.chains
+
+    def _rope_key(self, chain: int) -> tuple[RopeConfig, int, int]:
+        """Of tables that chains share: settings, positions, width."""
+        return *self._plan.ropes[chain], self._chains[chain].family.head_dim
+
+    def _block(self, zoo: Zoo, block_id: str) -> Block:
+        if block_id not in self._blocks:
+            self._blocks[block_id] = zoo.read_block(block_id)
+        return self._blocks[block_id]
+
+    def _compile(self, zoo: Zoo) -> dict[int, Engine]:
+        spans, homes = self._plan.topology.spans, self._plan.homes
+        mine = [index for index, home in enumerate(homes) if home == self._settings.index]
+        self._maker.expect(len(mine))
+        engines: dict[int, Engine] = {}
+        problems: dict[int, str] = {}
+        for index in mine:
+            span = spans[index]
+            try:
+                blocks = [self._block(zoo, block_id) for block_id in span.block_ids]
+                engines[index] = self._maker.span(blocks, drops_rows=span.drops_rows, lora=dict(span.lora))
+            except (RuntimeError, ZooError, KeyError) as error:  # an EngineError; KeyError: no such block
+                problems[index] = str(error)
+        if problems:
+            raise SpanError(problems)
+        return engines
+
+    def _embed(self, zoo: Zoo) -> dict[str, Embedding]:
+        """Tables of the chains that begin here."""
+        homes = self._plan.homes
+        mine = {c.embed_id for c in self._chains if homes[c.uses[0].span] == self._settings.index}
+        return {key: self._maker.embedding(self._block(zoo, key)) for key in sorted(mine)}
+
+    def _adapter_inputs(self, zoo: Zoo) -> AdapterInputs:
+        topology = self._plan.topology
+        cache = AdapterCache(zoo.read_adapter, self._maker.arrays, self._plan.adapter_bytes)
+        blocks = self._plan.manifest.blocks
+        specs = [[blocks[block_id].spec for block_id in span.block_ids] for span in topology.spans]
+        return AdapterInputs(cache, topology.chains, topology.spans, specs)
+
+    def executor(self, number: int, micro: int) -> PartExecutor:
+        """Of a family, by its number, and the place of a micro-batch; the first place has the pool of all."""
+        for place in (0, micro):
+            if (number, place) not in self._places:
+                self._places[number, place] = self._make(number, place)
+        return self._places[number, micro]
+
+    def _make(self, number: int, micro: int) -> PartExecutor:
+        plan = self._plan
+        family = plan.families[number]
+        used = {use.span for chain in self._chains if chain.family == family for use in chain.uses}
+        size = plan.logits_size(family)
+        begin = plan.logits_begin(family) + micro * size
+        return PartExecutor(
+            family,
+            self._chains,
+            plan.topology.spans,
+            {index: engine for index, engine in self._engines.items() if index in used},
+            self._embeddings,
+            {index: self._ropes[self._rope_key(index)] for index in plan.ropes},
+            self._maker.arrays,
+            plan.num_pages[family],
+            plan.max_tokens,
+            plan.max_seqs,
+            max_more_logits=plan.max_more_logits,
+            homes=plan.homes,
+            me=self._settings.index,
+            inputs=self._inputs,
+            shared=self._logits,
+            logits=self._logits[begin : begin + size],
+            before=self._places.get((number, 0)),
+        )
+
+    def release_memory(self) -> None:
+        """Give back scratch, and what engines have their own copy of."""
+        for executor in self._places.values():
+            executor.release_memory()
+        for block in self._blocks.values():
+            block.drop_pages()

@@ -1,0 +1,187 @@
+"""A worker's part of a step: the calls of its spans, between rows that come from and go to other workers.
+
+Every worker lays out the whole step from its shapes, as all others do; so a call's number, and the place of
+the rows that enter it, mean the same everywhere, and only the rows themselves are sent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blockzoo.runtime.exec.adapters import AdapterInputs
+from blockzoo.runtime.exec.batch import StepLayout, batch_order
+from blockzoo.runtime.exec.calls import Call
+from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.rows import Rows
+from blockzoo.runtime.exec.step_arrays import make_buffers
+from blockzoo.runtime.exec.topology import Family
+
+Inbox = dict[tuple[int, int], list[bytes]]
+"""Rows that have come, by the call that made them and the call that takes them."""
+
+
+class Passing(NamedTuple):
+    """Rows for another worker: by which call they were made, and which one takes them."""
+
+    worker: int
+    source: int
+    taker: int
+    rows: list[np.ndarray]
+
+
+class Logits(NamedTuple):
+    """Where logits lie in the shared memory, in elements, and whose they are, by index into the batch."""
+
+    begin: int
+    vocab: int
+    members: list[int]
+
+
+class PartExecutor(Executor):
+    """Runs the calls of one worker's spans, of the micro-batches that have one place.
+
+    Args:
+        homes: by span index, the worker that has it.
+        me: this worker.
+        inputs: of adapters.
+        shared: all logits of this worker, float32, flat.
+        logits: the part of them for these micro-batches.
+        before: of another place, over the same pool and engines.
+        family, others, more: of `Executor`, with the engines and embeddings of this worker.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *others: Any,
+        homes: Sequence[int],
+        me: int,
+        inputs: AdapterInputs,
+        shared: np.ndarray,
+        logits: np.ndarray,
+        before: PartExecutor | None,
+        **more: Any,
+    ) -> None:
+        super().__init__(family, *others, before=before, **more)  # type: ignore[misc]
+        self.homes, self.me = homes, me
+        if before is not None:
+            self._bound_call = before._bound_call  # engines are bound to one call of any place
+            tokens = len(self._buffers.hidden[0])
+            kept = len(self._buffers.kept[0])
+            self._buffers = make_buffers(family, self._device, tokens, kept, 0)
+        self._buffers.logits = logits
+        self._shared, self._inputs = shared, inputs
+        self._stamped: tuple[StepLayout | None, dict[int, tuple[int, ...]]] = None, {}
+
+    def begin(self, batch: Sequence[Rows]) -> PartStep:
+        """Lay out a batch, and look up what enters its first calls."""
+        order = batch_order([(rows.chain, rows.entry, rows.exit is not None) for rows in batch])
+        ordered = [batch[i] for i in order]
+        layout, _ = self._layout_for(ordered)
+        self._most_rows = max(self._most_rows, layout.num_rows)
+        self._fill(layout, ordered)
+        self._gather(layout)
+        return PartStep(self, layout, order)
+
+    def run_call(self, layout: StepLayout, index: int) -> None:
+        """Run a call of this worker. Raises AdapterUnavailableError."""
+        call = layout.calls[index]
+        if self._spans[call.span].lora:
+            self._bind_adapters(layout, index, call)
+        self._run_call(layout, [], call)
+
+    def _bind_adapters(self, layout: StepLayout, index: int, call: Call) -> None:
+        """Now and not when it is laid out: a call of another place may have moved them since."""
+        if self._stamped[0] is not layout:
+            self._stamped = layout, {}
+        stamps = self._stamped[1]
+        if index not in stamps or stamps[index] != self._inputs.stamp(call):
+            call.binds |= self._inputs.of(call)
+            self._bound_call.pop(call.span, None)
+            stamps[index] = self._inputs.stamp(call)
+
+    def place_of(self, rows: np.ndarray) -> int:
+        """Where logits begin in the shared memory, in elements."""
+        begin = rows.__array_interface__["data"][0] - self._shared.__array_interface__["data"][0]
+        return int(begin) // rows.itemsize
+
+
+class PartStep:
+    """A micro-batch under way on one worker.
+
+    Attributes:
+        num_calls, num_call_rows: calls that it makes here, and their rows.
+    """
+
+    def __init__(self, executor: PartExecutor, layout: StepLayout, order: Sequence[int]) -> None:
+        self._executor, self._layout, self._order = executor, layout, order
+        homes, me, calls = executor.homes, executor.me, layout.calls
+        mine = [index for index, call in enumerate(calls) if homes[call.span] == me]
+        self._pending = deque(mine)
+        self._sources = {
+            index: sorted({fed.call for fed in calls[index].fed if homes[calls[fed.call].span] != me})
+            for index in mine
+        }
+        self._takers = self._find_takers(homes, me)
+        self.num_calls, self.num_call_rows = len(mine), sum(calls[index].num_rows for index in mine)
+        self._mine = mine
+
+    def _find_takers(self, homes: Sequence[int], me: int) -> Mapping[int, list[Passing]]:
+        """By call here, who takes its rows elsewhere."""
+        found: dict[int, list[Passing]] = defaultdict(list)
+        for index, call in enumerate(self._layout.calls):
+            if homes[call.span] == me:
+                continue
+            for source in sorted({fed.call for fed in call.fed}):
+                if homes[self._layout.calls[source].span] == me:
+                    rows = [fed.rows for fed in call.fed if fed.call == source]
+                    found[source].append(Passing(homes[call.span], source, index, rows))
+        return found
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all calls here have run."""
+        return not self._pending
+
+    @property
+    def next_span(self) -> int:
+        """Of the next call."""
+        return self._layout.calls[self._pending[0]].span
+
+    def pending_spans(self) -> set[int]:
+        """Of all calls that are still to run here."""
+        return {self._layout.calls[index].span for index in self._pending}
+
+    def can_run(self, inbox: Inbox) -> bool:
+        """Whether the rows of the next call have come."""
+        taker = self._pending[0]
+        return all((source, taker) in inbox for source in self._sources[taker])
+
+    def run_next(self, inbox: Inbox) -> list[Passing]:
+        """Run the next call; what is to be sent on.
+
+        Raises:
+            AdapterUnavailableError, and what engines raise.
+            ValueError: rows do not fit.
+        """
+        index = self._pending.popleft()
+        call = self._layout.calls[index]
+        for source in self._sources[index]:
+            targets = [fed.rows for fed in call.fed if fed.call == source]
+            for target, data in zip(targets, inbox.pop((source, index)), strict=True):
+                target[...] = np.frombuffer(data, target.dtype).reshape(target.shape)
+        self._executor.run_call(self._layout, index)
+        return self._takers.get(index, [])
+
+    def logits(self) -> list[Logits]:
+        """Those that were computed here."""
+        outputs = [self._layout.calls[index].binds.get("logits") for index in self._mine]
+        return [
+            Logits(self._executor.place_of(rows), rows.shape[1], [self._order[place] for place in places])
+            for rows, places in self._layout.logits
+            if any(rows is output for output in outputs)
+        ]

@@ -1,0 +1,90 @@
+"""What a worker is told when it starts, through its standard input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockzoo.engines.base import Precision
+from blockzoo.engines.kv_pages import KVChoice
+from blockzoo.runtime.exec.topology import Family, Topology
+from blockzoo.runtime.workers.sockets import Keys
+from blockzoo.zoo.manifest import Manifest
+from blockzoo.zoo.rope import RopeConfig
+
+MOST_MICRO_BATCHES = 8
+"""Of a step that are under way at once: each has buffers of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What all workers agree on.
+
+    Attributes:
+        zoo: its folder.
+        manifest: of the models that are served.
+        topology: planned from it.
+        homes: by span index, the worker that has it.
+        num_pages: of each family's pool. A worker has room for all of them: which of them layers of its own
+            use is known only as they are used.
+        ropes: by chain index, its rotary embedding and the positions that are prepared.
+        precision, int8_activations, kv_precision, num_threads: see `OpenVINOEngines`.
+        max_tokens, max_seqs, max_more_logits: see `Executor`.
+        adapter_bytes: of `AdapterCache`, in each worker.
+    """
+
+    zoo: Path
+    manifest: Manifest
+    topology: Topology
+    homes: tuple[int, ...]
+    num_pages: Mapping[Family, int]
+    ropes: Mapping[int, tuple[RopeConfig, int]]
+    precision: Precision
+    int8_activations: bool
+    kv_precision: KVChoice | None
+    num_threads: int
+    max_tokens: int
+    max_seqs: int
+    max_more_logits: int
+    adapter_bytes: int
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """In the order in which messages number them."""
+        return tuple(self.num_pages)
+
+    def logits_size(self, family: Family) -> int:
+        """Elements that a micro-batch of a family has room for."""
+        vocab = max(chain.vocab_size for chain in self.topology.chains if chain.family == family)
+        return (self.max_seqs + self.max_more_logits) * vocab
+
+    def logits_begin(self, family: Family) -> int:
+        """Where the first micro-batch of a family has its logits, in elements of the shared memory."""
+        before = self.families[: self.families.index(family)]
+        return MOST_MICRO_BATCHES * sum(map(self.logits_size, before))
+
+    @property
+    def num_logits(self) -> int:
+        """Elements of the memory, float32, that the head shares with each worker."""
+        return MOST_MICRO_BATCHES * sum(map(self.logits_size, self.families))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """A worker's own.
+
+    Attributes:
+        index: of the worker.
+        identity: by which the head knows this process.
+        head: address of the head's socket.
+        keys: of the group: whoever holds them belongs to it.
+        logits: file descriptor of the memory shared with the head.
+    """
+
+    plan: WorkerPlan
+    index: int
+    identity: str
+    head: str
+    keys: Keys
+    logits: int

@@ -1,0 +1,74 @@
+"""What head and workers tell each other: a kind, then JSON or arrays. Nothing of it is executed.
+
+head -> worker   step     (step, micro-batch, family), rows as integers
+                 copy     (step, 0, family), pages int32 [2, n]: from, to
+                 discard  (step, 0, family), pages int32 [n]
+                 peers    the workers' addresses
+                 release
+                 ping
+worker -> head   ready, failed   once, when it has loaded
+                 done, error     of each micro-batch
+                 pong
+worker -> worker rows     (step, micro-batch, source call, destination call), hidden states
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from blockzoo.runtime.exec.rows import Rows
+
+STEP = struct.Struct("<qii")  # step, micro-batch, family
+PASSED = struct.Struct("<qiii")  # step, micro-batch, call that made the rows, call that takes them
+
+ALIVE = ".alive"
+"""Behind a worker's identity, its thread that answers pings."""
+_FIELDS = 6  # of each member: chain, tokens, past_len, num_logits, layers, pages
+
+
+def pack_rows(batch: Sequence[Rows]) -> bytes:
+    """A batch as int32: how many, their fields, their token ids, the pages of their tables."""
+    tables = [rows.used_pages() for rows in batch]
+    fields = [
+        (rows.chain, len(rows.token_ids), rows.past_len, rows.num_logits, *table.shape)
+        for rows, table in zip(batch, tables, strict=True)
+    ]
+    parts = [
+        np.array([len(batch)], np.int32),
+        np.array(fields, np.int32).ravel(),
+        *(rows.token_ids for rows in batch),
+        *(table.ravel() for table in tables),
+    ]
+    return np.concatenate(parts).astype(np.int32, copy=False).tobytes()
+
+
+def unpack_rows(data: bytes) -> list[Rows]:
+    """The batch of `pack_rows`, over its memory. Raises ValueError where it is cut short."""
+    ints = np.frombuffer(data, np.int32)
+    count = int(ints[0])
+    fields = ints[1 : 1 + _FIELDS * count].reshape(count, _FIELDS)
+    ends = 1 + _FIELDS * count + np.cumsum([*fields[:, 1], *(fields[:, 4] * fields[:, 5])])
+    if int(ends[-1]) != ints.size:
+        raise ValueError(f"{ints.size} integers of a step; {ends[-1]} expected")
+    pieces = np.split(ints, [1 + _FIELDS * count, *ends[:-1]])[1:]
+    return [
+        Rows(int(chain), tokens, int(past), table.reshape(int(layers), int(pages)), int(num_logits))
+        for (chain, _, past, num_logits, layers, pages), tokens, table in zip(
+            fields, pieces[:count], pieces[count:], strict=True
+        )
+    ]
+
+
+def pack_json(value: Any) -> bytes:
+    """Anything JSON."""
+    return json.dumps(value).encode()
+
+
+def unpack_json(data: bytes) -> Any:
+    """What `pack_json` was given."""
+    return json.loads(data)

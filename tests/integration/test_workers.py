@@ -1,0 +1,300 @@
+"""One zoo's blocks in several processes: the same answers as from one, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime.api.errors import InvalidRequestError
+from blockzoo.runtime.serve.reload import Reloaded
+from blockzoo.runtime.workers import distributed
+
+SETTINGS = {
+    "precision": "f32",
+    "kv_cache_bytes": 32 << 20,
+    "num_threads": 1,
+    "max_num_batched_tokens": 256,
+    "kv_sharing": "scope",
+}
+Answers = dict[str, list[int]]
+
+
+def greedy(max_tokens: int = 12) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def words(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(2, 2048, length).tolist()
+
+
+def jobs_of(engine: LLMEngine, lengths: tuple[int, ...]) -> list[tuple[str, list[int]]]:
+    return [(model, words(n, seed)) for seed, n in enumerate(lengths) for model in engine.models]
+
+
+def answers(
+    engine: LLMEngine,
+    jobs: list[tuple[str, list[int]]],
+    max_tokens: int = 12,
+) -> Answers:
+    found: Answers = {}
+    for index, (model, prompt) in enumerate(jobs):
+        engine.add_request(str(index), model, prompt, greedy(max_tokens))
+    while engine.has_unfinished():
+        for output in engine.step():
+            assert output.error is None, output.error
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+    engine.rest()
+    engine.check_integrity()
+    assert all(len(tokens) == max_tokens for tokens in found.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def local(demo_zoo: Path) -> LLMEngine:
+    return LLMEngine(demo_zoo, EngineConfig(**SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
+    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **SETTINGS))
+    yield engine
+    engine.close()
+
+
+def group_of(engine: LLMEngine) -> object:
+    assert engine._zoo.workers is not None
+    return engine._zoo.workers.group
+
+
+def test_chains_go_through_both_workers(spread: LLMEngine) -> None:
+    plan = group_of(spread).plan
+    for chain in plan.topology.chains:
+        assert {plan.homes[use.span] for use in chain.uses} == {0, 1}
+
+
+def test_all_tenants_answer_as_from_one_process(
+    local: LLMEngine, spread: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "LEAST_ROWS", 24)  # prompts are cut within, decode steps are not
+    jobs = jobs_of(local, (5, 40, 333))
+    expected = answers(local, jobs)
+    assert answers(spread, jobs) == expected
+    before = sum(spread.metrics().prefix_hit_tokens.values())
+    assert answers(spread, jobs) == expected  # from the cache
+    assert sum(spread.metrics().prefix_hit_tokens.values()) > before
+    begins_alike = [(model, [*prompt[:200], *words(30, 77)]) for model, prompt in jobs if len(prompt) > 300]
+    assert answers(spread, begins_alike) == answers(local, begins_alike)  # the begun page is copied
+
+
+def test_decode_steps_may_be_cut_too(
+    local: LLMEngine, spread: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "LEAST_ROWS", 2)
+    jobs = jobs_of(local, (17, 18, 70))
+    assert answers(spread, jobs) == answers(local, jobs)
+
+
+def test_requests_can_be_ended_at_any_moment(local: LLMEngine, spread: LLMEngine) -> None:
+    jobs = jobs_of(local, (300, 20))
+    expected = answers(local, jobs)
+    for index, (model, prompt) in enumerate(jobs):
+        spread.add_request(str(index), model, prompt, greedy())
+    found: Answers = {}
+    for step in range(1000):
+        for output in spread.step():
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+        if step % 2:
+            spread.abort(str(step))
+        if not spread.has_unfinished():
+            break
+    spread.check_integrity()
+    for key, tokens in found.items():
+        assert tokens == expected[key][: len(tokens)]
+
+
+@pytest.mark.slow
+def test_memory_moves_with_the_pages(demo_zoo: Path, local: LLMEngine) -> None:
+    """With a pool that all of them fill anew, pages change owners all the time."""
+    config = EngineConfig(**(SETTINGS | {"workers": 2, "kv_cache_bytes": 2 << 20, "max_num_seqs": 4}))
+    engine = LLMEngine(demo_zoo, config)
+    try:
+        jobs = jobs_of(local, (100, 60, 130, 33))
+        assert answers(engine, jobs) == answers(local, jobs)
+    finally:
+        engine.close()
+
+
+# ---- what goes wrong
+
+
+def test_a_killed_worker_loses_no_request(local: LLMEngine, spread: LLMEngine) -> None:
+    jobs = jobs_of(local, (40, 333))
+    expected = answers(local, jobs, 40)
+    group = group_of(spread)
+    before, killed = group.num_restarts, []
+
+    found: Answers = {}
+    for index, (model, prompt) in enumerate(jobs):
+        spread.add_request(str(index), model, prompt, greedy(40))
+    steps = 0
+    finished = []
+    while spread.has_unfinished():
+        if (steps := steps + 1) in (3, 25):
+            os.kill(group.pids[steps % 2], signal.SIGKILL)
+            start = time.monotonic()
+        for output in spread.step():
+            assert output.error is None
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+            finished += [output.request_id] * output.finished
+        if steps in (3, 25):
+            killed.append(time.monotonic() - start)
+    spread.check_integrity()
+    assert found == expected
+    assert sorted(finished) == sorted(expected), "each ends once"
+    assert group.num_restarts == before + 2
+    assert max(killed) < 20, "seconds until both serve again"
+
+
+@pytest.mark.slow
+def test_a_worker_that_ends_while_nothing_runs_is_replaced(demo_zoo: Path) -> None:
+    thread = EngineThread(demo_zoo, EngineConfig(workers=1, **SETTINGS))
+    try:
+        group = group_of(thread.engine)
+        os.kill(group.pids[0], signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not group.num_restarts and time.monotonic() < deadline:
+            time.sleep(0.05)
+        outputs: list[RequestOutput] = []
+        thread.submit("r", "base", words(20, 1), greedy(), outputs.append)
+        while not (outputs and outputs[-1].finished):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert outputs[-1].finish_reason == "length"
+        assert group.num_restarts == 1
+    finally:
+        thread.close()
+    assert not group.pids
+
+
+def test_workers_end_with_their_head(demo_zoo: Path) -> None:
+    code = (
+        "import sys\nfrom blockzoo.runtime import EngineConfig, LLMEngine\n"
+        f"engine = LLMEngine({str(demo_zoo)!r}, EngineConfig(workers=1, **{SETTINGS!r}))\n"
+        "print(*engine._zoo.workers.group.pids, flush=True)\nsys.stdin.read()"
+    )
+    head = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert head.stdin is not None
+    assert head.stdout is not None
+    with head.stdin, head.stdout:
+        (pid,) = map(int, head.stdout.readline().split())
+        head.kill()
+        head.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "a worker outlived its head"
+        time.sleep(0.02)
+
+
+def test_strangers_cannot_take_part(spread: LLMEngine, local: LLMEngine) -> None:
+    """Who has no keys is heard neither by the head nor by a worker."""
+    group = group_of(spread)
+    addresses = [group._address, *(worker.address for worker in group._workers)]
+    sockets = []
+    for address, kind in zip(addresses, (zmq.DEALER, zmq.PUSH, zmq.PUSH), strict=True):
+        socket = zmq.Context.instance().socket(kind)
+        socket.linger = 0
+        if kind == zmq.DEALER:
+            socket.identity = group._workers[0].identity.encode()
+        socket.connect(address)
+        for _ in range(10):
+            socket.send_multipart([b"error", b"{"])
+        sockets.append(socket)
+    time.sleep(0.2)
+    jobs = jobs_of(local, (30,))
+    assert answers(spread, jobs) == answers(local, jobs)
+    for socket in sockets:
+        socket.close(0)
+
+
+@pytest.mark.slow
+def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) -> None:
+    memory = {"kv_cache_bytes": 2 << 20, "worker_memory_bytes": 19 << 20, "max_num_seqs": 4}
+    with pytest.raises(InvalidRequestError, match="does not fit in 1 workers"):
+        LLMEngine(demo_zoo, EngineConfig(**(SETTINGS | memory), workers=1))
+    engine = LLMEngine(demo_zoo, EngineConfig(**(SETTINGS | memory), workers=2))
+    try:
+        jobs = jobs_of(local, (30,))
+        assert answers(engine, jobs) == answers(local, jobs)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"workers": 65}, "at most 64"),
+        ({"worker_memory_bytes": 1 << 30}, "set both"),
+        ({"workers": 2, "backend": "reference"}, "leave one out"),
+        ({"workers": 2, "kv_reuse": "approx"}, "approximate is set"),
+        ({"workers": 2, "kv_cache_dir": "kv"}, "kv_cache_dir is set"),
+    ],
+)
+def test_what_workers_cannot_do_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        EngineConfig(**settings)
+
+
+def test_a_zoo_that_has_not_changed_is_reloaded(spread: LLMEngine) -> None:
+    assert spread.reload() == Reloaded()
+
+
+def test_models_come_and_go(demo_family: dict[str, Path], tmp_path: Path, local: LLMEngine) -> None:
+    """Under requests that run: those to other models go on, and of removed ones they hold up the change."""
+    zoo, options = tmp_path / "zoo", CompileOptions(verify=False, profile=False)
+    compile_models({name: demo_family[name] for name in ("base", "notes")}, zoo, options)
+    engine = LLMEngine(zoo, EngineConfig(workers=2, **SETTINGS))
+    jobs = [(model, words(40, seed)) for seed, model in enumerate(("base", "notes", "base"))]
+    expected, before = answers(local, jobs, 30), engine.worker_pids
+    try:
+        for index, (model, prompt) in enumerate(jobs):
+            engine.add_request(str(index), model, prompt, greedy(30))
+        found: Answers = {}
+        steps = 0
+        while engine.has_unfinished():
+            for output in engine.step():
+                assert output.error is None
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+            steps += 1
+            if steps == 8:
+                compile_models({"solver": demo_family["solver"]}, zoo, options)
+                assert engine.reload().added == ("solver",)
+            if steps == 12:
+                compile_models({}, zoo, options, remove=("notes",))
+                with pytest.raises(InvalidRequestError, match="until they have ended"):
+                    engine.reload()
+        assert found == expected
+        assert not set(engine.worker_pids) & set(before)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+        assert engine.reload().removed == ("notes",)
+        assert engine.models == ("base", "solver")
+        jobs = [(model, words(40, 9)) for model in engine.models]
+        assert answers(engine, jobs) == answers(local, jobs)
+    finally:
+        engine.close()
+
+
+def test_what_is_not_supported_over_workers_says_so(spread: LLMEngine) -> None:
+    with pytest.raises(InvalidRequestError, match="over workers"):
+        spread.publish("handbook", "words")
