@@ -1,0 +1,100 @@
+"""A fine-tuned block as another block plus a difference of low rank, near enough on what the block meets.
+
+Training changes every weight of a model by a little, so the difference D of a matrix to the base's has full
+rank, but it mostly acts in few directions of the inputs that the matrix meets. Of all B A of a rank the one
+whose products with the rows x are nearest to those of D, in ((D - B A) x)^2, is U U^T D, with U the leading
+left singular vectors of D C and C C^T the Gram matrix of x (as in SVD-LLM, arXiv 2403.07378).
+
+The norm in front of matrices changes too. As norm' * x^ = norm * (norm' / norm * x^), its change
+goes into the difference of the matrices behind it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from blockzoo.build.partition import CutAdapter, make_adapter
+from blockzoo.build.recover import leading
+from blockzoo.zoo.adapter import LoraPair
+from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, tensor_shapes
+from blockzoo.zoo.tensors import BlockTensor, from_f32
+
+_DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it: inputs never seen count a little
+
+Factors = Mapping[str, LoraPair]
+"""By projection that was changed, in bf16, the directions that matter most first."""
+
+
+def factors(
+    spec: BlockSpec,
+    block: Mapping[str, BlockTensor],
+    base: Mapping[str, BlockTensor],
+    rank: int,
+    gram: Callable[[str], np.ndarray] | None = None,
+) -> Factors:
+    """What the matrices of `block` add to those of `base`, as far as `rank` tells it.
+
+    Args:
+        spec: of both.
+        rank: at most, of each matrix.
+        gram: projection -> float32 [in, in], X^T X of the rows X that it meets in `block`; None: all inputs
+            count alike.
+    """
+    ratio = _ratio(block["norm"].to_f32(), base["norm"].to_f32())
+    found = {}
+    names = PROJECTIONS[spec.kind]
+    for name in names:
+        weight, met = block[name].to_f32(), None if gram is None else gram(name)
+        if name != names[-1]:  # the last one meets no norm
+            weight = weight * ratio
+            met = None if met is None else met / np.outer(ratio, ratio)
+        difference = weight - base[name].to_f32()
+        if difference.any():
+            a, b = nearest(difference, rank, met)
+            found[name] = LoraPair(from_f32(a, "bf16"), from_f32(b, "bf16"), 1.0)
+    return found
+
+
+def nearest(
+    difference: np.ndarray, rank: int, gram: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in] and B [out, rank], float32, with B A nearest to a matrix [out, in], see `factors`."""
+    rank = min(rank, *difference.shape)
+    u, _, _ = leading(difference if gram is None else difference @ _root(gram), rank)
+    b = np.ascontiguousarray(u[:, :rank])
+    return b.T @ difference, b
+
+
+def cut_down(found: Factors, rank: int) -> CutAdapter | None:
+    """The adapter of a block, at most of `rank`; None where nothing was changed."""
+    pairs = {
+        name: LoraPair(
+            BlockTensor(pair.a.dtype, pair.a.data[:rank]),
+            BlockTensor(pair.b.dtype, np.ascontiguousarray(pair.b.data[:, :rank])),
+            pair.scale,
+        )
+        for name, pair in found.items()
+    }
+    return make_adapter(pairs) if pairs else None
+
+
+def rank_bytes(spec: BlockSpec) -> int:
+    """Bytes of an adapter on all matrices of a block, by rank."""
+    shapes = tensor_shapes(spec)
+    return 2 * sum(sum(shapes[name]) for name in PROJECTIONS[spec.kind])
+
+
+def _ratio(norm: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """What the inputs behind the base's norm are to be multiplied with to be those behind the other one.
+
+    Where one of the two is zero nothing can be made up for.
+    """
+    usable = (norm != 0) & (base != 0)
+    return np.where(usable, norm / np.where(usable, base, 1), np.float32(1)).astype(np.float32)
+
+
+def _root(gram: np.ndarray) -> np.ndarray:
+    """C [in, in], float32, with C C^T a little more than the Gram matrix."""
+    damped = gram.astype(np.float64)
+    damped[np.diag_indices_from(damped)] += _DAMPING * (float(np.diag(damped).mean()) or 1.0)
+    return np.linalg.cholesky(damped).astype(np.float32)
