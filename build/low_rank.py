@@ -40,19 +40,26 @@ def factors(
         gram: projection -> float32 [in, in], X^T X of the rows X that it meets in `block`; None: all inputs
             count alike.
     """
-    ratio = _ratio(block["norm"].to_f32(), base["norm"].to_f32())
-    found = {}
-    names = PROJECTIONS[spec.kind]
-    for name in names:
-        weight, met = block[name].to_f32(), None if gram is None else gram(name)
-        if name != names[-1]:  # the last one meets no norm
-            weight = weight * ratio
-            met = None if met is None else met / np.outer(ratio, ratio)
-        difference = weight - base[name].to_f32()
+    ratio, found = _ratio(block, base), {}
+    for name, difference in difference_of(spec, block, base).items():
+        met = None if gram is None else gram(name)
+        if met is not None and name != PROJECTIONS[spec.kind][-1]:
+            met = met / np.outer(ratio, ratio)
         if difference.any():
             a, b = nearest(difference, rank, met)
             found[name] = LoraPair(from_f32(a, "bf16"), from_f32(b, "bf16"), 1.0)
     return found
+
+
+def difference_of(
+    spec: BlockSpec, block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor]
+) -> dict[str, np.ndarray]:
+    """By projection, float32 [out, in]: what the base's matrices lack, behind the base's norm."""
+    ratio, names = _ratio(block, base), PROJECTIONS[spec.kind]
+    weights = {name: block[name].to_f32() for name in names}
+    for name in names[:-1]:  # the last one meets no norm
+        weights[name] = weights[name] * ratio
+    return {name: weight - base[name].to_f32() for name, weight in weights.items()}
 
 
 def nearest(
@@ -84,13 +91,14 @@ def rank_bytes(spec: BlockSpec) -> int:
     return 2 * sum(sum(shapes[name]) for name in PROJECTIONS[spec.kind])
 
 
-def _ratio(norm: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """What the inputs behind the base's norm are to be multiplied with to be those behind the other one.
+def _ratio(block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor]) -> np.ndarray:
+    """What the inputs behind the base's norm are to be multiplied with to be those behind the block's own.
 
     Where one of the two is zero nothing can be made up for.
     """
-    usable = (norm != 0) & (base != 0)
-    return np.where(usable, norm / np.where(usable, base, 1), np.float32(1)).astype(np.float32)
+    norm, other = block["norm"].to_f32(), base["norm"].to_f32()
+    usable = (norm != 0) & (other != 0)
+    return np.where(usable, norm / np.where(usable, other, 1), np.float32(1)).astype(np.float32)
 
 
 def _root(gram: np.ndarray) -> np.ndarray:
