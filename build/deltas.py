@@ -3,7 +3,7 @@
 What is stored of a block is an adapter (`build.low_rank`), served as any other: the base's products run in
 the batch of all who share it, and the difference alone is the model's own. All blocks get one rank, the
 smallest of a few that keeps the whole model within the bound over a probe text, or that loses no more than
-bf16 alone does; where the largest is not enough, single blocks stay the model's own (`build.trials`).
+bf16 alone does. Where the largest is not enough, single blocks stay the model's own (`build.trials`).
 Embedding and head have no adapters: they are the base's where that costs less than a part of the bound, and
 else the model's own.
 """

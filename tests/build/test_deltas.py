@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from blockzoo.build import calibration
@@ -95,13 +94,18 @@ def test_a_full_fine_tune_becomes_differences(
     assert json.loads(capsys.readouterr().out)["models"]["near"]["delta"]["rank"] == 4
 
 
-def test_what_is_too_far_keeps_blocks_of_its_own(tuned: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_is_too_far_keeps_blocks_of_its_own(
+    tuned: dict[str, Path], make_model: Any, save: Any, tmp_path: Path
+) -> None:
     models = {name: tuned[name] for name in ("base", "far")}
+    models["other"] = save(make_model("llama", 9), tmp_path / "other")
     options = replace(DELTA, max_kl=1e-9)
     report = compile_models(models, tmp_path / "z", options)
+    assert "no block that it alone uses is near to another model's" in report.models[2].notes[-1]
     assert record(tmp_path / "z", "far").delta is None
     assert "no differences of low rank to them keep the model within 1e-09 nats" in report.models[1].notes[-1]
-    assert len(Zoo.open(tmp_path / "z").manifest.blocks) == 16
+    assert len(Zoo.open(tmp_path / "z").manifest.blocks) == 24
 
 
 def test_single_blocks_are_given_back(tuned: dict[str, Path], tmp_path: Path) -> None:
@@ -173,12 +177,3 @@ def test_a_dry_run_says_what_it_does_not_look_for(tuned: dict[str, Path], tmp_pa
     models = {name: tuned[name] for name in ("base", "near")}
     report = compile_models(models, tmp_path / "z", replace(DELTA, dry_run=True))
     assert report.models[1].notes[-1] == "differences to other models' blocks are not looked for in a dry run"
-
-
-def test_unrelated_models_have_none(
-    tuned: dict[str, Path], make_model: Any, save: Any, tmp_path: Path
-) -> None:
-    other = save(make_model("llama", 9), tmp_path / "other")
-    compile_models({"base": tuned["base"], "other": other}, tmp_path / "z", DELTA)
-    assert record(tmp_path / "z", "other").delta is None
-    assert np.array_equal(record(tmp_path / "z", "other").adapters, {})
