@@ -30,6 +30,8 @@ from blockzoo.zoo.store import Zoo
 
 MAX_KL = 0.002
 """Bound on the divergence from the model's own blocks, in nats, where none is asked for."""
+MAX_TEXTS = 24
+"""Of its own that a model's differences look at: directions are told by less than roundings are."""
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_RANK)
 _WORTH_IT = 0.3  # a difference of more than this share of its block's bytes is not
 _ENDS_SHARE = 0.5  # of the bound that the base's embedding and head may take

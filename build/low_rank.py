@@ -17,6 +17,8 @@ from blockzoo.build.partition import CutAdapter, make_adapter
 from blockzoo.build.recover import leading
 from blockzoo.zoo.adapter import LoraPair
 from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, tensor_shapes
+from blockzoo.zoo.fingerprint import block_id
+from blockzoo.zoo.packing import GROUP, LIMITS
 from blockzoo.zoo.tensors import BlockTensor, from_f32
 
 _DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it: inputs never seen count a little
@@ -83,6 +85,22 @@ def cut_down(found: Factors, rank: int) -> CutAdapter | None:
         for name, pair in found.items()
     }
     return make_adapter(pairs) if pairs else None
+
+
+def in_eight_bits(cut: CutAdapter) -> CutAdapter:
+    """The adapter with integers and scales in the place of its values."""
+    tensors = {name: _eight_bits(tensor.to_f32()) for name, tensor in cut.tensors.items()}
+    return CutAdapter(block_id(cut.spec, tensors), cut.spec, tensors)
+
+
+def _eight_bits(values: np.ndarray) -> BlockTensor:
+    """[rows, columns] with a scale for each group of a row, by its largest value."""
+    rows, columns = values.shape
+    groups = values.reshape(rows, -1, GROUP if columns % GROUP == 0 else columns)
+    scales = np.abs(groups).max(axis=2) / np.float32(LIMITS["i8"][1])
+    scales = np.where(scales == 0, np.float32(1), scales)
+    integers = np.rint(groups / scales[..., None]).astype(np.int8)
+    return BlockTensor("i8", integers.reshape(rows, columns), scales)
 
 
 def rank_bytes(spec: BlockSpec) -> int:

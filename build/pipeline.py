@@ -438,7 +438,7 @@ class _Compilation:
         if self.writer is None:
             self.note(name, "differences to other models' blocks are not looked for in a dry run")
             return
-        num_texts = self.options.calibration_texts
+        num_texts = min(self.options.calibration_texts, deltas.MAX_TEXTS)
         found = deltas.take_differences(
             name,
             self.zoo,

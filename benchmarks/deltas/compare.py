@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.families import made_once
 from benchmarks.smollm2_family import samples
 from benchmarks.smollm2_family.recipes import RECIPES
 from blockzoo.build.calibration import Met, calibrate
+from blockzoo.build.deltas import MAX_TEXTS
 from blockzoo.build.likeness import divergence, log_probabilities
 from blockzoo.build.low_rank import Factors, factors
 from blockzoo.build.originals import oracle_for
@@ -42,8 +44,6 @@ from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import TensorFile, write_tensor_file
 
 RANKS = (8, 16, 32, 64, 96)
-TEXTS = 24
-"""Of its own that a model's differences look at."""
 
 
 class Model:
@@ -51,11 +51,8 @@ class Model:
 
     def __init__(self, folder: Path, rate: str, num_samples: int, threads: int | None) -> None:
         self.name, self._folder, self._threads = f"{TRADE}-{rate}", folder, threads
-        given = {"base": folder / "base", self.name: folder / self.name}
-        exact = CompileOptions(share="exact", verify=False, profile=False)
-        self.zoo = Zoo.open(
-            made_once(folder / f"zoo-{rate}", lambda path: compile_models(given, path, exact) and None)
-        )
+        self._given = {"base": folder / "base", self.name: folder / self.name}
+        self.zoo = self._compiled("exact", CompileOptions(share="exact"), ["base", self.name])
         models = self.zoo.manifest.models
         self.config = models[self.name].config
         self.tuned, self.base = (
@@ -63,6 +60,27 @@ class Model:
         )
         self.answers = self._answered(num_samples)
         self.exact = self.log_probs("f32", sides.own(self.tuned))
+
+    def _compiled(self, how: str, options: CompileOptions, models: Sequence[str]) -> Zoo:
+        """The zoo of some models, compiled where it is not there."""
+        options = replace(options, verify=False, profile=False, threads=self._threads)
+        given, printer = {name: self._given[name] for name in models}, ProgressPrinter()
+
+        def compile_all(path: Path) -> None:
+            for model in compile_models(given, path, options, progress=printer).models:
+                print(f"{how}: {model.name}: {'; '.join(model.notes)}", flush=True)
+
+        return Zoo.open(made_once(self._folder / f"zoo-{self.name}-{how}", compile_all))
+
+    def stored(self, how: str, options: CompileOptions, models: Sequence[str]) -> Stored:
+        """As zoo-compile stores it."""
+        zoo = self._compiled(how, options, models)
+        record = zoo.manifest.models[self.name]
+        shared = zoo.manifest.models["base"].chain if "base" in models else ()
+        adapters = {at: zoo.read_adapter(key) for at, key in record.adapters.items()}
+        own = sum(zoo.manifest.blocks[key].num_bytes for key in record.chain if key not in shared)
+        own += sum(zoo.manifest.adapters[key].num_bytes for key in record.adapters.values())
+        return Stored([zoo.read_block(key) for key in record.chain], adapters, own)
 
     def _answered(self, count: int) -> list[tuple[int, list[int]]]:
         """Of each sample: where the answer begins, and all token ids."""
@@ -132,7 +150,7 @@ class Model:
         def maker(precision: Precision | None) -> OpenVINOEngines:
             return OpenVINOEngines(precision, self._threads)
 
-        text = OwnText(source, record, self.zoo, TEXTS, "", [], maker, progress)
+        text = OwnText(source, record, self.zoo, MAX_TEXTS, "", [], maker, progress)
         calibrate(oracle_for(source, True, None), text.calibration(), on_block)
         return found
 
@@ -147,6 +165,20 @@ def ways(model: Model) -> dict[str, tuple[Precision, Side]]:
         "own, ends in i8": ("f32", lambda: sides.with_ends(sides.own(tuned), base, "i8")),
         "base": ("f32", lambda: sides.own(base)),
     }
+    compiled = {
+        "int4": (CompileOptions(weights="int4", max_kl=10.0), [model.name]),
+        "equivalent": (CompileOptions(share="equivalent"), ["base", model.name]),
+        "delta": (CompileOptions(share="delta"), ["base", model.name]),
+    }
+    for how, (options, models) in compiled.items():
+
+        def made_by_compiler(
+            how: str = how, options: CompileOptions = options, models: Sequence[str] = models
+        ) -> Stored:
+            return model.stored(how, options, models)
+
+        found[f"compiled, {how}"] = "f32", made_by_compiler
+        found[f"compiled, {how}, bf16"] = "bf16", made_by_compiler
     for bits in (4, 3, 2, 1):
         found[f"differences, {bits} bits"] = "f32", lambda bits=bits: sides.dense(tuned, base, bits)  # type: ignore[misc]
     for kind, weighted in (("plain", False), ("weighted", True)):

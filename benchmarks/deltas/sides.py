@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from blockzoo.build.low_rank import Factors, cut_down, difference_of
+from blockzoo.build.low_rank import Factors, cut_down, difference_of, in_eight_bits
 from blockzoo.build.partition import CutAdapter
 from blockzoo.build.rounding import rounded
 from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block, BlockTensor, matrix_names
@@ -33,7 +34,8 @@ def own(tuned: Blocks) -> Stored:
 
 def own_nearest(tuned: Blocks) -> Stored:
     """Own blocks in 4 bits, embedding in 8, rounded to nearest."""
-    blocks = [_rounded(block, "i4" if block.spec.kind in PROJECTIONS else "i8") for block in tuned]
+    blocks = [_rounded(block, "i4") if block.spec.kind in PROJECTIONS else block for block in tuned]
+    blocks[0] = _eight_bits(blocks[0])
     blocks[-1] = replace(blocks[-1], tensors=tuned[-1].tensors | {"weight": blocks[0].tensors["weight"]})
     return Stored(blocks, {}, sum(map(_bytes, blocks)))
 
@@ -44,7 +46,7 @@ def with_ends(stored: Stored, ends: Blocks, share: str) -> Stored:
     if share == "base's":
         blocks[0], blocks[-1] = ends[0], ends[-1]
     else:
-        blocks[0] = _rounded(blocks[0], "i8")
+        blocks[0] = _eight_bits(blocks[0])
         blocks[-1] = replace(blocks[-1], tensors=blocks[-1].tensors | {"weight": blocks[0].tensors["weight"]})
         num_bytes += _bytes(blocks[0])
     return Stored(blocks, {**stored.adapters}, num_bytes)
@@ -100,12 +102,8 @@ def _few_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
 
 
 def _in_bits(cut: CutAdapter, bits: int) -> Adapter:
-    tensors = dict(cut.tensors)
-    if bits == 8:
-        for name, tensor in tensors.items():
-            columns = tensor.shape[1]
-            tensors[name] = rounded(tensor.to_f32(), "i8", 32 if columns % 32 == 0 else columns)
-    return Adapter(cut.id, cut.spec, tensors)
+    cut = in_eight_bits(cut) if bits == 8 else cut
+    return Adapter(cut.id, cut.spec, cut.tensors)
 
 
 def _rounded(block: Block, dtype: str) -> Block:
@@ -113,6 +111,11 @@ def _rounded(block: Block, dtype: str) -> Block:
     for name in matrix_names(block.spec):
         tensors[name] = rounded(tensors[name].to_f32(), dtype, 32)  # type: ignore[arg-type]
     return replace(block, tensors=tensors)
+
+
+@lru_cache(maxsize=2)
+def _eight_bits(block: Block) -> Block:
+    return _rounded(block, "i8")
 
 
 def _bytes(block: Block) -> int:

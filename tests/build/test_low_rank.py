@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blockzoo.build.low_rank import cut_down, factors, nearest, rank_bytes
+from blockzoo.build.low_rank import cut_down, factors, in_eight_bits, nearest, rank_bytes
 from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, BlockSpec, FfnSpec, tensor_shapes
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.tensors import BlockTensor, from_f32
@@ -84,6 +84,18 @@ def test_a_smaller_rank_is_the_beginning_of_a_larger_one() -> None:
     assert np.array_equal(small.tensors["o.b"].data, large.tensors["o.b"].data[:, :4])
     assert large.num_bytes == 16 * 2 * (64 + 64)
     assert cut_down(factors(ATTN, base, base, 16), 4) is None
+
+
+def test_eight_bits_are_half_the_bytes() -> None:
+    cut = cut_down(factors(FFN, block(FFN), block(FFN), 32), 32)
+    assert cut is not None
+    narrow = in_eight_bits(cut)
+    assert narrow.spec == cut.spec
+    assert narrow.dtype == "i8"
+    assert narrow.num_bytes == pytest.approx((0.5 + 2 / 32) * cut.num_bytes)
+    for name, tensor in cut.tensors.items():
+        largest = np.abs(tensor.to_f32()).max()
+        np.testing.assert_allclose(narrow.tensors[name].to_f32(), tensor.to_f32(), atol=largest / 254)
 
 
 def test_bytes_of_a_rank() -> None:
