@@ -1,6 +1,6 @@
 """Trains the full fine-tunes: one trade at several rates, every weight, saved in bf16.
 
-    python -m benchmarks.deltas.train FOLDER [--rates 1e-4 3e-5 1e-5] [--steps 60]
+    python -m benchmarks.deltas.train FOLDER [--rates 1e-4 3e-5 1e-5] [--steps 100]
 
 FOLDER/base is written first where it is not there; what is there is left alone. Takes about four minutes of
 processor time a rate.
@@ -24,7 +24,7 @@ from benchmarks.smollm2_family.train import train, trainable
 
 TRADE = "extract"
 RATES = ("1e-4", "3e-5", "1e-5")
-ROWS = 16  # samples of a step
+ROWS = 8  # samples of a step: little memory
 
 
 def tuned(folder: Path, rate: str, steps: int) -> Path:
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deltas.train", description=__doc__)
     parser.add_argument("folder", type=Path, help="for the base and the fine-tunes")
     parser.add_argument("--rates", nargs="+", default=list(RATES))
-    parser.add_argument("--steps", type=int, default=60, help="(60)")
+    parser.add_argument("--steps", type=int, default=100, help="(100)")
     parser.add_argument("--threads", type=int, default=1, help="(1)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
