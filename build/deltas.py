@@ -1,24 +1,21 @@
 """Full fine-tunes next to their base: near blocks become the other model's and a difference of low rank.
 
-What is stored of a block is an adapter (`build.low_rank`), served as any other: the base's products run in
-the batch of all who share it, and the difference alone is the model's own. All blocks get one rank, the
-smallest of a few that keeps the whole model within the bound over a probe text, or that loses no more than
-bf16 alone does. Where the largest is not enough, single blocks stay the model's own (`build.trials`).
+What is stored of a block is an adapter (`build.low_rank`) in 8 bits, served as any other: the base's products
+run in the batch of all who share it, and the difference alone is the model's own. All blocks get one rank,
+the smallest of a few that keeps the whole model within the bound over a probe text, or that loses no more
+than bf16 alone does. Where the largest is not enough, single blocks stay the model's own (`build.trials`).
 Embedding and head have no adapters: they are the base's where that costs less than a part of the bound, and
 else the model's own.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from blockzoo.build.calibration import Met, calibrate
 from blockzoo.build.equivalence import candidates_of
-from blockzoo.build.low_rank import Factors, cut_down, factors, rank_bytes
+from blockzoo.build.low_rank import Factors, cut_down, factors, in_eight_bits, rank_bytes
 from blockzoo.build.oracle import Oracle
 from blockzoo.build.own_text import OwnText
-from blockzoo.build.partition import CutAdapter, chain_names
+from blockzoo.build.partition import CutAdapter
 from blockzoo.build.progress import Progress
 from blockzoo.build.recover import MAX_RANK
 from blockzoo.build.trials import Candidate, Probe, compose
@@ -28,10 +25,9 @@ from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block
 from blockzoo.zoo.manifest import DeltaRecord, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 
-MAX_KL = 0.002
-"""Bound on the divergence from the model's own blocks, in nats, where none is asked for."""
-MAX_TEXTS = 24
-"""Of its own that a model's differences look at: directions are told by less than roundings are."""
+_BF16_TIMES = 3
+"""The bound on the divergence from the model's own blocks where none is asked for: so many times what bf16
+alone makes them lose."""
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_RANK)
 _WORTH_IT = 0.3  # a difference of more than this share of its block's bytes is not
 _ENDS_SHARE = 0.5  # of the bound that the base's embedding and head may take
@@ -60,7 +56,7 @@ def take_differences(
     text: OwnText,
     oracle: Oracle,
     maker: EngineMaker,
-    max_kl: float,
+    max_kl: float | None,
     probe_name: str,
     progress: Progress,
     besides: Collection[str] = (),
@@ -71,7 +67,8 @@ def take_differences(
         text: of the model.
         oracle: of the model.
         maker: of f32 engines.
-        max_kl: bound on the divergence from the model's own blocks, in nats.
+        max_kl: bound on the divergence from the model's own blocks, in nats; None: some times what bf16 alone
+            makes them lose.
         besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
@@ -91,7 +88,7 @@ class _Search:
         text: OwnText,
         oracle: Oracle,
         maker: EngineMaker,
-        max_kl: float,
+        max_kl: float | None,
         near: Sequence[Candidate],
         progress: Progress,
     ) -> None:
@@ -102,7 +99,7 @@ class _Search:
         self._inner = [at for at in sorted(self._base) if blocks[self._base[at]].spec.kind in PROJECTIONS]
         self._ends = [c for c in near if not c.blocks.keys() & {*self._inner}]
         self._ranks = self._worth_trying()
-        self._factors = self._found_factors(oracle, text.calibration())
+        self._factors = self._found_factors()
         self._cut: dict[str, tuple[str, CutAdapter | None]] = {}  # by a name of a trial: base and difference
         tried = [self._candidate(at, self._ranks[-1]) for at in self._inner]
         sequences = text.probe()
@@ -110,6 +107,7 @@ class _Search:
             self._record.chain, self._record.config, self._read, maker, sequences, [*tried, *self._ends]
         )
         self._yardstick = Yardstick.of(oracle, sequences, self._probe.logits)
+        self._bound = _BF16_TIMES * self._yardstick.bf16.kl if max_kl is None else max_kl
         self._losses: dict[frozenset[tuple[int, str]], LossRecord] = {}
 
     def _worth_trying(self) -> list[int]:
@@ -121,37 +119,27 @@ class _Search:
         )
         return [rank for rank in _RANKS if rank <= most] or [_RANKS[0]]
 
-    def _found_factors(self, oracle: Oracle, texts: Sequence[Sequence[int]]) -> dict[int, Factors]:
+    def _found_factors(self) -> dict[int, Factors]:
         """By position, the differences in the largest rank."""
         found: dict[int, Factors] = {}
-        names = chain_names(self._record.config)
-
-        def on_block(position: int, met: Met | None) -> None:
+        for position in self._inner:
             self._progress(f"taking differences of {self._name}", len(found), len(self._inner))
-            if position not in self._base:
-                return
-            own, base = (self._zoo.read_block(key) for key in self._keys(position))
-            gram = None if met is None else _gram_of(met, names[position])
-            found[position] = factors(own.spec, own.tensors, base.tensors, self._ranks[-1], gram)
+            own, base = (
+                self._zoo.read_block(self._record.chain[position]),
+                self._zoo.read_block(self._base[position]),
+            )
+            found[position] = factors(own.spec, own.tensors, base.tensors, self._ranks[-1])
             own.drop_pages()
             base.drop_pages()
-
-        if texts:
-            calibrate(oracle, texts, on_block)
-        else:
-            for position in self._inner:
-                on_block(position, None)
         self._progress(f"taking differences of {self._name}", 1, 1)
         return found
-
-    def _keys(self, position: int) -> tuple[str, str]:
-        return self._record.chain[position], self._base[position]
 
     def _candidate(self, position: int, rank: int) -> Candidate:
         """A block as a difference of a rank."""
         key = f"{self._base[position]}, rank {rank} at {position}"
         if key not in self._cut:
-            self._cut[key] = self._base[position], cut_down(self._factors[position], rank)
+            cut = cut_down(self._factors[position], rank)
+            self._cut[key] = self._base[position], None if cut is None else in_eight_bits(cut)
         return Candidate({position: key})
 
     def _read(self, position: int, key: str) -> tuple[Block, Adapter | None]:
@@ -199,7 +187,7 @@ class _Search:
         self._progress(self._what, len(self._losses), _MAX_TRIALS)
         found = self._yardstick.judge(self._probe.trial(chosen), self._probe.logits)
         self._losses[_changes(chosen)] = found
-        return min(found.stored.kl / self._max_kl, found.excess)
+        return min(found.stored.kl / self._bound, found.excess)
 
     def _as_record(self, taken: Sequence[Candidate], probe_name: str) -> Found:
         num_trials = len(self._losses)
@@ -230,7 +218,3 @@ class _Search:
 
 def _changes(candidates: Sequence[Candidate]) -> frozenset[tuple[int, str]]:
     return frozenset(item for candidate in candidates for item in candidate.blocks.items())
-
-
-def _gram_of(met: Met, names: Mapping[str, str]) -> Callable[[str], np.ndarray]:
-    return lambda projection: met.gram(names[projection])

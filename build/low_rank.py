@@ -1,15 +1,14 @@
-"""A fine-tuned block as another block plus a difference of low rank, near enough on what the block meets.
+"""A fine-tuned block as another block plus a difference of low rank.
 
 Training changes every weight of a model by a little, so the difference D of a matrix to the base's has full
-rank, but it mostly acts in few directions of the inputs that the matrix meets. Of all B A of a rank the one
-whose products with the rows x are nearest to those of D, in ((D - B A) x)^2, is U U^T D, with U the leading
-left singular vectors of D C and C C^T the Gram matrix of x (as in SVD-LLM, arXiv 2403.07378).
+rank, but most of it lies in few directions. Of all B A of a rank the nearest to D is U U^T D, with U the
+leading left singular vectors.
 
-The norm in front of matrices changes too. As norm' * x^ = norm * (norm' / norm * x^), its change
-goes into the difference of the matrices behind it.
+The norm in front of matrices changes too. As norm' * x^ = norm * (norm' / norm * x^), its change goes into
+the difference of the matrices behind it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -21,34 +20,18 @@ from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.packing import GROUP, LIMITS
 from blockzoo.zoo.tensors import BlockTensor, from_f32
 
-_DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it: inputs never seen count a little
-
 Factors = Mapping[str, LoraPair]
 """By projection that was changed, in bf16, the directions that matter most first."""
 
 
 def factors(
-    spec: BlockSpec,
-    block: Mapping[str, BlockTensor],
-    base: Mapping[str, BlockTensor],
-    rank: int,
-    gram: Callable[[str], np.ndarray] | None = None,
+    spec: BlockSpec, block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor], rank: int
 ) -> Factors:
-    """What the matrices of `block` add to those of `base`, as far as `rank` tells it.
-
-    Args:
-        spec: of both.
-        rank: at most, of each matrix.
-        gram: projection -> float32 [in, in], X^T X of the rows X that it meets in `block`; None: all inputs
-            count alike.
-    """
-    ratio, found = _ratio(block, base), {}
+    """What the matrices of `block` add to those of `base`, both of `spec`, as far as `rank` tells it."""
+    found = {}
     for name, difference in difference_of(spec, block, base).items():
-        met = None if gram is None else gram(name)
-        if met is not None and name != PROJECTIONS[spec.kind][-1]:
-            met = met / np.outer(ratio, ratio)
         if difference.any():
-            a, b = nearest(difference, rank, met)
+            a, b = nearest(difference, rank)
             found[name] = LoraPair(from_f32(a, "bf16"), from_f32(b, "bf16"), 1.0)
     return found
 
@@ -64,12 +47,10 @@ def difference_of(
     return {name: weight - base[name].to_f32() for name, weight in weights.items()}
 
 
-def nearest(
-    difference: np.ndarray, rank: int, gram: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """A [rank, in] and B [out, rank], float32, with B A nearest to a matrix [out, in], see `factors`."""
+def nearest(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in] and B [out, rank], float32, with B A nearest to a matrix [out, in]."""
     rank = min(rank, *difference.shape)
-    u, _, _ = leading(difference if gram is None else difference @ _root(gram), rank)
+    u, _, _ = leading(difference, rank)
     b = np.ascontiguousarray(u[:, :rank])
     return b.T @ difference, b
 
@@ -104,9 +85,9 @@ def _eight_bits(values: np.ndarray) -> BlockTensor:
 
 
 def rank_bytes(spec: BlockSpec) -> int:
-    """Bytes of an adapter on all matrices of a block, by rank."""
+    """About the bytes of an adapter on all matrices of a block in 8 bits, by rank."""
     shapes = tensor_shapes(spec)
-    return 2 * sum(sum(shapes[name]) for name in PROJECTIONS[spec.kind])
+    return sum(sum(shapes[name]) for name in PROJECTIONS[spec.kind]) * 9 // 8
 
 
 def _ratio(block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor]) -> np.ndarray:
@@ -117,10 +98,3 @@ def _ratio(block: Mapping[str, BlockTensor], base: Mapping[str, BlockTensor]) ->
     norm, other = block["norm"].to_f32(), base["norm"].to_f32()
     usable = (norm != 0) & (other != 0)
     return np.where(usable, norm / np.where(usable, other, 1), np.float32(1)).astype(np.float32)
-
-
-def _root(gram: np.ndarray) -> np.ndarray:
-    """C [in, in], float32, with C C^T a little more than the Gram matrix."""
-    damped = gram.astype(np.float64)
-    damped[np.diag_indices_from(damped)] += _DAMPING * (float(np.diag(damped).mean()) or 1.0)
-    return np.linalg.cholesky(damped).astype(np.float32)

@@ -63,7 +63,7 @@ class CompileOptions:
     """weights, delta: bound on the divergence from the weights as they were given, in nats; None: by what is
     asked for."""
     calibration_texts: int = NUM_TEXTS
-    """weights, delta: texts that a model writes for its rounding, or its differences, to look at; 0: none."""
+    """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     judge_kv: bool = False
@@ -283,7 +283,7 @@ class _Compilation:
         if options.share == "equivalent" and old.equivalence is not None:
             wanted, probe = old.equivalence.threshold == options.threshold, old.equivalence.probe
         elif options.share == "delta" and old.delta is not None:
-            wanted, probe = old.delta.max_kl == self.max_delta_kl, old.delta.probe
+            wanted, probe = old.delta.max_kl == options.max_kl, old.delta.probe
         same = wanted and probe == self.probe_name
         return bool(same) and self.content(old.with_own_blocks()) == self.content(record)
 
@@ -303,10 +303,6 @@ class _Compilation:
         """Whether the blocks of a model are there as they were given."""
         chain = self.given[name].chain
         return not any(self.manifest.blocks[key].dtype in ("i8", "i4") for key in chain)
-
-    @property
-    def max_delta_kl(self) -> float:
-        return deltas.MAX_KL if self.options.max_kl is None else self.options.max_kl
 
     def max_kl(self, asked: Weights) -> float:
         return quantized_models.MAX_KL[asked] if self.options.max_kl is None else self.options.max_kl
@@ -438,14 +434,13 @@ class _Compilation:
         if self.writer is None:
             self.note(name, "differences to other models' blocks are not looked for in a dry run")
             return
-        num_texts = min(self.options.calibration_texts, deltas.MAX_TEXTS)
         found = deltas.take_differences(
             name,
             self.zoo,
-            OwnText(source, record, self.zoo, num_texts, self.probe_name, encoded, self.maker, self.progress),
+            OwnText(source, record, self.zoo, 0, self.probe_name, encoded, self.maker, self.progress),
             oracle_for(source, True, self.options.dtype),
             self.maker("f32"),
-            self.max_delta_kl,
+            self.options.max_kl,
             self.probe_name,
             self.progress,
             besides,
@@ -458,8 +453,8 @@ class _Compilation:
         if found.record.delta is None:
             self.note(
                 name,
-                f"{found.num_candidates} blocks are near to others: no differences of low rank to them keep "
-                f"the model within {self.max_delta_kl:g} nats ({found.num_trials} trials)",
+                f"{found.num_candidates} blocks are near to others, but no differences of low rank to them "
+                f"keep the model near enough to itself ({found.num_trials} trials)",
             )
             return
         new = {each.id: each for each in found.adapters if each.id not in self.manifest.adapters}

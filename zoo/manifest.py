@@ -241,8 +241,8 @@ class DeltaRecord:
     """The largest."""
     share: float
     """Bytes of the adapters over those of the model's own blocks."""
-    max_kl: float
-    """Asked for: the largest divergence."""
+    max_kl: float | None
+    """Asked for: the largest divergence; None: some times what bf16 alone loses."""
     loss: LossRecord
     """Of the model as stored against the model with its own blocks, in f32, over a probe text."""
     probe: str

@@ -102,8 +102,7 @@ def delta_text(model: ModelRecord) -> str:
     differences = sum(at in model.adapters for at in found.own_blocks)
     return (
         f"{len(found.own_blocks)} blocks are another model's, {differences} of them with differences of rank "
-        f"{found.rank}, {found.share:.0%} of their own bytes: {loss_text(found.loss)} of {found.probe} text "
-        f"(allowed: KL {found.max_kl:g})"
+        f"{found.rank}, {found.share:.1%} of their own bytes: {loss_text(found.loss)} of {found.probe} text"
     )
 
 

@@ -11,7 +11,7 @@ bf16. Nothing is timed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from benchmarks.families import made_once
 from benchmarks.smollm2_family import samples
 from benchmarks.smollm2_family.recipes import RECIPES
 from blockzoo.build.calibration import Met, calibrate
-from blockzoo.build.deltas import MAX_TEXTS
 from blockzoo.build.likeness import divergence, log_probabilities
 from blockzoo.build.low_rank import Factors, factors
 from blockzoo.build.originals import oracle_for
@@ -44,6 +43,8 @@ from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.tensors import TensorFile, write_tensor_file
 
 RANKS = (8, 16, 32, 64, 96)
+TEXTS = 24
+"""Of its own that the inputs of matrices are summed up over."""
 
 
 class Model:
@@ -131,26 +132,26 @@ class Model:
         names, progress = chain_names(self.config), ProgressPrinter()
         inner = range(1, len(self.tuned) - 1)
 
-        def on_block(at: int, met: Met | None) -> None:
-            progress(f"differences of {self.name}", at, len(inner))
-            hf = names[at]
-            gram: Callable[[str], np.ndarray] | None = None
-            if met is not None:
-                gram = lambda name: met.gram(hf[name])  # noqa: E731
-            tuned, base = self.tuned[at], self.base[at]
-            found[at] = factors(tuned.spec, tuned.tensors, base.tensors, RANKS[-1], gram)
-
         if not weighted:
             for at in inner:
-                on_block(at, None)
+                tuned, base = self.tuned[at], self.base[at]
+                progress(f"differences of {self.name}", at, len(inner))
+                found[at] = factors(tuned.spec, tuned.tensors, base.tensors, RANKS[-1])
             return found
+
+        def on_block(at: int, met: Met) -> None:
+            progress(f"differences of {self.name}", at, len(inner))
+            found[at] = sides.weighted(
+                self.tuned[at], self.base[at], RANKS[-1], lambda name: met.gram(names[at][name])
+            )
+
         (source,) = open_sources({self.name: self._folder / self.name}, None)
         record = self.zoo.manifest.models[self.name]
 
         def maker(precision: Precision | None) -> OpenVINOEngines:
             return OpenVINOEngines(precision, self._threads)
 
-        text = OwnText(source, record, self.zoo, MAX_TEXTS, "", [], maker, progress)
+        text = OwnText(source, record, self.zoo, TEXTS, "", [], maker, progress)
         calibrate(oracle_for(source, True, None), text.calibration(), on_block)
         return found
 
@@ -191,15 +192,15 @@ def ways(model: Model) -> dict[str, tuple[Precision, Side]]:
     for rank in (32, 64):
 
         def narrow(rank: int = rank) -> Stored:
-            return sides.low_rank(tuned, base, model.factors(True), rank, 8)
+            return sides.low_rank(tuned, base, model.factors(False), rank, 8)
 
         def ends(rank: int = rank, share: str = "base's") -> Stored:
-            return sides.with_ends(sides.low_rank(tuned, base, model.factors(True), rank), base, share)
+            return sides.with_ends(sides.low_rank(tuned, base, model.factors(False), rank), base, share)
 
-        found[f"rank {rank}, weighted, 8 bits"] = "f32", narrow
-        found[f"rank {rank}, weighted, the base's ends"] = "f32", ends
-        found[f"rank {rank}, weighted, ends in i8"] = "f32", lambda made=ends: made(share="i8")  # type: ignore[misc]
-        found[f"rank {rank}, weighted, the base's ends, bf16"] = "bf16", ends
+        found[f"rank {rank}, plain, 8 bits"] = "f32", narrow
+        found[f"rank {rank}, plain, the base's ends"] = "f32", ends
+        found[f"rank {rank}, plain, ends in i8"] = "f32", lambda made=ends: made(share="i8")  # type: ignore[misc]
+        found[f"rank {rank}, plain, the base's ends, bf16"] = "bf16", ends
     return found
 
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from blockzoo.build.low_rank import Factors, cut_down, difference_of, in_eight_bits
 from blockzoo.build.partition import CutAdapter
+from blockzoo.build.recover import leading
 from blockzoo.build.rounding import rounded
+from blockzoo.zoo.adapter import LoraPair
 from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block, BlockTensor, matrix_names
 from blockzoo.zoo.tensors import from_f32
 
@@ -76,6 +78,22 @@ def dense(tuned: Blocks, base: Blocks, bits: int) -> Stored:
         blocks.append(replace(other, tensors=tensors))
     blocks.append(tuned[-1])
     return Stored(blocks, {}, num_bytes + _bytes(tuned[0]) + _bytes(tuned[-1]))
+
+
+def weighted(tuned: Block, base: Block, rank: int, gram: Callable[[str], np.ndarray]) -> dict[str, LoraPair]:
+    """As `low_rank.factors`, but nearest on the rows x that the matrices meet; `gram`: projection -> X^T X.
+
+    Of all B A the one with the least ((D - B A) x)^2 is U U^T D, with U the leading left singular vectors of
+    D C and C C^T = X^T X (as in SVD-LLM, arXiv 2403.07378).
+    """
+    found = {}
+    for name, difference in difference_of(tuned.spec, tuned.tensors, base.tensors).items():
+        damped = gram(name).astype(np.float64)
+        damped[np.diag_indices_from(damped)] += 0.01 * float(np.diag(damped).mean())
+        u, _, _ = leading(difference @ np.linalg.cholesky(damped).astype(np.float32), rank)
+        b = u[:, :rank]
+        found[name] = LoraPair(from_f32(b.T @ difference, "bf16"), from_f32(b, "bf16"), 1.0)
+    return found
 
 
 def _few_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, int]:

@@ -104,7 +104,7 @@ def test_what_is_too_far_keeps_blocks_of_its_own(
     report = compile_models(models, tmp_path / "z", options)
     assert "no block that it alone uses is near to another model's" in report.models[2].notes[-1]
     assert record(tmp_path / "z", "far").delta is None
-    assert "no differences of low rank to them keep the model within 1e-09 nats" in report.models[1].notes[-1]
+    assert "no differences of low rank to them keep the model near enough" in report.models[1].notes[-1]
     assert len(Zoo.open(tmp_path / "z").manifest.blocks) == 24
 
 

@@ -19,7 +19,6 @@ from blockzoo.zoo.store import Zoo
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 SETTINGS = {"precision": "f32", "kv_cache_bytes": 64 << 20, "num_threads": 1}
 PROMPTS = ("The capital of France is", "def add(a, b):\n    ", "Let b = a + 4.", "in the software without")
-MAX_KL = 0.005
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +56,13 @@ def test_a_full_fine_tune_joins_its_base(zoo: Path, tuned: Path, monkeypatch: py
     llm = LLM(zoo, **SETTINGS)  # type: ignore[arg-type]
     alone = llm.generate("base", prompts, GREEDY, progress=False)
     monkeypatch.setattr(calibration, "NUM_TOKENS", 64)
-    options = CompileOptions(verify=False, profile=False, share="delta", max_kl=MAX_KL, threads=1)
+    options = CompileOptions(verify=False, profile=False, share="delta", threads=1)
     report = compile_models({"tuned": tuned}, zoo, options)
     manifest = Zoo.open(zoo).manifest
     record, base = manifest.models["tuned"], manifest.models["base"]
     assert record.delta is not None
-    assert record.delta.loss.stored.kl <= MAX_KL
+    loss = record.delta.loss
+    assert 0 < loss.stored.kl <= 3 * loss.bf16.kl
     assert record.chain[1:-1] == base.chain[1:-1]
     assert sorted(record.adapters) == list(range(1, len(base.chain) - 1))
     assert report.models[0].new_bytes < 0.5 * report.models[0].model_bytes
@@ -77,5 +77,5 @@ def test_a_full_fine_tune_joins_its_base(zoo: Path, tuned: Path, monkeypatch: py
             logits = exact(torch.tensor([[*done.prompt, *done.token_ids[:-1]]])).logits[0]
         expected = logits[len(done.prompt) - 1 :].argmax(-1).numpy()
         same += (np.array(done.token_ids) == expected).tolist()
-    assert np.mean(same) >= 0.96
+    assert np.mean(same) >= 0.97
     assert both[1].token_ids != both[0].token_ids  # it is another model
