@@ -1,1 +1,1 @@
-"""Full fine-tunes of SmolLM2-135M-Instruct, and how near they are as differences to the base."""
+"""Full fine-tunes, and how near to themselves they are as differences to their base."""

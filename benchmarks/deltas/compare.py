@@ -1,11 +1,11 @@
 """How near full fine-tunes stay to themselves as they are stored, for how many bytes.
 
-    python -m benchmarks.deltas.compare FOLDER [--rates 1e-4 3e-5 1e-5] [--samples 12] [--sides low-rank ...]
+    python -m benchmarks.deltas.compare FOLDER [--model demo|smollm2] [--samples 12] [--sides "rank 32" ...]
 
-FOLDER is that of `benchmarks.deltas.train`. Every way to store a fine-tune follows the answers that its f32
-model gives greedily to held-out samples of its trade: how often its own likeliest token is the same, and how
-far its distributions are (KL, in nats). Bytes are those of what is not the base's, over those of the model in
-bf16. Nothing is timed.
+FOLDER is that of `benchmarks.deltas.train`. Every way to store a fine-tune follows held-out text: of the demo
+model rows of documents, of SmolLM2 the answers that its f32 model gives greedily to samples of its trade. How
+often is its own likeliest token that of the model in f32, and how far are its distributions (KL, in nats)?
+Bytes are those of what is not the base's, over those of the model in bf16. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from benchmarks.common import machine_facts, print_table, save_report
 from benchmarks.deltas import sides
 from benchmarks.deltas.sides import Side, Stored
-from benchmarks.deltas.train import RATES, TRADE
+from benchmarks.deltas.train import RATES, TRADE, documents
 from benchmarks.families import made_once
 from benchmarks.smollm2_family import samples
 from benchmarks.smollm2_family.recipes import RECIPES
@@ -50,8 +51,8 @@ TEXTS = 24
 class Model:
     """One fine-tune and its base, in a zoo."""
 
-    def __init__(self, folder: Path, rate: str, num_samples: int, threads: int | None) -> None:
-        self.name, self._folder, self._threads = f"{TRADE}-{rate}", folder, threads
+    def __init__(self, folder: Path, model: str, rate: str, num_samples: int, threads: int | None) -> None:
+        self.name, self._folder, self._threads = f"{model}-{rate}", folder, threads
         self._given = {"base": folder / "base", self.name: folder / self.name}
         self.zoo = self._compiled("exact", CompileOptions(share="exact"), ["base", self.name])
         models = self.zoo.manifest.models
@@ -59,7 +60,7 @@ class Model:
         self.tuned, self.base = (
             [self.zoo.read_block(key) for key in models[name].chain] for name in (self.name, "base")
         )
-        self.answers = self._answered(num_samples)
+        self.answers = self._rows(num_samples) if model == "demo" else self._answered(num_samples)
         self.exact = self.log_probs("f32", sides.own(self.tuned))
 
     def _compiled(self, how: str, options: CompileOptions, models: Sequence[str]) -> Zoo:
@@ -82,6 +83,10 @@ class Model:
         own = sum(zoo.manifest.blocks[key].num_bytes for key in record.chain if key not in shared)
         own += sum(zoo.manifest.adapters[key].num_bytes for key in record.adapters.values())
         return Stored([zoo.read_block(key) for key in record.chain], adapters, own)
+
+    def _rows(self, count: int) -> list[tuple[int, list[int]]]:
+        rows = documents(Tokenizer.from_file(str(self._folder / "base" / "tokenizer.json")), True)
+        return [(1, row) for row in rows[:: len(rows) // count][:count].tolist()]
 
     def _answered(self, count: int) -> list[tuple[int, list[int]]]:
         """Of each sample: where the answer begins, and all token ids."""
@@ -217,7 +222,7 @@ def compared(model: Model, wanted: Sequence[str]) -> dict[str, Any]:
         results[name] = {
             "agreement": float(np.concatenate(same).mean()),
             "kl": divergence(model.exact, theirs),
-            "equal answers": float(np.mean([each.all() for each in same])),
+            "equal texts": float(np.mean([each.all() for each in same])),
             "bytes": 0.0 if name == "base" else stored.num_bytes / size,
         }
         print(f"{model.name}: {name}: {results[name]}", flush=True)
@@ -228,25 +233,26 @@ def main() -> None:
     """Print and keep the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deltas.compare", description=__doc__)
     parser.add_argument("folder", type=Path, help="of the base and the fine-tunes")
+    parser.add_argument("--model", choices=("demo", "smollm2"), default="demo", help="(demo)")
     parser.add_argument("--rates", nargs="+", default=list(RATES))
-    parser.add_argument("--samples", type=int, default=12, help="held-out samples (12)")
+    parser.add_argument("--samples", type=int, default=12, help="held-out samples or rows (12)")
     parser.add_argument("--sides", nargs="+", default=[], help="beginnings of their names (all)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args()
     machine = machine_facts()
     for rate in args.rates:
-        model = Model(args.folder, rate, args.samples, args.threads)
+        model = Model(args.folder, args.model, rate, args.samples, args.threads)
         num_tokens = sum(map(len, model.exact))
         results = compared(model, args.sides)
-        args.shape = rate
+        args.shape = model.name
         kept = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "folder"})
         path = save_report("deltas", kept, machine, {"num_tokens": num_tokens, "sides": results})
         print_table(
-            f"{model.name}: along {num_tokens} tokens of f32's answers",
-            ("stored as", "equal top tokens", "KL", "equal answers", "of bf16's bytes"),
+            f"{model.name}: along {num_tokens} held-out tokens",
+            ("stored as", "equal top tokens", "KL", "equal texts", "of bf16's bytes"),
             [
-                (k, f"{r['agreement']:.2%}", f"{r['kl']:.5f}", f"{r['equal answers']:.0%}", r["bytes"])
+                (k, f"{r['agreement']:.2%}", f"{r['kl']:.5f}", f"{r['equal texts']:.0%}", r["bytes"])
                 for k, r in results.items()
             ],
         )

@@ -1,6 +1,6 @@
 """What own blocks of full fine-tunes take on disk without loss, and how long they take to be read again.
 
-    python -m benchmarks.deltas.lossless FOLDER [--rates 1e-4 3e-5 1e-5]
+    python -m benchmarks.deltas.lossless FOLDER [--model demo|smollm2] [--rates 1e-4 3e-5 1e-5]
 
 All bf16 values of a fine-tune in one file: as they are; by their xor with the base's; by their distance from
 the base's in steps of bf16; with high and low bytes apart, and all through the command zstd (one thread).
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import machine_facts, print_table, save_report
-from benchmarks.deltas.train import RATES, TRADE
+from benchmarks.deltas.train import RATES
 from blockzoo.zoo.checkpoint import open_checkpoint
 
 _CHUNK = 1 << 22
@@ -121,6 +121,7 @@ def main() -> None:
     """Print and keep the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deltas.lossless", description=__doc__)
     parser.add_argument("folder", type=Path, help="of the base and the fine-tunes")
+    parser.add_argument("--model", choices=("demo", "smollm2"), default="demo", help="(demo)")
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--level", type=int, default=3, help="of zstd (3)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -131,13 +132,13 @@ def main() -> None:
     machine, base = machine_facts(), values_of(args.folder / "base")
     for rate in args.rates:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            own = values_of(args.folder / f"{TRADE}-{rate}")
+            own = values_of(args.folder / f"{args.model}-{rate}")
             results = measured(own, base, Path(folder), args.level, args.repeats)
-        args.shape = rate
+        args.shape = f"{args.model}-{rate}"
         kept = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "folder"})
         path = save_report("deltas_lossless", kept, machine, results)
         rows = [(k, r["bytes"], r["seconds"]) for k, r in results.items()]
-        print_table(f"{TRADE}-{rate}, {own.nbytes / 1e6:.0f} MB", ("values", "of bf16's bytes", "s"), rows)
+        print_table(f"{args.shape}, {own.nbytes / 1e6:.0f} MB", ("values", "of bf16's bytes", "s"), rows)
     print(path)
 
 
