@@ -4,7 +4,7 @@ What is stored of a block is an adapter (`build.low_rank`) in 8 bits, served as 
 run in the batch of all who share it, and the difference alone is the model's own. All blocks get one rank,
 the smallest of a few that keeps the whole model within the bound over a probe text, or that loses no more
 than bf16 alone does. Where the largest is not enough, single blocks stay the model's own (`build.trials`).
-Embedding and head have no adapters: they are the base's where that costs less than a part of the bound, and
+Embedding and head have no adapters: they are the base's where that costs less than a tenth of the bound, and
 else the model's own.
 """
 
@@ -29,8 +29,9 @@ _BF16_TIMES = 3
 """The bound on the divergence from the model's own blocks where none is asked for: so many times what bf16
 alone makes them lose."""
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_RANK)
+_LEAST = 16  # ranks: with fewer a model strays where it was tuned, which text of its own shows too little of
 _WORTH_IT = 0.3  # a difference of more than this share of its block's bytes is not
-_ENDS_SHARE = 0.5  # of the bound that the base's embedding and head may take
+_ENDS_SHARE = 0.1  # of the bound that the base's embedding and head may take
 _MAX_TRIALS = 12
 
 
@@ -117,7 +118,8 @@ class _Search:
             _WORTH_IT * blocks[self._record.chain[at]].num_bytes / rank_bytes(blocks[self._base[at]].spec)
             for at in self._inner
         )
-        return [rank for rank in _RANKS if rank <= most] or [_RANKS[0]]
+        fit = [rank for rank in _RANKS if rank <= most] or [_RANKS[0]]
+        return [rank for rank in fit if rank >= _LEAST] or fit[-1:]
 
     def _found_factors(self) -> dict[int, Factors]:
         """By position, the differences in the largest rank."""

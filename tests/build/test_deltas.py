@@ -73,7 +73,7 @@ def test_a_full_fine_tune_becomes_differences(
     assert near.chain[1:-1] == base.chain[1:-1]
     assert sorted(near.adapters) == [1, 2, 3, 4, 5, 6]
     assert found.own_blocks.keys() >= near.adapters.keys()
-    assert (found.rank, found.max_kl, found.probe) == (4, 0.01, "built-in")
+    assert (found.rank, found.max_kl, found.probe) == (8, 0.01, "built-in")
     assert 0.05 < found.share < 0.3
     assert 0 < found.loss.stored.kl <= 0.01
     assert near.verification is not None  # of its own blocks, against the checkpoint
@@ -91,7 +91,7 @@ def test_a_full_fine_tune_becomes_differences(
     assert inspect([zoo]) == 0
     assert delta_text(near) in capsys.readouterr().out.replace("\n", " ")
     assert inspect([zoo, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["models"]["near"]["delta"]["rank"] == 4
+    assert json.loads(capsys.readouterr().out)["models"]["near"]["delta"]["rank"] == 8
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_lora_on_a_difference(tuned: dict[str, Path], tmp_path: Path, make_ada
     assert added.chain == near.chain
     manifest = Zoo.open(tmp_path / "z").manifest
     spec = manifest.adapters[added.adapters[1]].spec
-    assert {each.projection: each.rank for each in spec.loras} == {"q": 8, "k": 4, "v": 8, "o": 4}
+    assert {each.projection: each.rank for each in spec.loras} == {"q": 12, "k": 8, "v": 12, "o": 8}
     assert added.verification is not None
     assert added.verification.figures["f32"].greedy_agreement == 1.0
     report = compile_models({**models, "lora": f"{lora}@near"}, tmp_path / "along", DELTA)
