@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import arguments, interleave, machine_facts, print_table, save_report
-from benchmarks.families import Family, made_once, make_family
+from benchmarks.families import SHAPES, Family, made_once, make_family
 from benchmarks.sides import ExecutorSide, Settings, Side, decode_turn, served_in
 from blockzoo.build.partition import chain_names
 from blockzoo.build.pipeline import CompileOptions, compile_models
@@ -75,8 +75,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only make the zoos")
     args = parser.parse_args()
     machine = machine_facts()
-    shape_layers = {"110m": 12, "0.5b": 24, "tiny": 4}[args.shape]
-    family = make_family(args.workdir, args.shape, args.tenants, shape_layers)
+    family = make_family(args.workdir, args.shape, args.tenants, SHAPES[args.shape].num_layers)
     zoos: dict[str, tuple[Zoo, str | None]] = {
         f"rank {rank}": (differences(family, rank), None) for rank in args.ranks
     }
