@@ -108,7 +108,7 @@ class _Search:
             self._record.chain, self._record.config, self._read, maker, sequences, [*tried, *self._ends]
         )
         self._yardstick = Yardstick.of(oracle, sequences, self._probe.logits)
-        self._bound = _BF16_TIMES * self._yardstick.bf16.kl if max_kl is None else max_kl
+        self._bound = max(_BF16_TIMES * self._yardstick.bf16.kl if max_kl is None else max_kl, 1e-12)
         self._losses: dict[frozenset[tuple[int, str]], LossRecord] = {}
 
     def _worth_trying(self) -> list[int]:

@@ -1,6 +1,6 @@
 """A step of eight full fine-tunes: as differences to one base, and as blocks of their own.
 
-    python -m benchmarks.deltas.speed [--shape 110m] [--rank 32] [--own bf16 int4]
+    python -m benchmarks.deltas.speed [--shape 110m] [--ranks 32] [--own bf16 int4]
 
 Random weights: what a step costs does not depend on their values. Each tenant has one running request at a
 context of 512 tokens; the executor alone is timed. The tenants' embedding is the base's.
