@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in only_tensorrt.items():
         if value is not None and arguments.backend != "tensorrt":
             _parser().error(f"{name} is a setting of --backend tensorrt")
-    if arguments.max_kl is not None and arguments.weights is None:
-        _parser().error("--max-kl is a bound of --weights")
+    if arguments.max_kl is not None and arguments.weights is None and arguments.share != "delta":
+        _parser().error("--max-kl is a bound of --weights and of --share delta")
     if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
         _parser().error("give at least one [NAME=]PATH to compile, or --remove NAME")
     from blockzoo.build.progress import ProgressPrinter
@@ -91,11 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--share",
-        choices=("exact", "adapter", "equivalent"),
+        choices=("exact", "adapter", "equivalent", "delta"),
         default="adapter",
         help="what full checkpoints share: equal blocks only; or also (the default) blocks into which a LoRA "
-        "was merged, taken apart into the other block and an adapter, and verified; or also blocks that can "
-        "be replaced by those of models before them with little effect (lossy: see --threshold)",
+        "was merged, taken apart into the other block and an adapter, and verified; or besides blocks that "
+        "can be replaced by those of models before them with little effect (lossy: see --threshold); or "
+        "blocks near those of models before them, stored as differences of low rank (lossy: see --max-kl)",
     )
     parser.add_argument(
         "--threshold",
@@ -115,13 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         "--max-kl",
         type=_positive_number,
         metavar="X",
-        help="for --weights: largest mean divergence (KL, in nats) from the weights as given, over the probe "
-        "text; a model beyond it is refused (default 0.02; int4: 0.5)",
+        help="for --weights and --share delta: largest mean divergence (KL, in nats) from the weights as "
+        "given, over the probe text; a model beyond it is refused, or keeps blocks of its own (default 0.02; "
+        "int4: 0.5; delta: three times what bf16 alone loses)",
     )
     parser.add_argument(
         "--probe",
         metavar="FILE",
-        help="for --share equivalent and --weights: text like that the models are used for",
+        help="for --share equivalent, --share delta and --weights: text like that the models are used for",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument(

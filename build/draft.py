@@ -96,7 +96,7 @@ class Draft:
 
     def given(self, record: ModelRecord) -> ModelRecord:
         """A model with its own blocks, as they were before they were quantized or replaced by others."""
-        return self.unquantized(replace(record, chain=record.own_chain()))
+        return self.unquantized(record.with_own_blocks())
 
     def unquantized(self, record: ModelRecord) -> ModelRecord:
         """A model with its blocks as they were before they were quantized."""
@@ -120,7 +120,7 @@ class Draft:
     def verified_twin(self, record: ModelRecord) -> VerificationRecord | None:
         """The verification of a model of the same weights, None where there is none."""
         for name, other in self.manifest.models.items():
-            same = weights(self.given(other)) == weights(record) and other.equivalence is None
+            same = weights(self.given(other)) == weights(record) and not other.replaced_blocks
             if same and other.verification is not None:
                 return replace(other.verification, same_as=other.verification.same_as or name)
         return None

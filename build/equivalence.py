@@ -109,7 +109,7 @@ def substitute(
         besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
-    candidates = _candidates(name, zoo, {name, *besides})
+    candidates = candidates_of(name, zoo, {name, *besides})
     if not candidates:
         return Search(record, 0, 0, 0.0, False)
     config, length = record.config, len(record.chain)
@@ -170,7 +170,7 @@ def _positions(candidates: Sequence[Candidate]) -> tuple[int, ...]:
     return tuple(sorted(at for candidate in candidates for at in candidate.blocks))
 
 
-def _candidates(name: str, zoo: Zoo, besides: Collection[str]) -> list[Candidate]:
+def candidates_of(name: str, zoo: Zoo, besides: Collection[str]) -> list[Candidate]:
     """For each block that only this model has, the nearest of another model, unless that is unrelated."""
     record, blocks = zoo.manifest.models[name], zoo.manifest.blocks
     models = zoo.manifest.models.items()

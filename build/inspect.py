@@ -109,6 +109,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "adapters": encode(record.adapters),
             "recovery": encode(record.recovery),
             "equivalence": encode(record.equivalence),
+            "delta": encode(record.delta),
             "quantization": encode(record.quantization),
             "reuse": encode(record.reuse),
             "chain_bytes": shared.all_bytes[name],
@@ -148,6 +149,7 @@ def _print_zoo(zoo: "Zoo") -> None:
     from blockzoo.zoo.sharing import sharing_map
     from blockzoo.zoo.summary import (
         adapters_text,
+        delta_text,
         equivalence_text,
         human_bytes,
         quantization_texts,
@@ -185,6 +187,8 @@ def _print_zoo(zoo: "Zoo") -> None:
             console.print(f"{name:{width}}  {adapters_text(manifest, name)}", markup=False)
         if manifest.models[name].equivalence is not None:
             console.print(f"{name:{width}}  {equivalence_text(manifest.models[name])}", markup=False)
+        if manifest.models[name].delta is not None:
+            console.print(f"{name:{width}}  {delta_text(manifest.models[name])}", markup=False)
         for line in quantization_texts(manifest, manifest.models[name]):
             console.print(f"{name:{width}}  {line}", markup=False)
         for line in reuse_texts(manifest.models[name]):

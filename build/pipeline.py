@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.build import equivalence, profiles, quantized_models
+from blockzoo.build import deltas, equivalence, profiles, quantized_models
 from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.draft import Draft, weights
 from blockzoo.build.originals import oracle_for
+from blockzoo.build.own_text import OwnText
 from blockzoo.build.partition import block_tensors, cut, cut_adapters
 from blockzoo.build.progress import Progress, no_progress
 from blockzoo.build.quantized_models import Weights
@@ -25,12 +26,18 @@ from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
-from blockzoo.zoo.summary import equivalence_text, model_bytes, quantization_texts, sharing_bytes
+from blockzoo.zoo.summary import (
+    delta_text,
+    equivalence_text,
+    model_bytes,
+    quantization_texts,
+    sharing_bytes,
+)
 from blockzoo.zoo.writer import ZooWriter
 
-Sharing = Literal["exact", "adapter", "equivalent"]
-"""What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; also blocks
-that can take each other's place with little effect."""
+Sharing = Literal["exact", "adapter", "equivalent", "delta"]
+"""What counts as shareable: equal blocks; also blocks that are another one with a LoRA merged in; besides,
+blocks that can take each other's place with little effect, or blocks near another one, as differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,13 @@ class CompileOptions:
     threshold: float = 0.98
     """equivalent: least mean cosine of the vocabulary probabilities against the model's own."""
     probe: str | None = None
-    """equivalent, weights: file with text to compare on; None takes built-in prompts, or text that the model
-    writes."""
+    """equivalent, delta, weights: file with text to compare on; None takes built-in prompts (equivalent), or
+    text that the model writes."""
     weights: Weights | None = None
     """Store the blocks of all models given in 8 or 4 bits; None keeps them as they are."""
     max_kl: float | None = None
-    """weights: bound on the divergence from the weights as they were given, in nats; None: by `weights`."""
+    """weights, delta: bound on the divergence from the weights as they were given, in nats; None: by what is
+    asked for."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     verify: bool = True
@@ -117,11 +125,12 @@ class _Compilation:
         if self.writer is not None and self.options.verify:
             for source in sources:
                 self.verify(source)
-        if self.writer is not None and self.options.share == "equivalent":
+        if self.options.share in ("equivalent", "delta"):
+            take = self.substitute if self.options.share == "equivalent" else self.take_differences
             later = {source.name for source in sources}
             for source in sources:  # a model takes blocks of those that were there before it
                 later.discard(source.name)
-                self.substitute(source, texts[source.name], later)
+                take(source, texts[source.name], later)
         if self.options.weights is not None:
             for source in sources:
                 self.quantize(source, texts[source.name], self.options.weights)
@@ -269,12 +278,14 @@ class _Compilation:
         self.add(source, whole | {*record.recovery.given_back}, (f"stored with {said}: {error}",))
 
     def substituted_before(self, old: ModelRecord, record: ModelRecord) -> bool:
-        """Whether the old record is the new one, with equivalents in it as they are asked for now."""
-        found, options = old.equivalence, self.options
-        if found is None or options.share != "equivalent" or found.threshold != options.threshold:
-            return False
-        own = replace(old, chain=old.own_chain())
-        return found.probe == self.probe_name and self.content(own) == self.content(record)
+        """Whether the old record is the new one, with others' blocks in it as they are asked for now."""
+        options, wanted, probe = self.options, None, None
+        if options.share == "equivalent" and old.equivalence is not None:
+            wanted, probe = old.equivalence.threshold == options.threshold, old.equivalence.probe
+        elif options.share == "delta" and old.delta is not None:
+            wanted, probe = old.delta.max_kl == options.max_kl, old.delta.probe
+        same = wanted and probe == self.probe_name
+        return bool(same) and self.content(old.with_own_blocks()) == self.content(record)
 
     def content(self, record: ModelRecord) -> object:
         defaults, given = record.generation_defaults, self.draft.unquantized(record)
@@ -345,7 +356,7 @@ class _Compilation:
         """A model quantized as another one of equal weights was, None where there is none."""
         for name, other in self.manifest.models.items():
             found = other.quantization
-            if found is None or not self.quantized_before(name, other) or other.equivalence is not None:
+            if found is None or not self.quantized_before(name, other) or other.replaced_blocks:
                 continue
             judged = bool(found.figures) or not self.options.verify
             same = judged and weights(self.draft.given(other)) == weights(given)
@@ -354,9 +365,9 @@ class _Compilation:
         return None
 
     def chain_to_quantize(self, name: str) -> list[str]:
-        """The chain as given, with equivalents of other models where they were found."""
+        """The chain as given, with blocks of other models where they stand for its own."""
         record, given = self.manifest.models[name], self.given[name]
-        own = record.equivalence.own_blocks if record.equivalence is not None else {}
+        own = record.replaced_blocks
         return [record.chain[at] if at in own else key for at, key in enumerate(given.chain)]
 
     @property
@@ -365,8 +376,8 @@ class _Compilation:
 
     def probe(self, source: Source) -> list[list[int]]:
         """The text on which models are compared, as token ids; none unless they are."""
-        given = self.options.probe
-        if self.options.share != "equivalent" and (self.options.weights is None or given is None):
+        given, share = self.options.probe, self.options.share
+        if share != "equivalent" and (given is None or (share != "delta" and self.options.weights is None)):
             return []
         encoded = encode_texts(source, equivalence.probe_text(given, PROMPTS))
         count = sum(map(len, encoded))
@@ -380,7 +391,7 @@ class _Compilation:
     def substitute(self, source: Source, encoded: list[list[int]], besides: Collection[str]) -> None:
         """Let other models' blocks take the place of those that only this model has, where that is alike."""
         record, report = self.manifest.models[source.name], self.reports[source.name]
-        if record.equivalence is not None or report.status == "unchanged":
+        if self.writer is None or record.replaced_blocks or report.status == "unchanged":
             return
         if self.manifest.models.keys() <= {source.name, *besides}:  # the first of all
             return
@@ -410,6 +421,56 @@ class _Compilation:
         freed = sum(self.manifest.blocks[block_id].num_bytes for block_id in own)
         self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
         self.note(source.name, equivalence_text(changed))
+
+    def take_differences(self, source: Source, encoded: list[list[int]], besides: Collection[str]) -> None:
+        """Let other models' blocks and differences to them take the place of a model's own."""
+        name = source.name
+        record, report = self.manifest.models[name], self.reports[name]
+        if record.replaced_blocks or report.status == "unchanged":
+            return
+        others = self.manifest.models.keys() - {name, *besides}
+        if not others:  # the first of all
+            return
+        if self.writer is None:
+            self.note(name, "differences to other models' blocks are not looked for in a dry run")
+            return
+        found = deltas.take_differences(
+            name,
+            self.zoo,
+            OwnText(source, record, self.zoo, 0, self.probe_name, encoded, self.maker, self.progress),
+            oracle_for(source, True, self.options.dtype),
+            self.maker("f32"),
+            self.options.max_kl,
+            self.probe_name,
+            self.progress,
+            besides,
+        )
+        if not found.num_candidates:
+            self.note(
+                name, "no block that it alone uses is near to another model's: no differences are taken"
+            )
+            return
+        if found.record.delta is None:
+            self.note(
+                name,
+                f"{found.num_candidates} blocks are near to others, but no differences of low rank to them "
+                f"keep the model near enough to itself ({found.num_trials} trials)",
+            )
+            return
+        new = {each.id: each for each in found.adapters if each.id not in self.manifest.adapters}
+        for adapter in new.values():
+            self.draft.store_adapter(adapter)
+        self.manifest.models[name] = found.record
+        added = sum(adapter.num_bytes for adapter in new.values())
+        self.adapter_bytes[name] += added
+        freed = set(found.record.delta.own_blocks.values())
+        self.reports[name] = replace(
+            report,
+            num_reused=report.num_reused + len(found.record.delta.own_blocks),
+            model_bytes=model_bytes(self.manifest, found.record),
+            new_bytes=report.new_bytes + added - sum(self.manifest.blocks[key].num_bytes for key in freed),
+        )
+        self.note(name, delta_text(found.record))
 
     def note_left_behind(self) -> None:
         """Say of each model that was replaced which adapters go on with the old one."""

@@ -1,24 +1,21 @@
 """Models with quantized weights: which blocks in how many bits, and whether that is near enough."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from blockzoo.build.bits import Trial, affordable
-from blockzoo.build.calibration import own_texts
 from blockzoo.build.draft import Draft
-from blockzoo.build.equivalence import probe_sequences
 from blockzoo.build.likeness import Judged, Reference
 from blockzoo.build.originals import oracle_for
+from blockzoo.build.own_text import MakerOf, OwnText
 from blockzoo.build.progress import Progress
 from blockzoo.build.quantize import Calibration, Choice, Quantizer, uniform
 from blockzoo.build.sources import Source
-from blockzoo.build.verify import VerificationError, check_memory, encode_prompts, encode_texts
-from blockzoo.engines.base import EngineMaker, Precision
+from blockzoo.build.verify import VerificationError, check_memory
 from blockzoo.zoo.blocks import Dtype
-from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import ModelRecord, QuantizationFigures, QuantizationRecord
 from blockzoo.zoo.packing import QuantizedDtype
 
@@ -31,10 +28,8 @@ _BITS: tuple[QuantizedDtype, QuantizedDtype] = ("i8", "i4")
 _MARGIN = 0.98  # of the bound: the chain is judged once more as a whole, which rounds otherwise
 _WEIGHED_BY = 1  # sequences of the probe text, each block alone
 _ROUNDED = "int8 activations"
-_HELD_OUT = 8  # of a model's own texts: rounding has not seen those by which it is judged
 
 _Step = tuple[int, ...]  # positions in a chain that change together
-MakerOf = Callable[[Precision | None], EngineMaker]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +100,10 @@ class _Model:
     ) -> None:
         self._source, self._draft, self._record, self._asked = source, draft, record, asked
         self._maker, self._progress = maker, progress
-        self._own: list[list[int]] = []
-        calibration = Calibration(lambda: oracle_for(source, True, dtype), self._calibration_texts)
+        self._text = OwnText(
+            source, record, draft.zoo, asked.num_texts, asked.probe_name, asked.probe, maker, progress
+        )
+        calibration = Calibration(lambda: oracle_for(source, True, dtype), self._text.calibration)
         self._quantizer = Quantizer(draft, source.name, record, calibration, progress)
 
     def uniform(self) -> Choice:
@@ -124,7 +121,7 @@ class _Model:
         )
         adapters = {i: draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         check_memory(self._source.name, [draft.zoo.read_block(key) for key in chain] * 2)
-        trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), self._probe_texts())
+        trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), self._text.probe())
         decided = self._decided(four)
         before = {**in_eight, **{at: in_four[at] for at in decided if decided[at] == "i4"}}
         if decided and trial.kl(before) > bound:  # too far for this model: it decides anew
@@ -184,8 +181,8 @@ class _Model:
         from blockzoo.engines.openvino.engine import OpenVINOEngines, multiplies_int8  # heavy
 
         name = self._source.name
-        prompts = self._prompts()
-        texts = self._probe_texts()
+        prompts = self._text.prompts()
+        texts = self._text.probe()
         adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         judged = Judged(name, self._record.config, adapters, prompts, texts)
         given, blocks = (
@@ -219,50 +216,3 @@ class _Model:
             )
         count = sum(map(len, texts))
         return replace(record, perplexity=reference.perplexity, figures=figures, num_tokens=count)
-
-    def _prompts(self) -> list[list[int]]:
-        return [prompt[: self._record.config.max_length // 2] for prompt in encode_prompts(self._source)]
-
-    def _starts(self) -> list[list[int]]:
-        """What the model's own texts begin with: built-in prompts, and as often the token that begins a text
-        alone: behind it models that are tuned for chats write chats (arXiv 2406.08464)."""
-        prompts, begin = self._prompts(), self._source.tokenizer.special_tokens.get("bos_token")
-        if not begin:
-            return prompts
-        token = encode_texts(self._source, [begin])[0][:1]
-        return [start for prompt in prompts for start in (prompt, token)]
-
-    def _own_texts(self) -> list[list[int]]:
-        if not self._own:
-            zoo = self._draft.zoo
-            blocks = [zoo.read_block(key) for key in self._record.chain]
-            adapters = {i: zoo.read_adapter(key) for i, key in self._record.adapters.items()}
-            what = f"sampling {self._source.name}"
-            self._own = own_texts(
-                self._maker(None),
-                blocks,
-                self._record.config,
-                adapters,
-                self._starts(),
-                self._asked.num_texts,
-                lambda done, total: self._progress(what, done, total),
-            )
-        return self._own
-
-    @property
-    def _num_held_out(self) -> int:
-        count = len(self._own_texts())
-        return min(_HELD_OUT, count // 4) if self._asked.num_texts else count
-
-    def _calibration_texts(self) -> list[list[int]]:
-        return self._own_texts()[self._num_held_out :] if self._asked.num_texts else []
-
-    def _probe_texts(self) -> list[list[int]]:
-        texts = self._asked.probe or self._own_texts()[: self._num_held_out]
-        texts = [tokens for tokens in texts if len(tokens) > 1]  # a single one predicts none
-        if not texts:
-            raise ZooError(
-                f"--probe {self._asked.probe_name}: no paragraph has two tokens of {self._source.name}; give "
-                "more text"
-            )
-        return probe_sequences(texts, self._record.config.max_length, self._record.config.vocab_size)

@@ -121,7 +121,7 @@ def _recover_matrix(name: str, block: BlockTensor, base: BlockTensor) -> tuple[L
     expected = float(variance.sum(dtype=np.float64))
     edge = math.sqrt(variance.sum(axis=1).max()) + math.sqrt(variance.sum(axis=0).max())
     limit = min(MAX_RANK, min(difference.shape) // 2)
-    u, s, vt = _leading(difference, limit + 1)
+    u, s, vt = leading(difference, limit + 1)
     for roundings in _ROUNDINGS:
         rank = int((s > _MARGIN * math.sqrt(roundings) * edge).sum())
         left = max(0.0, energy - float((s[:rank].astype(np.float64) ** 2).sum()))
@@ -160,7 +160,7 @@ def _spacing(values: np.ndarray, dtype: Dtype) -> np.ndarray:
     return np.asarray(np.ldexp(np.float32(1), exponent - _MANTISSA_BITS[dtype]), np.float32)
 
 
-def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The leading singular triplets, at least `count` or as many as there are.
 
     Of large matrices by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061).

@@ -39,6 +39,51 @@ def run(name: str, workdir: Path, *arguments: str, report: str = "") -> dict[str
     return found["shapes"]["tiny"]["results"]
 
 
+def test_steps_of_differences(workdir: Path) -> None:
+    sizes = ["--tenants", "2", "--ranks", "4", "--own", "bf16"]
+    results = run("deltas.speed", workdir, *sizes, report="deltas_speed")
+    assert results.keys() == {"rank 4", "own bf16"}
+    assert results["rank 4"]["ratio"] == 1
+    assert results["own bf16"]["median_ms"] > 0
+
+
+@pytest.mark.slow
+def test_full_fine_tunes(tmp_path: Path) -> None:
+    commands = {
+        "train": ["--steps", "2"],
+        "compare": [
+            "--samples",
+            "2",
+            "--threads",
+            "1",
+            "--sides",
+            "base",
+            "rank 8, plain",
+            "compiled, delta",
+        ],
+        "lossless": ["--repeats", "1"],
+    }
+    for name, arguments in commands.items():
+        out = [] if name == "train" else ["--out", str(tmp_path)]
+        command = [
+            sys.executable,
+            "-m",
+            f"benchmarks.deltas.{name}",
+            str(tmp_path / "models"),
+            *arguments,
+            *out,
+        ]
+        done = subprocess.run(
+            [*command, "--rates", "1e-4"], cwd=ROOT, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    compared = json.loads((tmp_path / "deltas.json").read_text())["shapes"]["demo-1e-4"]["results"]["sides"]
+    assert compared["base"]["kl"] > compared["rank 8, plain"]["kl"] > 0
+    assert compared["compiled, delta"]["bytes"] < 0.4
+    kept = json.loads((tmp_path / "deltas_lossless.json").read_text())["shapes"]["demo-1e-4"]["results"]
+    assert kept["xor, zstd"]["bytes"] < kept["as they are, zstd"]["bytes"] < 1
+
+
 def test_chain_overhead(workdir: Path) -> None:
     results = run("chain_overhead", workdir)
     sides = {"fused", "layers", "graph", "engine"} | ({"genai"} if PEER else set())

@@ -229,6 +229,27 @@ class EquivalenceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaRecord:
+    """A full fine-tune of which blocks are stored as what they add to other models' blocks: adapters.
+
+    Embedding and head may be the other model's as they are.
+    """
+
+    own_blocks: dict[int, str]
+    """Position in the chain -> id of the model's own block there, which is not stored."""
+    rank: int
+    """The largest."""
+    share: float
+    """Bytes of the adapters over those of the model's own blocks."""
+    max_kl: float | None
+    """Asked for: the largest divergence; None: some times what bf16 alone loses."""
+    loss: LossRecord
+    """Of the model as stored against the model with its own blocks, in f32, over a probe text."""
+    probe: str
+    """Name of the probe file; "built-in" for text that the model wrote."""
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizationFigures:
     """How near a model is to itself with its weights as they were given, computed in f32."""
 
@@ -382,16 +403,27 @@ class ModelRecord:
     """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
     quantization: QuantizationRecord | None = field(default=None, metadata={"added": True})
     reuse: ReuseRecord | None = field(default=None, metadata={"added": True})
+    delta: DeltaRecord | None = field(default=None, metadata={"added": True})
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return self.config.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
 
-    def own_chain(self) -> tuple[str, ...]:
-        """The chain as it was before equivalent blocks took the place of some."""
-        own = self.equivalence.own_blocks if self.equivalence is not None else {}
-        return tuple(own.get(i, block_id) for i, block_id in enumerate(self.chain))
+    @property
+    def replaced_blocks(self) -> dict[int, str]:
+        """Position in the chain -> id of the model's own block, where another model's stands for it."""
+        found = self.equivalence or self.delta
+        return found.own_blocks if found is not None else {}
+
+    def with_own_blocks(self) -> "ModelRecord":
+        """The model as it was before blocks of other models took the place of some."""
+        own, deltas = self.replaced_blocks, self.delta.own_blocks if self.delta is not None else {}
+        return replace(
+            self,
+            chain=tuple(own.get(i, block_id) for i, block_id in enumerate(self.chain)),
+            adapters={i: key for i, key in self.adapters.items() if i not in deltas},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,9 +511,10 @@ class Manifest:
             raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
         for position, adapter_id in model.adapters.items():
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
-        for position in model.equivalence.own_blocks if model.equivalence is not None else ():
-            if position >= len(model.chain):
-                raise ManifestError(f"{here}.equivalence.own_blocks.{position}: beyond the chain")
+        for part, found in (("equivalence", model.equivalence), ("delta", model.delta)):
+            for position in found.own_blocks if found is not None else ():
+                if position >= len(model.chain):
+                    raise ManifestError(f"{here}.{part}.own_blocks.{position}: beyond the chain")
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
                 raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")

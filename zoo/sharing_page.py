@@ -14,6 +14,7 @@ from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.sharing import SharingMap, sharing_map
 from blockzoo.zoo.summary import (
     adapters_text,
+    delta_text,
     equivalence_text,
     human_bytes,
     sharing_bytes,
@@ -90,6 +91,8 @@ def _about(name: str, record: ModelRecord, manifest: Manifest) -> list[str]:
     lines = [f"{record.config.architecture}, {checked}"]
     if record.adapters:
         lines.append(adapters_text(manifest, name))
+    if record.delta is not None:
+        lines.append(delta_text(record))
     return lines
 
 

@@ -95,6 +95,17 @@ def equivalence_text(model: ModelRecord) -> str:
     )
 
 
+def delta_text(model: ModelRecord) -> str:
+    """One line about the blocks of a full fine-tune that are stored as differences to other models'."""
+    found = model.delta
+    assert found is not None
+    differences = sum(at in model.adapters for at in found.own_blocks)
+    return (
+        f"{len(found.own_blocks)} blocks are another model's, {differences} of them with differences of rank "
+        f"{found.rank}, {found.share:.1%} of their own bytes: {loss_text(found.loss)} of {found.probe} text"
+    )
+
+
 def adapters_text(manifest: Manifest, name: str) -> str:
     """One line about a model's adapters."""
     model = manifest.models[name]

@@ -115,7 +115,7 @@ def test_a_base_its_loras_and_its_copies_stay_together(demo_family: dict[str, Pa
 def test_a_bound_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["x", "-o", str(tmp_path), "--max-kl", "1"])
-    assert "--max-kl is a bound of --weights" in capsys.readouterr().err
+    assert "--max-kl is a bound of --weights and of --share delta" in capsys.readouterr().err
     for bad in ("0", "nan", "x"):
         with pytest.raises(SystemExit):
             main(["x", "-o", str(tmp_path), "--weights", "int8", "--max-kl", bad])

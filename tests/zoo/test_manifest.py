@@ -10,6 +10,9 @@ from blockzoo.zoo.errors import ManifestError
 from blockzoo.zoo.manifest import (
     AdapterRecord,
     BlockRecord,
+    DeltaRecord,
+    LossFigures,
+    LossRecord,
     Manifest,
     ModelRecord,
     OptimizationProfileRecord,
@@ -77,6 +80,20 @@ def test_a_manifest_from_before_end_tokens_is_read() -> None:
     model = Manifest.from_text(json.dumps(data)).models["m"]
     assert model.end_ids == model.config.eos_token_ids
     assert replace(model, eos_token_ids=(5,)).end_ids == (5,)
+
+
+def test_a_model_is_what_it_was_before_differences_were_taken() -> None:
+    figures = LossFigures(1e-3, 0.1, 0.99)
+    loss = LossRecord(figures, figures, 1.0, 0.0, 64)
+    model = make().models["m"]
+    own = replace(model, recovery=None, adapters={2: "other"}, chain=("embed", "own", "ffn", "head"))
+    delta = DeltaRecord({1: "own"}, rank=4, share=0.1, max_kl=1e-3, loss=loss, probe="built-in")
+    stored = replace(own, chain=model.chain, adapters={1: "lora", 2: "other"}, delta=delta)
+    assert replace(stored.with_own_blocks(), delta=None) == own
+    data = encode(make())
+    data["models"]["m"]["delta"] = encode(replace(delta, own_blocks={9: "own"}))
+    with pytest.raises(ManifestError, match=r"delta.own_blocks.9: beyond the chain"):
+        Manifest.from_text(json.dumps(data))
 
 
 def test_config_round_trip() -> None:

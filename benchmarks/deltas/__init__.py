@@ -1,0 +1,1 @@
+"""Full fine-tunes, and how near to themselves they are as differences to their base."""
