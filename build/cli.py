@@ -119,9 +119,16 @@ def _parser() -> argparse.ArgumentParser:
         "text; a model beyond it is refused (default 0.02; int4: 0.5)",
     )
     parser.add_argument(
+        "--surrogate",
+        choices=("auto", "layers", "int4"),
+        help="look for a cheaper chain that guesses what a model says next (zoo-serve --speculate auto): of "
+        "its own blocks without some, of its blocks in 4 bits, or what of both gives most; kept where it is "
+        "hoped to pay",
+    )
+    parser.add_argument(
         "--probe",
         metavar="FILE",
-        help="for --share equivalent and --weights: text like that the models are used for",
+        help="for --share equivalent, --weights and --surrogate: text like that the models are used for",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument(
@@ -222,6 +229,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         probe=arguments.probe,
         weights=arguments.weights,
         max_kl=arguments.max_kl,
+        surrogate=arguments.surrogate,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.build import equivalence, profiles, quantized_models
+from blockzoo.build import equivalence, profiles, quantized_models, surrogates
 from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.draft import Draft, weights
 from blockzoo.build.originals import oracle_for
@@ -24,8 +24,14 @@ from blockzoo.engines.choose import make_engines
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
-from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
-from blockzoo.zoo.summary import equivalence_text, model_bytes, quantization_texts, sharing_bytes
+from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord, SurrogateChoice
+from blockzoo.zoo.summary import (
+    equivalence_text,
+    model_bytes,
+    quantization_texts,
+    sharing_bytes,
+    surrogate_text,
+)
 from blockzoo.zoo.writer import ZooWriter
 
 Sharing = Literal["exact", "adapter", "equivalent"]
@@ -56,6 +62,8 @@ class CompileOptions:
     """weights: bound on the divergence from the weights as they were given, in nats; None: by `weights`."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
+    surrogate: SurrogateChoice | None = None
+    """Look for a cheaper chain that guesses what a model says next, of such blocks; None: leave it alone."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     judge_kv: bool = False
@@ -125,6 +133,9 @@ class _Compilation:
         if self.options.weights is not None:
             for source in sources:
                 self.quantize(source, texts[source.name], self.options.weights)
+        if self.writer is not None and self.options.surrogate is not None:
+            for source in sources:
+                self.find_surrogate(source, texts[source.name], self.options.surrogate)
         self.draft.prune()
         if self.writer is not None and self.options.profile:
             served_by = make_engines(zoo=self.zoo, num_threads=self.options.threads)
@@ -366,7 +377,8 @@ class _Compilation:
     def probe(self, source: Source) -> list[list[int]]:
         """The text on which models are compared, as token ids; none unless they are."""
         given = self.options.probe
-        if self.options.share != "equivalent" and (self.options.weights is None or given is None):
+        judges = self.options.weights is not None or self.options.surrogate is not None
+        if self.options.share != "equivalent" and (not judges or given is None):
             return []
         encoded = encode_texts(source, equivalence.probe_text(given, PROMPTS))
         count = sum(map(len, encoded))
@@ -410,6 +422,40 @@ class _Compilation:
         freed = sum(self.manifest.blocks[block_id].num_bytes for block_id in own)
         self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
         self.note(source.name, equivalence_text(changed))
+
+    def find_surrogate(self, source: Source, encoded: list[list[int]], kind: SurrogateChoice) -> None:
+        """Give a model the surrogate that pays most, or none."""
+        name, before = source.name, set(self.manifest.blocks)
+        record = self.manifest.models[name]
+        asked = surrogates.Asked(
+            kind, self.probe_name, encoded, self.options.calibration_texts, self.options.dtype
+        )
+        chosen = surrogates.known_surrogate(self.draft, record, asked)
+        if chosen is None:
+            given = replace(record, chain=self.given[name].chain) if self.can_be_quantized(name) else None
+            found = surrogates.find_surrogate(
+                source, self.draft, record, given, asked, self.maker, self.progress
+            )
+            if found is None:
+                self.note(name, f"no surrogate to try: its base is quantized in the zoo (--surrogate {kind})")
+            elif found.speedup < surrogates.LEAST_SPEEDUP:
+                self.note(
+                    name, f"no surrogate pays; the best would be a {self.surrogate_said(record, found)}"
+                )
+            else:
+                chosen = found.record(kind, self.probe_name)
+        changed = replace(record, surrogate=chosen)
+        self.manifest.models[name] = changed
+        if chosen is not None:
+            more = sum(self.manifest.blocks[key].num_bytes for key in {*chosen.blocks.values()} - before)
+            report = self.reports[name]
+            self.reports[name] = replace(report, new_bytes=report.new_bytes + more)
+            self.note(name, surrogate_text(self.manifest, changed))
+
+    def surrogate_said(self, record: ModelRecord, found: surrogates.Found) -> str:
+        """What one that is not kept would have given."""
+        kind = self.options.surrogate or "auto"
+        return surrogate_text(self.manifest, replace(record, surrogate=found.record(kind, self.probe_name)))
 
     def note_left_behind(self) -> None:
         """Say of each model that was replaced which adapters go on with the old one."""

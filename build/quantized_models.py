@@ -90,6 +90,35 @@ def quantize(
     return replace(record, chain=chain, quantization=model.judged(chain, empty))
 
 
+def in_four_bits(
+    source: Source,
+    draft: Draft,
+    record: ModelRecord,
+    num_texts: int,
+    dtype: Dtype | None,
+    maker: MakerOf,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """The chain of a model, with its blocks as they were given, in 4 bits; not judged. In the draft then.
+
+    `num_texts`: of its own that rounding looks at.
+    """
+    asked = Asked("int4", MAX_KL["int4"], "", (), False, None, num_texts)
+    model = _Model(source, draft, record, asked, dtype, maker, progress)
+    return model.made(model.uniform())
+
+
+def starts(source: Source, record: ModelRecord) -> list[list[int]]:
+    """What a model's own texts begin with: built-in prompts, and as often the token that begins a text alone:
+    behind it models that are tuned for chats write chats (arXiv 2406.08464)."""
+    prompts = [prompt[: record.config.max_length // 2] for prompt in encode_prompts(source)]
+    begin = source.tokenizer.special_tokens.get("bos_token")
+    if not begin:
+        return prompts
+    token = encode_texts(source, [begin])[0][:1]
+    return [start for prompt in prompts for start in (prompt, token)]
+
+
 class _Model:
     """A model that is being quantized."""
 
@@ -223,15 +252,6 @@ class _Model:
     def _prompts(self) -> list[list[int]]:
         return [prompt[: self._record.config.max_length // 2] for prompt in encode_prompts(self._source)]
 
-    def _starts(self) -> list[list[int]]:
-        """What the model's own texts begin with: built-in prompts, and as often the token that begins a text
-        alone: behind it models that are tuned for chats write chats (arXiv 2406.08464)."""
-        prompts, begin = self._prompts(), self._source.tokenizer.special_tokens.get("bos_token")
-        if not begin:
-            return prompts
-        token = encode_texts(self._source, [begin])[0][:1]
-        return [start for prompt in prompts for start in (prompt, token)]
-
     def _own_texts(self) -> list[list[int]]:
         if not self._own:
             zoo = self._draft.zoo
@@ -243,7 +263,7 @@ class _Model:
                 blocks,
                 self._record.config,
                 adapters,
-                self._starts(),
+                starts(self._source, self._record),
                 self._asked.num_texts,
                 lambda done, total: self._progress(what, done, total),
             )

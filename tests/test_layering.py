@@ -26,7 +26,7 @@ ROOMS_MAY_IMPORT = {  # folders of runtime/
     "exec": {"exec", "kv", "approx", "api"},
     "serve": {"serve", "exec", "kv", "approx", "draft", "sampling", "text", "api"},
 }
-INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/batch")
+INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/runs", "exec/batch")
 HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}
 
 

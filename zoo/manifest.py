@@ -311,6 +311,33 @@ class ReuseRecord:
     """Name of the file of prompts; "built-in" without one."""
 
 
+SurrogateChoice = Literal["auto", "layers", "int4"]
+"""Blocks of a surrogate: the model's own, some left out; the same in 4 bits; or what pays most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SurrogateRecord:
+    """A cheaper chain that guesses what a model says next, over the K and V of the model's own layers.
+
+    A block has the K and V of the layer at its position, so what the model has computed need not be computed
+    again, and what the surrogate writes is written anew when the model checks its guesses.
+    """
+
+    asked: SurrogateChoice
+    blocks: dict[int, str]
+    """Position in the model's chain -> id of the block that runs there; what lacks is left out."""
+    acceptance: tuple[float, ...]
+    """Of the first guess and of those behind it: how often each comes true where those before it do."""
+    cost: float
+    """Of a step of one row, relative to one of the model."""
+    speedup: float
+    """Hoped for of greedy answers to one request at a time, by these figures."""
+    num_guesses: int
+    """First guesses that these figures are of."""
+    probe: str
+    """Name of the probe file; "built-in" without one."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
@@ -382,6 +409,12 @@ class ModelRecord:
     """How tokens are chosen where a request does not say: see `zoo.generation_defaults`."""
     quantization: QuantizationRecord | None = field(default=None, metadata={"added": True})
     reuse: ReuseRecord | None = field(default=None, metadata={"added": True})
+    surrogate: SurrogateRecord | None = field(default=None, metadata={"added": True})
+
+    @property
+    def block_ids(self) -> tuple[str, ...]:
+        """All blocks that it needs: of its chain, and of its surrogate."""
+        return self.chain + (() if self.surrogate is None else tuple(self.surrogate.blocks.values()))
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -477,6 +510,8 @@ class Manifest:
         tied_to = self.blocks[model.chain[-1]].tied_to
         if tied_to is not None and tied_to != model.chain[0]:
             raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
+        if model.surrogate is not None:
+            self._check_surrogate(f"{here}.surrogate", model, model.surrogate)
         for position, adapter_id in model.adapters.items():
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
         for position in model.equivalence.own_blocks if model.equivalence is not None else ():
@@ -485,6 +520,20 @@ class Manifest:
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
                 raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
+
+    def _check_surrogate(self, here: str, model: ModelRecord, found: SurrogateRecord) -> None:
+        ends = {0, *range(len(model.chain) - 3, len(model.chain))}  # embed, last layer, head
+        if not ends <= found.blocks.keys() <= set(range(len(model.chain))):
+            raise ManifestError(f"{here}.blocks: the embedding, the last layer or the head lacks")
+        for position, block_id in found.blocks.items():
+            record = self.blocks.get(block_id)
+            if record is None or record.spec != self.blocks[model.chain[position]].spec:
+                raise ManifestError(f"{here}.blocks.{position}: {block_id!r} cannot stand there")
+        if self.blocks[found.blocks[len(model.chain) - 1]].tied_to not in (None, found.blocks[0]):
+            raise ManifestError(f"{here}.blocks: the head is not tied to the embed block")
+        shares = (*found.acceptance, found.cost, found.speedup)
+        if not found.acceptance or min(shares) < 0 or max(found.acceptance) > 1 or not found.cost > 0:
+            raise ManifestError(f"{here}: figures {shares} are out of range; compile it again")
 
     def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
         if adapter_id not in self.adapters:

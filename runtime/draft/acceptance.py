@@ -17,10 +17,13 @@ class Acceptance:
     Args:
         wider: what to lean on while little is known; None: guesses of ours.
         memory: so many guesses of a kind are remembered, about.
+        first: what is known of kinds beforehand.
     """
 
-    def __init__(self, wider: Acceptance | None = None, memory: int = 512) -> None:
-        self._wider = wider
+    def __init__(
+        self, wider: Acceptance | None = None, memory: int = 512, first: Mapping[Kind, float] | None = None
+    ) -> None:
+        self._wider, self._first = wider, first or {}
         self._keep = 1 - 1 / memory
         self._counts: dict[Kind, tuple[float, float]] = {}  # came true, were tried
 
@@ -32,6 +35,8 @@ class Acceptance:
     def _prior(self, kind: Kind) -> float:
         if self._wider is not None:
             return self._wider.rate(kind)
+        if kind in self._first:
+            return self._first[kind]
         return _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST[min(kind.grade, len(_FIRST) - 1)])
 
     def note(self, kind: Kind, came_true: bool) -> None:

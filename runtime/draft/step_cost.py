@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _KEPT = 128  # kinds of steps
@@ -33,6 +34,7 @@ class _Costs:
         self.counts: dict[int, int] = {}
         self.steps_since_bare = 0
         self.new_shape = _NEW_SHAPE
+        self.run: float | None = None  # of surrogates, relative to a step without drafted rows
 
 
 class StepCost:
@@ -53,6 +55,20 @@ class StepCost:
         """What another shape adds."""
         costs = self._of(kind)
         return costs.new_shape * math.exp(self._log(kind, costs, 0))
+
+    def run_seconds(self, kind: StepKind, hoped_for: float) -> float:
+        """Of a run of surrogates; before one was seen `hoped_for` times a step without drafted rows."""
+        costs = self._of(kind)
+        return (hoped_for if costs.run is None else costs.run) * math.exp(self._log(kind, costs, 0))
+
+    def observe_runs(self, kind: StepKind, seconds: Sequence[float]) -> None:
+        """Surrogates ran before a step, each run for so long."""
+        costs = self._of(kind)
+        bare = math.exp(self._log(kind, costs, 0))
+        if costs.run is None:  # engines prepare themselves in the first
+            costs.run = min(seconds) / bare
+        else:
+            costs.run += _NEWS * (sum(seconds) / len(seconds) / bare - costs.run)
 
     def observe(self, kind: StepKind, drafted: int, seconds: float, is_new_shape: bool) -> None:
         """A step took so long.

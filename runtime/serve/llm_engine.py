@@ -343,11 +343,12 @@ class LLMEngine:
     def _execute(self, family: Family, items: list[Scheduled]) -> list[tuple[TokenSequence, Result]]:
         """Write the KV of the scheduled tokens; tokens for each sequence that has come to its end, or None
         where it is to have none."""
+        executor = self._zoo.executors[family]
         try:
             if self._speculation is not None:
-                self._speculation.plan(family, items, self._requests, self._scheduler)
+                self._speculation.plan(family, items, self._requests, self._scheduler, executor)
             start = time.monotonic()
-            done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
+            done = self._runner.run(executor, items, self._scheduler.advance)
             seconds = time.monotonic() - start
             self._pace.observe(_prefill_tokens(items), seconds)
             if self._speculation is not None:

@@ -31,6 +31,22 @@ class Calibrated:
 
 
 @dataclass(frozen=True, slots=True)
+class Surrogate:
+    """A chain that guesses for a model, over its K and V, and what zoo-compile found of it.
+
+    Attributes:
+        chain_index, key: of its chain in the topology.
+        acceptance: how often its first guess, and those behind it, come true where those before do.
+        cost: of a step of one row, relative to one of the model.
+    """
+
+    chain_index: int
+    key: str
+    acceptance: tuple[float, ...]
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What a request needs to know of its model."""
 
@@ -43,6 +59,7 @@ class LoadedModel:
     plain_rope: bool  # rotating a key by a difference of positions moves it there
     generation_defaults: Mapping[str, float | int]  # of its maker, as fields of SamplingParams
     calibrated: Calibrated | None = None  # None: nobody asked
+    surrogate: Surrogate | None = None
 
 
 @dataclass(frozen=True, slots=True)

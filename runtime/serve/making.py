@@ -19,12 +19,19 @@ from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
-from blockzoo.runtime.serve.loaded import Calibrated, LoadedModel, LoadedZoo, RopeTables, UnsoundError
+from blockzoo.runtime.serve.loaded import (
+    Calibrated,
+    LoadedModel,
+    LoadedZoo,
+    RopeTables,
+    Surrogate,
+    UnsoundError,
+)
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
-from blockzoo.zoo.manifest import Manifest, ReuseRecord
+from blockzoo.zoo.manifest import Manifest, ModelRecord, ReuseRecord
 from blockzoo.zoo.rope import RopeConfig
 
 Progress = Callable[[int, int], None]  # engines done, engines in all
@@ -47,6 +54,11 @@ class Making:
     adapters: AdapterCache
     kv_bytes: int
 
+    @property
+    def with_surrogates(self) -> bool:
+        """Whether surrogates of models are loaded; where steps are recorded, they are of no use."""
+        return self.config.speculate == "auto" and not self.maker.arrays.records
+
     def plan(self, manifest: Manifest, known: Iterable[Span] = ()) -> Topology:
         """The topology of a manifest, as the configuration wants it."""
         reuse = self.config.approximate
@@ -57,6 +69,7 @@ class Making:
             check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
             scores=reuse is not None and reuse.uses_scores,
             known=known,
+            surrogates=self.with_surrogates,
         )
 
     def pages(self, topology: Topology, before: LoadedZoo | None = None) -> dict[Family, int]:
@@ -198,7 +211,7 @@ class Making:
             embeddings,
             {
                 index: ropes[manifest.models[name].config.rope, chains[index].family.head_dim]
-                for name, index in topology.chain_of_model.items()
+                for name, index in (*topology.chain_of_model.items(), *topology.surrogate_of_model.items())
             },
             self.maker.arrays,
             num_pages,
@@ -275,7 +288,16 @@ def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokeniz
         plain,
         defaults,
         calibrated=None if record.reuse is None else Calibrated(_reuse(record.reuse)),
+        surrogate=_surrogate(name, record, topology),
     )
+
+
+def _surrogate(name: str, record: ModelRecord, topology: Topology) -> Surrogate | None:
+    index = topology.surrogate_of_model.get(name)
+    if index is None or record.surrogate is None:
+        return None
+    found = record.surrogate
+    return Surrogate(index, topology.chains[index].key, found.acceptance, found.cost)
 
 
 def _reuse(record: ReuseRecord) -> ReuseConfig | None:
@@ -317,8 +339,9 @@ def _chains_over(topology: Topology, spans: Mapping[int, Exception]) -> dict[int
 
 
 def models_of(topology: Topology, chains: Mapping[int, Exception]) -> dict[str, Exception]:
-    """The exception of the chain of each model that has one."""
-    return {name: chains[index] for name, index in topology.chain_of_model.items() if index in chains}
+    """The exception of the chain, or the surrogate, of each model that has one."""
+    of_models = (*topology.surrogate_of_model.items(), *topology.chain_of_model.items())
+    return {name: chains[index] for name, index in of_models if index in chains}
 
 
 def check_sound(topology: Topology, executors: Mapping[Family, Executor], chains: Iterable[int]) -> None:

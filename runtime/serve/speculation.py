@@ -1,6 +1,7 @@
 """Speculative execution around steps: which guesses run with a step, and what came of them.
 
-    plan(...)      drafters guess; as many guesses as pay run as further rows of their sequences
+    plan(...)      drafters guess, or surrogates where that pays; as many guesses as pay run as further rows
+                   of their sequences
     observe(...)   what the step cost
     judge(...)     which guesses came true, those that did not run too: that costs nothing
 
@@ -15,13 +16,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.forced import ForcedTokens
-from blockzoo.runtime.draft.guesses import Context, Drafter, chances, propose
+from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
-from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
+from blockzoo.runtime.serve.surrogate_drafts import Asked, first_rates, greedy_drafts, kinds
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
@@ -56,8 +59,9 @@ class Speculation:
         items: Sequence[Scheduled],
         requests: Mapping[str, Request],
         scheduler: Scheduler,
+        executor: Executor,
     ) -> None:
-        """Add drafted rows to a step of one executor."""
+        """Add drafted rows to a step of one executor; surrogates run here."""
         self._planned.pop(family, None)
         if any(item.num_tokens > 1 for item in items):
             return  # beside prompts no row is free, and their shapes are new anyway
@@ -70,15 +74,41 @@ class Speculation:
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
         self._planned[family] = kind
-        hopes = [
-            Hopes(request.seq.tenant, chances(request.guesses, self._of(request).rate), _may_draft(request))
-            for request in running
-        ]
+        hopes = [self._hopes(request) for request in running]
+        costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
-        rows = choice.choose(kind, hopes, scheduler.spare_rows)
-        for request, count in zip(running, _shared_out(rows, hopes), strict=True):
+        option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0))
+        by_surrogate = []
+        for request, each, count in zip(running, hopes, _shared_out(option, hopes), strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
+                if request.seq.drafted and option.runs and each.prefers_surrogate(option.runs):
+                    by_surrogate.append(request)
+        if by_surrogate:
+            try:
+                choice.observe_runs(kind, self._ask_surrogates(by_surrogate, executor))
+            except Exception:  # a bug of ours: it takes nothing from the requests
+                traceback.print_exc()
+                for request in by_surrogate:
+                    scheduler.end_draft(request.seq)
+
+    def _hopes(self, request: Request) -> Hopes:
+        rate, surrogate, ahead = self._of(request).rate, request.model.surrogate, list[float]()
+        if surrogate is not None and _may_draft(request) and request.sampler.guide is None:
+            places = kinds(surrogate, min(MOST_DRAFTED, _num_left(request)))
+            ahead = chances([Guess(0, kind) for kind in places], rate)
+        return Hopes(request.seq.tenant, chances(request.guesses, rate), _may_draft(request), ahead)
+
+    @staticmethod
+    def _ask_surrogates(requests: Sequence[Request], executor: Executor) -> list[float]:
+        """Let surrogates say what has been drafted of requests; the seconds of their runs."""
+        asked = [Asked(r.seq, r.model.surrogate.chain_index) for r in requests if r.model.surrogate]
+        drafts, seconds = greedy_drafts(executor, asked)
+        for request, tokens in zip(requests, drafts, strict=True):
+            assert request.model.surrogate is not None, "it was asked"
+            request.seq.drafted = tuple(tokens)
+            request.guesses = list(map(Guess, tokens, kinds(request.model.surrogate, len(tokens))))
+        return seconds
 
     def observe(self, family: Family, items: Sequence[Scheduled], seconds: float) -> None:
         """The step of an executor took so long."""
@@ -132,7 +162,8 @@ class Speculation:
     def _of(self, request: Request) -> Acceptance:
         if request.acceptance is None:
             key = request.model.name, request.seq.tenant
-            tenant = self._tenants.pop(key, None) or Acceptance()
+            first = first_rates(request.model.surrogate)
+            tenant = self._tenants.pop(key, None) or Acceptance(first=first)
             self._tenants[key] = tenant
             while len(self._tenants) > _MOST_TENANTS:
                 self._tenants.popitem(last=False)
@@ -167,13 +198,16 @@ def _scope_of(request: Request) -> tuple[str, str] | None:
     return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
 
 
-def _shared_out(rows: int, hopes: Sequence[Hopes]) -> list[int]:
-    """How many of so many rows each sequence gets: the likeliest guesses first, then fillers."""
+def _shared_out(option: Option, hopes: Sequence[Hopes]) -> list[int]:
+    """How many of a step's drafted rows each sequence gets: with surrogates as many as any other; else the
+    likeliest guesses first, then fillers."""
+    if option.runs:
+        return [option.runs if each.may_draft else 0 for each in hopes]
     guesses = ((chance, index) for index, each in enumerate(hopes) for chance in each.chances)
     counts = [0] * len(hopes)
-    for _, index in sorted(guesses, key=lambda guess: -guess[0])[:rows]:
+    for _, index in sorted(guesses, key=lambda guess: -guess[0])[: option.rows]:
         counts[index] += 1
-    left = rows - sum(counts)
+    left = option.rows - sum(counts)
     for index, each in enumerate(hopes):
         more = min(left, MOST_DRAFTED - counts[index]) if each.may_draft else 0
         counts[index] += more

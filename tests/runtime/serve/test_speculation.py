@@ -14,7 +14,7 @@ import pytest
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
-from blockzoo.runtime.draft.row_choice import Hopes, RowChoice
+from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 from blockzoo.runtime.serve.speculation import Speculation
 
 NEAR = 2e-3  # log-probabilities, by rounding
@@ -105,8 +105,8 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """As many drafted rows as a die says, whatever they cost."""
     rng = random.Random(11)
 
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int) -> int:
-        return rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences)))
+    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
+        return Option(rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences))))
 
     monkeypatch.setattr(RowChoice, "choose", choose)
     return rng
