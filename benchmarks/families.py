@@ -84,6 +84,7 @@ SHAPES = {
     "tiny-qwen2": Shape("Qwen2ForCausalLM", 128, 4, 4, 2, 256, 512, 1e6, 1e-6),
     "110m": Shape("LlamaForCausalLM", 768, 12, 12, 4, 2048, 32_000, 1e4, 1e-5),
     "0.5b": Shape("Qwen2ForCausalLM", 896, 24, 14, 2, 4864, 151_936, 1e6, 1e-6),  # as Qwen2.5-0.5B
+    "1.1b": Shape("LlamaForCausalLM", 2048, 22, 32, 4, 5632, 32_000, 1e4, 1e-5),  # as TinyLlama
 }
 
 

@@ -103,6 +103,16 @@ class Bench:
         self._ids = itertools.count()
         self.answers: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
 
+    def prompt_ids(self, ask: Ask) -> list[int]:
+        """The tokens of a request."""
+        tokenizer = self._engine.tokenizer(ask.model)
+        return tokenizer.encode(tokenizer.chat_template_of(ask.model).render(ask.messages))
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer of `base`."""
+        return list(self._engine.end_ids["base"])
+
     def run(self, asks: Sequence[Ask], scope: str, speculate: bool) -> tuple[float, list[tuple[int, ...]]]:
         """Seconds of decoding, and the answers."""
         found: dict[str, tuple[int, ...]] = {}
@@ -179,7 +189,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="parts of their names (default: all)")
     args = parser.parse_args()
     machine = machine_facts()
-    zoo = args.zoo or made_once(args.workdir / "smollm2-family", _compile)
+    zoo = args.zoo or made_once(args.workdir / "smollm2-family", compile_pair)
     config = EngineConfig(
         precision=args.precision, num_threads=args.threads, kv_cache_bytes=1 << 30, speculate="auto"
     )
@@ -203,7 +213,8 @@ def main() -> None:
     print(path)
 
 
-def _compile(folder: Path) -> None:
+def compile_pair(folder: Path) -> None:
+    """A zoo of `base` and `extract`."""
     models = assemble(folder.parent / "smollm2-family-models")
     wanted = {name: models[name] for name in ("base", "extract")}
     compile_models(wanted, folder, CompileOptions(verify=False, profile=False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,42 @@ def test_a_prompt_of_which_one_token_runs_is_left_alone(
         take(engine, found)
     assert engine.metrics().copied_pages_total == 1
     assert_same(found["b"], alone(quiet, "base", prompt, ask("greedy", 4)))
+
+
+class Far:
+    """An engine that answers late, as one in another place."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.seconds, self.num_runs = engine, 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self) -> None:
+        time.sleep(self.seconds)
+        self.num_runs += 1
+        self._engine.run()
+
+
+def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) -> None:
+    """What a delay makes of a step's time is learnt, so drafts are long where it is; answers stay the same."""
+    engine = LLMEngine(
+        demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto", num_threads=1)
+    )
+    zoo = engine._zoo
+    chain = zoo.topology.chains[zoo.topology.chain_of_model["base"]]
+    engines, span = zoo.executors[chain.family]._engines, chain.uses[-1].span
+    engines[span] = far = Far(engines[span])
+    prompt, params = (
+        [300, 301, 302, 303, 304] * 12,
+        SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True),
+    )
+    expected = alone(quiet, "base", prompt, params)
+    far.seconds = 0.01
+    runs = []
+    for speculate in (False, True):
+        far.num_runs = 0
+        assert_same(alone(engine, "base", prompt, replace(params, speculate=speculate)), expected)
+        runs.append(far.num_runs)
+    assert runs[0] >= 96
+    assert runs[1] < 0.4 * runs[0], "most of the delays are waited for once for several tokens"
