@@ -1,4 +1,4 @@
-"""Speculation beside llama.cpp's own prompt lookup: greedy answers to one request at a time, of one GGUF file.
+"""Speculation beside llama.cpp's own prompt lookup: greedy answers to one request at a time, of one file.
 
     python -m benchmarks.lookup_peer --llama ENVIRONMENT [--weights int8|int4]
 

@@ -245,7 +245,7 @@ class Far:
 
 
 def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) -> None:
-    """What a delay makes of a step's time is learnt, so drafts are long where it is; answers stay the same."""
+    """A delay counts in what steps are learnt to cost, so drafts are long then; answers stay the same."""
     engine = LLMEngine(
         demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto", num_threads=1)
     )
@@ -253,10 +253,9 @@ def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) 
     chain = zoo.topology.chains[zoo.topology.chain_of_model["base"]]
     engines, span = zoo.executors[chain.family]._engines, chain.uses[-1].span
     engines[span] = far = Far(engines[span])
-    prompt, params = (
-        [300, 301, 302, 303, 304] * 12,
-        SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True),
-    )
+    params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
+    prompt = [300, 301, 302, 303, 304] * 12
+    prompt += alone(quiet, "base", prompt, params).tokens  # it goes round and round from here
     expected = alone(quiet, "base", prompt, params)
     far.seconds = 0.01
     runs = []
