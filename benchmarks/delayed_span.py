@@ -3,8 +3,8 @@
     python -m benchmarks.delayed_span [--zoo ZOO] [--delays 0 2 10 50]
 
 SmolLM2-135M, whose last span sleeps before it runs, as one would wait for that runs in another place.
-Requests of the two sides take turns and differ in `speculate` alone; both must give the same tokens. Left of
-a delay is what a token takes more than with speculation and no delay.
+Requests of the two sides take turns and differ in `speculate` alone; in f32 both must give the same tokens.
+Left of a delay is what a token takes more than with speculation and no delay.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def _measured(
         return turn
 
     taken = interleave({name: side(name) for name in answers}, args.repeats)
-    if any(said != answers["off"][0] for each in answers.values() for said in each):
+    differ = any(said != answers["off"][0] for each in answers.values() for said in each)
+    if differ and engine.engine_facts["precision"] == "f32":
         raise SystemExit("the two sides gave different tokens")
     ms = {name: taken[name].median * 1e3 for name in taken}
     return {**ms, "steps_a_token": sorted(runs)[len(runs) // 2]}
