@@ -59,7 +59,7 @@ def surrogate_zoo(workdir: Path, shape: str) -> Zoo:
 
 
 def _with(model: ModelRecord, blocks: Mapping[int, str]) -> ModelRecord:
-    return replace(model, surrogate=SurrogateRecord("auto", dict(blocks), (0.8,), 0.5, 1.0, 1, "none"))
+    return replace(model, surrogate=SurrogateRecord("auto", None, dict(blocks), (0.8,), 0.5, 1.0, 1, "none"))
 
 
 class Chains:

@@ -120,10 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--surrogate",
-        choices=("auto", "layers", "int4"),
-        help="look for a cheaper chain that guesses what a model says next (zoo-serve --speculate auto): of "
-        "its own blocks without some, of its blocks in 4 bits, or what of both gives most; kept where it is "
-        "hoped to pay",
+        metavar="auto|layers|int4|MODEL",
+        help="look for what guesses cheaply what a model says next (zoo-serve --speculate auto): its own "
+        "blocks without some; its blocks in 4 bits; another, smaller model of the zoo with the same "
+        "tokenizer; or what of all gives most; kept where it is hoped to pay",
     )
     parser.add_argument(
         "--probe",

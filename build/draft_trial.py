@@ -34,6 +34,7 @@ class DraftTrial:
         maker: of engines, as the model is served.
         starts: what its texts begin with, as token ids.
         on_token: told of the texts' tokens as they come, and of how many there will be.
+        texts: that it is run along, another model's; None: it writes its own.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class DraftTrial:
         maker: EngineMaker,
         starts: Sequence[Sequence[int]],
         on_token: Callable[[int, int], None] = lambda done, total: None,
+        texts: np.ndarray | None = None,
     ) -> None:
         self._read, self._record, self._adapters, self._maker = read, record, adapters, maker
         self._blocks: dict[tuple[int, str], ProbeBlock] = {}
         self._tables: dict[str, Embedding] = {}
-        self._length = min(_NUM_TOKENS, record.config.max_length)
+        longest = _NUM_TOKENS if texts is None else texts.shape[1]
+        self._length = min(longest, record.config.max_length)
         self._own = dict(enumerate(record.chain))
-        self._texts = self._written(starts, on_token)  # [texts, tokens]
+        self.texts = self._written(starts, on_token, texts)
+        """[texts, tokens]"""
         self._kv = [tuple(p.copy() for p in pages) for pages in self._pages()]
 
     @property
@@ -62,7 +66,7 @@ class DraftTrial:
     @property
     def num_guesses(self) -> int:
         """First guesses of a trial."""
-        return len(self.places) * len(self._texts)
+        return len(self.places) * len(self.texts)
 
     def acceptance(self, chain: Chain, num_drafted: int = NUM_DRAFTED) -> tuple[float, ...]:
         """How often the first guess comes true, and those behind it where those before do."""
@@ -71,29 +75,35 @@ class DraftTrial:
                 array[...] = own
         tried, true = np.zeros(num_drafted, np.int64), np.zeros(num_drafted, np.int64)
         for place in self.places:
-            tokens, alive = self._texts[:, place], np.ones(len(self._texts), bool)
+            tokens, alive = self.texts[:, place], np.ones(len(self.texts), bool)
             for ahead in range(num_drafted):
                 tokens = self._run(chain, tokens, place + ahead).argmax(axis=1)
                 tried[ahead] += alive.sum()
-                alive &= tokens == self._texts[:, place + ahead + 1]
+                alive &= tokens == self.texts[:, place + ahead + 1]
                 true[ahead] += alive.sum()
         return tuple((true / np.maximum(tried, 1)).tolist())
 
-    def _written(self, starts: Sequence[Sequence[int]], on_token: Callable[[int, int], None]) -> np.ndarray:
+    def _written(
+        self,
+        starts: Sequence[Sequence[int]],
+        on_token: Callable[[int, int], None],
+        given: np.ndarray | None,
+    ) -> np.ndarray:
         rng, lead = np.random.default_rng(0), min(_LEAD, self._length // 2)
         begun = [list(starts[i % len(starts)])[:lead] for i in range(_NUM_TEXTS)]
         texts = np.zeros((_NUM_TEXTS, self._length), np.int64)
         texts[:, 0] = [start[0] for start in begun]
         for position in range(1, self._length):
             on_token(position, self._length)
-            logits = self._run(self._own, texts[:, position - 1], position - 1)
+            before = texts if given is None else given
+            logits = self._run(self._own, before[:, position - 1], position - 1)
             if position < lead:
                 logits = logits + rng.gumbel(size=logits.shape).astype(np.float32)
             texts[:, position] = logits.argmax(axis=1)
             for text, start in enumerate(begun):
                 if position < len(start):
                     texts[text, position] = start[position]
-        return texts
+        return texts if given is None else given
 
     def _run(self, chain: Chain, tokens: np.ndarray, past: int) -> np.ndarray:
         """Logits, float32 [texts, vocab], behind one more token of each text."""

@@ -24,7 +24,7 @@ from blockzoo.engines.choose import make_engines
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.fingerprint import files_id
-from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord, SurrogateChoice
+from blockzoo.zoo.manifest import Manifest, ModelRecord, SourceRecord
 from blockzoo.zoo.summary import (
     equivalence_text,
     model_bytes,
@@ -62,8 +62,8 @@ class CompileOptions:
     """weights: bound on the divergence from the weights as they were given, in nats; None: by `weights`."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
-    surrogate: SurrogateChoice | None = None
-    """Look for a cheaper chain that guesses what a model says next, of such blocks; None: leave it alone."""
+    surrogate: str | None = None
+    """Look for what guesses what a model says next: of `SURROGATES`, or a model; None: leave that alone."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     judge_kv: bool = False
@@ -135,7 +135,8 @@ class _Compilation:
                 self.quantize(source, texts[source.name], self.options.weights)
         if self.writer is not None and self.options.surrogate is not None:
             for source in sources:
-                self.find_surrogate(source, texts[source.name], self.options.surrogate)
+                if source.name != self.options.surrogate:
+                    self.find_surrogate(source, texts[source.name], self.options.surrogate)
         self.draft.prune()
         if self.writer is not None and self.options.profile:
             served_by = make_engines(zoo=self.zoo, num_threads=self.options.threads)
@@ -423,7 +424,7 @@ class _Compilation:
         self.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
         self.note(source.name, equivalence_text(changed))
 
-    def find_surrogate(self, source: Source, encoded: list[list[int]], kind: SurrogateChoice) -> None:
+    def find_surrogate(self, source: Source, encoded: list[list[int]], kind: str) -> None:
         """Give a model the surrogate that pays most, or none."""
         name, before = source.name, set(self.manifest.blocks)
         record = self.manifest.models[name]
@@ -437,7 +438,9 @@ class _Compilation:
                 source, self.draft, record, given, asked, self.maker, self.progress
             )
             if found is None:
-                self.note(name, f"no surrogate to try: its base is quantized in the zoo (--surrogate {kind})")
+                self.note(
+                    name, f"no surrogate to try with --surrogate {kind}: its base is quantized in the zoo"
+                )
             elif found.speedup < surrogates.LEAST_SPEEDUP:
                 self.note(
                     name, f"no surrogate pays; the best would be a {self.surrogate_said(record, found)}"

@@ -1,8 +1,8 @@
 """Surrogates: cheaper chains that guess what a model says next, and which of them pays.
 
 Tried are chains that leave blocks out (as SWIFT, Xia et al., 2024, does; here they go in the order in which
-the first guess misses them least), the model's blocks in 4 bits, and these with blocks left out too. What a
-step costs is taken from times of single blocks.
+the first guess misses them least), the model's blocks in 4 bits, these with blocks left out too, and smaller
+models of the zoo with the same tokenizer. What a step costs is taken from times of single blocks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,15 @@ from blockzoo.build.verify import check_memory
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.probe import time_block
 from blockzoo.zoo.blocks import Block, Dtype
-from blockzoo.zoo.manifest import BlockRecord, ModelRecord, SurrogateChoice, SurrogateRecord
+from blockzoo.zoo.errors import ZooError
+from blockzoo.zoo.manifest import SURROGATES, BlockRecord, Manifest, ModelRecord, SurrogateRecord, is_drafter
+from blockzoo.zoo.summary import model_bytes
 
 LEAST_SPEEDUP = 1.1
 """Hoped for, of a surrogate that is kept: the runtime asks as much before it drafts."""
 _LENGTHS = (3, 15)  # that the runtime drafts
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the blocks that may be left out
+_SMALLER, _MOST_MODELS = 0.6, 3  # of other models: bytes relative to the own, and how many are tried
 _TIMES = 9  # that a block is timed
 
 
@@ -31,23 +34,25 @@ class Found:
     """The best surrogate of a model.
 
     Attributes:
-        blocks: of its chain.
+        model: another one; None: a chain.
+        blocks: of that.
         acceptance: of the first guess and those behind it, where those before came true.
         cost: of a step of one row, relative to the model's.
         speedup: hoped for.
         num_guesses: first ones that were tried.
     """
 
+    model: str | None
     blocks: Chain
     acceptance: tuple[float, ...]
     cost: float
     speedup: float
     num_guesses: int
 
-    def record(self, asked: SurrogateChoice, probe: str) -> SurrogateRecord:
+    def record(self, asked: str, probe: str) -> SurrogateRecord:
         """For the manifest."""
         figures = self.acceptance, self.cost, self.speedup, self.num_guesses
-        return SurrogateRecord(asked, dict(self.blocks), *figures, probe)
+        return SurrogateRecord(asked, self.model, dict(self.blocks), *figures, probe)
 
 
 class Costs:
@@ -104,7 +109,7 @@ def search(
     leaves_out: bool,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found | None:
-    """The surrogate that gives the most; None where there is none to try.
+    """The chain over the model's own K and V that gives the most; None where there is none to try.
 
     Args:
         trial: of the model.
@@ -137,7 +142,7 @@ def search(
             cost, rates = costs.of(tried, 1) / one, trial.acceptance(tried)
             gain = speedup(rates, cost, lambda rows: costs.of(model, rows) / one)
             if best is None or gain > best.speedup:
-                best = Found(tried, rates, cost, gain, trial.num_guesses)
+                best = Found(None, tried, rates, cost, gain, trial.num_guesses)
     on_step(total, total)
     return best
 
@@ -151,13 +156,13 @@ class Asked:
     """What surrogate a model is to have.
 
     Attributes:
-        kind: of its blocks.
+        kind: one of `SURROGATES`, or the name of another model.
         probe_name, probe: text to judge by, as token ids; none: the model's own behind built-in prompts.
         num_texts: of the model's own that rounding to 4 bits looks at.
         dtype: that the model's weights were converted to.
     """
 
-    kind: SurrogateChoice
+    kind: str
     probe_name: str
     probe: Sequence[Sequence[int]]
     num_texts: int
@@ -185,12 +190,14 @@ def find_surrogate(
         VerificationError: there is too little memory.
     """
     others = None
-    if asked.kind != "layers" and given is not None:
+    if asked.kind in ("auto", "int4") and given is not None:
         others = in_four_bits(source, draft, given, asked.num_texts, asked.dtype, maker, progress)
         if others == record.chain:
             others = None
     read, engines, name = draft.zoo.read_block, maker(None), source.name
-    check_memory(name, [read(key) for key in (*record.chain, *(others or ()))])
+    models = _drafters(draft.manifest, name, asked.kind)
+    theirs = [key for model in models for key in draft.manifest.models[model].chain]
+    check_memory(name, [read(key) for key in (*record.chain, *(others or ()), *theirs)])
     trial = DraftTrial(
         read,
         record,
@@ -199,14 +206,55 @@ def find_surrogate(
         asked.probe or starts(source, record),
         lambda done, total: progress(f"texts of {name}", done, total),
     )
-    return search(
-        trial,
-        Costs(read, draft.manifest.blocks, engines),
-        record.chain,
-        others,
-        asked.kind != "int4",
-        lambda done, total: progress(f"trying surrogates of {name}", done, total),
-    )
+    costs = Costs(read, draft.manifest.blocks, engines)
+    found = [
+        search(
+            trial,
+            costs,
+            record.chain,
+            others,
+            asked.kind in ("auto", "layers"),
+            lambda done, total: progress(f"trying surrogates of {name}", done, total),
+        )
+    ]
+    for model in models:
+        progress(f"trying {model} for {name}", len(found) - 1, len(models))
+        found.append(_other_model(model, draft, trial, costs, record, engines))
+    return max((each for each in found if each is not None), key=lambda each: each.speedup, default=None)
+
+
+def _drafters(manifest: Manifest, name: str, kind: str) -> list[str]:
+    """The models that are tried. Raises ZooError where one that is asked for cannot guess."""
+    if kind not in SURROGATES:
+        if not is_drafter(manifest, kind, name):
+            raise ZooError(
+                f"--surrogate {kind}: no other model of the zoo that speaks of the same tokens as {name}; "
+                f"expected one, or {', '.join(SURROGATES)}"
+            )
+        return [kind]
+    if kind != "auto":
+        return []
+    most = _SMALLER * model_bytes(manifest, manifest.models[name])
+    sizes: dict[tuple[str, ...], tuple[int, str]] = {}  # by chain: of fine-tunes by LoRA, one is enough
+    for other, record in manifest.models.items():
+        size = model_bytes(manifest, record)
+        if size <= most and is_drafter(manifest, other, name):
+            sizes[record.chain] = min(sizes.get(record.chain, (size, other)), (size, other))
+    return [other for _, other in sorted(sizes.values())[:_MOST_MODELS]]
+
+
+def _other_model(
+    name: str, draft: Draft, trial: DraftTrial, costs: Costs, record: ModelRecord, maker: EngineMaker
+) -> Found:
+    """What another model gives along the texts of a trial."""
+    other = draft.manifest.models[name]
+    adapters = {position: draft.zoo.read_adapter(key) for position, key in other.adapters.items()}
+    along = DraftTrial(draft.zoo.read_block, other, adapters, maker, [[0]], texts=trial.texts)
+    chain, model = dict(enumerate(other.chain)), dict(enumerate(record.chain))
+    one = costs.of(model, 1)
+    cost, rates = costs.of(chain, 1) / one, along.acceptance(chain)
+    gain = speedup(rates, cost, lambda rows: costs.of(model, rows) / one)
+    return Found(name, {}, rates, cost, gain, along.num_guesses)
 
 
 def known_surrogate(draft: Draft, record: ModelRecord, asked: Asked) -> SurrogateRecord | None:

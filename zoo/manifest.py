@@ -311,21 +311,26 @@ class ReuseRecord:
     """Name of the file of prompts; "built-in" without one."""
 
 
-SurrogateChoice = Literal["auto", "layers", "int4"]
-"""Blocks of a surrogate: the model's own, some left out; the same in 4 bits; or what pays most."""
+SURROGATES = ("auto", "layers", "int4")
+"""What may be asked for besides another model's name: blocks of the model's own, some left out; the same in 4
+bits; or what of all pays most."""
 
 
 @dataclass(frozen=True, slots=True)
 class SurrogateRecord:
-    """A cheaper chain that guesses what a model says next, over the K and V of the model's own layers.
+    """What guesses what a model says next: a cheaper chain, or another model.
 
-    A block has the K and V of the layer at its position, so what the model has computed need not be computed
-    again, and what the surrogate writes is written anew when the model checks its guesses.
+    A chain runs over the K and V of the model's own layers, each block with those of the layer at its place.
+    So what the model has computed need not be computed again, and what the chain writes is written anew when
+    the model checks its guesses. Another model has K and V of its own.
     """
 
-    asked: SurrogateChoice
+    asked: str
+    """One of `SURROGATES`, or a model's name."""
+    model: str | None
+    """The other model; None: a chain."""
     blocks: dict[int, str]
-    """Position in the model's chain -> id of the block that runs there; what lacks is left out."""
+    """Of a chain: position in the model's -> id of the block that runs there; what lacks is left out."""
     acceptance: tuple[float, ...]
     """Of the first guess and of those behind it: how often each comes true where those before it do."""
     cost: float
@@ -522,6 +527,13 @@ class Manifest:
                 raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
 
     def _check_surrogate(self, here: str, model: ModelRecord, found: SurrogateRecord) -> None:
+        shares = (*found.acceptance, found.cost, found.speedup)
+        if not found.acceptance or min(shares) < 0 or max(found.acceptance) > 1 or not found.cost > 0:
+            raise ManifestError(f"{here}: figures {shares} are out of range; compile it again")
+        if found.model is not None:
+            if found.model not in self.models:
+                raise ManifestError(f"{here}.model: there is no model {found.model!r:.160}")
+            return
         ends = {0, *range(len(model.chain) - 3, len(model.chain))}  # embed, last layer, head
         if not ends <= found.blocks.keys() <= set(range(len(model.chain))):
             raise ManifestError(f"{here}.blocks: the embedding, the last layer or the head lacks")
@@ -531,9 +543,6 @@ class Manifest:
                 raise ManifestError(f"{here}.blocks.{position}: {block_id!r} cannot stand there")
         if self.blocks[found.blocks[len(model.chain) - 1]].tied_to not in (None, found.blocks[0]):
             raise ManifestError(f"{here}.blocks: the head is not tied to the embed block")
-        shares = (*found.acceptance, found.cost, found.speedup)
-        if not found.acceptance or min(shares) < 0 or max(found.acceptance) > 1 or not found.cost > 0:
-            raise ManifestError(f"{here}: figures {shares} are out of range; compile it again")
 
     def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
         if adapter_id not in self.adapters:
@@ -549,3 +558,11 @@ class Manifest:
         for lora in loras:
             if lora.rank < 1 or shapes[lora.projection] != (lora.out_features, lora.in_features):
                 raise ManifestError(f"{here}: the LoRA of {lora.projection} does not fit the block")
+
+
+def is_drafter(manifest: Manifest, name: str, model: str) -> bool:
+    """Whether a model of a zoo may guess for another one: it is there, and speaks of the same tokens."""
+    one, other = manifest.models.get(name), manifest.models[model]
+    if one is None or name == model:
+        return False
+    return (one.tokenizer, one.config.vocab_size) == (other.tokenizer, other.config.vocab_size)

@@ -87,16 +87,18 @@ def surrogate_text(manifest: Manifest, model: ModelRecord) -> str:
     """One line about what guesses for a model, and what that gives."""
     found = model.surrogate
     assert found is not None
+    rates = ", ".join(f"{rate:.0%}" for rate in found.acceptance)
+    figures = (
+        f"{found.cost:.2f} of a step; guesses come true in {rates} (1st to {len(found.acceptance)}th, "
+        f"{found.num_guesses} places of {found.probe} text): about {found.speedup:.2f} times as fast alone"
+    )
+    if found.model is not None:
+        return f"surrogate: model {found.model}, {figures}"
     size = sum(manifest.blocks[key].num_bytes for key in set(found.blocks.values()) - set(model.chain))
     own = "in 4 bits" if size else "of its own"
     missing = [at for at in range(len(model.chain)) if at not in found.blocks]
     said = f"{len(found.blocks)} blocks {own}" + (f", without those at {_ranges(missing)}" if missing else "")
-    rates = ", ".join(f"{rate:.0%}" for rate in found.acceptance)
-    return (
-        f"surrogate: {said} ({human_bytes(size)} more), {found.cost:.2f} of a step; guesses come true in "
-        f"{rates} (1st to {len(found.acceptance)}th, {found.num_guesses} places of {found.probe} text): "
-        f"about {found.speedup:.2f} times as fast alone"
-    )
+    return f"surrogate: {said} ({human_bytes(size)} more), {figures}"
 
 
 def _ranges(numbers: list[int]) -> str:

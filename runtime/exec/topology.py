@@ -150,7 +150,7 @@ def plan_topology(
     for name, model in manifest.models.items():
         variant = Variant(model.chain, tuple(sorted(model.adapters.items())))
         models_of[variant].append(name)
-        if surrogates and model.surrogate is not None:
+        if surrogates and model.surrogate is not None and model.surrogate.model is None:
             at, ids = zip(*sorted(model.surrogate.blocks.items()), strict=True)
             stand_ins[_Surrogate(variant, Path(ids, at))].append(name)
     variants, others = sorted(models_of), sorted(stand_ins)

@@ -32,16 +32,18 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """A chain that guesses for a model, over its K and V, and what zoo-compile found of it.
+    """A chain that guesses for a model, and what zoo-compile found of it.
 
     Attributes:
         chain_index, key: of its chain in the topology.
+        is_model: whether it is another model's, with K and V of its own, and not over the model's.
         acceptance: how often its first guess, and those behind it, come true where those before do.
         cost: of a step of one row, relative to one of the model.
     """
 
     chain_index: int
     key: str
+    is_model: bool
     acceptance: tuple[float, ...]
     cost: float
 

@@ -31,7 +31,7 @@ from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
-from blockzoo.zoo.manifest import Manifest, ModelRecord, ReuseRecord
+from blockzoo.zoo.manifest import Manifest, ReuseRecord, is_drafter
 from blockzoo.zoo.rope import RopeConfig
 
 Progress = Callable[[int, int], None]  # engines done, engines in all
@@ -156,7 +156,10 @@ class Making:
             for family in pages
         }
         models = {
-            name: _model(name, manifest, topology, tokenizers[name])
+            name: replace(
+                _model(name, manifest, topology, tokenizers[name]),
+                surrogate=_surrogate(name, manifest, topology) if self.with_surrogates else None,
+            )
             for name in manifest.models
             if name not in gone
         }
@@ -288,16 +291,22 @@ def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokeniz
         plain,
         defaults,
         calibrated=None if record.reuse is None else Calibrated(_reuse(record.reuse)),
-        surrogate=_surrogate(name, record, topology),
     )
 
 
-def _surrogate(name: str, record: ModelRecord, topology: Topology) -> Surrogate | None:
-    index = topology.surrogate_of_model.get(name)
-    if index is None or record.surrogate is None:
-        return None
+def _surrogate(name: str, manifest: Manifest, topology: Topology) -> Surrogate | None:
+    """What guesses for a model; None where nothing does, or it is no longer there."""
+    record = manifest.models[name]
     found = record.surrogate
-    return Surrogate(index, topology.chains[index].key, found.acceptance, found.cost)
+    if found is None:
+        return None
+    index = topology.surrogate_of_model.get(name)
+    if found.model is not None and is_drafter(manifest, found.model, name):
+        index = topology.chain_of_model[found.model]
+    if index is None:
+        return None
+    key = topology.chains[index].key
+    return Surrogate(index, key, found.model is not None, found.acceptance, found.cost)
 
 
 def _reuse(record: ReuseRecord) -> ReuseConfig | None:

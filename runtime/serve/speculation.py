@@ -13,6 +13,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.forced import ForcedTokens
@@ -22,6 +23,7 @@ from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option, RowCh
 from blockzoo.runtime.draft.step_cost import StepKind
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.serve.draft_models import DraftModels
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.surrogate_drafts import Asked, first_rates, greedy_drafts, kinds
@@ -29,6 +31,8 @@ from blockzoo.runtime.serve.surrogate_drafts import Asked, first_rates, greedy_d
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
 
+Drafts = Callable[[Sequence[Request]], tuple[list[list[int]], list[float]]]
+"""As many tokens as each request has drafted ones, or fewer where they cannot be had; seconds of the runs."""
 OnDrafted = Callable[[str, str, int, int], None]
 """Of a model, a drafter: guesses that ran, and how many of them came true."""
 
@@ -40,11 +44,17 @@ class Speculation:
         on_drafted: is told of guesses that ran.
         lone_only: speculate only for sequences that run alone: where steps are recorded, shapes are costly.
         drafters: besides the answers that were given; None: all that there are.
+        models: smaller ones that guess for others.
     """
 
     def __init__(
-        self, on_drafted: OnDrafted, lone_only: bool = False, drafters: Sequence[Drafter] | None = None
+        self,
+        on_drafted: OnDrafted,
+        lone_only: bool = False,
+        drafters: Sequence[Drafter] | None = None,
+        models: DraftModels | None = None,
     ) -> None:
+        self._models = models
         self._on_drafted, self._lone_only = on_drafted, lone_only
         self._answers = AnswerLookup()
         own = (ForcedTokens(), PromptLookup()) if drafters is None else tuple(drafters)
@@ -78,37 +88,53 @@ class Speculation:
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
         option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0))
-        by_surrogate = []
+        by_chain: list[Request] = []
+        by_model: list[Request] = []
         for request, each, count in zip(running, hopes, _shared_out(option, hopes), strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
                 if request.seq.drafted and option.runs and each.prefers_surrogate(option.runs):
-                    by_surrogate.append(request)
-        if by_surrogate:
-            try:
-                choice.observe_runs(kind, self._ask_surrogates(by_surrogate, executor))
-            except Exception:  # a bug of ours: it takes nothing from the requests
-                traceback.print_exc()
-                for request in by_surrogate:
-                    scheduler.end_draft(request.seq)
+                    surrogate = request.model.surrogate
+                    (by_model if surrogate is not None and surrogate.is_model else by_chain).append(request)
+        seconds = list[float]()
+        if by_chain:
+            seconds += self._ask(by_chain, partial(self._chains_draft, executor), scheduler)
+        if by_model and self._models is not None:
+            seconds += self._ask(by_model, self._models.draft, scheduler)
+        if seconds:
+            choice.observe_runs(kind, seconds)
 
     def _hopes(self, request: Request) -> Hopes:
         rate, surrogate, ahead = self._of(request).rate, request.model.surrogate, list[float]()
+        if surrogate is not None and surrogate.is_model:
+            surrogate = surrogate if self._models is not None and self._models.may_follow(request) else None
         if surrogate is not None and _may_draft(request) and request.sampler.guide is None:
             places = kinds(surrogate, min(MOST_DRAFTED, _num_left(request)))
             ahead = chances([Guess(0, kind) for kind in places], rate)
         return Hopes(request.seq.tenant, chances(request.guesses, rate), _may_draft(request), ahead)
 
     @staticmethod
-    def _ask_surrogates(requests: Sequence[Request], executor: Executor) -> list[float]:
-        """Let surrogates say what has been drafted of requests; the seconds of their runs."""
-        asked = [Asked(r.seq, r.model.surrogate.chain_index) for r in requests if r.model.surrogate]
-        drafts, seconds = greedy_drafts(executor, asked)
-        for request, tokens in zip(requests, drafts, strict=True):
+    def _ask(requests: Sequence[Request], drafts: Drafts, scheduler: Scheduler) -> list[float]:
+        """Have surrogates say what has been drafted of requests; the seconds of their runs."""
+        found: list[list[int]] = [[] for _ in requests]
+        seconds: list[float] = []
+        try:
+            found, seconds = drafts(requests)
+        except Exception:  # a bug of ours: it takes nothing from the requests
+            traceback.print_exc()
+        for request, tokens in zip(requests, found, strict=True):
             assert request.model.surrogate is not None, "it was asked"
+            if len(tokens) < len(request.seq.drafted):
+                scheduler.end_draft(request.seq)
+                continue
             request.seq.drafted = tuple(tokens)
             request.guesses = list(map(Guess, tokens, kinds(request.model.surrogate, len(tokens))))
         return seconds
+
+    @staticmethod
+    def _chains_draft(executor: Executor, requests: Sequence[Request]) -> tuple[list[list[int]], list[float]]:
+        asked = [Asked(r.seq, r.model.surrogate.chain_index) for r in requests if r.model.surrogate]
+        return greedy_drafts(executor, asked)
 
     def observe(self, family: Family, items: Sequence[Scheduled], seconds: float) -> None:
         """The step of an executor took so long."""

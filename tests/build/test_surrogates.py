@@ -139,7 +139,7 @@ def test_a_manifest_with_a_surrogate_that_cannot_run_is_refused(demo_zoo: Path) 
     manifest = Manifest.load(demo_zoo / "manifest.json")
     model = manifest.models["base"]
     whole = dict(enumerate(model.chain))
-    good = SurrogateRecord("layers", whole, (0.9,), 0.5, 1.2, 10, "built-in")
+    good = SurrogateRecord("layers", None, whole, (0.9,), 0.5, 1.2, 10, "built-in")
 
     def read(surrogate: SurrogateRecord) -> Manifest:
         models = {**manifest.models, "base": replace(model, surrogate=surrogate)}

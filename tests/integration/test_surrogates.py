@@ -23,7 +23,7 @@ def with_surrogates(zoo: Path, folder: Path, surrogates: Mapping[str, Mapping[in
     """The zoo with other surrogates, by model."""
     manifest = Manifest.load(zoo / "manifest.json")
     for name, blocks in surrogates.items():
-        found = SurrogateRecord("layers", dict(blocks), (0.9, 0.8), 0.5, 1.5, 1, "built-in")
+        found = SurrogateRecord("layers", None, dict(blocks), (0.9, 0.8), 0.5, 1.5, 1, "built-in")
         manifest.models[name] = replace(manifest.models[name], surrogate=found)
     folder.mkdir()
     for part in ("blocks", "tokenizers"):
