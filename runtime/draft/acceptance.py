@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from blockzoo.runtime.draft.guesses import Kind
 
+_FADED = 0.9
 _LEAN = 4.0  # guesses for which the wider experience counts
 _FIRST = (0.3, 0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
 _FIRST_OF_DRAFTER: Mapping[str, float] = {"grammar": 0.9}
@@ -38,6 +39,13 @@ class Acceptance:
         if kind in self._first:
             return self._first[kind]
         return _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST[min(kind.grade, len(_FIRST) - 1)])
+
+    def fade(self, drafter: str) -> None:
+        """Lean a little more on what was known first: guesses that are not tried as they were too often wrong
+        get another chance some day."""
+        for kind, (true, tried) in self._counts.items():
+            if kind.drafter == drafter:
+                self._counts[kind] = true * _FADED, tried * _FADED
 
     def note(self, kind: Kind, came_true: bool) -> None:
         """A guess was tried, by the model or by what came anyway."""

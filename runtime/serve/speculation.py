@@ -26,7 +26,7 @@ from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.serve.draft_models import DraftModels
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
-from blockzoo.runtime.serve.surrogate_drafts import Asked, first_rates, greedy_drafts, kinds
+from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, greedy_drafts, kinds
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
@@ -128,6 +128,7 @@ class Speculation:
                 scheduler.end_draft(request.seq)
                 continue
             request.seq.drafted = tuple(tokens)
+            request.untried = request.guesses
             request.guesses = list(map(Guess, tokens, kinds(request.model.surrogate, len(tokens))))
         return seconds
 
@@ -150,15 +151,22 @@ class Speculation:
         drafted, so that no more is known."""
         ran = Counter(guess.kind.drafter for guess in request.guesses[: len(request.seq.drafted)])
         true = Counter[str]()
-        for place, (guess, token_id) in enumerate(zip(request.guesses, token_ids, strict=False)):
-            came_true = guess.token_id == token_id
-            self._of(request).note(guess.kind, came_true)
-            if not came_true:
-                break
+        for place, guess in enumerate(self._come_true(request, request.guesses, token_ids)):
             true[guess.kind.drafter] += place < len(request.seq.drafted)
-        request.guesses = []
+        self._come_true(request, request.untried, token_ids)
+        request.guesses = request.untried = ()
         for drafter, count in ran.items():
             self._on_drafted(request.model.name, drafter, count, true[drafter])
+
+    def _come_true(self, request: Request, guesses: Sequence[Guess], token_ids: Sequence[int]) -> list[Guess]:
+        """The guesses that came true, up to the first that did not; it is noted of all these."""
+        found = []
+        for guess, token_id in zip(guesses, token_ids, strict=False):
+            self._of(request).note(guess.kind, guess.token_id == token_id)
+            if guess.token_id != token_id:
+                break
+            found.append(guess)
+        return found
 
     def remember(self, request: Request) -> None:
         """A request has its answer: others of its scope may be alike."""
@@ -191,6 +199,7 @@ class Speculation:
             first = first_rates(request.model.surrogate)
             tenant = self._tenants.pop(key, None) or Acceptance(first=first)
             self._tenants[key] = tenant
+            tenant.fade(NAME)
             while len(self._tenants) > _MOST_TENANTS:
                 self._tenants.popitem(last=False)
             request.acceptance = Acceptance(tenant, _OF_REQUEST)
