@@ -30,6 +30,10 @@ from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, gr
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
+_PATIENCE, _EVERY = (
+    8,
+    4,
+)  # after so many steps for which no guess is worth a row, guesses are made every so many
 
 Drafts = Callable[[Sequence[Request]], tuple[list[list[int]], list[float]]]
 """As many tokens as each request has drafted ones, or fewer where they cannot be had; seconds of the runs."""
@@ -62,6 +66,7 @@ class Speculation:
         self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
         self._choices: dict[Family, RowChoice] = {}
         self._planned: dict[Family, StepKind] = {}
+        self._idle: dict[Family, int] = {}  # steps in a row without drafted rows
 
     def plan(
         self,
@@ -79,15 +84,20 @@ class Speculation:
         asking = [request for request in running if _may_draft(request)]
         if not asking or (self._lone_only and len(items) > 1):
             return
-        for request in asking:
-            self._guess(request)
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
         self._planned[family] = kind
+        idle = self._idle[family] = self._idle.get(family, 0) + 1
+        if idle > _PATIENCE and idle % _EVERY:
+            return  # to guess takes time too, the more the more run
+        for request in asking:
+            self._guess(request)
         hopes = [self._hopes(request) for request in running]
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
         option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0))
+        if option.rows:
+            self._idle[family] = 0
         by_chain: list[Request] = []
         by_model: list[Request] = []
         for request, each, count in zip(running, hopes, _shared_out(option, hopes), strict=True):
