@@ -4,7 +4,7 @@
 
 SmolLM2-135M, whose last span sleeps before it runs, as one would wait for that runs in another place.
 Requests of the two sides take turns and differ in `speculate` alone; in f32 both must give the same tokens.
-Left of a delay is what a token takes more than with speculation and no delay.
+Left of a delay is what it adds to a token with speculation, of what it adds without.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def main() -> None:
     for name, of_delays in results.items():
         least = min(of_delays)
         for ms, found in of_delays.items():
-            left = (found["auto"] - of_delays[least]["auto"]) / (ms - least) if ms > least else 0.0
-            found["left"] = left
+            without = of_delays[least]
+            more = {side: found[side] - without[side] for side in ("off", "auto")}
+            left = found["left"] = more["auto"] / more["off"] if ms > least else 0.0
             rows.append((name, ms, found["off"], found["auto"], found["steps_a_token"], left))
     print_table("ms a token", ("", "delay", "off", "auto", "steps a token", "left of it"), rows)
     path = save_report("delayed_span", args, machine, results)

@@ -23,7 +23,7 @@ from blockzoo.zoo.summary import model_bytes
 
 LEAST_SPEEDUP = 1.1
 """Hoped for, of a surrogate that is kept: the runtime asks as much before it drafts."""
-_LENGTHS = (3, 15)  # that the runtime drafts
+_LENGTHS = (3, 7, 15)  # that the runtime drafts
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the blocks that may be left out
 _SMALLER, _MOST_MODELS = 0.6, 3  # of other models: bytes relative to the own, and how many are tried
 _TIMES = 9  # that a block is timed

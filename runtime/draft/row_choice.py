@@ -11,7 +11,7 @@ from blockzoo.runtime.draft.step_cost import StepCost, StepKind
 
 MOST_DRAFTED = 15
 """Tokens of one sequence."""
-_LENGTHS = (3, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
+_LENGTHS = (3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
 _FEWEST = 3  # drafted rows of a step
 _STEADY_STEPS = 8  # for which another shape is hoped to be of use
 _MARGIN = 1.1  # hoped for of drafts
