@@ -91,7 +91,7 @@ def speedup(acceptance: Sequence[float], cost: float, rows: Callable[[int], floa
         cost: of a step of one row of the surrogate, relative to the model's.
         rows: what a step of so many rows of the model costs, relative to one of one row.
     """
-    best = 1.0
+    best = 0.0
     for length in _LENGTHS:
         tokens = chance = 1.0
         for place in range(length):
