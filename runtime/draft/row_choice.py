@@ -13,6 +13,7 @@ MOST_DRAFTED = 15
 """Tokens of one sequence."""
 _LENGTHS = (3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
 _FEWEST = 3  # drafted rows of a step
+_TRY_AFTER = 32  # steps of a kind, in which no guess was worth what rows are thought to cost
 _STEADY_STEPS = 8  # for which another shape is hoped to be of use
 _MARGIN = 1.1  # hoped for of drafts
 _NEWS = 0.4  # what a step's hopes weigh among those before
@@ -109,6 +110,10 @@ class RowChoice:
             value = hope / seconds / (_MARGIN if option.rows else 1.0)
             if value > most:
                 best, most = option, value
+        if not best.rows and self._num_hoped > _TRY_AFTER and any(each.chances for each in sequences):
+            fewest = Option(max(_FEWEST, drafting))  # rows may be free: one try tells, once for all
+            if fewest.rows <= spare and not self._cost.knows(kind, fewest.rows):
+                return fewest
         return best
 
     def _seconds(self, kind: StepKind, option: Option, run_cost: float) -> float:

@@ -56,8 +56,16 @@ def test_free_rows_are_used_for_likely_guesses() -> None:
 
 def test_unlikely_guesses_are_left_alone_where_rows_cost() -> None:
     chosen, gain = run(RowChoice(), LONE, likely(0.2), dear)
-    assert set(chosen[5:]) == {0}
-    assert gain > 0.97
+    assert 0 < sum(drafted > 0 for drafted in chosen) <= 2, "one try, which two steps of a shape are, tells"
+    assert gain > 0.9, "of 60 steps; it is not repeated"
+    assert chosen[-1] == 0
+
+
+def test_rows_that_are_free_are_found_out() -> None:
+    """Guesses that seldom come true are worth rows that cost nothing, which a try tells."""
+    chosen, gain = run(RowChoice(), LONE, likely(0.25), lambda rows: 0.02 if rows <= 4 else dear(rows), 200)
+    assert chosen[-1] == 3
+    assert gain > 1.15
 
 
 def test_no_guesses_no_rows() -> None:
@@ -140,7 +148,7 @@ def test_a_surrogate_runs_where_that_pays() -> None:
     assert gain > 1.4
     for rate, cost in ((0.6, 0.7), (0.3, 0.35), (0.9, 1.0)):
         option, gain = with_surrogate(rate, cost)
-        assert option == Option(0), (rate, cost)
+        assert option.runs == 0, (rate, cost)
         assert gain > 0.97, "one try tells what it costs"
 
 
