@@ -14,7 +14,8 @@ MOST_DRAFTED = 15
 _LENGTHS = (3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
 _FEWEST = 3  # drafted rows of a step
 _TRY_AFTER = 32  # steps of a kind, in which no guess was worth what rows are thought to cost
-_STEADY_STEPS = 8  # for which another shape is hoped to be of use
+_STEADY_STEPS = 8.0  # for which another shape is hoped to be of use, before it is known
+_STEADY_NEWS = 0.25  # what a shape's steps weigh for that
 _MARGIN = 1.1  # hoped for of drafts
 _NEWS = 0.4  # what a step's hopes weigh among those before
 _SLOWEST = 0.97  # of its speed without drafts that a tenant may have for those of others
@@ -70,6 +71,8 @@ class RowChoice:
     def __init__(self, cost: StepCost | None = None) -> None:
         self._cost = cost or StepCost()
         self._last: tuple[StepKind, int] = _NONE, 0  # kind and drafted rows of the last step
+        self._num_equal = 0  # steps like that in a row
+        self._steady = _STEADY_STEPS  # how long shapes with drafted rows are kept, about
         self._hoped_for: StepKind = _NONE
         self._hopes: dict[Option, float] = {}  # tokens a step
         self._shares: dict[tuple[Option, str], float] = {}  # of them by tenant, without those it gets anyway
@@ -106,7 +109,7 @@ class RowChoice:
             if is_known and self._slowest(option, tokens) * relative < _SLOWEST:
                 continue
             if kind == self._last[0] and option.rows != self._last[1]:
-                seconds += self._cost.new_shape_seconds(kind) / _STEADY_STEPS
+                seconds += self._cost.new_shape_seconds(kind) / min(self._steady, _STEADY_STEPS)
             value = hope / seconds / (_MARGIN if option.rows else 1.0)
             if value > most:
                 best, most = option, value
@@ -126,11 +129,12 @@ class RowChoice:
     @staticmethod
     def _options(sequences: Sequence[Hopes], most: int) -> list[Option]:
         drafting = sum(each.may_draft for each in sequences)
-        sizes = {*_LENGTHS, *(drafting * length for length in (1, *_LENGTHS))}
+        lengths = _LENGTHS if drafting == 1 else (1, 3, MOST_DRAFTED)
+        sizes = {*_LENGTHS, *(drafting * length for length in lengths)}
         options = [Option(0), *(Option(size) for size in sorted(sizes) if _FEWEST <= size <= most)]
         if any(each.surrogate for each in sequences):
-            lengths = (length for length in (1, *_LENGTHS) if _FEWEST <= drafting * length <= most)
-            options += [Option(drafting * length, length) for length in lengths]
+            fitting = (length for length in lengths if _FEWEST <= drafting * length <= most)
+            options += [Option(drafting * length, length) for length in fitting]
         return options
 
     def _hope(self, option: Option, tokens: Counter[str], guesses: Sequence[tuple[float, str]]) -> float:
@@ -160,6 +164,12 @@ class RowChoice:
     def observe(self, kind: StepKind, drafted: int, seconds: float) -> None:
         """A step with so many drafted rows took so long."""
         step = kind, drafted
+        if step == self._last:
+            self._num_equal += 1
+        else:
+            if self._last[1] and self._last[0] == kind:
+                self._steady += _STEADY_NEWS * (self._num_equal - self._steady)
+            self._num_equal = 1
         self._cost.observe(kind, drafted, seconds, is_new_shape=step != self._last)
         self._last = step
 
