@@ -121,9 +121,17 @@ def _parser() -> argparse.ArgumentParser:
         "int4: 0.5; delta: three times what bf16 alone loses)",
     )
     parser.add_argument(
+        "--surrogate",
+        metavar="auto|layers|int4|MODEL",
+        help="look for what guesses cheaply what a model says next (zoo-serve --speculate auto): its own "
+        "blocks without some; its blocks in 4 bits; another, smaller model of the zoo with the same "
+        "tokenizer; or what of all gives most; kept where it is hoped to pay",
+    )
+    parser.add_argument(
         "--probe",
         metavar="FILE",
-        help="for --share equivalent, --share delta and --weights: text like that the models are used for",
+        help="for --share equivalent and delta, --weights and --surrogate: text like that models are used "
+        "for",
     )
     parser.add_argument("--no-profile", action="store_true", help="do not time the blocks")
     parser.add_argument(
@@ -224,6 +232,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         probe=arguments.probe,
         weights=arguments.weights,
         max_kl=arguments.max_kl,
+        surrogate=arguments.surrogate,
     )
     models = parse_models(arguments.models)
     return compile_models(models, arguments.output, options, remove=arguments.remove, progress=progress)

@@ -133,7 +133,10 @@ class Draft:
                 twin = self.manifest.models.get(checked.same_as)
                 if twin is None or weights(self.given(twin)) != weights(self.given(model)):
                     self.manifest.models[name] = replace(model, verification=replace(checked, same_as=None))
-        used = {block_id for model in self.manifest.models.values() for block_id in model.chain}
+            guesses = self.manifest.models[name].surrogate
+            if guesses is not None and guesses.model not in (None, *self.manifest.models):
+                self.manifest.models[name] = replace(self.manifest.models[name], surrogate=None)
+        used = {block_id for model in self.manifest.models.values() for block_id in model.block_ids}
         for block_id in self.manifest.blocks.keys() - used:
             del self.manifest.blocks[block_id]
         adapted = {key for model in self.manifest.models.values() for key in model.adapters.values()}

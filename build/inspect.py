@@ -112,6 +112,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "delta": encode(record.delta),
             "quantization": encode(record.quantization),
             "reuse": encode(record.reuse),
+            "surrogate": encode(record.surrogate),
             "chain_bytes": shared.all_bytes[name],
             "own_bytes": shared.own_bytes[name],
             "source": encode(record.source),
@@ -125,7 +126,7 @@ def summary(zoo: "Zoo") -> dict[str, Any]:
             "dtype": record.dtype,
             "num_bytes": record.num_bytes,
             "quantized": encode(record.quantized),
-            "users": list(shared.users[block_id]),
+            "users": list(shared.users.get(block_id, ())),
             "plan": record.plan,
             "latency_us": encode(record.latency_us),
         }
@@ -155,6 +156,7 @@ def _print_zoo(zoo: "Zoo") -> None:
         quantization_texts,
         reuse_texts,
         sharing_bytes,
+        surrogate_text,
         verification_text,
     )
 
@@ -191,6 +193,8 @@ def _print_zoo(zoo: "Zoo") -> None:
             console.print(f"{name:{width}}  {delta_text(manifest.models[name])}", markup=False)
         for line in quantization_texts(manifest, manifest.models[name]):
             console.print(f"{name:{width}}  {line}", markup=False)
+        if manifest.models[name].surrogate is not None:
+            console.print(f"{name:{width}}  {surrogate_text(manifest, manifest.models[name])}", markup=False)
         for line in reuse_texts(manifest.models[name]):
             console.print(f"{name:{width}}  {line}", markup=False)
         console.print(f"{name:{width}}  {said}", markup=False)

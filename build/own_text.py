@@ -44,7 +44,7 @@ class OwnText:
 
     def prompts(self) -> list[list[int]]:
         """The built-in prompts as token ids."""
-        return [prompt[: self._record.config.max_length // 2] for prompt in encode_prompts(self._source)]
+        return _prompts(self._source, self._record)
 
     def calibration(self) -> list[list[int]]:
         """What matrices are looked at over, as token ids; none where no text is to be written."""
@@ -78,17 +78,22 @@ class OwnText:
                 blocks,
                 self._record.config,
                 adapters,
-                self._starts(),
+                starts(self._source, self._record),
                 self._num_texts,
                 lambda done, total: self._progress(what, done, total),
             )
         return self._own
 
-    def _starts(self) -> list[list[int]]:
-        """What the model's own texts begin with: built-in prompts, and as often the token that begins a text
-        alone: behind it models that are tuned for chats write chats (arXiv 2406.08464)."""
-        prompts, begin = self.prompts(), self._source.tokenizer.special_tokens.get("bos_token")
-        if not begin:
-            return prompts
-        token = encode_texts(self._source, [begin])[0][:1]
-        return [start for prompt in prompts for start in (prompt, token)]
+
+def starts(source: Source, record: ModelRecord) -> list[list[int]]:
+    """What a model's own texts begin with: built-in prompts, and as often the token that begins a text alone:
+    behind it models that are tuned for chats write chats (arXiv 2406.08464)."""
+    prompts, begin = _prompts(source, record), source.tokenizer.special_tokens.get("bos_token")
+    if not begin:
+        return prompts
+    token = encode_texts(source, [begin])[0][:1]
+    return [start for prompt in prompts for start in (prompt, token)]
+
+
+def _prompts(source: Source, record: ModelRecord) -> list[list[int]]:
+    return [prompt[: record.config.max_length // 2] for prompt in encode_prompts(source)]

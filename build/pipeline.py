@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from blockzoo.build import deltas, equivalence, profiles, quantized_models
+from blockzoo.build import deltas, equivalence, profiles, quantized_models, surrogates
 from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.draft import Draft, weights
 from blockzoo.build.originals import oracle_for
@@ -32,6 +32,7 @@ from blockzoo.zoo.summary import (
     model_bytes,
     quantization_texts,
     sharing_bytes,
+    surrogate_text,
 )
 from blockzoo.zoo.writer import ZooWriter
 
@@ -64,6 +65,8 @@ class CompileOptions:
     asked for."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
+    surrogate: str | None = None
+    """Look for what guesses what a model says next: of `SURROGATES`, or a model; None: leave that alone."""
     verify: bool = True
     """Whether to check every new chain against the numpy oracle."""
     judge_kv: bool = False
@@ -134,6 +137,10 @@ class _Compilation:
         if self.options.weights is not None:
             for source in sources:
                 self.quantize(source, texts[source.name], self.options.weights)
+        if self.writer is not None and self.options.surrogate is not None:
+            for source in sources:
+                if source.name != self.options.surrogate:
+                    self.find_surrogate(source, texts[source.name], self.options.surrogate)
         self.draft.prune()
         if self.writer is not None and self.options.profile:
             served_by = make_engines(zoo=self.zoo, num_threads=self.options.threads)
@@ -377,7 +384,8 @@ class _Compilation:
     def probe(self, source: Source) -> list[list[int]]:
         """The text on which models are compared, as token ids; none unless they are."""
         given, share = self.options.probe, self.options.share
-        if share != "equivalent" and (given is None or (share != "delta" and self.options.weights is None)):
+        judges = share == "delta" or self.options.weights is not None or self.options.surrogate is not None
+        if share != "equivalent" and (given is None or not judges):
             return []
         encoded = encode_texts(source, equivalence.probe_text(given, PROMPTS))
         count = sum(map(len, encoded))
@@ -471,6 +479,42 @@ class _Compilation:
             new_bytes=report.new_bytes + added - sum(self.manifest.blocks[key].num_bytes for key in freed),
         )
         self.note(name, delta_text(found.record))
+
+    def find_surrogate(self, source: Source, encoded: list[list[int]], kind: str) -> None:
+        """Give a model the surrogate that pays most, or none."""
+        name, before = source.name, set(self.manifest.blocks)
+        record = self.manifest.models[name]
+        asked = surrogates.Asked(
+            kind, self.probe_name, encoded, self.options.calibration_texts, self.options.dtype
+        )
+        chosen = surrogates.known_surrogate(self.draft, record, asked)
+        if chosen is None:
+            given = replace(record, chain=self.given[name].chain) if self.can_be_quantized(name) else None
+            found = surrogates.find_surrogate(
+                source, self.draft, record, given, asked, self.maker, self.progress
+            )
+            if found is None:
+                self.note(
+                    name, f"no surrogate to try with --surrogate {kind}: its base is quantized in the zoo"
+                )
+            elif found.speedup < surrogates.LEAST_SPEEDUP:
+                self.note(
+                    name, f"no surrogate pays; the best would be a {self.surrogate_said(record, found)}"
+                )
+            else:
+                chosen = found.record(kind, self.probe_name)
+        changed = replace(record, surrogate=chosen)
+        self.manifest.models[name] = changed
+        if chosen is not None:
+            more = sum(self.manifest.blocks[key].num_bytes for key in {*chosen.blocks.values()} - before)
+            report = self.reports[name]
+            self.reports[name] = replace(report, new_bytes=report.new_bytes + more)
+            self.note(name, surrogate_text(self.manifest, changed))
+
+    def surrogate_said(self, record: ModelRecord, found: surrogates.Found) -> str:
+        """What one that is not kept would have given."""
+        kind = self.options.surrogate or "auto"
+        return surrogate_text(self.manifest, replace(record, surrogate=found.record(kind, self.probe_name)))
 
     def note_left_behind(self) -> None:
         """Say of each model that was replaced which adapters go on with the old one."""

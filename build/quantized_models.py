@@ -85,6 +85,24 @@ def quantize(
     return replace(record, chain=chain, quantization=model.judged(chain, empty))
 
 
+def in_four_bits(
+    source: Source,
+    draft: Draft,
+    record: ModelRecord,
+    num_texts: int,
+    dtype: Dtype | None,
+    maker: MakerOf,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """The chain of a model, with its blocks as they were given, in 4 bits; not judged. In the draft then.
+
+    `num_texts`: of its own that rounding looks at.
+    """
+    asked = Asked("int4", MAX_KL["int4"], "", (), False, None, num_texts)
+    model = _Model(source, draft, record, asked, dtype, maker, progress)
+    return model.made(model.uniform())
+
+
 class _Model:
     """A model that is being quantized."""
 

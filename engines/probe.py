@@ -73,7 +73,7 @@ class ProbeChain:
 
 
 class ProbeBlock:
-    """Runs whole sequences through one block, in the precision of the maker.
+    """Runs a sequence, or several of equal length, through one block, in the precision of the maker.
 
     Args:
         engines: the maker that compiles the block.
@@ -81,6 +81,8 @@ class ProbeBlock:
         config: of its model.
         max_tokens: longest sequence that will be run.
         adapter: on the block.
+        num_sequences: that go along together.
+        like: attention whose K and V this one reads and writes, as another's of the same shape.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class ProbeBlock:
         config: ModelConfig,
         max_tokens: int,
         adapter: Adapter | None = None,
+        num_sequences: int = 1,
+        like: ProbeBlock | None = None,
     ) -> None:
         self._arrays = engines.arrays
         self._engine = engines.span([block], lora=lora_targets({0: [adapter.spec]} if adapter else {}))
@@ -98,11 +102,24 @@ class ProbeBlock:
             _bind_adapter(self._engine, 0, block, adapter, self._rank, engines)
         self._attention = None
         if isinstance(block.spec, AttnSpec):
-            self._attention = _ProbeAttention(self._engine, config.rope, max_tokens, engines)
+            self._attention = _ProbeAttention(
+                self._engine,
+                config.rope,
+                max_tokens,
+                engines,
+                num_sequences,
+                None if like is None else like.pages,
+            )
         self._vocab = config.vocab_size
 
-    def forward(self, hidden: Array) -> Array:
-        """The block's output for activations [n, hidden] of tokens 0 to n: as many, or float32 [n, vocab]."""
+    @property
+    def pages(self) -> tuple[Array, Array] | None:
+        """Of K and of V, see `Arrays.pages`; None without attention."""
+        return None if self._attention is None else self._attention.pages
+
+    def forward(self, hidden: Array, past: int = 0) -> Array:
+        """The block's output for activations [n, hidden] of tokens from `past` on, of one sequence after the
+        other: as many, or float32 [n, vocab]."""
         count = len(hidden)
         self._engine.bind("hidden", hidden)
         if self._engine.spec.head:
@@ -114,7 +131,7 @@ class ProbeBlock:
         if self._rank:
             self._engine.bind("lora_mask", self._arrays.activations(np.ones((count, self._rank), np.float32)))
         if self._attention is not None:
-            self._attention.bind(0, count)
+            self._attention.bind(past, count)
         self._engine.run()
         self._arrays.wait()
         return out
@@ -143,19 +160,20 @@ class _ProbeAttention:
         max_tokens: int,
         engines: EngineMaker,
         num_sequences: int = 1,
+        pages: tuple[Array, Array] | None = None,
     ) -> None:
         layers = engine.spec.layers
         self._engine, self._max_tokens, self._mirror = engine, max_tokens, engines.arrays.mirror
         self._sequences = num_sequences
         each = -(-max_tokens // PAGE_TOKENS)
-        pages = each * num_sequences  # of a layer
+        count = each * num_sequences  # of a layer
         self._cos, self._sin = rope.tables(layers[0].head_dim, max_tokens)
-        shape = (pages * len(layers), layers[0].num_kv_heads, layers[0].head_dim)
-        self.pages = engines.arrays.pages(*shape), engines.arrays.pages(*shape)
+        shape = (count * len(layers), layers[0].num_kv_heads, layers[0].head_dim)
+        self.pages = pages or (engines.arrays.pages(*shape), engines.arrays.pages(*shape))
         for name, kv in zip(("key_cache", "value_cache"), self.pages, strict=True):
             engine.bind(name, kv)
         for layer in range(len(layers)):
-            ids = np.arange(pages, dtype=np.int32) + layer * pages
+            ids = np.arange(count, dtype=np.int32) + layer * count
             engine.bind(f"block_indices.{layer}", self._mirror(ids))
         begins = np.arange(num_sequences + 1, dtype=np.int32) * np.int32(each)
         engine.bind("block_indices_begins", self._mirror(begins))

@@ -94,6 +94,14 @@ def test_chain_overhead(workdir: Path) -> None:
     assert set(results["prefill 256, one step"]) == sides - {"engine"}
 
 
+def test_surrogate_costs(workdir: Path) -> None:
+    results = run("surrogate_costs", workdir)
+    for side in ("model, 1 rows", "model, 4 rows", "int4, 1 row", "int4, cycle", "layers, cycle"):
+        assert results[side]["median_ms"] > 0
+    speedups = results["int4, cycle"]["speedup"]
+    assert speedups["0.6"] < speedups["0.9"]
+
+
 def test_peers_and_weights_as_given_in_the_same_bits(workdir: Path) -> None:
     skipped = ["--skip", "fused", "layers", "graph"]
     results = run("chain_overhead", workdir, "--weights", "int8", *skipped, report="chain_overhead_int8")

@@ -27,7 +27,7 @@ ROOMS_MAY_IMPORT = {  # folders of runtime/
     "workers": {"workers", "exec", "kv", "approx", "api"},
     "serve": {"serve", "workers", "exec", "kv", "approx", "draft", "sampling", "text", "api"},
 }
-INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/batch")
+INTS_ONLY = ("kv/*", "serve/scheduler", "exec/topology", "exec/runs", "exec/batch")
 HEAVY = {"torch", "transformers", "openvino", "tensorrt", "peft"}
 
 

@@ -332,6 +332,38 @@ class ReuseRecord:
     """Name of the file of prompts; "built-in" without one."""
 
 
+SURROGATES = ("auto", "layers", "int4")
+"""What may be asked for besides another model's name: blocks of the model's own, some left out; the same in 4
+bits; or what of all pays most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SurrogateRecord:
+    """What guesses what a model says next: a cheaper chain, or another model.
+
+    A chain runs over the K and V of the model's own layers, each block with those of the layer at its place.
+    So what the model has computed need not be computed again, and what the chain writes is written anew when
+    the model checks its guesses. Another model has K and V of its own.
+    """
+
+    asked: str
+    """One of `SURROGATES`, or a model's name."""
+    model: str | None
+    """The other model; None: a chain."""
+    blocks: dict[int, str]
+    """Of a chain: position in the model's -> id of the block that runs there; what lacks is left out."""
+    acceptance: tuple[float, ...]
+    """Of the first guess and of those behind it: how often each comes true where those before it do."""
+    cost: float
+    """Of a step of one row, relative to one of the model."""
+    speedup: float
+    """Hoped for of greedy answers to one request at a time, by these figures."""
+    num_guesses: int
+    """First guesses that these figures are of."""
+    probe: str
+    """Name of the probe file; "built-in" without one."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
     """Where a model came from."""
@@ -404,6 +436,12 @@ class ModelRecord:
     quantization: QuantizationRecord | None = field(default=None, metadata={"added": True})
     reuse: ReuseRecord | None = field(default=None, metadata={"added": True})
     delta: DeltaRecord | None = field(default=None, metadata={"added": True})
+    surrogate: SurrogateRecord | None = field(default=None, metadata={"added": True})
+
+    @property
+    def block_ids(self) -> tuple[str, ...]:
+        """All blocks that it needs: of its chain, and of its surrogate."""
+        return self.chain + (() if self.surrogate is None else tuple(self.surrogate.blocks.values()))
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -509,6 +547,8 @@ class Manifest:
         tied_to = self.blocks[model.chain[-1]].tied_to
         if tied_to is not None and tied_to != model.chain[0]:
             raise ManifestError(f"{here}.chain: the head is tied to {tied_to}, not to the embed block")
+        if model.surrogate is not None:
+            self._check_surrogate(f"{here}.surrogate", model, model.surrogate)
         for position, adapter_id in model.adapters.items():
             self._check_adapter(f"{here}.adapters.{position}", model, position, adapter_id)
         for part, found in (("equivalence", model.equivalence), ("delta", model.delta)):
@@ -518,6 +558,24 @@ class Manifest:
         for position in model.recovery.own_blocks if model.recovery is not None else ():
             if position not in model.adapters:
                 raise ManifestError(f"{here}.recovery.own_blocks.{position}: there is no adapter there")
+
+    def _check_surrogate(self, here: str, model: ModelRecord, found: SurrogateRecord) -> None:
+        shares = (*found.acceptance, found.cost, found.speedup)
+        if not found.acceptance or min(shares) < 0 or max(found.acceptance) > 1 or not found.cost > 0:
+            raise ManifestError(f"{here}: figures {shares} are out of range; compile it again")
+        if found.model is not None:
+            if found.model not in self.models:
+                raise ManifestError(f"{here}.model: there is no model {found.model!r:.160}")
+            return
+        ends = {0, *range(len(model.chain) - 3, len(model.chain))}  # embed, last layer, head
+        if not ends <= found.blocks.keys() <= set(range(len(model.chain))):
+            raise ManifestError(f"{here}.blocks: the embedding, the last layer or the head lacks")
+        for position, block_id in found.blocks.items():
+            record = self.blocks.get(block_id)
+            if record is None or record.spec != self.blocks[model.chain[position]].spec:
+                raise ManifestError(f"{here}.blocks.{position}: {block_id!r} cannot stand there")
+        if self.blocks[found.blocks[len(model.chain) - 1]].tied_to not in (None, found.blocks[0]):
+            raise ManifestError(f"{here}.blocks: the head is not tied to the embed block")
 
     def _check_adapter(self, here: str, model: ModelRecord, position: int, adapter_id: str) -> None:
         if adapter_id not in self.adapters:
@@ -533,3 +591,11 @@ class Manifest:
         for lora in loras:
             if lora.rank < 1 or shapes[lora.projection] != (lora.out_features, lora.in_features):
                 raise ManifestError(f"{here}: the LoRA of {lora.projection} does not fit the block")
+
+
+def is_drafter(manifest: Manifest, name: str, model: str) -> bool:
+    """Whether a model of a zoo may guess for another one: it is there, and speaks of the same tokens."""
+    one, other = manifest.models.get(name), manifest.models[model]
+    if one is None or name == model:
+        return False
+    return (one.tokenizer, one.config.vocab_size) == (other.tokenizer, other.config.vocab_size)

@@ -83,6 +83,35 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     return lines
 
 
+def surrogate_text(manifest: Manifest, model: ModelRecord) -> str:
+    """One line about what guesses for a model, and what that gives."""
+    found = model.surrogate
+    assert found is not None
+    rates = ", ".join(f"{rate:.0%}" for rate in found.acceptance)
+    figures = (
+        f"{found.cost:.2f} of a step; guesses come true in {rates} (1st to {len(found.acceptance)}th, "
+        f"{found.num_guesses} places of {found.probe} text): about {found.speedup:.2f} times as fast alone"
+    )
+    if found.model is not None:
+        return f"surrogate: model {found.model}, {figures}"
+    size = sum(manifest.blocks[key].num_bytes for key in set(found.blocks.values()) - set(model.chain))
+    own = "in 4 bits" if size else "of its own"
+    missing = [at for at in range(len(model.chain)) if at not in found.blocks]
+    said = f"{len(found.blocks)} blocks {own}" + (f", without those at {_ranges(missing)}" if missing else "")
+    return f"surrogate: {said} ({human_bytes(size)} more), {figures}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, runs of them as "3-7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
 def equivalence_text(model: ModelRecord) -> str:
     """One line about the blocks of other models that stand for a model's own."""
     found = model.equivalence
@@ -132,7 +161,7 @@ def part_of(manifest: Manifest, names: Collection[str]) -> Manifest:
         checked = record.verification
         if checked is not None and checked.same_as is not None and checked.same_as not in names:
             models[name] = replace(record, verification=replace(checked, same_as=None))
-    blocks = {block_id for model in models.values() for block_id in model.chain}
+    blocks = {block_id for model in models.values() for block_id in model.block_ids}
     adapters = {adapter_id for model in models.values() for adapter_id in model.adapters.values()}
     return replace(
         manifest,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from blockzoo.runtime.draft.guesses import Kind
 
+_FADED = 0.9
 _LEAN = 4.0  # guesses for which the wider experience counts
 _FIRST = (0.3, 0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
 _FIRST_OF_DRAFTER: Mapping[str, float] = {"grammar": 0.9}
@@ -17,10 +18,13 @@ class Acceptance:
     Args:
         wider: what to lean on while little is known; None: guesses of ours.
         memory: so many guesses of a kind are remembered, about.
+        first: what is known of kinds beforehand.
     """
 
-    def __init__(self, wider: Acceptance | None = None, memory: int = 512) -> None:
-        self._wider = wider
+    def __init__(
+        self, wider: Acceptance | None = None, memory: int = 512, first: Mapping[Kind, float] | None = None
+    ) -> None:
+        self._wider, self._first = wider, first or {}
         self._keep = 1 - 1 / memory
         self._counts: dict[Kind, tuple[float, float]] = {}  # came true, were tried
 
@@ -32,7 +36,16 @@ class Acceptance:
     def _prior(self, kind: Kind) -> float:
         if self._wider is not None:
             return self._wider.rate(kind)
+        if kind in self._first:
+            return self._first[kind]
         return _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST[min(kind.grade, len(_FIRST) - 1)])
+
+    def fade(self, drafter: str) -> None:
+        """Lean a little more on what was known first: guesses that are not tried as they were too often wrong
+        get another chance some day."""
+        for kind, (true, tried) in self._counts.items():
+            if kind.drafter == drafter:
+                self._counts[kind] = true * _FADED, tried * _FADED
 
     def note(self, kind: Kind, came_true: bool) -> None:
         """A guess was tried, by the model or by what came anyway."""

@@ -87,7 +87,11 @@ def propose(drafters: Sequence[Drafter], context: Context, limit: int, rate: Rat
 def chances(guesses: Sequence[Guess], rate: Rate) -> list[float]:
     """Of each, that it and all before it come true."""
     found, chance = [], 1.0
+    rates: dict[Kind, float] = {}  # most are of one kind
     for guess in guesses:
-        chance *= rate(guess.kind)
+        known = rates.get(guess.kind)
+        if known is None:
+            known = rates[guess.kind] = rate(guess.kind)
+        chance *= known
         found.append(chance)
     return found

@@ -1,4 +1,4 @@
-"""How many drafted rows a step takes: so many that the most tokens a second are hoped for."""
+"""How many drafted rows a step takes, and of whom: what gives the most tokens a second, as is hoped."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from blockzoo.runtime.draft.step_cost import StepCost, StepKind
 
 MOST_DRAFTED = 15
 """Tokens of one sequence."""
-_LENGTHS = (3, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
+_LENGTHS = (3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
 _FEWEST = 3  # drafted rows of a step
-_STEADY_STEPS = 8  # for which another shape is hoped to be of use
+_TRY_AFTER = 32  # steps of a kind, in which no guess was worth what rows are thought to cost
+_STEADY_STEPS = 8.0  # for which another shape is hoped to be of use, before it is known
+_STEADY_NEWS = 0.25  # what a shape's steps weigh for that
 _MARGIN = 1.1  # hoped for of drafts
 _NEWS = 0.4  # what a step's hopes weigh among those before
 _SLOWEST = 0.97  # of its speed without drafts that a tenant may have for those of others
 _TENANT_NEWS = 0.05  # what a step weighs for that
 _NONE = StepKind(0, 0)
+
+
+class Option(NamedTuple):
+    """What a step may be.
+
+    Attributes:
+        rows: drafted ones.
+        runs: of surrogates before it, each of which guesses one token more of the sequences that have one.
+    """
+
+    rows: int
+    runs: int = 0
 
 
 class Hopes(NamedTuple):
@@ -28,11 +42,23 @@ class Hopes(NamedTuple):
         tenant: whose it is.
         chances: of its guesses, that they come true with all before them.
         may_draft: whether it may have drafted rows.
+        surrogate: the same of what a surrogate would guess; empty where there is none.
     """
 
     tenant: str
     chances: Sequence[float]
     may_draft: bool = True
+    surrogate: Sequence[float] = ()
+
+    def prefers_surrogate(self, runs: int) -> bool:
+        """Whether more is hoped for of so many runs of the surrogate than of the guesses that are there."""
+        return sum(self.surrogate[:runs]) > sum(self.chances[:runs])
+
+    def within(self, runs: int) -> Sequence[float]:
+        """The chances of what is drafted with so many runs of surrogates."""
+        if not runs:
+            return self.chances
+        return self.surrogate[:runs] if self.prefers_surrogate(runs) else self.chances[:runs]
 
 
 class RowChoice:
@@ -45,69 +71,105 @@ class RowChoice:
     def __init__(self, cost: StepCost | None = None) -> None:
         self._cost = cost or StepCost()
         self._last: tuple[StepKind, int] = _NONE, 0  # kind and drafted rows of the last step
+        self._num_equal = 0  # steps like that in a row
+        self._steady = _STEADY_STEPS  # how long shapes with drafted rows are kept, about
         self._hoped_for: StepKind = _NONE
-        self._hopes: dict[int, float] = {}  # tokens a step, by drafted rows
-        self._shares: dict[tuple[int, str], float] = {}  # of them by tenant, without those it gets anyway
+        self._hopes: dict[Option, float] = {}  # tokens a step
+        self._shares: dict[tuple[Option, str], float] = {}  # of them by tenant, without those it gets anyway
         self._num_hoped = 0  # steps that these are of
 
-    def choose(self, kind: StepKind, sequences: Sequence[Hopes], spare: int) -> int:
-        """How many drafted rows the next step is to have.
+    def choose(self, kind: StepKind, sequences: Sequence[Hopes], spare: int, run_cost: float = 1.0) -> Option:
+        """What the next step is to be.
 
         Args:
             kind: of the step, `StepCost`.
             sequences: all that get a token.
             spare: rows that there is room for.
+            run_cost: of a run of the surrogates, relative to a step without drafts, before one was seen.
         """
         if kind != self._hoped_for:
             self._hoped_for, self._hopes, self._shares, self._num_hoped = kind, {}, {}, 0
         if not self._cost.knows(kind, 0):
-            return 0  # what others are compared with
+            return Option(0)  # what others are compared with
         self._num_hoped += 1
         drafting = sum(each.may_draft for each in sequences)
-        ordered = sorted(
-            ((chance, each.tenant) for each in sequences for chance in each.chances), reverse=True
-        )
         tokens = Counter(each.tenant for each in sequences)
-        sizes = {*_LENGTHS, *(drafting * length for length in (1, *_LENGTHS))}
-        fitting = (size for size in sizes if _FEWEST <= size <= min(spare, drafting * MOST_DRAFTED))
-        best, most = 0, 0.0
-        for size in (0, *sorted(fitting)):
-            hope = self._hope(size, tokens, ordered[:size])
-            seconds = self._cost.seconds(kind, size)
+        ordered: dict[int, list[tuple[float, str]]] = {}  # guesses by runs
+        best, most = Option(0), 0.0
+        for option in self._options(sequences, min(spare, drafting * MOST_DRAFTED)):
+            if option.runs not in ordered:
+                ordered[option.runs] = sorted(
+                    ((chance, each.tenant) for each in sequences for chance in each.within(option.runs)),
+                    reverse=True,
+                )
+            hope = self._hope(option, tokens, ordered[option.runs][: option.rows])
+            seconds = self._seconds(kind, option, run_cost)
             relative = self._cost.seconds(kind, 0) / seconds
-            is_known = size > 0 and self._cost.knows(kind, size)  # else a try tells
-            if is_known and self._slowest(size, tokens) * relative < _SLOWEST:
+            is_known = option.rows > 0 and self._cost.knows(kind, option.rows)  # else a try tells
+            if is_known and self._slowest(option, tokens) * relative < _SLOWEST:
                 continue
-            if kind == self._last[0] and size != self._last[1]:
-                seconds += self._cost.new_shape_seconds(kind) / _STEADY_STEPS
-            value = hope / seconds / (_MARGIN if size else 1.0)
+            if kind == self._last[0] and option.rows != self._last[1]:
+                seconds += self._cost.new_shape_seconds(kind) / min(self._steady, _STEADY_STEPS)
+            value = hope / seconds / (_MARGIN if option.rows else 1.0)
             if value > most:
-                best, most = size, value
+                best, most = option, value
+        if not best.rows and self._num_hoped > _TRY_AFTER and any(each.chances for each in sequences):
+            fewest = Option(max(_FEWEST, drafting))  # rows may be free: one try tells, once for all
+            if fewest.rows <= spare and not self._cost.knows(kind, fewest.rows):
+                return fewest
         return best
 
-    def _hope(self, size: int, tokens: Counter[str], guesses: Sequence[tuple[float, str]]) -> float:
-        """Tokens that a step with so many drafted rows, the likeliest guesses, gives; it is noted."""
+    def _seconds(self, kind: StepKind, option: Option, run_cost: float) -> float:
+        if not option.runs:
+            return self._cost.seconds(kind, option.rows)
+        # surrogates were found to pay: they get a try, as if rows were free
+        rows = option.rows if self._cost.knows(kind, option.rows) else 0
+        return self._cost.seconds(kind, rows) + option.runs * self._cost.run_seconds(kind, run_cost)
+
+    @staticmethod
+    def _options(sequences: Sequence[Hopes], most: int) -> list[Option]:
+        drafting = sum(each.may_draft for each in sequences)
+        lengths = _LENGTHS if drafting == 1 else (1, 3, MOST_DRAFTED)
+        sizes = {*_LENGTHS, *(drafting * length for length in lengths)}
+        options = [Option(0), *(Option(size) for size in sorted(sizes) if _FEWEST <= size <= most)]
+        if any(each.surrogate for each in sequences):
+            fitting = (length for length in lengths if _FEWEST <= drafting * length <= most)
+            options += [Option(drafting * length, length) for length in fitting]
+        return options
+
+    def _hope(self, option: Option, tokens: Counter[str], guesses: Sequence[tuple[float, str]]) -> float:
+        """Tokens that a step gives whose drafted rows are the likeliest of these guesses; it is noted."""
         hope = sum(tokens.values()) + sum(chance for chance, _ in guesses)
-        hope = self._hopes[size] = (1 - _NEWS) * self._hopes.get(size, hope) + _NEWS * hope
-        if len(tokens) > 1 and size:
+        hope = self._hopes[option] = (1 - _NEWS) * self._hopes.get(option, hope) + _NEWS * hope
+        if len(tokens) > 1 and option.rows:
             shares = dict.fromkeys(tokens, 0.0)
             for chance, tenant in guesses:
                 shares[tenant] += chance
             news = max(_TENANT_NEWS, 1 / self._num_hoped)
             for tenant, share in shares.items():
-                known = self._shares.get((size, tenant), share)
-                self._shares[size, tenant] = (1 - news) * known + news * share
+                known = self._shares.get((option, tenant), share)
+                self._shares[option, tenant] = (1 - news) * known + news * share
         return hope
 
-    def _slowest(self, size: int, tokens: Counter[str]) -> float:
+    def _slowest(self, option: Option, tokens: Counter[str]) -> float:
         """Tokens a step of the tenant that gains the least, relative to a step without drafts."""
         if len(tokens) < 2:
             return math.inf
-        return min(1 + self._shares[size, tenant] / count for tenant, count in tokens.items())
+        return min(1 + self._shares[option, tenant] / count for tenant, count in tokens.items())
+
+    def observe_runs(self, kind: StepKind, seconds: Sequence[float]) -> None:
+        """Runs of surrogates before a step took so long."""
+        self._cost.observe_runs(kind, seconds)
 
     def observe(self, kind: StepKind, drafted: int, seconds: float) -> None:
         """A step with so many drafted rows took so long."""
         step = kind, drafted
+        if step == self._last:
+            self._num_equal += 1
+        else:
+            if self._last[1] and self._last[0] == kind:
+                self._steady += _STEADY_NEWS * (self._num_equal - self._steady)
+            self._num_equal = 1
         self._cost.observe(kind, drafted, seconds, is_new_shape=step != self._last)
         self._last = step
 

@@ -7,15 +7,19 @@ is another than the last one's (engines prepare themselves for shapes).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _KEPT = 128  # kinds of steps
 _NEWS = 0.3  # what a step weighs among those before, at least
 _MOST_NEWS = 0.7  # of a surprise that is believed, in logarithms
+_MOST_FIRST_NEWS = 1.5  # of the first of a number of drafted rows: what was hoped for may be far off
 _FRESH_STEPS = 16.0  # since a step without drafts, within which surprises are those of drafted rows
 _NEW_SHAPE = 1.5  # cost of another shape before it is known, in steps
-_FREE_ROWS = 8.0  # before anything is known: rows that cost as much as what each step costs
+_FREE_ROWS = 16.0  # before anything is known: rows that cost as much as what each step costs
+_CURVE_STEPS = 16  # for which what all kinds tell of rows is not looked at again
 
 
 class StepKind(NamedTuple):
@@ -33,6 +37,7 @@ class _Costs:
         self.counts: dict[int, int] = {}
         self.steps_since_bare = 0
         self.new_shape = _NEW_SHAPE
+        self.run: float | None = None  # of surrogates, relative to a step without drafted rows
 
 
 class StepCost:
@@ -40,6 +45,8 @@ class StepCost:
 
     def __init__(self) -> None:
         self._kinds: OrderedDict[StepKind, _Costs] = OrderedDict()
+        self._curves: dict[int, tuple[list[int], list[float]]] = {}  # by chains: rows and seconds of steps
+        self._steps_to_curves = 0
 
     def knows(self, kind: StepKind, drafted: int) -> bool:
         """Whether such a step was seen, in the shape of the one before."""
@@ -54,12 +61,30 @@ class StepCost:
         costs = self._of(kind)
         return costs.new_shape * math.exp(self._log(kind, costs, 0))
 
+    def run_seconds(self, kind: StepKind, hoped_for: float) -> float:
+        """Of a run of surrogates; before one was seen `hoped_for` times a step without drafted rows."""
+        costs = self._of(kind)
+        return (hoped_for if costs.run is None else costs.run) * math.exp(self._log(kind, costs, 0))
+
+    def observe_runs(self, kind: StepKind, seconds: Sequence[float]) -> None:
+        """Surrogates ran before a step, each run for so long."""
+        costs = self._of(kind)
+        bare = math.exp(self._log(kind, costs, 0))
+        if costs.run is None:  # engines prepare themselves in the first
+            costs.run = min(seconds) / bare
+        else:
+            costs.run += _NEWS * (sum(seconds) / len(seconds) / bare - costs.run)
+
     def observe(self, kind: StepKind, drafted: int, seconds: float, is_new_shape: bool) -> None:
         """A step took so long.
 
         What surprises shortly after a step without drafts is what drafted rows cost; else the machine may be
         faster or slower than it was.
         """
+        self._steps_to_curves -= 1
+        if self._steps_to_curves <= 0:
+            self._steps_to_curves = _CURVE_STEPS
+            self._draw_curves()
         costs = self._of(kind)
         costs.steps_since_bare = costs.steps_since_bare + 1 if drafted else 0
         expected = self._log(kind, costs, drafted)
@@ -72,7 +97,8 @@ class StepCost:
         if not costs.logs:
             costs.logs[drafted] = math.log(seconds)
             return
-        surprise = max(-_MOST_NEWS, min(math.log(seconds) - expected, _MOST_NEWS))
+        most = _MOST_FIRST_NEWS if count == 1 else _MOST_NEWS
+        surprise = max(-most, min(math.log(seconds) - expected, most))
         fresh = 1.0 if count == 1 else math.exp(-costs.steps_since_bare / _FRESH_STEPS)
         own = fresh if drafted else 0.0
         everywhere = _NEWS * (1 - own) * surprise
@@ -87,18 +113,35 @@ class StepCost:
             self._kinds.popitem(last=False)
         return costs
 
-    @staticmethod
-    def _log(kind: StepKind, costs: _Costs, drafted: int) -> float:
-        """Known; or from the nearest that is known, along the line through all that are."""
+    def _log(self, kind: StepKind, costs: _Costs, drafted: int) -> float:
+        """Known; or from the nearest that is known, by what rows cost in steps of all kinds."""
         if drafted in costs.logs:
             return costs.logs[drafted]
+        total = kind.rows + drafted
         if not costs.logs:
-            return math.log((_FREE_ROWS + kind.rows + drafted) / (_FREE_ROWS + kind.rows))
+            return math.log(self._rows_cost(kind.chains, total) / self._rows_cost(kind.chains, kind.rows))
         nearest = min(costs.logs, key=lambda rows: abs(rows - drafted))
-        fewest, most = min(costs.logs), max(costs.logs)
-        seconds = math.exp(costs.logs[nearest])
-        if fewest == most:
-            slope = seconds / (_FREE_ROWS + kind.rows + nearest)
-        else:
-            slope = max(0.0, math.exp(costs.logs[most]) - math.exp(costs.logs[fewest])) / (most - fewest)
-        return math.log(max(seconds + slope * (drafted - nearest), seconds / 4))
+        known = self._rows_cost(kind.chains, kind.rows + nearest)
+        return costs.logs[nearest] + math.log(self._rows_cost(kind.chains, total) / known)
+
+    def _rows_cost(self, chains: int, rows: int) -> float:
+        """Of a step of so many rows, in some unit: along the line through the nearest that are known."""
+        known, seconds = self._curves.get(chains, ([], []))
+        if len(known) < 2:
+            return _FREE_ROWS + rows
+        above = min(max(bisect_left(known, rows), 1), len(known) - 1)
+        slope = (seconds[above] - seconds[above - 1]) / (known[above] - known[above - 1])
+        if rows > known[-1]:  # of two that are near each other little can be told of others
+            slope = max(slope, (seconds[-1] - seconds[0]) / (known[-1] - known[0]), 0.0)
+        return max(seconds[above] + slope * (rows - known[above]), min(seconds) / 2)
+
+    def _draw_curves(self) -> None:
+        """See what steps took by all their rows, by how many chains they were of: the mean of their kinds."""
+        found: dict[int, dict[int, list[float]]] = {}
+        for kind, costs in self._kinds.items():
+            for drafted, log in costs.logs.items():
+                found.setdefault(kind.chains, {}).setdefault(kind.rows + drafted, []).append(math.exp(log))
+        self._curves = {
+            chains: (sorted(by_rows), [sum(by_rows[r]) / len(by_rows[r]) for r in sorted(by_rows)])
+            for chains, by_rows in found.items()
+        }

@@ -26,7 +26,8 @@ from blockzoo.runtime.exec.step_arrays import Buffers, make_buffers
 from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 
 _SMALL_STEP = 128  # rows; the scratch of smaller steps is not worth giving back
-_KEPT_LAYOUTS = 64  # where steps are recorded, each a CUDA graph
+_KEPT_LAYOUTS = 4  # of steps that take turns: of drafts, and of those that check them
+_KEPT_RECORDINGS = 64  # where steps are recorded, each a CUDA graph
 _TABLE_CHUNK = 8  # page tables are handed over in multiples of this, so that shapes change rarely
 
 
@@ -267,7 +268,7 @@ class Executor:
             if not any(call.passed for call in layout.calls):  # what is handed out must be new each time
                 program = self._device.recorded(program)
             kept = layout, program, self._stamps(layout)
-            while len(self._layouts) >= (_KEPT_LAYOUTS if self._device.records else 1):
+            while len(self._layouts) >= (_KEPT_RECORDINGS if self._device.records else _KEPT_LAYOUTS):
                 self._layouts.pop(next(iter(self._layouts)))
         self._layouts[shapes] = kept  # the last one used is the last to go
         return kept[:2]

@@ -5,18 +5,29 @@ Ids only; nothing here knows tensors, engines or requests.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
+from blockzoo.runtime.exec.runs import (
+    Limits,
+    Lora,
+    Path,
+    Run,
+    all_projections,
+    cut,
+    dropping_runs,
+    either,
+    lora_targets,
+    num_layers,
+)
 from blockzoo.runtime.exec.segments import Variant, is_attn, layer_keys, plan_segments, variant_key
 from blockzoo.runtime.kv.sequence import Segment
-from blockzoo.zoo.blocks import PROJECTIONS, AttnSpec, HeadSpec
-from blockzoo.zoo.manifest import AdapterRecord, BlockRecord, Manifest
-
-_EDGE = ""  # stands for "before the first block" and "after the last"
+from blockzoo.zoo.blocks import AttnSpec, HeadSpec
+from blockzoo.zoo.manifest import BlockRecord, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,7 @@ class Span:
     block_ids: tuple[str, ...]
     num_layers: int
     drops_rows: bool
-    lora: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    lora: Lora = ()
     scores: bool = False
 
 
@@ -73,6 +84,9 @@ class ChainPlan:
             that looks at deviations); None without such.
         key: stands for the chain in every topology that has it.
         layer_keys: per layer, what stands for its K and V in every topology.
+
+    A surrogate of a model has a plan too, over the same page tables: K and V of its blocks are those of the
+    layers in the model's chain for which they stand, so that it goes on behind what the model has computed.
     """
 
     family: Family
@@ -88,11 +102,11 @@ class ChainPlan:
     layer_keys: tuple[str, ...] = ()
 
 
-class _Limits(NamedTuple):
-    """Where spans are cut though no chain parts there, in layers."""
+class _Surrogate(NamedTuple):
+    """What tells surrogates apart."""
 
-    span: int | None  # at most, of a span
-    check: int | None  # from the bottom of the chain
+    variant: Variant  # of the model
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +117,8 @@ class Topology:
     spans: tuple[Span, ...]
     chains: tuple[ChainPlan, ...]
     chain_of_model: Mapping[str, int]
+    surrogate_of_model: Mapping[str, int]
+    """Of those that have one, its chain; these stand behind all others."""
 
     def chain_ids(self, chain: ChainPlan) -> tuple[str, ...]:
         """The block ids of a chain, from embed to head."""
@@ -116,6 +132,7 @@ def plan_topology(
     check_layers: int | None = None,
     scores: bool = False,
     known: Iterable[Span] = (),
+    surrogates: bool = False,
 ) -> Topology:
     """Derive spans, chains and segments from a manifest.
 
@@ -126,147 +143,103 @@ def plan_topology(
         check_layers: cut also after so many layers of each chain that has more; None: nowhere.
         scores: engines with attention tell how much of it each token received.
         known: spans that are compiled. One of the same blocks goes on taking the adapters that it takes.
+        surrogates: plan those of the models, too.
     """
     models_of: dict[Variant, list[str]] = defaultdict(list)
+    stand_ins: dict[_Surrogate, list[str]] = defaultdict(list)
     for name, model in manifest.models.items():
-        models_of[Variant(model.chain, tuple(sorted(model.adapters.items())))].append(name)
-    variants = sorted(models_of)
-    chains = sorted({variant.chain for variant in variants})
-    limits = _Limits(max_span_layers, check_layers)
-    runs = {chain: _cut(chain[1:], chains, manifest.blocks, limits) for chain in chains}
-    drops = _dropping_runs(runs, manifest.blocks)
-    spans = sorted({run for chain_runs in runs.values() for run in chain_runs})
+        variant = Variant(model.chain, tuple(sorted(model.adapters.items())))
+        models_of[variant].append(name)
+        if surrogates and model.surrogate is not None and model.surrogate.model is None:
+            at, ids = zip(*sorted(model.surrogate.blocks.items()), strict=True)
+            stand_ins[_Surrogate(variant, Path(ids, at))].append(name)
+    variants, others = sorted(models_of), sorted(stand_ins)
+    paths = {variant: Path(variant.chain, tuple(range(len(variant.chain)))) for variant in variants}
+    all_paths = sorted({*paths.values(), *(other.path for other in others)})
+    limits = Limits(max_span_layers, check_layers)
+    runs = {path: cut(path, all_paths, manifest.blocks, limits) for path in all_paths}
+    drops = dropping_runs(runs, manifest.blocks)
+    spans = sorted({run for path_runs in runs.values() for run in path_runs})
     index = {run: i for i, run in enumerate(spans)}
-    variants.sort(key=lambda variant: ([index[run] for run in runs[variant.chain]], variant.adapters))
+    variants.sort(key=lambda variant: ([index[run] for run in runs[paths[variant]]], variant.adapters))
     segments = plan_segments(variants, manifest.blocks)
     if enable_lora:
-        lora = {span: _all_projections(span, manifest.blocks) for span in spans}
+        lora = {span: all_projections(span, manifest.blocks) for span in spans}
     else:
-        lora = _lora_targets(variants, runs, manifest.adapters)
+        adapted = [(path, variant.adapters) for variant, path in paths.items()]
+        adapted += [(other.path, other.variant.adapters) for other in others]
+        lora = lora_targets(adapted, runs, manifest.adapters)
         for span in known:
-            lora[span.block_ids] = _either(lora.get(span.block_ids, ()), span.lora)
+            lora[span.block_ids] = either(lora.get(span.block_ids, ()), span.lora)
+    chains = [
+        _chain_plan(
+            variant,
+            _uses(paths[variant], runs, index, variant, manifest.blocks),
+            *segments[variant],
+            manifest.blocks,
+            check_layers,
+        )
+        for variant in variants
+    ]
+    chain_of = {variant: i for i, variant in enumerate(variants)}
+    chains += [
+        _surrogate_plan(
+            chains[chain_of[other.variant]],
+            other.path,
+            _uses(other.path, runs, index, other.variant, manifest.blocks),
+        )
+        for other in others
+    ]
     return Topology(
         spans=tuple(
             Span(
                 run,
-                layers := _num_layers(run, manifest.blocks),
+                layers := num_layers(run, manifest.blocks),
                 run in drops,
                 lora.get(run, ()),
                 scores and layers > 0,
             )
             for run in spans
         ),
-        chains=tuple(
-            _chain_plan(
-                variant, runs[variant.chain], index, *segments[variant], manifest.blocks, check_layers
-            )
-            for variant in variants
-        ),
-        chain_of_model={name: i for i, variant in enumerate(variants) for name in models_of[variant]},
+        chains=tuple(chains),
+        chain_of_model={name: chain_of[variant] for variant in variants for name in models_of[variant]},
+        surrogate_of_model={
+            name: len(variants) + i for i, other in enumerate(others) for name in stand_ins[other]
+        },
     )
 
 
-def _lora_targets(
-    variants: Sequence[Variant],
-    runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]],
-    adapters: Mapping[str, AdapterRecord],
-) -> dict[tuple[str, ...], tuple[tuple[int, tuple[str, ...]], ...]]:
-    """By run, the projections of its blocks that adapters change (`Span.lora`)."""
-    found: dict[tuple[str, ...], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for chain, adapter_ids in variants:
-        changed = dict(adapter_ids)
-        position = 1
-        for run in runs[chain]:
-            for i in range(len(run)):
-                if position + i in changed:
-                    loras = adapters[changed[position + i]].spec.loras
-                    found[run][i].update(lora.projection for lora in loras)
-            position += len(run)
-    return {run: tuple((i, tuple(sorted(names))) for i, names in sorted(found[run].items())) for run in found}
-
-
-def _either(
-    one: Sequence[tuple[int, tuple[str, ...]]], other: Sequence[tuple[int, tuple[str, ...]]]
-) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """The projections that are in one of two (`Span.lora`)."""
-    joined: dict[int, set[str]] = defaultdict(set)
-    for index, names in (*one, *other):
-        joined[index].update(names)
-    return tuple((index, tuple(sorted(names))) for index, names in sorted(joined.items()))
-
-
-def _all_projections(
-    run: Sequence[str], blocks: Mapping[str, BlockRecord]
-) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    kinds = [blocks[block_id].spec.kind for block_id in run]
-    return tuple((i, tuple(sorted(PROJECTIONS[kind]))) for i, kind in enumerate(kinds) if kind in PROJECTIONS)
-
-
-def _num_layers(run: Sequence[str], blocks: Mapping[str, BlockRecord]) -> int:
-    return sum(is_attn(block_id, blocks) for block_id in run)
-
-
-def _cut(
-    body: tuple[str, ...],
-    chains: Sequence[tuple[str, ...]],
+def _uses(
+    path: Path,
+    runs: Mapping[Path, tuple[Run, ...]],
+    index: Mapping[Run, int],
+    variant: Variant,
     blocks: Mapping[str, BlockRecord],
-    limits: _Limits,
-) -> tuple[tuple[str, ...], ...]:
-    """Cut a chain's body wherever some chain goes on differently (the unitigs of block succession)."""
-    after: dict[str, set[str]] = defaultdict(set)
-    before: dict[str, set[str]] = defaultdict(set)
-    for chain in chains:
-        padded = (_EDGE, *chain[1:], _EDGE)
-        for left, right in pairwise(padded):
-            after[left].add(right)
-            before[right].add(left)
-    runs: list[tuple[str, ...]] = []
-    start, layers, depth = 0, 0, 0
-    for i, block_id in enumerate(body):
-        layers += is_attn(block_id, blocks)
-        depth += is_attn(block_id, blocks)
-        following = body[i + 1] if i + 1 < len(body) else _EDGE
-        splits = len(after[block_id]) > 1 or len(before[following]) > 1 or following == _EDGE
-        full = (limits.span is not None and layers >= limits.span) or depth == limits.check
-        if splits or (full and _starts_layer(following, blocks)):
-            runs.append(body[start : i + 1])
-            start, layers = i + 1, 0
-    return tuple(runs)
+) -> tuple[SpanUse, ...]:
+    """The spans of a path through a model's chain, with their places in that."""
+    layers = [0, *accumulate(is_attn(block_id, blocks) for block_id in variant.chain)]  # before each position
+    begins = accumulate((len(run) for run in runs[path]), initial=1)
+    places = [path.positions[begin] for begin, _ in zip(begins, runs[path], strict=False)]
+    return tuple(SpanUse(index[run], at, layers[at]) for run, at in zip(runs[path], places, strict=True))
 
 
-def _starts_layer(block_id: str, blocks: Mapping[str, BlockRecord]) -> bool:
-    return block_id != _EDGE and is_attn(block_id, blocks)
-
-
-def _dropping_runs(
-    runs: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]], blocks: Mapping[str, BlockRecord]
-) -> set[tuple[str, ...]]:
-    """The runs in which rows leave: per chain the first that nowhere, in no chain, has attention after it.
-
-    (A run that ends in a head has none anywhere, so every chain has such a run.)
-    """
-    has_attention_after: set[tuple[str, ...]] = set()
-    for chain_runs in runs.values():
-        last = max(i for i, run in enumerate(chain_runs) if _num_layers(run, blocks))
-        has_attention_after.update(chain_runs[:last])
-    return {next(run for run in chain_runs if run not in has_attention_after) for chain_runs in runs.values()}
+def _surrogate_plan(model: ChainPlan, path: Path, uses: tuple[SpanUse, ...]) -> ChainPlan:
+    """A model's plan with other spans: all of it runs, for sequences of the model."""
+    said = "\n".join([model.key, *(f"{at} {i}" for i, at in zip(*path, strict=True))])
+    key = hashlib.sha256(f"surrogate of {said}".encode()).hexdigest()
+    return replace(model, embed_id=path.blocks[0], uses=uses, entries=(0,), check=None, key=key)
 
 
 def _chain_plan(
     variant: Variant,
-    chain_runs: tuple[tuple[str, ...], ...],
-    index: Mapping[tuple[str, ...], int],
+    uses: tuple[SpanUse, ...],
     segments: tuple[Segment, ...],
     boundaries: tuple[int, ...],
     blocks: Mapping[str, BlockRecord],
     check_layers: int | None,
 ) -> ChainPlan:
     chain = variant.chain
-    uses, position, layer = [], 1, 0
-    for run in chain_runs:
-        uses.append(SpanUse(index[run], position, layer))
-        position += len(run)
-        layer += _num_layers(run, blocks)
+    layers = num_layers(chain, blocks)
     attn, head = blocks[chain[1]].spec, blocks[chain[-1]].spec
     assert isinstance(attn, AttnSpec), "the manifest reader checks the order of kinds"
     assert isinstance(head, HeadSpec), "the manifest reader checks the order of kinds"
@@ -278,12 +251,12 @@ def _chain_plan(
         s if entry else replace(s, boundary="") for s, entry in zip(segments, entries, strict=True)
     )
     behind = (i for i, use in enumerate(uses) if use.first_layer == check_layers)
-    check = next(behind, None) if check_layers != layer else None
+    check = next(behind, None) if check_layers != layers else None
     return ChainPlan(
         family,
         chain[0],
-        tuple(uses),
-        layer,
+        uses,
+        layers,
         segments,
         head.vocab_size,
         variant.adapters,

@@ -75,7 +75,11 @@ def bring_up_to_date(request: Request, zoo: LoadedZoo) -> None:
     if index is None:
         raise StillUsedError
     chain, seq = zoo.topology.chains[index], request.seq
-    request.model = replace(request.model, chain=chain, chain_index=index)
+    surrogate = request.model.surrogate
+    if surrogate is not None:
+        place = zoo.chain_index.get(surrogate.key)
+        surrogate = None if place is None else replace(surrogate, chain_index=place)
+    request.model = replace(request.model, chain=chain, chain_index=index, surrogate=surrogate)
     seq.chain_index, seq.cache = index, zoo.caches[chain.family]
     if seq.segments != chain.segments:
         seq.take_segments(chain.segments, [[] for _ in chain.segments])

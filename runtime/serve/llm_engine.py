@@ -30,12 +30,14 @@ from blockzoo.runtime.api.request import FinishReason, KVReuse, RequestOutput, S
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.interface import KVLostError
 from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler
 from blockzoo.runtime.serve.between_steps import BetweenSteps
 from blockzoo.runtime.serve.change_over import StillUsedError, bring_up_to_date, change_over
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.document_publisher import DocumentPublisher, PublishedDocument
+from blockzoo.runtime.serve.draft_models import DraftModels
 from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.loading import load_zoo, making
 from blockzoo.runtime.serve.making import Progress
@@ -85,7 +87,8 @@ class LLMEngine:
         waiting = self.config.max_waiting + self.config.max_num_seqs
         zoo = Zoo.open(zoo_path)
         self._pace = StepPace(lambda model: measured_pace(self._zoo.manifest, model))
-        self._scheduler = Scheduler(replace(self.config.scheduler(), max_waiting=waiting), pace=self._pace)
+        scheduling = replace(self.config.scheduler(), max_waiting=waiting)
+        self._scheduler = Scheduler(scheduling, pace=self._pace, give_back=self._give_back)
         maker = make_engines(
             self.config.backend,
             self.config.precision,
@@ -110,9 +113,12 @@ class LLMEngine:
             shares_models=self.config.kv_sharing == "scope",
         )
         self._recorder = MetricsRecorder()
+        self._draft_models = DraftModels(lambda: self._zoo, self._runner)
         self._speculation: Speculation | None = None
         if self.config.speculate == "auto":
-            self._speculation = Speculation(self._recorder.on_drafted, lone_only=maker.arrays.records)
+            self._speculation = Speculation(
+                self._recorder.on_drafted, maker.arrays.records, models=self._draft_models
+            )
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._watch_after = 0.0
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
@@ -285,6 +291,7 @@ class LLMEngine:
         if self.config.workers is not None:
             raise InvalidRequestError("documents cannot be published over workers yet")
         with self._between.held():
+            self._draft_models.forget_all()
             return self._publisher.publish(name, text, models)
 
     def withdraw(self, name: str) -> None:
@@ -319,6 +326,7 @@ class LLMEngine:
 
     def _step(self) -> list[RequestOutput]:
         if self._publisher.is_behind:
+            self._draft_models.forget_all()
             self._publisher.follow()
         outputs = self._expired()
         scheduled = self._scheduler.schedule()
@@ -375,14 +383,19 @@ class LLMEngine:
                 for executor in self._zoo.executors.values():
                     executor.release_memory()
 
+    def _give_back(self, cache: KVCache) -> bool:
+        """Free pages that nobody's answer needs."""
+        return self._draft_models.give_back(cache)
+
     def _execute(self, family: Family, items: list[Scheduled]) -> list[tuple[TokenSequence, Result]]:
         """Write the KV of the scheduled tokens; tokens for each sequence that has come to its end, or None
         where it is to have none."""
+        executor = self._zoo.executors[family]
         try:
             if self._speculation is not None:
-                self._speculation.plan(family, items, self._requests, self._scheduler)
+                self._speculation.plan(family, items, self._requests, self._scheduler, executor)
             start = time.monotonic()
-            done = self._runner.run(self._zoo.executors[family], items, self._scheduler.advance)
+            done = self._runner.run(executor, items, self._scheduler.advance)
             seconds = time.monotonic() - start
             self._pace.observe(_prefill_tokens(items), seconds)
             if self._speculation is not None:
@@ -440,6 +453,7 @@ class LLMEngine:
             traceback.print_exc()
             self._scheduler.abort(request.seq.request_id)
             self._requests.pop(request.seq.request_id, None)
+            self._draft_models.forget(request.seq.request_id)
             return request.output("", (), None, "error", f"the engine failed: {error}")
 
     def _take_tokens(self, request: Request, tokens: Iterator[SampledToken | SamplingError]) -> RequestOutput:
@@ -519,6 +533,7 @@ class LLMEngine:
     ) -> RequestOutput:
         """The last output of a request that the scheduler has forgotten."""
         del self._requests[request.seq.request_id]
+        self._draft_models.forget(request.seq.request_id)
         self._recorder.on_request_finished(
             reason,
             time.monotonic() - request.arrival,
@@ -588,6 +603,7 @@ class LLMEngine:
         def work() -> None:
             if self._publisher.is_behind and not old.chain_index.keys() <= new.chain_index.keys():
                 raise StillUsedError  # documents may lie in chains that are about to go
+            self._draft_models.forget_all()
             take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
             for family in old.caches.keys() - new.caches.keys():
                 self._recorder.on_cache_gone(old.caches[family])
@@ -625,7 +641,8 @@ class LLMEngine:
         """Check that every page is accounted for. Raises IntegrityError: a bug of ours."""
         with self._between.held():
             for cache in self._zoo.caches.values():
-                cache.check_integrity([seq for seq in self._scheduler.running if seq.cache is cache])
+                running = [seq for seq in self._scheduler.running if seq.cache is cache]
+                cache.check_integrity(running + self._draft_models.sequences(cache))
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""

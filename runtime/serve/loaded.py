@@ -36,6 +36,24 @@ class Calibrated:
 
 
 @dataclass(frozen=True, slots=True)
+class Surrogate:
+    """A chain that guesses for a model, and what zoo-compile found of it.
+
+    Attributes:
+        chain_index, key: of its chain in the topology.
+        is_model: whether it is another model's, with K and V of its own, and not over the model's.
+        acceptance: how often its first guess, and those behind it, come true where those before do.
+        cost: of a step of one row, relative to one of the model.
+    """
+
+    chain_index: int
+    key: str
+    is_model: bool
+    acceptance: tuple[float, ...]
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What a request needs to know of its model."""
 
@@ -48,6 +66,7 @@ class LoadedModel:
     plain_rope: bool  # rotating a key by a difference of positions moves it there
     generation_defaults: Mapping[str, float | int]  # of its maker, as fields of SamplingParams
     calibrated: Calibrated | None = None  # None: nobody asked
+    surrogate: Surrogate | None = None
 
 
 @dataclass(frozen=True, slots=True)

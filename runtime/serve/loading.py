@@ -50,7 +50,7 @@ def load_zoo(zoo: Zoo, make: Making, progress: Progress | None = None) -> Loaded
     """
     if not zoo.manifest.models:
         raise InvalidRequestError(f"{zoo.path} holds no models; add one with zoo-compile")
-    files = ModelFiles(zoo)
+    files = ModelFiles(zoo, surrogates=make.with_surrogates)
     problems: dict[str, Exception] = {
         name: error for name in zoo.manifest.models if (error := files.damage(name)) is not None
     }

@@ -24,12 +24,19 @@ from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
-from blockzoo.runtime.serve.loaded import Calibrated, LoadedModel, LoadedZoo, RopeTables, UnsoundError
+from blockzoo.runtime.serve.loaded import (
+    Calibrated,
+    LoadedModel,
+    LoadedZoo,
+    RopeTables,
+    Surrogate,
+    UnsoundError,
+)
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
-from blockzoo.zoo.manifest import Manifest, ReuseRecord
+from blockzoo.zoo.manifest import Manifest, ReuseRecord, is_drafter
 from blockzoo.zoo.rope import RopeConfig
 
 if TYPE_CHECKING:
@@ -60,6 +67,13 @@ class Making:
     adapters: AdapterCache
     kv_bytes: int
 
+    @property
+    def with_surrogates(self) -> bool:
+        """Whether surrogates of models are loaded; where steps are recorded, they are of no use, and they are
+        not spread over workers."""
+        here = self.config.workers is None and not self.maker.arrays.records
+        return self.config.speculate == "auto" and here
+
     def plan(self, manifest: Manifest, known: Iterable[Span] = ()) -> Topology:
         """The topology of a manifest, as the configuration wants it."""
         reuse = self.config.approximate
@@ -70,6 +84,7 @@ class Making:
             check_layers=None if reuse is None or not reuse.uses_check else reuse.check_layers,
             scores=reuse is not None and reuse.uses_scores,
             known=known,
+            surrogates=self.with_surrogates,
         )
 
     def _span_layers(self, manifest: Manifest) -> int | None:
@@ -163,7 +178,7 @@ class Making:
         ropes = _ropes(manifest, topology, capacity, config, {} if before is None else before.ropes)
         tables = {
             index: ropes[manifest.models[name].config.rope, topology.chains[index].family.head_dim]
-            for name, index in topology.chain_of_model.items()
+            for name, index in (*topology.chain_of_model.items(), *topology.surrogate_of_model.items())
         }
         workers = None
         executors: Mapping[Family, StepExecutor]
@@ -178,7 +193,10 @@ class Making:
                 for family in pages
             }
         models = {
-            name: _model(name, manifest, topology, tokenizers[name])
+            name: replace(
+                _model(name, manifest, topology, tokenizers[name]),
+                surrogate=_surrogate(name, manifest, topology) if self.with_surrogates else None,
+            )
             for name in manifest.models
             if name not in gone
         }
@@ -341,6 +359,21 @@ def _model(name: str, manifest: Manifest, topology: Topology, tokenizer: Tokeniz
     )
 
 
+def _surrogate(name: str, manifest: Manifest, topology: Topology) -> Surrogate | None:
+    """What guesses for a model; None where nothing does, or it is no longer there."""
+    record = manifest.models[name]
+    found = record.surrogate
+    if found is None:
+        return None
+    index = topology.surrogate_of_model.get(name)
+    if found.model is not None and is_drafter(manifest, found.model, name):
+        index = topology.chain_of_model[found.model]
+    if index is None:
+        return None
+    key = topology.chains[index].key
+    return Surrogate(index, key, found.model is not None, found.acceptance, found.cost)
+
+
 def _reuse(record: ReuseRecord) -> ReuseConfig | None:
     """Settings of approximate reuse as zoo-calibrate chose them; what it leaves alone is by default."""
     return None if record.settings is None else ReuseConfig(**asdict(record.settings))
@@ -380,8 +413,9 @@ def _chains_over(topology: Topology, spans: Mapping[int, Exception]) -> dict[int
 
 
 def models_of(topology: Topology, chains: Mapping[int, Exception]) -> dict[str, Exception]:
-    """The exception of the chain of each model that has one."""
-    return {name: chains[index] for name, index in topology.chain_of_model.items() if index in chains}
+    """The exception of the chain, or the surrogate, of each model that has one."""
+    of_models = (*topology.surrogate_of_model.items(), *topology.chain_of_model.items())
+    return {name: chains[index] for name, index in of_models if index in chains}
 
 
 def check_sound(topology: Topology, executors: Mapping[Family, StepExecutor], chains: Iterable[int]) -> None:

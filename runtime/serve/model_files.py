@@ -19,15 +19,20 @@ class ModelFiles:
     Args:
         known: blocks that are loaded: of `damage`, they are taken to be whole.
         manifest: what was loaded: of known blocks that the zoo no longer has.
+        surrogates: whether models need the blocks of theirs.
 
     Attributes:
         blocks: those known and those read, by id.
     """
 
     def __init__(
-        self, zoo: Zoo, known: Mapping[str, Block] | None = None, manifest: Manifest | None = None
+        self,
+        zoo: Zoo,
+        known: Mapping[str, Block] | None = None,
+        manifest: Manifest | None = None,
+        surrogates: bool = False,
     ) -> None:
-        self._zoo, self._manifest = zoo, manifest
+        self._zoo, self._manifest, self._surrogates = zoo, manifest, surrogates
         self._tokenizers: dict[Path, Tokenizer] = {}
         self._checked: dict[str, ZooError | None] = {}  # by id or folder, what is wrong with it
         self.blocks: dict[str, Block] = dict(known or {})
@@ -36,7 +41,8 @@ class ModelFiles:
     def damage(self, model: str) -> ZooError | None:
         """Read all files of a model; what is wrong with the first that is not whole."""
         record = self._zoo.manifest.models[model]
-        unknown = [block_id for block_id in record.chain if block_id not in self.blocks]
+        needed = record.block_ids if self._surrogates else record.chain
+        unknown = [block_id for block_id in needed if block_id not in self.blocks]
         errors = [self._check(block_id, self._read_block, block_id) for block_id in unknown]
         errors += [self._check(key, self._read_adapter, key) for key in record.adapters.values()]
         errors.append(self._check(record.tokenizer, self._read_tokenizer, model))

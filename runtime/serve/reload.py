@@ -128,7 +128,7 @@ class ServedZoo:
         before, zoo = self.current, Zoo.open(self._path)
         if not zoo.manifest.models:
             raise StoreError(f"{zoo.path} holds no models any more; what was loaded is still served")
-        files = ModelFiles(zoo, before.blocks, before.manifest)
+        files = ModelFiles(zoo, before.blocks, before.manifest, self._make.with_surrogates)
         found = self._find(zoo, files)
         self._make.maker.follow(zoo)
         self._serve(zoo, files, found)
@@ -371,7 +371,7 @@ def _manifest_of(models: Mapping[str, ModelRecord], *manifests: Manifest) -> Man
     """A manifest of some models, with what they use of several; of those that have it, the last."""
     blocks = {i: r for manifest in manifests for i, r in manifest.blocks.items()}
     adapters = {i: r for manifest in manifests for i, r in manifest.adapters.items()}
-    used = {i for record in models.values() for i in record.chain}
+    used = {i for record in models.values() for i in record.block_ids}
     placed = {i for record in models.values() for i in record.adapters.values()}
     return replace(
         manifests[-1],
@@ -388,6 +388,6 @@ def _variant(record: ModelRecord) -> Variant:
 def _same(one: ModelRecord, other: ModelRecord | None) -> bool:
     def content(record: ModelRecord) -> object:
         text = record.tokenizer, record.end_ids, record.generation_defaults
-        return record.config, record.chain, record.adapters, record.reuse, text
+        return record.config, record.chain, record.adapters, record.reuse, record.surrogate, text
 
     return other is not None and content(one) == content(other)

@@ -46,6 +46,7 @@ class Request:
     num_generated: int = field(default=0)
     prompt_logprobs: list[TokenLogprob | None] | None = None  # of its first tokens; None once they are told
     guesses: Sequence[Guess] = ()  # of what its next tokens are
+    untried: Sequence[Guess] = ()  # others, for which these took the place
     acceptance: Acceptance | None = None  # of guesses so far, once there were any
 
     def add_prompt_logprobs(self, begin: int, found: Sequence[SampledToken]) -> None:

@@ -86,13 +86,15 @@ class Scheduler:
         config: SchedulerConfig,
         clock: Callable[[], float] = time.monotonic,
         pace: StepPace | None = None,
+        give_back: Callable[[KVCache], bool] = lambda cache: False,
     ) -> None:
-        """`pace`: what max_step_seconds is measured by; None: steps are bounded in tokens alone."""
+        """`pace`: what max_step_seconds is measured by; None: steps are bounded in tokens alone. `give_back`:
+        frees pages that can be done without, before anybody is preempted; False where it had none."""
         self.config = config
         self.failed: list[Failed] = []  # since the caller last took them (take_failed)
         self.num_preemptions = 0
         self.spare_rows = 0  # that the last schedule() left, with logits each
-        self._pace = pace
+        self._pace, self._give_back = pace, give_back
         self._order = AdmissionOrder(config, clock)
         self._entries: dict[str, Entry] = {}  # by request id
         self._running: list[Entry] = []  # by age
@@ -366,6 +368,8 @@ class Scheduler:
         """
         cache = entry.seq.cache
         while not cache.reserve(entry.seq, num_tokens):
+            if self._give_back(cache):
+                continue
             same_cache = [other for other in self._running if other.seq.cache is cache]
             if len(same_cache) == 1:  # all other pages are free or evictable, and still it does not fit
                 step.prefills.pop(entry, None)
@@ -430,6 +434,8 @@ class Scheduler:
         if cache in step.full:
             return False
         while not cache.can_begin(seq, spare_pages := self._spare_pages(cache)):
+            if self._give_back(cache):
+                continue
             other = self._who_gives_way(tenant, cache)
             if other is not None:
                 self._preempt(step, other)

@@ -1,6 +1,7 @@
 """Speculative execution around steps: which guesses run with a step, and what came of them.
 
-    plan(...)      drafters guess; as many guesses as pay run as further rows of their sequences
+    plan(...)      drafters guess, or surrogates where that pays; as many guesses as pay run as further rows
+                   of their sequences
     observe(...)   what the step cost
     judge(...)     which guesses came true, those that did not run too: that costs nothing
 
@@ -12,20 +13,30 @@ from __future__ import annotations
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
 from blockzoo.runtime.draft.forced import ForcedTokens
-from blockzoo.runtime.draft.guesses import Context, Drafter, chances, propose
+from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
-from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.serve.draft_models import DraftModels
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
+from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, greedy_drafts, kinds
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
+_PATIENCE, _EVERY = (
+    8,
+    4,
+)  # after so many steps for which no guess is worth a row, guesses are made every so many
 
+Drafts = Callable[[Sequence[Request]], tuple[list[list[int]], list[float]]]
+"""As many tokens as each request has drafted ones, or fewer where they cannot be had; seconds of the runs."""
 OnDrafted = Callable[[str, str, int, int], None]
 """Of a model, a drafter: guesses that ran, and how many of them came true."""
 
@@ -37,11 +48,17 @@ class Speculation:
         on_drafted: is told of guesses that ran.
         lone_only: speculate only for sequences that run alone: where steps are recorded, shapes are costly.
         drafters: besides the answers that were given; None: all that there are.
+        models: smaller ones that guess for others.
     """
 
     def __init__(
-        self, on_drafted: OnDrafted, lone_only: bool = False, drafters: Sequence[Drafter] | None = None
+        self,
+        on_drafted: OnDrafted,
+        lone_only: bool = False,
+        drafters: Sequence[Drafter] | None = None,
+        models: DraftModels | None = None,
     ) -> None:
+        self._models = models
         self._on_drafted, self._lone_only = on_drafted, lone_only
         self._answers = AnswerLookup()
         own = (ForcedTokens(), PromptLookup()) if drafters is None else tuple(drafters)
@@ -49,6 +66,7 @@ class Speculation:
         self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
         self._choices: dict[Family, RowChoice] = {}
         self._planned: dict[Family, StepKind] = {}
+        self._idle: dict[Family, int] = {}  # steps in a row without drafted rows
 
     def plan(
         self,
@@ -56,8 +74,9 @@ class Speculation:
         items: Sequence[Scheduled],
         requests: Mapping[str, Request],
         scheduler: Scheduler,
+        executor: StepExecutor,
     ) -> None:
-        """Add drafted rows to a step of one executor."""
+        """Add drafted rows to a step of one executor; surrogates run here."""
         self._planned.pop(family, None)
         if any(item.num_tokens > 1 for item in items):
             return  # beside prompts no row is free, and their shapes are new anyway
@@ -65,20 +84,70 @@ class Speculation:
         asking = [request for request in running if _may_draft(request)]
         if not asking or (self._lone_only and len(items) > 1):
             return
-        for request in asking:
-            self._guess(request)
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
         self._planned[family] = kind
-        hopes = [
-            Hopes(request.seq.tenant, chances(request.guesses, self._of(request).rate), _may_draft(request))
-            for request in running
-        ]
+        idle = self._idle[family] = self._idle.get(family, 0) + 1
+        if idle > _PATIENCE and idle % _EVERY:
+            return  # to guess takes time too, the more the more run
+        for request in asking:
+            self._guess(request)
+        hopes = [self._hopes(request) for request in running]
+        costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
-        rows = choice.choose(kind, hopes, scheduler.spare_rows)
-        for request, count in zip(running, _shared_out(rows, hopes), strict=True):
+        option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0))
+        if option.rows:
+            self._idle[family] = 0
+        by_chain: list[Request] = []
+        by_model: list[Request] = []
+        for request, each, count in zip(running, hopes, _shared_out(option, hopes), strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
+                if request.seq.drafted and option.runs and each.prefers_surrogate(option.runs):
+                    surrogate = request.model.surrogate
+                    (by_model if surrogate is not None and surrogate.is_model else by_chain).append(request)
+        seconds = list[float]()
+        if by_chain:
+            seconds += self._ask(by_chain, partial(self._chains_draft, executor), scheduler)
+        if by_model and self._models is not None:
+            seconds += self._ask(by_model, self._models.draft, scheduler)
+        if seconds:
+            choice.observe_runs(kind, seconds)
+
+    def _hopes(self, request: Request) -> Hopes:
+        rate, surrogate, ahead = self._of(request).rate, request.model.surrogate, list[float]()
+        if surrogate is not None and surrogate.is_model:
+            surrogate = surrogate if self._models is not None and self._models.may_follow(request) else None
+        if surrogate is not None and _may_draft(request) and request.sampler.guide is None:
+            places = kinds(surrogate, min(MOST_DRAFTED, _num_left(request)))
+            ahead = chances([Guess(0, kind) for kind in places], rate)
+        return Hopes(request.seq.tenant, chances(request.guesses, rate), _may_draft(request), ahead)
+
+    @staticmethod
+    def _ask(requests: Sequence[Request], drafts: Drafts, scheduler: Scheduler) -> list[float]:
+        """Have surrogates say what has been drafted of requests; the seconds of their runs."""
+        found: list[list[int]] = [[] for _ in requests]
+        seconds: list[float] = []
+        try:
+            found, seconds = drafts(requests)
+        except Exception:  # a bug of ours: it takes nothing from the requests
+            traceback.print_exc()
+        for request, tokens in zip(requests, found, strict=True):
+            assert request.model.surrogate is not None, "it was asked"
+            if len(tokens) < len(request.seq.drafted):
+                scheduler.end_draft(request.seq)
+                continue
+            request.seq.drafted = tuple(tokens)
+            request.untried = request.guesses
+            request.guesses = list(map(Guess, tokens, kinds(request.model.surrogate, len(tokens))))
+        return seconds
+
+    @staticmethod
+    def _chains_draft(
+        executor: StepExecutor, requests: Sequence[Request]
+    ) -> tuple[list[list[int]], list[float]]:
+        asked = [Asked(r.seq, r.model.surrogate.chain_index) for r in requests if r.model.surrogate]
+        return greedy_drafts(executor, asked)
 
     def observe(self, family: Family, items: Sequence[Scheduled], seconds: float) -> None:
         """The step of an executor took so long."""
@@ -94,15 +163,22 @@ class Speculation:
         drafted, so that no more is known."""
         ran = Counter(guess.kind.drafter for guess in request.guesses[: len(request.seq.drafted)])
         true = Counter[str]()
-        for place, (guess, token_id) in enumerate(zip(request.guesses, token_ids, strict=False)):
-            came_true = guess.token_id == token_id
-            self._of(request).note(guess.kind, came_true)
-            if not came_true:
-                break
+        for place, guess in enumerate(self._come_true(request, request.guesses, token_ids)):
             true[guess.kind.drafter] += place < len(request.seq.drafted)
-        request.guesses = []
+        self._come_true(request, request.untried, token_ids)
+        request.guesses = request.untried = ()
         for drafter, count in ran.items():
             self._on_drafted(request.model.name, drafter, count, true[drafter])
+
+    def _come_true(self, request: Request, guesses: Sequence[Guess], token_ids: Sequence[int]) -> list[Guess]:
+        """The guesses that came true, up to the first that did not; it is noted of all these."""
+        found = []
+        for guess, token_id in zip(guesses, token_ids, strict=False):
+            self._of(request).note(guess.kind, guess.token_id == token_id)
+            if guess.token_id != token_id:
+                break
+            found.append(guess)
+        return found
 
     def remember(self, request: Request) -> None:
         """A request has its answer: others of its scope may be alike."""
@@ -132,8 +208,10 @@ class Speculation:
     def _of(self, request: Request) -> Acceptance:
         if request.acceptance is None:
             key = request.model.name, request.seq.tenant
-            tenant = self._tenants.pop(key, None) or Acceptance()
+            first = first_rates(request.model.surrogate)
+            tenant = self._tenants.pop(key, None) or Acceptance(first=first)
             self._tenants[key] = tenant
+            tenant.fade(NAME)
             while len(self._tenants) > _MOST_TENANTS:
                 self._tenants.popitem(last=False)
             request.acceptance = Acceptance(tenant, _OF_REQUEST)
@@ -167,13 +245,16 @@ def _scope_of(request: Request) -> tuple[str, str] | None:
     return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
 
 
-def _shared_out(rows: int, hopes: Sequence[Hopes]) -> list[int]:
-    """How many of so many rows each sequence gets: the likeliest guesses first, then fillers."""
+def _shared_out(option: Option, hopes: Sequence[Hopes]) -> list[int]:
+    """How many of a step's drafted rows each sequence gets: with surrogates as many as any other; else the
+    likeliest guesses first, then fillers."""
+    if option.runs:
+        return [option.runs if each.may_draft else 0 for each in hopes]
     guesses = ((chance, index) for index, each in enumerate(hopes) for chance in each.chances)
     counts = [0] * len(hopes)
-    for _, index in sorted(guesses, key=lambda guess: -guess[0])[:rows]:
+    for _, index in sorted(guesses, key=lambda guess: -guess[0])[: option.rows]:
         counts[index] += 1
-    left = rows - sum(counts)
+    left = option.rows - sum(counts)
     for index, each in enumerate(hopes):
         more = min(left, MOST_DRAFTED - counts[index]) if each.may_draft else 0
         counts[index] += more

@@ -93,3 +93,19 @@ def test_rates_start_from_the_wider_experience_and_come_to_the_own() -> None:
         mine.note(kind, False)
     assert mine.rate(kind) < 0.15
     assert mine.rate(other) == Acceptance().rate(other)
+
+
+def test_what_was_found_before_counts_first_and_comes_back() -> None:
+    kind, other = Kind("surrogate", 1), Kind("prompt", 1)
+    rates = Acceptance(first={kind: 0.9})
+    assert rates.rate(kind) == 0.9
+    assert rates.rate(Kind("surrogate", 2)) < 0.9
+    for _ in range(50):
+        rates.note(kind, False)
+        rates.note(other, True)
+    wrong, right = rates.rate(kind), rates.rate(other)
+    assert wrong < 0.1
+    for _ in range(40):
+        rates.fade("surrogate")
+    assert rates.rate(kind) > 0.6, "nobody tried it since"
+    assert rates.rate(other) == right

@@ -19,7 +19,7 @@ LARGE, SMALL = Family(4096, 8, 128), Family(768, 4, 64)
 
 def topology(*models: tuple[Family, int]) -> Topology:
     chains = tuple(ChainPlan(family, "e", (), layers, (), 10) for family, layers in models)
-    return Topology((), chains, {f"m{i}": i for i in range(len(chains))})
+    return Topology((), chains, {f"m{i}": i for i in range(len(chains))}, {})
 
 
 def test_one_large_model_beside_many_small_ones_gets_what_its_tokens_take() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
-from blockzoo.runtime.draft.row_choice import Hopes, RowChoice
+from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 from blockzoo.runtime.serve.speculation import Speculation
 
 NEAR = 2e-3  # log-probabilities, by rounding
@@ -105,8 +106,8 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """As many drafted rows as a die says, whatever they cost."""
     rng = random.Random(11)
 
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int) -> int:
-        return rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences)))
+    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
+        return Option(rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences))))
 
     monkeypatch.setattr(RowChoice, "choose", choose)
     return rng
@@ -226,3 +227,41 @@ def test_a_prompt_of_which_one_token_runs_is_left_alone(
         take(engine, found)
     assert engine.metrics().copied_pages_total == 1
     assert_same(found["b"], alone(quiet, "base", prompt, ask("greedy", 4)))
+
+
+class Far:
+    """An engine that answers late, as one in another place."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.seconds, self.num_runs = engine, 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self) -> None:
+        time.sleep(self.seconds)
+        self.num_runs += 1
+        self._engine.run()
+
+
+def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) -> None:
+    """A delay counts in what steps are learnt to cost, so drafts are long then; answers stay the same."""
+    engine = LLMEngine(
+        demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto", num_threads=1)
+    )
+    zoo = engine._zoo
+    chain = zoo.topology.chains[zoo.topology.chain_of_model["base"]]
+    engines, span = zoo.executors[chain.family]._engines, chain.uses[-1].span
+    engines[span] = far = Far(engines[span])
+    params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
+    prompt = [300, 301, 302, 303, 304] * 12
+    prompt += alone(quiet, "base", prompt, params).tokens  # it goes round and round from here
+    expected = alone(quiet, "base", prompt, params)
+    far.seconds = 0.01
+    runs = []
+    for speculate in (False, True):
+        far.num_runs = 0
+        assert_same(alone(engine, "base", prompt, replace(params, speculate=speculate)), expected)
+        runs.append(far.num_runs)
+    assert runs[0] >= 96
+    assert runs[1] < 0.4 * runs[0], "most of the delays are waited for once for several tokens"
