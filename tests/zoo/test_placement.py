@@ -10,7 +10,19 @@ from itertools import product
 import numpy as np
 import pytest
 
-from blockzoo.zoo.placement import Chain, PlacementError, Plan, Span, Task, Worker, fits, judge, place
+from blockzoo.zoo.placement import (
+    Chain,
+    PlacementError,
+    Plan,
+    Span,
+    Task,
+    Worker,
+    adapt,
+    fits,
+    judge,
+    moves,
+    place,
+)
 
 MIB = 1 << 20
 
@@ -128,3 +140,100 @@ def test_moves_only_what_pays() -> None:
         replace(held, chains={name: Chain(chain.spans, 60.0) for name, chain in calm.items()}, **slow)
     )
     assert stays.moving == 0
+
+
+# ---- as rates change
+
+
+def changed(task: Task, seed: int) -> Task | None:
+    """The task some time later: workers hold its plan, other chains are busy; None: it has no plan."""
+    source = random.Random(seed)
+    try:
+        held = place(task).homes
+    except PlacementError:
+        return None
+    chains = {
+        name: Chain(chain.spans, chain.rate * source.choice((0.2, 1.0, 1.0, 1.5)))
+        for name, chain in task.chains.items()
+    }
+    byte_s = source.choice((1e-9, 1e-8, 1e-7))
+    slower = wires(len(task.workers), 1e-4, byte_s)["byte_s"]
+    return replace(task, chains=chains, held=held, byte_s=slower, horizon_s=source.choice((1.0, 30.0, 600.0)))
+
+
+def test_goes_over_to_nearly_the_best_plan_that_there_is() -> None:
+    gaps, stayed = [], 0
+    for seed in range(40):
+        task = random_task(seed)
+        later = changed(task, seed)
+        best = None if later is None else optimum(later)
+        if later is None or best is None:
+            continue
+        before = place(task)
+        plan = adapt(later, before.routes)
+        assert fits(later, plan.homes)
+        assert plan.cost <= judge(later, before.routes).cost
+        stayed += plan.routes == before.routes
+        gaps.append(plan.cost / best.cost - 1)
+    assert min(gaps) > -1e-9
+    assert len(gaps) >= 20
+    assert np.median(gaps) == pytest.approx(0, abs=1e-6)
+    assert max(gaps) < 0.1, sorted(gaps)[-5:]
+    assert 0 < stayed < len(gaps)
+
+
+def test_nothing_is_moved_that_does_not_pay() -> None:
+    """Whatever is moved, the plan is dearer without: with its chains where the span is already."""
+    moved = 0
+    for seed in range(40):
+        later = changed(random_task(seed), seed)
+        if later is None:
+            continue
+        try:
+            plan = adapt(later, place(random_task(seed)).routes)
+        except PlacementError:
+            continue
+        for move in moves(later, plan):
+            moved += 1
+            for holder in later.held[move.span]:
+                routes = {
+                    name: tuple(
+                        holder if (span, worker) == (move.span, move.worker) else worker
+                        for span, worker in zip(later.chains[name].spans, route, strict=True)
+                    )
+                    for name, route in plan.routes.items()
+                }
+                other = judge(later, routes)
+                assert other.cost >= plan.cost * (1 - 1e-9) or not fits(later, other.homes)
+    assert moved > 3
+
+
+def test_what_moves_pays_for_its_traffic() -> None:
+    calm = {name: Chain(("base", name), 10.0) for name in "ab"}
+    first = place(three(chains=calm, horizon_s=10.0))
+    busy = {name: Chain(("base", name), 210.0) for name in "ab"}
+    later = three(chains=busy, held=first.homes, horizon_s=60.0)
+    plan = adapt(later, first.routes)
+    assert judge(later, first.routes).cost == math.inf
+    assert max(plan.loads) < 0.9
+    (move,) = moves(later, plan)
+    assert move.seconds == pytest.approx(later.spans[move.span].num_bytes * 1e-9)
+    assert move.worker not in first.homes[move.span]
+    back = three(chains=calm, held=plan.homes, horizon_s=60.0)
+    assert moves(back, adapt(back, plan.routes)) == []
+    slow = [[1.0] * 3] * 3  # a second a byte
+    bearable = {name: Chain(("base", name), 60.0) for name in "ab"}
+    stays = adapt(replace(later, chains=bearable, byte_s=slow), first.routes)
+    assert stays.routes == first.routes
+
+
+def test_chains_and_workers_come_and_go() -> None:
+    task = three()
+    plan = place(task)
+    chains = {"b": task.chains["b"], "c": Chain(("base", "b"), 20.0)}
+    later = adapt(replace(task, chains=chains, held=plan.homes), plan.routes)
+    assert later.routes.keys() == {"b", "c"}
+    two = replace(task, workers=task.workers[:2], **wires(2))
+    assert {worker for route in adapt(two, plan.routes).routes.values() for worker in route} <= {0, 1}
+    with pytest.raises(PlacementError, match=r"keep 8\.00 workers"):
+        adapt(replace(task, chains={"a": Chain(("base", "a"), 2000.0)}), plan.routes)

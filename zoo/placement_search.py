@@ -1,0 +1,207 @@
+"""Local search over the routes of a placement task; `placement` says what is searched and why.
+
+Routes are changed one move at a time, and what follows from them (loads, room, traffic) is kept up to date,
+so that a move is judged by what it touches. What does not fit, or is more than a worker can do, is not
+forbidden but dear: so a search may begin anywhere, and finds its way back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockzoo.zoo.placement import Task
+
+Route = tuple[int, ...]
+_OVERFULL = 1e9  # cost of a worker's whole memory that is not there
+_BUSIEST = 0.999
+_GAIN = 1e-9  # relative, that a move must bring
+
+
+class Search:
+    """Routes, and their cost.
+
+    Args:
+        task: whose chains are routed.
+        routes: to begin with; chains without one are given the cheapest, in this order.
+    """
+
+    def __init__(self, task: Task, routes: Mapping[str, Route]) -> None:
+        self._task = task
+        self.routes: dict[str, Route] = {}
+        self._loads = [0.0] * len(task.workers)
+        self._room = [worker.num_bytes for worker in task.workers]
+        self._costs = [0.0] * len(task.workers)  # of queues, and of what does not fit
+        self._wires: dict[str, float] = {}  # by chain
+        self._fetches: dict[tuple[str, int], float] = {}  # of what lies where it is not held
+        self._uses = Counter[tuple[str, int]]()
+        self._chains_of: dict[str, list[str]] = {}
+        for name, chain in task.chains.items():
+            for span in dict.fromkeys(chain.spans):
+                self._chains_of.setdefault(span, []).append(name)
+        for name, route in routes.items():
+            self._put(name, route)
+
+    @property
+    def cost(self) -> float:
+        """`Plan.cost`, finite where that is infinite."""
+        moving = sum(self._fetches.values()) / self._task.horizon_s
+        return sum(self._costs) + sum(self._wires.values()) + moving
+
+    def add_all(self, order: Iterable[str]) -> Search:
+        """Give chains their cheapest routes, one after the other."""
+        for name in order:
+            self._put(name, self._cheapest(name))
+        return self
+
+    def improve(self) -> Search:
+        """Move by move until none is better."""
+        before = float("inf")
+        while self.cost < before * (1 - _GAIN):
+            before = self.cost
+            for name in list(self.routes):
+                self._move_chain(name)
+            for name in list(self.routes):
+                self._move_parts(name)
+            for span in self._chains_of:
+                self._move_span(span)
+        return self
+
+    # ---- moves
+
+    def _move_chain(self, name: str) -> None:
+        """All of a chain, given the others."""
+        before, old = self.cost, self.routes[name]
+        self._take(name)
+        self._put(name, self._cheapest(name))
+        if self.cost >= before * (1 - _GAIN):
+            self._set({name: old})
+
+    def _move_parts(self, name: str) -> None:
+        """One span of a chain, to wherever it is better."""
+        for place in range(len(self.routes[name])):
+            for worker in range(len(self._task.workers)):
+                route = self.routes[name]
+                if worker != route[place]:
+                    self._try({name: (*route[:place], worker, *route[place + 1 :])})
+
+    def _move_span(self, span: str) -> None:
+        """A span with all chains that use it on one worker; or on any, as a copy less."""
+        users = self._chains_of[span]
+        for origin in sorted({at for at in range(len(self._room)) if self._uses[span, at]}):
+            for worker in range(len(self._room)):
+                if worker != origin:
+                    self._try({name: self._moved(name, span, origin, worker) for name in users})
+
+    def _moved(self, name: str, span: str, origin: int, worker: int) -> Route:
+        spans, route = self._task.chains[name].spans, self.routes[name]
+        return tuple(
+            worker if (each, at) == (span, origin) else at for each, at in zip(spans, route, strict=True)
+        )
+
+    def _try(self, routes: Mapping[str, Route]) -> None:
+        changed = {name: route for name, route in routes.items() if route != self.routes[name]}
+        before, old = self.cost, {name: self.routes[name] for name in changed}
+        self._set(changed)
+        if self.cost >= before * (1 - _GAIN):
+            self._set(old)
+
+    # ---- state
+
+    def _set(self, routes: Mapping[str, Route]) -> None:
+        for name in routes:
+            self._take(name)
+        for name, route in routes.items():
+            self._put(name, route)
+
+    def _put(self, name: str, route: Route) -> None:
+        chain = self._task.chains[name]
+        self.routes[name] = route
+        hops = pairwise((self._task.head, *route, self._task.head))
+        self._wires[name] = chain.rate * sum(self._task.hop_s[a][b] for a, b in hops)
+        for span, worker in zip(chain.spans, route, strict=True):
+            self._uses[span, worker] += 1
+            if self._uses[span, worker] == 1:
+                self._room[worker] -= self._task.spans[span].num_bytes
+                self._fetches[span, worker] = fetch_s(self._task, span, worker)
+            self._loads[worker] += self._load(name, span, worker)
+        self._judge(set(route))
+
+    def _take(self, name: str) -> None:
+        route = self.routes.pop(name)
+        del self._wires[name]
+        for span, worker in zip(self._task.chains[name].spans, route, strict=True):
+            self._uses[span, worker] -= 1
+            if not self._uses[span, worker]:
+                self._room[worker] += self._task.spans[span].num_bytes
+                del self._fetches[span, worker]
+            self._loads[worker] -= self._load(name, span, worker)
+        self._judge(set(route))
+
+    def _judge(self, workers: Iterable[int]) -> None:
+        for worker in workers:
+            overfull = max(0, -self._room[worker]) / max(1, self._task.workers[worker].num_bytes)
+            self._costs[worker] = queue(self._loads[worker]) + _OVERFULL * overfull
+
+    def _load(self, name: str, span: str, worker: int) -> float:
+        """Share of its time that a worker has a chain's span to run."""
+        task = self._task
+        return task.chains[name].rate * task.spans[span].seconds / task.workers[worker].speed
+
+    # ---- the cheapest route
+
+    def _cheapest(self, name: str) -> Route:
+        """Of a chain that has none, given the others': the shortest path through the workers."""
+        task, chain = self._task, self._task.chains[name]
+        paths: dict[int, tuple[float, Route, dict[int, int]]] = {task.head: (0.0, (), {})}
+        for span in chain.spans:
+            reached: dict[int, tuple[float, Route, dict[int, int]]] = {}
+            for worker in range(len(task.workers)):
+                step, size = self._step(name, span, worker)
+                for before, (cost, path, taken) in paths.items():
+                    lacking = max(0, taken.get(worker, 0) + size - max(0, self._room[worker])) if size else 0
+                    dear = _OVERFULL * lacking / max(1, task.workers[worker].num_bytes)
+                    total = cost + step + dear + chain.rate * task.hop_s[before][worker]
+                    if worker not in reached or total < reached[worker][0]:
+                        more = {**taken, worker: taken.get(worker, 0) + size}
+                        reached[worker] = total, (*path, worker), more
+            paths = reached
+        return min(
+            (cost + chain.rate * task.hop_s[at][task.head], path) for at, (cost, path, _) in paths.items()
+        )[1]
+
+    def _step(self, name: str, span: str, worker: int) -> tuple[float, int]:
+        """What a span more costs on a worker, in its queue and to get there, and the bytes that it takes."""
+        load = self._loads[worker]
+        cost = queue(load + self._load(name, span, worker)) - queue(load)
+        if self._uses[span, worker]:
+            return cost, 0
+        fetch = fetch_s(self._task, span, worker) / self._task.horizon_s
+        return cost + fetch, self._task.spans[span].num_bytes
+
+
+def packed(task: Task) -> dict[str, Route]:
+    """Each span once, the largest first, where most room is."""
+    room = [worker.num_bytes for worker in task.workers]
+    home: dict[str, int] = {}
+    for span in sorted(task.spans, key=lambda span: -task.spans[span].num_bytes):
+        home[span] = max(range(len(room)), key=room.__getitem__)
+        room[home[span]] -= task.spans[span].num_bytes
+    return {name: tuple(home[span] for span in chain.spans) for name, chain in task.chains.items()}
+
+
+def queue(load: float) -> float:
+    """Tokens in a worker; beyond its limit something large that still grows, so that there is a way back."""
+    return load / (1 - load) if load < _BUSIEST else 1e3 + 1e6 * (load - _BUSIEST)
+
+
+def fetch_s(task: Task, span: str, worker: int) -> float:
+    """Seconds until a worker has a span: none where it has, else from the nearest that has, or from disk."""
+    holders: Sequence[int] | frozenset[int] = task.held.get(span, frozenset())
+    if worker in holders:
+        return 0.0
+    nearest = min(task.byte_s[other][worker] for other in (*holders, worker))
+    return task.spans[span].num_bytes * nearest
