@@ -1,10 +1,13 @@
 """Which worker holds which spans of a zoo, and which of them each chain goes through.
 
 A plan is judged by one figure, the tokens that are under way on average: by Little's law the rate of each
-chain times the time that a token takes through it, on wires and in workers. A worker that is busy for a share
-`u` of the time holds `u / (1 - u)` tokens (M/M/1), so loads even out by themselves, and a hot span gets a
-copy where the queue before it costs more than the wire to another worker. (After BlockLLM, arXiv 2404.18322,
-whose placement follows the traffic between blocks, too; the solver is ours.)
+chain times the time that a token takes through it, on wires and in workers. A worker that is busy with rows
+for a share `u` of the time holds `u / (1 - u)` tokens (M/M/1), so loads even out by themselves, and a hot
+span gets a copy where the queue before it costs more than the wire to another worker. What a call costs
+however few rows it has (weights are read) is shared by all rows that meet in it: a worker goes round its
+spans, calls those for which tokens have come, and who comes takes one round. So chains of one base are drawn
+together, as far as queues let them. (After BlockLLM, arXiv 2404.18322, whose placement follows the traffic
+between blocks, too; the solver is ours.)
 
 Chains are placed one after the other, the busiest first, each by the shortest path through the workers given
 those before; then each is placed anew given all others, and spans are moved, until nothing gets better. What
@@ -16,13 +19,15 @@ Ints and floats only: it knows of no manifest, engine or process.
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from blockzoo.zoo.placement_search import Search, fetch_s, packed
+from blockzoo.zoo.placement_search import Flow, Search, fetch_s, packed
 
+_ORDERS, _MOST_ORDERS = 120, 12  # tried besides, in small tasks: they are soon done
 _WORTH = 1e-6  # relative, that a plan must be better for routes to be changed
 
 Homes = Mapping[str, frozenset[int]]
@@ -39,11 +44,13 @@ class Span:
 
     Attributes:
         num_bytes: that a worker needs to hold it.
-        seconds: that a token takes, on a worker of speed 1.
+        seconds: that a token more takes, on a worker of speed 1.
+        call_seconds: that a call takes beside its tokens, there.
     """
 
     num_bytes: int
     seconds: float
+    call_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,8 @@ class Plan:
     Attributes:
         routes: by chain, the worker of each of its spans.
         homes: what each worker holds for that.
-        loads: by worker, the share of time that it is busy.
+        loads: by worker, the share of time that it is busy with rows.
+        tokens: by worker, those there on average.
         wire: tokens under way between workers.
         moving: share of the horizon for which weights are on the wire.
     """
@@ -99,6 +107,7 @@ class Plan:
     routes: Mapping[str, tuple[int, ...]]
     homes: Homes
     loads: tuple[float, ...]
+    tokens: tuple[float, ...]
     wire: float
     moving: float
 
@@ -107,7 +116,7 @@ class Plan:
         """Tokens under way, and what moving counts for; infinite where a worker cannot keep up."""
         if max(self.loads, default=0.0) >= 1:
             return math.inf
-        return sum(load / (1 - load) for load in self.loads) + self.wire + self.moving
+        return sum(self.tokens) + self.wire + self.moving
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +182,11 @@ def _fresh(task: Task) -> list[Search]:
     """Where a search that keeps nothing begins."""
     by_rate = sorted(task.chains, key=lambda name: -task.chains[name].rate)
     by_size = sorted(task.chains, key=lambda name: -_num_bytes(task, name))
-    return [*(Search(task, {}).add_all(order) for order in (by_rate, by_size)), Search(task, packed(task))]
+    orders = [by_rate, by_size]
+    source = random.Random(0)
+    for _ in range(min(_MOST_ORDERS, _ORDERS // (len(task.chains) * len(task.workers)))):
+        orders.append(source.sample(by_rate, len(by_rate)))
+    return [*(Search(task, {}).add_all(order) for order in orders), Search(task, packed(task))]
 
 
 def _best(task: Task, starts: Iterable[Search]) -> Plan:
@@ -193,18 +206,25 @@ def _best(task: Task, starts: Iterable[Search]) -> Plan:
 def judge(task: Task, routes: Mapping[str, tuple[int, ...]]) -> Plan:
     """The plan that follows from routes; it may want more memory than there is (`fits`)."""
     homes: dict[str, set[int]] = defaultdict(set)
-    loads = [0.0] * len(task.workers)
+    flows = [Flow() for _ in task.workers]
     wire = 0.0
     for name, route in routes.items():
         chain = task.chains[name]
         for span, worker in zip(chain.spans, route, strict=True):
             homes[span].add(worker)
-            loads[worker] += chain.rate * task.spans[span].seconds / task.workers[worker].speed
+        for worker in set(route):
+            flows[worker].add(task, chain, route, worker)
         hops = pairwise((task.head, *route, task.head))
         wire += chain.rate * sum(task.hop_s[a][b] for a, b in hops)
     moving = sum(fetch_s(task, span, worker) for span, places in homes.items() for worker in places)
-    frozen = {span: frozenset(places) for span, places in homes.items()}
-    return Plan(dict(routes), frozen, tuple(loads), wire, moving / task.horizon_s)
+    return Plan(
+        dict(routes),
+        {span: frozenset(places) for span, places in homes.items()},
+        tuple(flow.load for flow in flows),
+        tuple(flow.tokens(task, worker) for worker, flow in enumerate(flows)),
+        wire,
+        moving / task.horizon_s,
+    )
 
 
 def fits(task: Task, homes: Homes) -> bool:

@@ -7,17 +7,20 @@ forbidden but dear: so a search may begin anywhere, and finds its way back.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockzoo.zoo.placement import Task
+    from blockzoo.zoo.placement import Chain, Task
 
 Route = tuple[int, ...]
 _OVERFULL = 1e9  # cost of a worker's whole memory that is not there
 _BUSIEST = 0.999
+_ROUNDS = 2  # until a worker's cycle is as long as what it finds to do
+_NO_RATE = 1e-12
 _GAIN = 1e-9  # relative, that a move must bring
 
 
@@ -32,9 +35,9 @@ class Search:
     def __init__(self, task: Task, routes: Mapping[str, Route]) -> None:
         self._task = task
         self.routes: dict[str, Route] = {}
-        self._loads = [0.0] * len(task.workers)
+        self._flows = [Flow() for _ in task.workers]
         self._room = [worker.num_bytes for worker in task.workers]
-        self._costs = [0.0] * len(task.workers)  # of queues, and of what does not fit
+        self._costs = [0.0] * len(task.workers)  # tokens there, and what does not fit
         self._wires: dict[str, float] = {}  # by chain
         self._fetches: dict[tuple[str, int], float] = {}  # of what lies where it is not held
         self._uses = Counter[tuple[str, int]]()
@@ -97,10 +100,8 @@ class Search:
                     self._try({name: self._moved(name, span, origin, worker) for name in users})
 
     def _moved(self, name: str, span: str, origin: int, worker: int) -> Route:
-        spans, route = self._task.chains[name].spans, self.routes[name]
-        return tuple(
-            worker if (each, at) == (span, origin) else at for each, at in zip(spans, route, strict=True)
-        )
+        stages = zip(self._task.chains[name].spans, self.routes[name], strict=True)
+        return tuple(worker if stage == (span, origin) else stage[1] for stage in stages)
 
     def _try(self, routes: Mapping[str, Route]) -> None:
         changed = {name: route for name, route in routes.items() if route != self.routes[name]}
@@ -127,29 +128,26 @@ class Search:
             if self._uses[span, worker] == 1:
                 self._room[worker] -= self._task.spans[span].num_bytes
                 self._fetches[span, worker] = fetch_s(self._task, span, worker)
-            self._loads[worker] += self._load(name, span, worker)
+        for worker in set(route):
+            self._flows[worker].add(self._task, chain, route, worker)
         self._judge(set(route))
 
     def _take(self, name: str) -> None:
-        route = self.routes.pop(name)
+        route, chain = self.routes.pop(name), self._task.chains[name]
         del self._wires[name]
-        for span, worker in zip(self._task.chains[name].spans, route, strict=True):
+        for span, worker in zip(chain.spans, route, strict=True):
             self._uses[span, worker] -= 1
             if not self._uses[span, worker]:
                 self._room[worker] += self._task.spans[span].num_bytes
                 del self._fetches[span, worker]
-            self._loads[worker] -= self._load(name, span, worker)
+        for worker in set(route):
+            self._flows[worker].add(self._task, chain, route, worker, -1)
         self._judge(set(route))
 
     def _judge(self, workers: Iterable[int]) -> None:
         for worker in workers:
             overfull = max(0, -self._room[worker]) / max(1, self._task.workers[worker].num_bytes)
-            self._costs[worker] = queue(self._loads[worker]) + _OVERFULL * overfull
-
-    def _load(self, name: str, span: str, worker: int) -> float:
-        """Share of its time that a worker has a chain's span to run."""
-        task = self._task
-        return task.chains[name].rate * task.spans[span].seconds / task.workers[worker].speed
+            self._costs[worker] = self._flows[worker].tokens(self._task, worker) + _OVERFULL * overfull
 
     # ---- the cheapest route
 
@@ -160,10 +158,11 @@ class Search:
         for span in chain.spans:
             reached: dict[int, tuple[float, Route, dict[int, int]]] = {}
             for worker in range(len(task.workers)):
-                step, size = self._step(name, span, worker)
+                comes, stays, size = self._step(chain, span, worker)
                 for before, (cost, path, taken) in paths.items():
                     lacking = max(0, taken.get(worker, 0) + size - max(0, self._room[worker])) if size else 0
                     dear = _OVERFULL * lacking / max(1, task.workers[worker].num_bytes)
+                    step = stays if path and before == worker else comes
                     total = cost + step + dear + chain.rate * task.hop_s[before][worker]
                     if worker not in reached or total < reached[worker][0]:
                         more = {**taken, worker: taken.get(worker, 0) + size}
@@ -173,14 +172,57 @@ class Search:
             (cost + chain.rate * task.hop_s[at][task.head], path) for at, (cost, path, _) in paths.items()
         )[1]
 
-    def _step(self, name: str, span: str, worker: int) -> tuple[float, int]:
-        """What a span more costs on a worker, in its queue and to get there, and the bytes that it takes."""
-        load = self._loads[worker]
-        cost = queue(load + self._load(name, span, worker)) - queue(load)
+    def _step(self, chain: Chain, span: str, worker: int) -> tuple[float, float, int]:
+        """What a span more costs on a worker, with and without a visit more, and the bytes that it takes."""
+        flow, task = self._flows[worker], self._task
+        now = flow.tokens(task, worker)
+        comes, stays = (flow.tokens(task, worker, span, chain.rate, visits) - now for visits in (1, 0))
         if self._uses[span, worker]:
-            return cost, 0
-        fetch = fetch_s(self._task, span, worker) / self._task.horizon_s
-        return cost + fetch, self._task.spans[span].num_bytes
+            return comes, stays, 0
+        fetch = fetch_s(task, span, worker) / task.horizon_s
+        return comes + fetch, stays + fetch, task.spans[span].num_bytes
+
+
+class Flow:
+    """What goes through a worker."""
+
+    def __init__(self) -> None:
+        self.load = 0.0  # share of its time for the rows
+        self._visits = 0.0  # of tokens, a second: spans that follow each other here are one
+        self._rates: dict[str, float] = {}  # tokens a second by span
+
+    def add(self, task: Task, chain: Chain, route: Route, worker: int, sign: int = 1) -> None:
+        """Add a chain, or with -1 take it away."""
+        before = -1
+        for span, at in zip(chain.spans, route, strict=True):
+            if at == worker:
+                rate = sign * chain.rate
+                self._rates[span] = self._rates.get(span, 0.0) + rate
+                self._visits += rate * (before != worker)
+                self.load += rate * task.spans[span].seconds / task.workers[worker].speed
+            before = at
+        if sign < 0 and not any(rate > _NO_RATE for rate in self._rates.values()):
+            self.load, self._visits, self._rates = 0.0, 0.0, {}  # roundings go, too
+
+    def tokens(
+        self, task: Task, worker: int, span: str | None = None, rate: float = 0, visits: int = 0
+    ) -> float:
+        """Tokens there on average, with a rate through a span (and so many visits of it) besides; beyond the
+        limit something large that still grows, so that there is a way back."""
+        speed = task.workers[worker].speed
+        load, rates = self.load, self._rates
+        if span is not None:
+            load += rate * task.spans[span].seconds / speed
+            rates = {**rates, span: rates.get(span, 0.0) + rate}
+        if load >= _BUSIEST:
+            return 1e3 + 1e6 * (load - _BUSIEST)
+        calls = [(task.spans[name].call_seconds / speed, rate) for name, rate in rates.items()]
+        cycle = sum(seconds for seconds, rate in calls if rate > _NO_RATE) / (1 - load)
+        if cycle:
+            for _ in range(_ROUNDS):
+                busy = sum(seconds * (1 - math.exp(-max(0.0, rate) * cycle)) for seconds, rate in calls)
+                cycle = busy / (1 - load)
+        return load / (1 - load) + (self._visits + rate * visits) * cycle
 
 
 def packed(task: Task) -> dict[str, Route]:
@@ -191,11 +233,6 @@ def packed(task: Task) -> dict[str, Route]:
         home[span] = max(range(len(room)), key=room.__getitem__)
         room[home[span]] -= task.spans[span].num_bytes
     return {name: tuple(home[span] for span in chain.spans) for name, chain in task.chains.items()}
-
-
-def queue(load: float) -> float:
-    """Tokens in a worker; beyond its limit something large that still grows, so that there is a way back."""
-    return load / (1 - load) if load < _BUSIEST else 1e3 + 1e6 * (load - _BUSIEST)
 
 
 def fetch_s(task: Task, span: str, worker: int) -> float:

