@@ -25,9 +25,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from blockzoo.zoo.placement_search import Flow, Search, fetch_s, packed
+from blockzoo.zoo.placement_search import Flow, Search, fetch_s, packed, scattered
 
-_ORDERS, _MOST_ORDERS = 120, 12  # tried besides, in small tasks: they are soon done
+_TRIES, _MOST_TRIES = 120, 12  # tried besides, in small tasks: they are soon done
 _WORTH = 1e-6  # relative, that a plan must be better for routes to be changed
 
 Homes = Mapping[str, frozenset[int]]
@@ -182,11 +182,12 @@ def _fresh(task: Task) -> list[Search]:
     """Where a search that keeps nothing begins."""
     by_rate = sorted(task.chains, key=lambda name: -task.chains[name].rate)
     by_size = sorted(task.chains, key=lambda name: -_num_bytes(task, name))
-    orders = [by_rate, by_size]
+    starts = [Search(task, {}).add_all(order) for order in (by_rate, by_size)]
+    starts.append(Search(task, packed(task)))
     source = random.Random(0)
-    for _ in range(min(_MOST_ORDERS, _ORDERS // (len(task.chains) * len(task.workers)))):
-        orders.append(source.sample(by_rate, len(by_rate)))
-    return [*(Search(task, {}).add_all(order) for order in orders), Search(task, packed(task))]
+    for _ in range(min(_MOST_TRIES, _TRIES // (len(task.chains) * len(task.workers)))):
+        starts.append(Search(task, scattered(task, source)))
+    return starts
 
 
 def _best(task: Task, starts: Iterable[Search]) -> Plan:

@@ -8,9 +8,10 @@ forbidden but dear: so a search may begin anywhere, and finds its way back.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ Route = tuple[int, ...]
 _OVERFULL = 1e9  # cost of a worker's whole memory that is not there
 _BUSIEST = 0.999
 _ROUNDS = 2  # until a worker's cycle is as long as what it finds to do
+_FEW = 12  # chains, of which all pairs are tried
+_WAIT = 0.5  # of a round: who comes from another worker finds this one in the middle of one
 _NO_RATE = 1e-12
 _GAIN = 1e-9  # relative, that a move must bring
 
@@ -71,6 +74,8 @@ class Search:
                 self._move_parts(name)
             for span in self._chains_of:
                 self._move_span(span)
+            if self.cost >= before * (1 - _GAIN) and len(self.routes) <= _FEW:
+                self._exchange()
         return self
 
     # ---- moves
@@ -98,6 +103,14 @@ class Search:
             for worker in range(len(self._room)):
                 if worker != origin:
                     self._try({name: self._moved(name, span, origin, worker) for name in users})
+
+    def _exchange(self) -> None:
+        """Two chains, what they do on two workers."""
+        for one, other in combinations(list(self.routes), 2):
+            for a, b in product(range(len(self._room)), repeat=2):
+                if a in self.routes[one] and b in self.routes[other] and a != b:
+                    swap = {a: b, b: a}
+                    self._try({n: tuple(swap.get(w, w) for w in self.routes[n]) for n in (one, other)})
 
     def _moved(self, name: str, span: str, origin: int, worker: int) -> Route:
         stages = zip(self._task.chains[name].spans, self.routes[name], strict=True)
@@ -176,7 +189,7 @@ class Search:
         """What a span more costs on a worker, with and without a visit more, and the bytes that it takes."""
         flow, task = self._flows[worker], self._task
         now = flow.tokens(task, worker)
-        comes, stays = (flow.tokens(task, worker, span, chain.rate, visits) - now for visits in (1, 0))
+        comes, stays = (flow.tokens(task, worker, span, chain.rate, n) - now for n in (1 + _WAIT, 0))
         if self._uses[span, worker]:
             return comes, stays, 0
         fetch = fetch_s(task, span, worker) / task.horizon_s
@@ -188,24 +201,25 @@ class Flow:
 
     def __init__(self) -> None:
         self.load = 0.0  # share of its time for the rows
-        self._visits = 0.0  # of tokens, a second: spans that follow each other here are one
+        self._visits = 0.0  # of tokens, a second, in rounds: spans that follow each other here take one
         self._rates: dict[str, float] = {}  # tokens a second by span
 
     def add(self, task: Task, chain: Chain, route: Route, worker: int, sign: int = 1) -> None:
         """Add a chain, or with -1 take it away."""
         before = -1
+        rounds = 1 if len(set(route)) == 1 else 1 + _WAIT
         for span, at in zip(chain.spans, route, strict=True):
             if at == worker:
                 rate = sign * chain.rate
                 self._rates[span] = self._rates.get(span, 0.0) + rate
-                self._visits += rate * (before != worker)
+                self._visits += rate * rounds * (before != worker)
                 self.load += rate * task.spans[span].seconds / task.workers[worker].speed
             before = at
         if sign < 0 and not any(rate > _NO_RATE for rate in self._rates.values()):
             self.load, self._visits, self._rates = 0.0, 0.0, {}  # roundings go, too
 
     def tokens(
-        self, task: Task, worker: int, span: str | None = None, rate: float = 0, visits: int = 0
+        self, task: Task, worker: int, span: str | None = None, rate: float = 0, visits: float = 0
     ) -> float:
         """Tokens there on average, with a rate through a span (and so many visits of it) besides; beyond the
         limit something large that still grows, so that there is a way back."""
@@ -223,6 +237,12 @@ class Flow:
                 busy = sum(seconds * (1 - math.exp(-max(0.0, rate) * cycle)) for seconds, rate in calls)
                 cycle = busy / (1 - load)
         return load / (1 - load) + (self._visits + rate * visits) * cycle
+
+
+def scattered(task: Task, source: random.Random) -> dict[str, Route]:
+    """Anything, anywhere."""
+    workers = range(len(task.workers))
+    return {name: tuple(source.choice(workers) for _ in chain.spans) for name, chain in task.chains.items()}
 
 
 def packed(task: Task) -> dict[str, Route]:

@@ -20,7 +20,7 @@ from benchmarks.cluster_sim.traffic import Request
 from blockzoo.runtime.serve.scheduler import Scheduled
 
 Coordination = Literal["best", "stay", "move", "anew"]
-HEAD_S, HEAD_SEQ_S = 1e-3, 30e-6  # of a step, of a sequence in it: scheduling, sampling, text
+HEAD_S, HEAD_SEQ_S = 1e-3, 10e-6  # of a step, of a sequence in it: scheduling, sampling, text
 
 
 class Stage(NamedTuple):

@@ -90,7 +90,8 @@ def test_near_the_optimum_of_small_cases() -> None:
     assert min(gaps) > -1e-9
     assert len(gaps) >= 25
     assert (missed, np.median(gaps)) == (0, pytest.approx(0, abs=1e-6))
-    assert max(gaps) < 0.1, sorted(gaps)[-5:]
+    assert np.mean(gaps) < 0.02
+    assert max(gaps) < 0.2, sorted(gaps)[-5:]
 
 
 def three(**more) -> Task:
@@ -193,7 +194,7 @@ def test_goes_over_to_nearly_the_best_plan_that_there_is() -> None:
     assert len(gaps) >= 20
     assert np.median(gaps) == pytest.approx(0, abs=1e-6)
     assert np.mean(gaps) < 0.03
-    assert max(gaps) < 0.3, sorted(gaps)[-5:]
+    assert max(gaps) < 0.2, sorted(gaps)[-5:]
     assert 0 < stayed < len(gaps)
 
 
