@@ -146,6 +146,11 @@ class Machines:
         """By GPU."""
         return [server for server, count in enumerate(self.servers) for _ in range(count)]
 
+    def cells(self) -> list[list[int]]:
+        """The GPUs of each server."""
+        places = self.server_of()
+        return [[gpu for gpu, at in enumerate(places) if at == server] for server in range(len(self.servers))]
+
     def links(self) -> list[list[Link]]:
         """[from][to]."""
         places = self.server_of()

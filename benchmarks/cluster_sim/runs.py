@@ -75,7 +75,7 @@ def run(setting: Setting, side: Side, rate: float, seed: int) -> Outcome:
     rates = token_rates(apps, setting.mix, rate)
     pieces, chains = pieces_and_chains(apps, side.shared)
     task = make_task(setting.machines, pieces, chains, rates, setting.mix, side)
-    plan = make_plan(task, side, seed)
+    plan = make_plan(task, side, seed, setting.machines.cells())
     cluster = make_cluster(setting.machines, apps, setting.mix, rates, side, plan, setting.head_link, seed)
     requests = make_requests(apps, setting.mix, rate, setting.seconds, seed)
     copies = sum(pieces[span].num_bytes * len(homes) for span, homes in plan.homes.items())

@@ -17,11 +17,13 @@ from benchmarks.cluster_sim.traffic import App, Mix
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.serve.config import SchedulerConfig
 from blockzoo.zoo.placement import Chain, PlacementError, Plan, Span, Task, Worker, fits, judge, place
+from blockzoo.zoo.placement_cells import place_in_cells
 
 USABLE = 0.9  # of a GPU's memory; the rest is for activations and the runtime
 BLOCKS = 0.8  # of it, that weights may take: the rest is for KV
 LORA_RANK = 16
 SCHEDULER = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=1024, max_waiting=1 << 20)
+_ONE_SEARCH = 16  # GPUs that are placed in one; more are placed by server
 _CONTEXT = 500.0  # tokens, for such estimates
 
 
@@ -115,8 +117,10 @@ def _span(piece: Piece, machines: Machines, mix: Mix) -> Span:
     return Span(piece.num_bytes, decode + prompt * (1 + mix.prompt / mix.answer), call)
 
 
-def make_plan(task: Task, side: Side, seed: int) -> Plan:
-    """Where spans are and chains go. Raises PlacementError."""
+def make_plan(task: Task, side: Side, seed: int, cells: Sequence[Sequence[int]] = ()) -> Plan:
+    """Where spans are and chains go; of many workers in each of the cells. Raises PlacementError."""
+    if len(task.workers) > _ONE_SEARCH:
+        return place_in_cells(task, cells)
     if side.placement != "random":
         return place(task)
     rng = np.random.default_rng([seed, 4])
@@ -149,7 +153,7 @@ def make_cluster(
     their steps go on elsewhere, so that workers need not wait."""
     pieces, chains = pieces_and_chains(apps, side.shared)
     adapters = {app.name: _adapter_bytes(app) for app in apps if side.shared and app.kind == "lora"}
-    head = 0 if side.shared else None
+    head = 0 if side.shared and machines.num_gpus <= _ONE_SEARCH else None
     cluster = Cluster(machines, pieces, adapters, head, head_link, side.per_block)
     groups = _groups(plan, chains)
     lanes = [group for group in groups for _ in range(1 if len(_workers(group)) == 1 else 2)]

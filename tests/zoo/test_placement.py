@@ -23,6 +23,7 @@ from blockzoo.zoo.placement import (
     moves,
     place,
 )
+from blockzoo.zoo.placement_cells import place_in_cells
 
 MIB = 1 << 20
 
@@ -253,3 +254,41 @@ def test_chains_and_workers_come_and_go() -> None:
     assert {worker for route in adapt(two, plan.routes).routes.values() for worker in route} <= {0, 1}
     with pytest.raises(PlacementError, match=r"keep 8\.00 workers"):
         adapt(replace(task, chains={"a": Chain(("base", "a"), 2000.0)}), plan.routes)
+
+
+# ---- cells
+
+
+def many(number: int) -> Task:
+    """Forty chains of two bases, with an own span each, on workers of which each holds a base and some."""
+    source = random.Random(7)
+    spans = {f"base{i}": Span(40 * MIB, 1e-4, call_seconds=2e-3) for i in range(2)}
+    chains = {}
+    for i in range(40):
+        spans[f"own{i}"] = Span(4 * MIB, 1e-4, call_seconds=2e-4)
+        chains[f"c{i}"] = Chain((f"base{i % 2}", f"own{i}"), source.uniform(1, 60))
+    return Task(spans, chains, [Worker(100 * MIB)] * number, **wires(number))
+
+
+def test_each_chain_stays_in_a_cell() -> None:
+    task = many(8)
+    cells = [(0, 1), (2, 3, 4), (5, 6, 7)]
+    plan = place_in_cells(task, cells)
+    assert plan.routes.keys() == task.chains.keys()
+    assert fits(task, plan.homes)
+    for route in plan.routes.values():
+        assert any(set(route) <= set(cell) for cell in cells)
+    assert plan.cost < 1.5 * place(task).cost
+
+
+def test_one_cell_is_all() -> None:
+    task = many(4)
+    assert place_in_cells(task, [range(4)]).routes == place(task).routes
+
+
+def test_a_hundred_cells_are_placed_in_no_time() -> None:
+    task = many(100)
+    plan = place_in_cells(task, [range(first, first + 4) for first in range(0, 100, 4)])
+    assert plan.cost < math.inf
+    with pytest.raises(PlacementError, match="workers room for"):
+        place_in_cells(replace(task, workers=[Worker(10 * MIB)] * 100), [range(50), range(50, 100)])
