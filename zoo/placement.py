@@ -28,7 +28,6 @@ from itertools import pairwise
 from blockzoo.zoo.placement_search import Flow, Search, fetch_s, packed, scattered
 
 _TRIES, _MOST_TRIES = 120, 12  # tried besides, in small tasks: they are soon done
-_WORTH = 1e-6  # relative, that a plan must be better for routes to be changed
 
 Homes = Mapping[str, frozenset[int]]
 """By span, the workers that hold it."""
@@ -140,12 +139,18 @@ def place(task: Task) -> Plan:
     return _best(task, _fresh(task))
 
 
-def adapt(task: Task, routes: Mapping[str, tuple[int, ...]]) -> Plan:
+def adapt(task: Task, routes: Mapping[str, tuple[int, ...]], least_gain: float = 1e-6) -> Plan:
     """A plan to go over to from `routes`, as rates, chains or workers have changed (`task.held`: what the
     workers hold now).
 
     Only what pays is moved: bytes on the wire, spread over the horizon, count beside the tokens under way
     that they spare. Where nothing pays, the routes stay as they are.
+
+    Args:
+        task: as it is now.
+        routes: of now.
+        least_gain: share of the cost that a plan must spare for routes to be changed: rates are measured, so
+            not quite right.
 
     Raises:
         PlacementError: there is no plan.
@@ -161,7 +166,7 @@ def adapt(task: Task, routes: Mapping[str, tuple[int, ...]]) -> Plan:
     here = Search(task, kept).add_all(new)
     stays = judge(task, here.routes)
     best = _best(task, [here, *_fresh(task)])
-    is_worth_it = best.cost < stays.cost * (1 - _WORTH) or not fits(task, stays.homes)
+    is_worth_it = best.cost < stays.cost * (1 - least_gain) or not fits(task, stays.homes)
     return best if is_worth_it else stays
 
 

@@ -55,7 +55,7 @@ def main() -> None:
         results = parts.far(seeds)
         _print_sides(results["sides"])
     elif args.part == "drift":
-        results = parts.drift(seeds)
+        results = parts.drift(seeds, args.rate)
         _print_sides(results["sides"])
     else:
         results = parts.scale(0, args.gpus, args.apps or 2000)

@@ -58,6 +58,7 @@ class _Call:
 @dataclass(eq=False, slots=True)
 class _Step:
     works: dict[str, Work]
+    routes: dict[str, Route]
     calls: dict[tuple[int, Stage, str], _Call]
     left: int
     done: Callable[[], None]
@@ -72,6 +73,7 @@ class Cluster:
         machines: what there is.
         pieces: by span.
         routes: by lane, those of its applications.
+        ended: the same of lanes that get no more requests.
         adapter_bytes: by application, of its adapters on all layers; no entry: none.
         head: the worker beside which heads run; None: each beside its lane's first.
         head_link: beyond that link, instead.
@@ -86,6 +88,7 @@ class Cluster:
     per_block: bool = True
     clock: Clock = field(default_factory=Clock)
     routes: dict[Lane, Mapping[str, Route]] = field(default_factory=dict)
+    ended: dict[Lane, Mapping[str, Route]] = field(default_factory=dict)
     places: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     workers: list[Worker] = field(init=False)
     links: list[list[Link]] = field(init=False)
@@ -102,14 +105,15 @@ class Cluster:
         for item in items:
             app, work = item.seq.model, work_of(item)
             works[app] = works[app] + work if app in works else work
-        routes = {app: self.routes[lane][app] for app in works}
+        served = self.routes.get(lane) or self.ended[lane]
+        routes = {app: served[app] for app in works}
         calls: dict[tuple[int, Stage, str], _Call] = {}
         for app in sorted(works):
             for position, stage in enumerate(routes[app]):
                 call = calls.setdefault(self._key(position, stage, app), _Call(stage, [], 0))
                 call.apps.append(app)
                 call.missing += 1
-        step = _Step(works, calls, len(works), done, len(items))
+        step = _Step(works, routes, calls, len(works), done, len(items))
         at = {stage.worker for route in routes.values() for stage in route}
         if len(at) == 1:
             self._run_in_one(step, at.pop())
@@ -118,7 +122,7 @@ class Cluster:
         for app in works:
             firsts[self._key(0, routes[app][0], app)].append(app)
         for key, apps in firsts.items():
-            self.clock.after(self._to_head(key[1].worker), partial(self._arrive, step, lane, key, len(apps)))
+            self.clock.after(self._to_head(key[1].worker), partial(self._arrive, step, key, len(apps)))
 
     def _key(self, position: int, stage: Stage, app: str) -> tuple[int, Stage, str]:
         return position, stage, "" if self.per_block else app
@@ -144,19 +148,19 @@ class Cluster:
         )
         return seconds, piece.flops(work.rows, work.logit_rows, work.attended)
 
-    def _arrive(self, step: _Step, lane: Lane, key: tuple[int, Stage, str], count: int) -> None:
+    def _arrive(self, step: _Step, key: tuple[int, Stage, str], count: int) -> None:
         call = step.calls[key]
         call.missing -= count
         if call.missing == 0:
             seconds, flops = self._cost(step, call)
             worker = self.workers[call.stage.worker]
-            worker.run(seconds, flops, partial(self._finished, step, lane, key))
+            worker.run(seconds, flops, partial(self._finished, step, key))
 
-    def _finished(self, step: _Step, lane: Lane, key: tuple[int, Stage, str]) -> None:
+    def _finished(self, step: _Step, key: tuple[int, Stage, str]) -> None:
         call = step.calls[key]
         onward: dict[tuple[int, Stage, str], list[str]] = defaultdict(list)
         for app in call.apps:
-            route = self.routes[lane][app]
+            route = step.routes[app]
             if key[0] + 1 < len(route):
                 onward[self._key(key[0] + 1, route[key[0] + 1], app)].append(app)
             else:
@@ -165,7 +169,7 @@ class Cluster:
             hidden = self.pieces[call.stage.span].shape.hidden
             rows = sum(step.works[app].rows for app in apps)
             hop = self.links[call.stage.worker][following[1].worker].seconds(2 * hidden * rows)
-            self.clock.after(hop, partial(self._arrive, step, lane, following, len(apps)))
+            self.clock.after(hop, partial(self._arrive, step, following, len(apps)))
         if step.left == 0:
             away = self._to_head(call.stage.worker) + HEAD_S + HEAD_SEQ_S * step.num_seqs
             self.clock.after(away, step.done)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cluster_sim.devices import H200, PUBLISHED, Link, Machines
+from benchmarks.cluster_sim.drift import HORIZON_S, changing
 from benchmarks.cluster_sim.runs import Outcome, Setting, run
 from benchmarks.cluster_sim.sides import BLOCKS_SIDE, PER_MODEL, Side
 from benchmarks.cluster_sim.traffic import Mix
@@ -151,6 +152,30 @@ def far(seeds: Sequence[int], rate: float = 4.0) -> dict[str, Any]:
         found[name] = {
             **medians(outcomes),
             "p50": spread([a.p50_s / b.p50_s for a, b in zip(outcomes, bare, strict=True)]),
+        }
+    return {"requests_per_s": rate, "sides": found}
+
+
+DRIFTS: Mapping[str, dict[str, Any]] = {
+    "the plan stays": {"horizon_s": None},
+    f"it follows, what moves pays within {HORIZON_S:g} s": {"horizon_s": HORIZON_S},
+    "it follows, whatever moves": {"horizon_s": float("inf")},
+    "the later rates are known": {"horizon_s": None, "known": True},
+}
+
+
+def drift(seeds: Sequence[int], rate: float) -> dict[str, Any]:
+    """Popularity is dealt anew in the middle of a run: requests behind that."""
+    setting = replace(PUBLISHED_SETTING, seconds=120.0)
+    runs = {name: [changing(setting, rate, seed, **how) for seed in seeds] for name, how in DRIFTS.items()}
+    bare = [outcome for outcome, _ in next(iter(runs.values()))]
+    found = {}
+    for name, outcomes in runs.items():
+        found[name] = {
+            **medians([outcome for outcome, _ in outcomes]),
+            "weights_moved_gb": spread([moved for _, moved in outcomes]),
+            "p50": spread([a.p50_s / b.p50_s for (a, _), b in zip(outcomes, bare, strict=True)]),
+            "p95": spread([a.p95_s / b.p95_s for (a, _), b in zip(outcomes, bare, strict=True)]),
         }
     return {"requests_per_s": rate, "sides": found}
 

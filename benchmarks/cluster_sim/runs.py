@@ -84,10 +84,15 @@ def run(setting: Setting, side: Side, rate: float, seed: int) -> Outcome:
 
 
 def serve(
-    cluster: Cluster, router: Router, requests: Sequence[Request], seconds: float, copies: float = 1.0
+    cluster: Cluster,
+    router: Router,
+    requests: Sequence[Request],
+    seconds: float,
+    copies: float = 1.0,
+    warm_share: float = WARM,
 ) -> Outcome:
     """Let requests come, and look at the time between the warm-up and the last arrival."""
-    clock, warm = cluster.clock, WARM * seconds
+    clock, warm = cluster.clock, warm_share * seconds
     for request in requests:
         clock.after(request.arrival, partial(router.submit, request))
     clock.run(warm)
@@ -101,7 +106,7 @@ def serve(
     tokens = sum(len(r.answer) for r in requests if r.end is not None and warm <= r.end < seconds)
     span, device = seconds - warm, cluster.machines.device
     gpus = cluster.machines.num_gpus
-    lanes = list(cluster.routes)
+    lanes = [*cluster.routes, *cluster.ended]
     return Outcome(
         *_percentiles(ends),
         *_percentiles(firsts),

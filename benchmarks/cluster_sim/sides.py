@@ -151,22 +151,43 @@ def make_cluster(
 ) -> Cluster:
     """Lanes for a plan: one for each worker at which applications with a common first span begin, two where
     their steps go on elsewhere, so that workers need not wait."""
-    pieces, chains = pieces_and_chains(apps, side.shared)
+    pieces, _ = pieces_and_chains(apps, side.shared)
     adapters = {app.name: _adapter_bytes(app) for app in apps if side.shared and app.kind == "lora"}
     head = 0 if side.shared and machines.num_gpus <= _ONE_SEARCH else None
     cluster = Cluster(machines, pieces, adapters, head, head_link, side.per_block)
+    install(cluster, apps, rates, side, plan, seed)
+    return cluster
+
+
+def install(
+    cluster: Cluster, apps: Sequence[App], rates: Mapping[str, float], side: Side, plan: Plan, seed: int = 0
+) -> None:
+    """Go over to a plan: lanes whose applications keep their routes stay, others are new; what ran in those
+    that end goes on there until it is done."""
+    pieces, machines = cluster.pieces, cluster.machines
+    _, chains = pieces_and_chains(apps, side.shared)
     groups = _groups(plan, chains)
     lanes = [group for group in groups for _ in range(1 if len(_workers(group)) == 1 else 2)]
     tokens = _lane_tokens(machines, pieces, plan, lanes, rates)
     bases = {app.name: app.base for app in apps}
+    before, cluster.routes = cluster.routes, {}
+    old_places = {app: list(places) for app, places in cluster.places.items()}
+    cluster.places.clear()
     for number, group in enumerate(lanes):
-        chances = None if side.chance is None else dict.fromkeys(group, side.chance)
-        pages = tokens[number] // PAGE_TOKENS
-        lane = Lane(cluster.clock, cluster.run_step, pages, SCHEDULER, chances=chances, seed=seed + number)
+        lane = next(
+            (lane for lane, held in before.items() if held == group and lane not in cluster.routes), None
+        )
+        if lane is None:
+            chances = None if side.chance is None else dict.fromkeys(group, side.chance)
+            pages = tokens[number] // PAGE_TOKENS
+            lane = Lane(
+                cluster.clock, cluster.run_step, pages, SCHEDULER, chances=chances, seed=seed + number
+            )
         cluster.routes[lane] = group
         for app, route in group.items():
-            cluster.places[app].append(_place(lane, route, pieces, bases[app], machines))
-    return cluster
+            found = next((p for p in old_places.get(app, ()) if p.lane is lane), None)
+            cluster.places[app].append(found or _place(lane, route, pieces, bases[app], machines))
+    cluster.ended |= {lane: held for lane, held in before.items() if lane not in cluster.routes}
 
 
 def _groups(plan: Plan, chains: Mapping[str, tuple[str, ...]]) -> list[dict[str, Route]]:
