@@ -187,17 +187,18 @@ def validate(workdir: Path, shape: str, seconds: float, threads: int | None, see
         request.first_token = request.end = None
     taken = [on_engine(engine, burst)]
     saturated = len(burst) / max(request.end or 0.0 for request in burst)
-    for load in (0.45, 0.8):
-        calibration = requests(load * saturated, seconds / 2, 2 + int(10 * load))
-        taken.append(on_engine(engine, calibration))
+    traces: dict[float, list[Request]] = {}
+    for number, load in enumerate(LOADS):
+        taken.append(on_engine(engine, requests(load * saturated, seconds / 2, 2 + number)))
+        traces[load] = requests(load * saturated, seconds, 20 + number)
+        on_engine(engine, traces[load])
+    taken.append(on_engine(engine, requests(LOADS[0] * saturated, seconds / 2, 10)))
     costs = StepCosts.fitted(
         np.concatenate([steps.features for steps in taken]),
         np.concatenate([steps.seconds for steps in taken]),
     )
     loads = {}
-    for number, load in enumerate(LOADS):
-        trace = requests(load * saturated, seconds, 20 + number)
-        on_engine(engine, trace)
+    for load, trace in traces.items():
         real = _figures(trace)
         simulated = []
         for repeat in range(5):
