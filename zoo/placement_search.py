@@ -211,12 +211,16 @@ class Flow:
         for span, at in zip(chain.spans, route, strict=True):
             if at == worker:
                 rate = sign * chain.rate
-                self._rates[span] = self._rates.get(span, 0.0) + rate
+                after = self._rates.get(span, 0.0) + rate
+                if after > _NO_RATE:
+                    self._rates[span] = after
+                else:
+                    self._rates.pop(span, None)
                 self._visits += rate * rounds * (before != worker)
                 self.load += rate * task.spans[span].seconds / task.workers[worker].speed
             before = at
-        if sign < 0 and not any(rate > _NO_RATE for rate in self._rates.values()):
-            self.load, self._visits, self._rates = 0.0, 0.0, {}  # roundings go, too
+        if not self._rates:
+            self.load = self._visits = 0.0  # roundings go, too
 
     def tokens(
         self, task: Task, worker: int, span: str | None = None, rate: float = 0, visits: float = 0
@@ -231,10 +235,10 @@ class Flow:
         if load >= _BUSIEST:
             return 1e3 + 1e6 * (load - _BUSIEST)
         calls = [(task.spans[name].call_seconds / speed, rate) for name, rate in rates.items()]
-        cycle = sum(seconds for seconds, rate in calls if rate > _NO_RATE) / (1 - load)
+        cycle = sum(seconds for seconds, _ in calls) / (1 - load)
         if cycle:
             for _ in range(_ROUNDS):
-                busy = sum(seconds * (1 - math.exp(-max(0.0, rate) * cycle)) for seconds, rate in calls)
+                busy = sum(seconds * (1 - math.exp(-rate * cycle)) for seconds, rate in calls)
                 cycle = busy / (1 - load)
         return load / (1 - load) + (self._visits + rate * visits) * cycle
 
