@@ -77,6 +77,8 @@ def _print_validation(results: dict[str, Any]) -> None:
 
 def _print_loads(results: dict[str, Any]) -> None:
     found = results["capacity"]
+    for side, count in results["most_applications"].items():
+        print(f"{side}: room for {count} applications (in tens)")
     print_table(
         "requests a second at the limit of p95",
         ("", "median", "least", "most"),

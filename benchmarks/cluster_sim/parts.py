@@ -12,8 +12,16 @@ import numpy as np
 from benchmarks.cluster_sim.devices import H200, PUBLISHED, Link, Machines
 from benchmarks.cluster_sim.drift import HORIZON_S, changing
 from benchmarks.cluster_sim.runs import Outcome, Setting, run
-from benchmarks.cluster_sim.sides import BLOCKS_SIDE, PER_MODEL, Side
-from benchmarks.cluster_sim.traffic import Mix
+from benchmarks.cluster_sim.sides import (
+    BLOCKS_SIDE,
+    PER_MODEL,
+    Side,
+    make_plan,
+    make_task,
+    pieces_and_chains,
+    token_rates,
+)
+from benchmarks.cluster_sim.traffic import Mix, make_apps
 from blockzoo.zoo.placement import PlacementError
 
 SLOWER = 3.0  # times the p95 of a nearly idle cluster: where a side counts as at its capacity
@@ -63,6 +71,10 @@ def published(seeds: Sequence[int], num_apps: int = 30) -> dict[str, Any]:
     """Against per-model serving, by load: shares of the latter's capacity."""
     setting = replace(PUBLISHED_SETTING, num_apps=num_apps)
     results: dict[str, Any] = {"applications": num_apps, "loads": {}}
+    results["most_applications"] = {
+        "per-model": most_apps(PER_MODEL, seeds[0]),
+        "blocks": most_apps(BLOCKS_SIDE, seeds[0]),
+    }
     limits = [SLOWER * run(setting, PER_MODEL, 0.5, seed).p95_s for seed in seeds]
     found = {
         name: [capacity(setting, side, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
@@ -78,6 +90,21 @@ def published(seeds: Sequence[int], num_apps: int = 30) -> dict[str, Any]:
         rates = [share * rate for rate in found["per-model"]]
         results["loads"][str(share)] = against(setting, BLOCKS_SIDE, PER_MODEL, rates, seeds)
     return results
+
+
+def most_apps(side: Side, seed: int, rate: float = 4.0) -> int:
+    """Applications that the solver finds room for on the published cluster, in tens."""
+    count = 10
+    while count < 200:
+        apps = make_apps(count, PUBLISHED_SETTING.mix, seed)
+        pieces, chains = pieces_and_chains(apps, side.shared)
+        rates = token_rates(apps, PUBLISHED_SETTING.mix, rate)
+        try:
+            make_plan(make_task(PUBLISHED, pieces, chains, rates, PUBLISHED_SETTING.mix, side), side, seed)
+        except PlacementError:
+            break
+        count += 10
+    return count - 10
 
 
 def _useful_ratios(
