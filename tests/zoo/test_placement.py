@@ -90,7 +90,8 @@ def test_near_the_optimum_of_small_cases() -> None:
         gaps.append(plan.cost / best.cost - 1)
     assert min(gaps) > -1e-9
     assert len(gaps) >= 25
-    assert (missed, np.median(gaps)) == (0, pytest.approx(0, abs=1e-6))
+    assert missed == 0
+    assert sum(gap < 1e-6 for gap in gaps) > 0.8 * len(gaps)
     assert np.mean(gaps) < 0.02
     assert max(gaps) < 0.2, sorted(gaps)[-5:]
 
@@ -193,8 +194,8 @@ def test_goes_over_to_nearly_the_best_plan_that_there_is() -> None:
         gaps.append(plan.cost / best.cost - 1)
     assert min(gaps) > -1e-9
     assert len(gaps) >= 20
-    assert np.median(gaps) == pytest.approx(0, abs=1e-6)
-    assert np.mean(gaps) < 0.03
+    assert sum(gap < 1e-6 for gap in gaps) > 0.8 * len(gaps)
+    assert np.mean(gaps) < 0.02
     assert max(gaps) < 0.2, sorted(gaps)[-5:]
     assert 0 < stayed < len(gaps)
 
