@@ -80,7 +80,7 @@ def _print_loads(results: dict[str, Any]) -> None:
     for side, count in results["most_applications"].items():
         print(f"{side}: room for {count} applications (in tens)")
     print_table(
-        "requests a second at the limit of p95",
+        "requests a second at the limit of a token's time",
         ("", "median", "least", "most"),
         [(name, *values.values()) for name, values in found.items()],
     )
@@ -88,7 +88,7 @@ def _print_loads(results: dict[str, Any]) -> None:
 
 
 def _print_ratios(results: dict[str, Any], title: str) -> None:
-    names = ("p50", "p95", "first_p95", "tokens_per_s", "busy", "useful_busy")
+    names = ("p50", "p95", "token_p95", "first_p95", "busy", "useful_busy")
     rows = [
         (
             case,

@@ -30,6 +30,7 @@ class Outcome:
     Attributes:
         p50_s, p95_s: of requests, from arrival to the last token; inf: not finished.
         first_p50_s, first_p95_s: to the first token.
+        token_p95_s: of requests, for each token of the answer.
         tokens_per_s: generated.
         busy: share of the GPUs' time in which they run something.
         useful: arithmetic done, as a share of the peak of all GPUs all the time.
@@ -44,6 +45,7 @@ class Outcome:
     p95_s: float
     first_p50_s: float
     first_p95_s: float
+    token_p95_s: float
     tokens_per_s: float
     busy: float
     useful: float
@@ -103,6 +105,7 @@ def serve(
     counted = [request for request in requests if request.arrival >= warm]
     ends = np.array([_since(request, request.end) for request in counted])
     firsts = np.array([_since(request, request.first_token) for request in counted])
+    lengths = np.array([len(request.answer) for request in counted])
     tokens = sum(len(r.answer) for r in requests if r.end is not None and warm <= r.end < seconds)
     span, device = seconds - warm, cluster.machines.device
     gpus = cluster.machines.num_gpus
@@ -110,6 +113,7 @@ def serve(
     return Outcome(
         *_percentiles(ends),
         *_percentiles(firsts),
+        _percentiles(ends / lengths)[1],
         tokens / span,
         busy / span / gpus,
         flops / span / gpus / device.flops_per_s,
