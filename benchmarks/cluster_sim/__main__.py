@@ -88,7 +88,7 @@ def _print_loads(results: dict[str, Any]) -> None:
 
 
 def _print_ratios(results: dict[str, Any], title: str) -> None:
-    names = ("p50", "p95", "token_p95", "first_p95", "busy", "useful_busy")
+    names = ("p50", "p95", "token_p95", "busy", "useful_busy")
     rows = [
         (
             case,
@@ -102,7 +102,7 @@ def _print_ratios(results: dict[str, Any], title: str) -> None:
 
 
 def _print_sides(sides: dict[str, Any]) -> None:
-    names = ("p50_s", "p95_s", "first_p95_s", "tokens_per_s", "busy", "useful_busy", "moved_gb")
+    names = ("p50_s", "p95_s", "first_p95_s", "busy", "moved_gb")
     rows = [
         (
             side,
@@ -116,7 +116,8 @@ def _print_sides(sides: dict[str, Any]) -> None:
         )
         for side, found in sides.items()
     ]
-    print_table("sides, and p50 and p95 relative to the first", ("", *names, "p50", "p95"), rows)
+    titles = ("p50 s", "p95 s", "first token", "busy", "KV moved", "p50", "p95")
+    print_table("sides, and p50 and p95 relative to the first", ("", *titles), rows)
 
 
 if __name__ == "__main__":
