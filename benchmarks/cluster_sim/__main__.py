@@ -4,6 +4,7 @@
     python -m benchmarks.cluster_sim published [--apps N]        against per-model serving, by load
     python -m benchmarks.cluster_sim ablations|mixes --rate R    what its parts do; other fine-tunes
     python -m benchmarks.cluster_sim far|drift                   a head 10 ms away; rates that change
+    python -m benchmarks.cluster_sim room                        how many applications fit
     python -m benchmarks.cluster_sim scale [--gpus N]            many GPUs
 
 All but `validate` need no model and no GPU. What is assumed is printed first.
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.cluster_sim import assumptions, parts, real
 from benchmarks.common import machine_facts, print_table, save_report
 
-PARTS = ("validate", "published", "ablations", "mixes", "far", "drift", "scale")
+PARTS = ("validate", "published", "ablations", "mixes", "far", "drift", "room", "scale")
 
 
 def main() -> None:
@@ -57,6 +58,9 @@ def main() -> None:
     elif args.part == "drift":
         results = parts.drift(seeds, args.rate)
         _print_sides(results["sides"])
+    elif args.part == "room":
+        results = {**parts.room(0)}
+        print_table("applications that there is room for, in tens", ("", ""), list(results.items()))
     else:
         results = parts.scale(0, args.gpus, args.apps or 2000)
         print_table("scale", ("", "value"), [(name, value) for name, value in results.items()])
@@ -77,8 +81,6 @@ def _print_validation(results: dict[str, Any]) -> None:
 
 def _print_loads(results: dict[str, Any]) -> None:
     found = results["capacity"]
-    for side, count in results["most_applications"].items():
-        print(f"{side}: room for {count} applications (in tens)")
     print_table(
         "requests a second at the limit of a token's time",
         ("", "median", "least", "most"),

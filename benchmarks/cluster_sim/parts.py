@@ -26,7 +26,7 @@ from blockzoo.zoo.placement import PlacementError
 
 SLOWER = 3.0  # times what tokens take (p95) in a nearly idle cluster: where a side is at its capacity
 _IDLE = 2.0  # requests a second
-SHARES = (0.3, 0.5, 0.7, 1.0)
+SHARES = (0.5, 0.7, 1.0)
 PUBLISHED_SETTING = Setting(PUBLISHED, 30, Mix(), 40.0)
 MIXES: Mapping[str, Mix] = {
     "as above": Mix(),
@@ -50,11 +50,11 @@ ABLATIONS: Mapping[str, Side] = {
 
 
 def capacity(setting: Setting, side: Side, limit_s: float, seed: int) -> float:
-    """Requests a second at which a token takes so long (p95), to about 5 %; 0 where nothing can be placed."""
+    """Requests a second at which a token takes so long (p95), to about 10 %; 0 where none can be placed."""
     low, high = 0.0, 64.0
     while _p95(setting, side, high, seed) <= limit_s and high < 1e4:
         low, high = high, 2 * high
-    for _ in range(4):
+    for _ in range(3):
         middle = (low + high) / 2
         low, high = (middle, high) if _p95(setting, side, middle, seed) <= limit_s else (low, middle)
     return low
@@ -71,10 +71,6 @@ def published(seeds: Sequence[int], num_apps: int = 30) -> dict[str, Any]:
     """Against per-model serving, by load: shares of the latter's capacity."""
     setting = replace(PUBLISHED_SETTING, num_apps=num_apps)
     results: dict[str, Any] = {"applications": num_apps, "loads": {}}
-    results["most_applications"] = {
-        "per-model": most_apps(PER_MODEL, seeds[0]),
-        "blocks": most_apps(BLOCKS_SIDE, seeds[0]),
-    }
     limits = [SLOWER * run(setting, PER_MODEL, _IDLE, seed).token_p95_s for seed in seeds]
     found = {
         name: [capacity(setting, side, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
@@ -92,8 +88,12 @@ def published(seeds: Sequence[int], num_apps: int = 30) -> dict[str, Any]:
     return results
 
 
-def most_apps(side: Side, seed: int, rate: float = 4.0) -> int:
+def room(seed: int) -> dict[str, int]:
     """Applications that the solver finds room for on the published cluster, in tens."""
+    return {"per-model": _most_apps(PER_MODEL, seed), "blocks": _most_apps(BLOCKS_SIDE, seed)}
+
+
+def _most_apps(side: Side, seed: int, rate: float = 4.0) -> int:
     count = 10
     while count < 200:
         apps = make_apps(count, PUBLISHED_SETTING.mix, seed)
