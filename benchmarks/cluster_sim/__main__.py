@@ -76,7 +76,7 @@ def _print_validation(results: dict[str, Any]) -> None:
         for name, figures in loads.items()
         if isinstance(figures, dict)
     ]
-    print_table("engine and simulation, s", ("load", "", "engine", "simulated", "off"), rows)
+    print_table("engine and simulation, s", ("load", "", "engine", "simulated", "off", "at its speed"), rows)
 
 
 def _print_loads(results: dict[str, Any]) -> None:

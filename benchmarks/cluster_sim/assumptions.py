@@ -67,11 +67,10 @@ the peak.
 OF_VALIDATION = _paragraphs(
     """
 One engine on this machine, its steps one after the other; the simulation has its scheduler,
-settings and pages,
-and the same requests at the same times.
+settings and pages, and the same requests at the same times.
 
 Costs of steps are fitted to other requests, run before, between and behind the loads in the same
-process; how far
-single steps are off them is drawn at random from those requests' steps.
+process; how far single steps are off them is drawn at random: from those requests' steps, and, "at its
+speed", from the load's own.
 """
 )

@@ -1,8 +1,9 @@
 """The simulator against the real engine: the same requests, with costs of steps fitted to other ones.
 
 A burst gives the rate at which the engine is saturated, and with requests at random times the costs of steps;
-then three loads run on the engine and in the simulation. The clock of the engine's thread is the wall's; all
-in one process, a step after the other, arrivals between them.
+then three loads run on the engine and in the simulation, all in one process, a step after the other, arrivals
+between them. Simulated is twice: with those costs, and with how far the load's own steps were off them, as
+a shared machine is not always as fast.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MIX = Mix(prompt=96.0, answer=24.0, sigma=0.5, turns=1.0, system=0)
 LOADS = (0.3, 0.6, 0.9)
 _HINGES = (4, 8, 16, 32, 128)  # rows at which a step's cost may bend
 _BURST = 120  # requests at once
+_LEAST_S = 1e-4  # of a step
 
 
 class Features:
@@ -68,6 +70,14 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class Steps:
+    """Of a run on the engine."""
+
+    features: np.ndarray
+    seconds: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepCosts:
     """Seconds of a step: a weight for each feature; and how far steps were off, as ratios."""
 
@@ -90,12 +100,20 @@ class StepCosts:
             used.remove(bad[0])
         weights = np.zeros(features.shape[1])
         weights[used] = found
-        predicted = np.maximum(features @ weights, 1e-4)
-        return cls(weights, seconds / predicted)
+        costs = cls(weights, np.ones(1))
+        return replace(costs, ratios=seconds / costs.predicted(features))
+
+    def predicted(self, features: np.ndarray) -> np.ndarray:
+        """Seconds of steps [n, features]."""
+        return np.maximum(features @ self.weights, _LEAST_S)
+
+    def as_in(self, steps: Steps) -> StepCosts:
+        """The costs as fast as the machine was in a run."""
+        return replace(self, ratios=steps.seconds / self.predicted(steps.features))
 
     def seconds(self, features: np.ndarray, rng: np.random.Generator) -> float:
         """Of a step, with what such steps are off by at random."""
-        return max(1e-4, float(features @ self.weights)) * float(rng.choice(self.ratios))
+        return float(self.predicted(features)) * float(rng.choice(self.ratios))
 
 
 class Recorded(LLMEngine):
@@ -109,14 +127,6 @@ class Recorded(LLMEngine):
     def _execute(self, family, items):
         self.last = self.features.of(items)
         return super()._execute(family, items)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """Of a run on the engine."""
-
-    features: np.ndarray
-    seconds: np.ndarray
 
 
 def on_engine(engine: Recorded, requests: Sequence[Request]) -> Steps:
@@ -187,33 +197,37 @@ def validate(workdir: Path, shape: str, seconds: float, threads: int | None, see
         request.first_token = request.end = None
     taken = [on_engine(engine, burst)]
     saturated = len(burst) / max(request.end or 0.0 for request in burst)
-    traces: dict[float, list[Request]] = {}
+    traces: dict[float, tuple[list[Request], Steps]] = {}
     for number, load in enumerate(LOADS):
         taken.append(on_engine(engine, requests(load * saturated, seconds / 2, 2 + number)))
-        traces[load] = requests(load * saturated, seconds, 20 + number)
-        on_engine(engine, traces[load])
+        trace = requests(load * saturated, seconds, 20 + number)
+        traces[load] = trace, on_engine(engine, trace)
     taken.append(on_engine(engine, requests(LOADS[0] * saturated, seconds / 2, 10)))
     costs = StepCosts.fitted(
         np.concatenate([steps.features for steps in taken]),
         np.concatenate([steps.seconds for steps in taken]),
     )
     loads = {}
-    for load, trace in traces.items():
+    for load, (trace, steps) in traces.items():
         real = _figures(trace)
-        simulated = []
-        for repeat in range(5):
-            for request in trace:
-                request.first_token = request.end = None
-            in_simulation(engine, trace, costs, repeat)
-            simulated.append(_figures(trace))
-        loads[str(load)] = {
-            name: {
-                "real": _round(real[name]),
-                "simulated": _round(middle := float(np.median([figures[name] for figures in simulated]))),
-                "off": _round(middle / real[name] - 1),
-            }
-            for name in real
-        } | {"requests": len(trace)}
+        own = costs.as_in(steps)
+        slowdown = float(steps.seconds.sum() / costs.predicted(steps.features).sum())
+        found = {
+            name: {"real": _round(seconds), "simulated": 0.0, "off": 0.0, "off at its speed": 0.0}
+            for name, seconds in real.items()
+        }
+        for off, used in (("off", costs), ("off at its speed", own)):
+            simulated = []
+            for repeat in range(5):
+                for request in trace:
+                    request.first_token = request.end = None
+                in_simulation(engine, trace, used, repeat)
+                simulated.append(_figures(trace))
+            for name, case in found.items():
+                middle = float(np.median([figures[name] for figures in simulated]))
+                case["simulated"] = case["simulated"] if case["simulated"] else _round(middle)
+                case[off] = _round(middle / real[name] - 1)
+        loads[str(load)] = {**found, "requests": len(trace), "slowdown": _round(slowdown)}
     return {
         "saturated_requests_per_s": _round(saturated),
         "step_weights_ms": [_round(1e3 * weight) for weight in costs.weights],
