@@ -2,6 +2,7 @@
 
     python -m benchmarks.cluster_sim validate [--shape 110m]     against the real engine, on this machine
     python -m benchmarks.cluster_sim published [--apps N]        against per-model serving, by load
+    python -m benchmarks.cluster_sim capacities                  ... and how much each side can do
     python -m benchmarks.cluster_sim ablations|mixes --rate R    what its parts do; other fine-tunes
     python -m benchmarks.cluster_sim far|drift                   a head 10 ms away; rates that change
     python -m benchmarks.cluster_sim room                        how many applications fit
@@ -19,7 +20,7 @@ from typing import Any
 from benchmarks.cluster_sim import assumptions, parts, real
 from benchmarks.common import machine_facts, print_table, save_report
 
-PARTS = ("validate", "published", "ablations", "mixes", "far", "drift", "room", "scale")
+PARTS = ("validate", "published", "capacities", "ablations", "mixes", "far", "drift", "room", "scale")
 
 
 def main() -> None:
@@ -45,7 +46,10 @@ def main() -> None:
         _print_validation(results)
     elif args.part == "published":
         results = parts.published(seeds, args.apps or 30)
-        _print_loads(results)
+        _print_ratios(results["loads"], "requests a second")
+    elif args.part == "capacities":
+        results = parts.capacities(seeds)
+        _print_capacities(results)
     elif args.part == "ablations":
         results = parts.ablations(seeds, args.rate)
         _print_sides(results["sides"])
@@ -79,14 +83,12 @@ def _print_validation(results: dict[str, Any]) -> None:
     print_table("engine and simulation, s", ("load", "", "engine", "simulated", "off", "at its speed"), rows)
 
 
-def _print_loads(results: dict[str, Any]) -> None:
-    found = results["capacity"]
+def _print_capacities(results: dict[str, Any]) -> None:
     print_table(
         "requests a second at the limit of a token's time",
         ("", "median", "least", "most"),
-        [(name, *values.values()) for name, values in found.items()],
+        [(name, *values.values()) for name, values in results.items()],
     )
-    _print_ratios(results["loads"], "load")
 
 
 def _print_ratios(results: dict[str, Any], title: str) -> None:

@@ -26,7 +26,7 @@ from blockzoo.zoo.placement import PlacementError
 
 SLOWER = 3.0  # times what tokens take (p95) in a nearly idle cluster: where a side is at its capacity
 _IDLE = 2.0  # requests a second
-SHARES = (0.5, 0.7, 1.0)
+RATES = (16.0, 32.0, 48.0, 64.0, 80.0)  # requests a second
 PUBLISHED_SETTING = Setting(PUBLISHED, 30, Mix(), 40.0)
 MIXES: Mapping[str, Mix] = {
     "as above": Mix(),
@@ -68,24 +68,30 @@ def _p95(setting: Setting, side: Side, rate: float, seed: int) -> float:
 
 
 def published(seeds: Sequence[int], num_apps: int = 30) -> dict[str, Any]:
-    """Against per-model serving, by load: shares of the latter's capacity."""
+    """Against per-model serving, by load."""
     setting = replace(PUBLISHED_SETTING, num_apps=num_apps)
-    results: dict[str, Any] = {"applications": num_apps, "loads": {}}
-    limits = [SLOWER * run(setting, PER_MODEL, _IDLE, seed).token_p95_s for seed in seeds]
+    loads = {
+        f"{rate:g}": against(setting, BLOCKS_SIDE, PER_MODEL, [rate] * len(seeds), seeds) for rate in RATES
+    }
+    return {"applications": num_apps, "loads": loads}
+
+
+def capacities(seeds: Sequence[int]) -> dict[str, Any]:
+    """The requests a second at which tokens take thrice as long as in a nearly idle per-model cluster, and
+    the arithmetic that is done there."""
+    limits = [SLOWER * run(PUBLISHED_SETTING, PER_MODEL, _IDLE, seed).token_p95_s for seed in seeds]
     found = {
-        name: [capacity(setting, side, limit, seed) for limit, seed in zip(limits, seeds, strict=True)]
+        name: [
+            capacity(PUBLISHED_SETTING, side, limit, seed) for limit, seed in zip(limits, seeds, strict=True)
+        ]
         for name, side in (("per-model", PER_MODEL), ("blocks", BLOCKS_SIDE))
     }
-    results["capacity"] = {
+    return {
         "limit_token_p95_s": spread(limits),
         **{name: spread(rates) for name, rates in found.items()},
         "ratio": spread(np.array(found["blocks"]) / np.array(found["per-model"])),
-        "useful_ratio": spread(_useful_ratios(setting, found, seeds)),
+        "useful_ratio": spread(_useful_ratios(PUBLISHED_SETTING, found, seeds)),
     }
-    for share in SHARES:
-        rates = [share * rate for rate in found["per-model"]]
-        results["loads"][str(share)] = against(setting, BLOCKS_SIDE, PER_MODEL, rates, seeds)
-    return results
 
 
 def room(seed: int) -> dict[str, int]:
