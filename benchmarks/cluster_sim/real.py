@@ -100,16 +100,18 @@ class StepCosts:
             used.remove(bad[0])
         weights = np.zeros(features.shape[1])
         weights[used] = found
-        costs = cls(weights, np.ones(1))
-        return replace(costs, ratios=seconds / costs.predicted(features))
+        return cls(weights, np.ones(1)).as_in(Steps(features, seconds))
 
     def predicted(self, features: np.ndarray) -> np.ndarray:
         """Seconds of steps [n, features]."""
         return np.maximum(features @ self.weights, _LEAST_S)
 
     def as_in(self, steps: Steps) -> StepCosts:
-        """The costs as fast as the machine was in a run."""
-        return replace(self, ratios=steps.seconds / self.predicted(steps.features))
+        """The costs as the machine was in a run: steps are off as they were there, and take as long in all,
+        though the largest ratios are of small ones."""
+        predicted = self.predicted(steps.features)
+        ratios = steps.seconds / predicted
+        return replace(self, ratios=ratios * steps.seconds.sum() / predicted.sum() / ratios.mean())
 
     def seconds(self, features: np.ndarray, rng: np.random.Generator) -> float:
         """Of a step, with what such steps are off by at random."""
