@@ -23,25 +23,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     from blockzoo.build.progress import ProgressPrinter
     from blockzoo.engines.base import EngineError
     from blockzoo.zoo.errors import ZooError
+    from blockzoo.zoo.placement import PlacementError
     from blockzoo.zoo.store import Zoo
 
     progress = ProgressPrinter()
+    found: dict[str, Any] = {}
     try:
         zoo = Zoo.open(arguments.zoo)
         problems = check(zoo, progress) if arguments.check else None
-        if arguments.html:
+        if arguments.placement:
+            found["placement"], page = _placement(zoo, arguments.placement)
+        elif arguments.html:
             from blockzoo.zoo.sharing_page import sharing_page
 
-            Path(arguments.html).write_text(sharing_page(zoo.manifest, zoo.path.resolve().name), "utf-8")
-    except (ZooError, EngineError, OSError) as error:
+            page = sharing_page(zoo.manifest, zoo.path.resolve().name)
+        if arguments.html:
+            Path(arguments.html).write_text(page, "utf-8")
+    except (ZooError, EngineError, PlacementError, OSError) as error:
         print(f"zoo-inspect: error: {error}", file=sys.stderr)
         return 2
     finally:
         progress.close()
     if arguments.json:
-        print(json.dumps(summary(zoo) | ({} if problems is None else {"problems": problems}), indent=1))
+        found |= {} if problems is None else {"problems": problems}
+        print(json.dumps(summary(zoo) | found, indent=1))
     else:
-        _print_zoo(zoo)
+        _print_placement(found["placement"]) if found else _print_zoo(zoo)
         if arguments.html:
             print(f"\nwrote {arguments.html}")
         if problems is not None:
@@ -58,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("zoo", metavar="ZOO", help="a zoo written by zoo-compile")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.add_argument("--check", action="store_true", help="verify every checksum and compile every block")
-    parser.add_argument("--html", metavar="FILE", help="draw the sharing map as one self-contained page")
+    parser.add_argument("--html", metavar="FILE", help="draw what is shown as one self-contained page")
+    parser.add_argument(
+        "--placement",
+        metavar="WORKERS",
+        help="show which of several workers would hold what: 3x8GiB, or a JSON file (docs/cluster.md)",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('blockzoo')}")
     return parser
 
@@ -91,6 +103,41 @@ def check(zoo: "Zoo", progress: "ProgressPrinter") -> list[str]:
             problems.append(f"{name}: {error}")
     progress("checking blocks", 1, 1)
     return problems
+
+
+def _placement(zoo: "Zoo", workers: str) -> tuple[dict[str, Any], str]:
+    """Where the zoo's spans would be, as data and as a page."""
+    from blockzoo.zoo.cluster import read_cluster, zoo_task
+    from blockzoo.zoo.errors import ManifestError
+    from blockzoo.zoo.placement import place
+    from blockzoo.zoo.placement_page import placement_data, placement_page
+
+    if not zoo.manifest.models:
+        raise ManifestError(f"{zoo.path}: an empty zoo has nothing to place")
+    placed = zoo_task(zoo.manifest, read_cluster(workers))
+    plan = place(placed.task)
+    title = zoo.path.resolve().name
+    return placement_data(zoo.manifest, placed, plan), placement_page(zoo.manifest, placed, plan, title)
+
+
+def _print_placement(found: dict[str, Any]) -> None:
+    for line in found["said"]:
+        print(line)
+    width = max(6, *(len(worker["name"]) for worker in found["workers"]))
+    print(f"\n{'worker':{width}}  memory                  busy  spans")
+    for worker in found["workers"]:
+        spans = " ".join(worker["spans"]) or "-"
+        print(f"{worker['name']:{width}}  {worker['said']:22}  {worker['busy']:4.0%}  {spans}")
+    print("\nspan  size      us a call  a token  models  workers")
+    for name, span in found["spans"].items():
+        times = f"{span['call_us']:9.0f}  {span['token_us']:7.1f}"
+        homes = ", ".join(span["workers"]) or "-"
+        print(f"{name:4}  {span['size']:8}  {times}  {len(span['models']):6}  {homes}: {span['what']}")
+    width = max(5, *(len(name) for name in found["models"]))
+    print(f"\n{'model':{width}}  tokens/s  way")
+    for name, model in found["models"].items():
+        way = " > ".join(f"{span}@{worker}" for span, worker in model["route"])
+        print(f"{name:{width}}  {model['tokens_per_s']:8.4g}  {way}")
 
 
 def summary(zoo: "Zoo") -> dict[str, Any]:

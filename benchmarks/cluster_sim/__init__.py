@@ -1,0 +1,1 @@
+"""Simulated clusters: the real scheduler and placement over workers whose times are computed."""
