@@ -21,6 +21,7 @@ from benchmarks.families import SHAPES
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 _PACKAGES = ("blockzoo", "openvino", "openvino-genai", "numpy")
+_PLACES = ("out", "workdir", "llama", "zoo", "family")  # where files lie is nobody's business
 
 
 def arguments(description: str, *, shape: str, repeats: int) -> argparse.ArgumentParser:
@@ -160,7 +161,7 @@ def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any],
     )
     report["shapes"][args.shape] = {
         "machine": machine,
-        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in ("out", "workdir", "llama")},
+        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in _PLACES},
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 
 sys.path.insert(0, str(Path(__file__).parent))  # for onnx_device
 
@@ -113,3 +116,17 @@ def make_lora() -> Callable[[Path, Path, int, dict[str, Any]], None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
 
     return make
+
+
+@pytest.fixture
+def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
+    """As many runs of surrogates as a die says, whatever they cost."""
+    rng = random.Random(5)
+
+    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
+        drafting = sum(each.may_draft for each in sequences)
+        runs = rng.choice([0, 1, 3, 7])
+        return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
+
+    monkeypatch.setattr(RowChoice, "choose", choose)
+    return rng

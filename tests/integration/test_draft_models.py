@@ -13,7 +13,7 @@ from quiet import ask, words
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
+from blockzoo.runtime.draft.row_choice import Option, RowChoice
 from blockzoo.zoo.manifest import Manifest, SurrogateRecord
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -52,19 +52,6 @@ def guessed_by(zoo: Path, folder: Path, drafters: dict[str, str]) -> Path:
     shutil.copytree(zoo, folder)  # what is compiled into it removes files
     (folder / "manifest.json").write_text(Manifest.from_text(manifest.to_text()).to_text())
     return folder
-
-
-@pytest.fixture
-def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    rng = random.Random(3)
-
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
-        drafting = sum(each.may_draft for each in sequences)
-        runs = rng.choice([0, 1, 3, 7])
-        return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
-
-    monkeypatch.setattr(RowChoice, "choose", choose)
-    return rng
 
 
 def engine_of(zoo: Path, **settings: Any) -> LLMEngine:

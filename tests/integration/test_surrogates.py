@@ -13,7 +13,6 @@ import pytest
 from quiet import Live, Quiet, ask, check_equal, note, words
 
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SurrogateRecord
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
@@ -52,20 +51,6 @@ def zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "solver": borrowed,
     }
     return with_surrogates(demo_zoo, tmp_path_factory.mktemp("surrogates") / "zoo", surrogates)
-
-
-@pytest.fixture
-def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    """As many runs of surrogates as a die says, whatever they cost."""
-    rng = random.Random(5)
-
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
-        drafting = sum(each.may_draft for each in sequences)
-        runs = rng.choice([0, 1, 3, 7])
-        return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
-
-    monkeypatch.setattr(RowChoice, "choose", choose)
-    return rng
 
 
 def config(**settings: Any) -> EngineConfig:
