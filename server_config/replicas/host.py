@@ -261,7 +261,7 @@ class _Answer:
     def leave(self) -> None:
         """Nobody waits for it."""
         self.given_up = True
-        self.put(RuntimeError("the client has left"))
+        self.put(RequestError("the client has left"))  # no bug of ours, of which the log should tell
 
     def put(self, output: RequestOutput | BaseException) -> None:
         """From any thread."""
