@@ -147,3 +147,18 @@ def tree() -> Callable[[Path], dict[str, str]]:
         }
 
     return read
+
+
+@pytest.fixture(scope="session")
+def tuned_llama(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint "llama" with another feed-forward block in its last layer."""
+    from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
+
+    tuned = Path(shutil.copytree(checkpoints["llama"], tmp_path_factory.mktemp("tuned") / "tuned"))
+    file = TensorFile(tuned / "model.safetensors")
+    tensors = {name: file.tensor(name) for name in file.names}
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name] = from_f32(tensors[name].to_f32() * 2, "bf16")
+    (tuned / "model.safetensors").unlink()
+    write_tensor_file(tuned / "model.safetensors", tensors, {})
+    return tuned

@@ -20,24 +20,16 @@ from blockzoo.zoo.sharing import layer_runs, letters, sharing_map
 from blockzoo.zoo.sharing_page import sharing_data, sharing_page
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import human_bytes
-from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
 
 FAST = CompileOptions(verify=False, profile=False)
 
 
 @pytest.fixture(scope="module")
-def zoo(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zoo(checkpoints: dict[str, Path], tuned_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a copy, a model whose last layer's ffn differs, and one of another family."""
     root = tmp_path_factory.mktemp("inspect")
-    tuned = Path(shutil.copytree(checkpoints["llama"], root / "tuned"))
-    file = TensorFile(tuned / "model.safetensors")
-    tensors = {name: file.tensor(name) for name in file.names}
-    name = "model.layers.2.mlp.up_proj.weight"
-    tensors[name] = from_f32(tensors[name].to_f32() * 2, "bf16")
-    (tuned / "model.safetensors").unlink()
-    write_tensor_file(tuned / "model.safetensors", tensors, {})
     base = checkpoints["llama"]
-    models = {"alien": checkpoints["qwen3"], "base": base, "copy": base, "tuned": tuned}
+    models = {"alien": checkpoints["qwen3"], "base": base, "copy": base, "tuned": tuned_llama}
     compile_models(models, root / "zoo", FAST)
     return root / "zoo"
 

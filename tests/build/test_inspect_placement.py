@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,24 +16,16 @@ from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import place
 from blockzoo.zoo.placement_page import placement_data, placement_page
 from blockzoo.zoo.store import Zoo
-from blockzoo.zoo.tensors import TensorFile, from_f32, write_tensor_file
 
 FAST = CompileOptions(verify=False, profile=False)
 HALF_MB = 2**-11  # GiB
 
 
 @pytest.fixture(scope="module")
-def zoo(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zoo(checkpoints: dict[str, Path], tuned_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a model whose last layer's ffn differs, and one of another family."""
     root = tmp_path_factory.mktemp("placed")
-    tuned = Path(shutil.copytree(checkpoints["llama"], root / "tuned"))
-    file = TensorFile(tuned / "model.safetensors")
-    tensors = {name: file.tensor(name) for name in file.names}
-    name = "model.layers.2.mlp.up_proj.weight"
-    tensors[name] = from_f32(tensors[name].to_f32() * 2, "bf16")
-    (tuned / "model.safetensors").unlink()
-    write_tensor_file(tuned / "model.safetensors", tensors, {})
-    models = {"alien": checkpoints["qwen3"], "base": checkpoints["llama"], "tuned": tuned}
+    models = {"alien": checkpoints["qwen3"], "base": checkpoints["llama"], "tuned": tuned_llama}
     compile_models(models, root / "zoo", FAST)
     return root / "zoo"
 
