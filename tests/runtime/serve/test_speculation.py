@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.delayed_span import delay_last_span
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
@@ -229,30 +229,12 @@ def test_a_prompt_of_which_one_token_runs_is_left_alone(
     assert_same(found["b"], alone(quiet, "base", prompt, ask("greedy", 4)))
 
 
-class Far:
-    """An engine that answers late, as one in another place."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine, self.seconds, self.num_runs = engine, 0.0, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run(self) -> None:
-        time.sleep(self.seconds)
-        self.num_runs += 1
-        self._engine.run()
-
-
 def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) -> None:
     """A delay counts in what steps are learnt to cost, so drafts are long then; answers stay the same."""
     engine = LLMEngine(
         demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto", num_threads=1)
     )
-    zoo = engine._zoo
-    chain = zoo.topology.chains[zoo.topology.chain_of_model["base"]]
-    engines, span = zoo.executors[chain.family]._engines, chain.uses[-1].span
-    engines[span] = far = Far(engines[span])
+    far = delay_last_span(engine, "base")
     params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
     prompt = [300, 301, 302, 303, 304] * 12
     prompt += alone(quiet, "base", prompt, params).tokens  # it goes round and round from here
