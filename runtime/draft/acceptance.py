@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blockzoo.runtime.draft.guesses import Kind
 
 _FADED = 0.9
 _LEAN = 4.0  # guesses for which the wider experience counts
 _FIRST = (0.3, 0.3, 0.45, 0.6, 0.75, 0.85)  # of lookups by grade, before anything is known
-_FIRST_OF_DRAFTER: Mapping[str, float] = {"grammar": 0.9}
+_FIRST_OF_DRAFTER: Mapping[str, Sequence[float]] = {"grammar": (0.9, 0.8, 0.6, 0.5, 0.4)}  # likewise
 
 
 class Acceptance:
@@ -38,7 +38,8 @@ class Acceptance:
             return self._wider.rate(kind)
         if kind in self._first:
             return self._first[kind]
-        return _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST[min(kind.grade, len(_FIRST) - 1)])
+        rates = _FIRST_OF_DRAFTER.get(kind.drafter, _FIRST)
+        return rates[min(kind.grade, len(rates) - 1)]
 
     def fade(self, drafter: str) -> None:
         """Lean a little more on what was known first: guesses that are not tried as they were too often wrong

@@ -32,7 +32,7 @@ class PromptLookup:
         """What followed the longest of the latest equal endings; where that runs up to now, over and over."""
         tokens = context.token_ids
         found = find(tokens[:-1], tokens[-MOST:])
-        resumed = _resumed(tokens) if found is None or found[1] < _RESUMED else None
+        resumed = _resumed(tokens[:-2], tokens) if found is None or found[1] < _RESUMED else None
         if resumed is not None:
             place, grade = resumed, 0
         elif found is not None:
@@ -78,6 +78,9 @@ class AnswerLookup:
             return []
         self._kept.move_to_end(context.scope)
         found = find(kept[:-1], context.token_ids[-MOST:])
+        if found is None or found[1] < _RESUMED:
+            place = _resumed(kept[:-2], context.token_ids)
+            found = found if place is None or kept[place - 1] == _SEPARATOR else (place, 0)
         if found is None:
             return []
         place, length = found
@@ -100,9 +103,9 @@ def find(text: np.ndarray, ending: np.ndarray) -> tuple[int, int] | None:
     return (int(places[-1]), length) if places.size and length >= LEAST else None
 
 
-def _resumed(tokens: np.ndarray) -> int | None:
-    """Where a copy goes on in which the last token stands for another one; None: there is none."""
-    found = find(tokens[:-2], tokens[-1 - MOST : -1])
+def _resumed(text: np.ndarray, tokens: np.ndarray) -> int | None:
+    """Where a copy from a text goes on in which the last token stands for another one; None: nowhere."""
+    found = find(text, tokens[-1 - MOST : -1])
     return found[0] + 1 if found is not None and found[1] >= _RESUMED else None
 
 

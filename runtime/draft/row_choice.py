@@ -157,6 +157,10 @@ class RowChoice:
             return math.inf
         return min(1 + self._shares[option, tenant] / count for tenant, count in tokens.items())
 
+    def bare_seconds(self, kind: StepKind) -> float | None:
+        """Of a step without drafts; None: none was seen."""
+        return self._cost.seconds(kind, 0) if self._cost.knows(kind, 0) else None
+
     def observe_runs(self, kind: StepKind, seconds: Sequence[float]) -> None:
         """Runs of surrogates before a step took so long."""
         self._cost.observe_runs(kind, seconds)

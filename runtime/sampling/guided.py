@@ -7,10 +7,12 @@ the engine's thread asks it for a mask before each token and tells it which one 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +34,15 @@ _LIMITS = {  # work in compiling (50,000 units take a millisecond) and in one st
 }
 # without a bound a model may put spaces until its last token
 _JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}", "lenient": False}
+# how JSON is mostly written: of those two ways more is certain than of the schema alone
+_STYLES = tuple(
+    {"whitespace_flexible": False, "item_separator": item, "key_separator": key, "lenient": False}
+    for item, key in ((",", ":"), (", ", ": "))
+)
+NUM_STYLES = len(_STYLES)
+_MOST_FORCED = 512  # bytes of text that is certain, as far as it is looked at
+_TAIL = 4  # bytes of an answer
+_VALUE_BEGINS = re.compile(rb'[:\[,] ?"?$')  # in JSON behind such a text
 _PARTS = ("properties", "$defs", "definitions", "patternProperties")
 _ITEMS = ("items", "additionalProperties", "anyOf", "oneOf", "allOf", "prefixItems", "not")
 
@@ -44,10 +55,21 @@ class Vocabulary(Protocol):
 
 
 class Guide:
-    """What one request may generate next."""
+    """What one request may generate next.
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    Args:
+        matcher: of llguidance.
+        vocabulary: llguidance's tokenizer.
+        vocab_size: width of the logits.
+        styles: matchers of what is narrower, each as long as the answer keeps to it.
+    """
+
+    def __init__(
+        self, matcher: Any, vocabulary: Any, vocab_size: int, styles: Mapping[int, Any] = MappingProxyType({})
+    ) -> None:
+        self._matcher, self._vocabulary, self._vocab_size = matcher, vocabulary, vocab_size
+        self._styles = dict(styles)
+        self._tail = b""  # of the answer's text
         self._bits: bytes | None = None  # of what may come next, once they are asked for
 
     def allows(self, token_id: int) -> bool:
@@ -73,12 +95,22 @@ class Guide:
         """Take note of a generated token, which was allowed."""
         self._bits = None
         self._matcher.consume_token(token_id)
+        self._tail = (self._tail + self._vocabulary.decode_bytes([token_id]))[-_TAIL:]
+        self._styles = {n: style for n, style in self._styles.items() if style.try_consume_tokens([token_id])}
 
     def after(self, token_ids: Sequence[int]) -> Guide:
         """A guide of its own as this one would be behind tokens, which are allowed (`num_allowed`)."""
-        matcher = self._matcher.deep_copy()
-        matcher.consume_tokens(list(token_ids))
-        return Guide(matcher, self._vocab_size)
+        found = self.copy()
+        for token_id in token_ids:
+            found.append(token_id)
+        return found
+
+    def copy(self) -> Guide:
+        """A guide of its own at the same place."""
+        styles = {number: style.deep_copy() for number, style in self._styles.items()}
+        found = Guide(self._matcher.deep_copy(), self._vocabulary, self._vocab_size, styles)
+        found._tail = self._tail
+        return found
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many tokens, from the first, may come one after the other."""
@@ -90,6 +122,40 @@ class Guide:
     def forced(self) -> list[int]:
         """The tokens of a text that must come next, as a tokenizer would cut it; another cut is allowed."""
         return [] if self._matcher.is_error() else list(self._matcher.compute_ff_tokens())
+
+    def likely(self, number: int) -> tuple[list[int], bool]:
+        """Tokens of JSON that is written in one of NUM_STYLES ways, none once the answer differs from it; and
+        whether their text must come next there, but for a quote at its end.
+
+        Else the value that is being written may end here: so what would then follow, as far as that must.
+        """
+        style = self._styles.get(number)
+        if style is None:
+            return [], False
+        ahead, text = style.deep_copy(), style.compute_ff_bytes()[:_MOST_FORCED]
+        must_come = bool(text)
+        if not self._goes_on(ahead, text):
+            return [], False
+        if not must_come and not _VALUE_BEGINS.search(self._tail):
+            text = self._taken(ahead, b'"', b",", b"}", b"]")
+        if text.endswith((b":", b": ")):
+            text += self._taken(ahead, b'"')
+        return list(self._vocabulary.tokenize_bytes(text)), must_come
+
+    def _taken(self, matcher: Any, *texts: bytes) -> bytes:
+        """The first of some texts that a matcher takes, and what must then follow, which it takes too."""
+        for text in texts:
+            if self._goes_on(matcher, text):
+                following = matcher.compute_ff_bytes()[:_MOST_FORCED]
+                return text + (following if self._goes_on(matcher, following) else b"")
+        return b""
+
+    def _goes_on(self, matcher: Any, text: bytes) -> bool:
+        """Have a matcher take a text, which does not change it where it cannot."""
+        tokens = self._vocabulary.tokenize_bytes(text)
+        return not tokens or matcher.validate_tokens(tokens) == matcher.try_consume_tokens(tokens) == len(
+            tokens
+        )
 
     @property
     def error(self) -> str:
@@ -105,7 +171,7 @@ class Guides:
         self._tokenizers: OrderedDict[tuple[int, int, tuple[int, ...]], tuple[Vocabulary, Any]] = (
             OrderedDict()
         )
-        self._kept: OrderedDict[tuple[Any, GuidedDecoding], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, GuidedDecoding], Guide] = OrderedDict()
 
     def guide(
         self, guided: GuidedDecoding, tokenizer: Vocabulary, vocab_size: int, end_ids: tuple[int, ...]
@@ -123,16 +189,16 @@ class Guides:
             raise InvalidRequestError("guided: the model has no token that ends an answer, so none could end")
         place = (id(tokenizer), vocab_size, end_ids)
         with self._lock:
-            matcher = self._kept.get((place, guided))
-            if matcher is not None:
+            kept = self._kept.get((place, guided))
+            if kept is not None:
                 self._kept.move_to_end((place, guided))
-                return Guide(matcher.deep_copy(), vocab_size)
-        matcher = self._compile(guided, self._vocabulary(place, tokenizer))
+                return kept.copy()
+        kept = self._compile(guided, self._vocabulary(place, tokenizer), vocab_size)
         with self._lock:
-            self._kept[place, guided] = matcher
+            self._kept[place, guided] = kept
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-            return Guide(matcher.deep_copy(), vocab_size)
+            return kept.copy()
 
     def _vocabulary(self, place: tuple[int, int, tuple[int, ...]], tokenizer: Vocabulary) -> Any:
         with self._lock:
@@ -147,7 +213,8 @@ class Guides:
                         del self._kept[key]
             return self._tokenizers[place][1]
 
-    def _compile(self, guided: GuidedDecoding, vocabulary: Any) -> Any:
+    def _compile(self, guided: GuidedDecoding, vocabulary: Any, vocab_size: int) -> Guide:
+        styles: dict[int, Any] = {}
         if guided.kind == "regex":
             problem, matcher = _matcher(vocabulary, "regex", guided.guide)
         elif guided.kind == "lark":
@@ -158,16 +225,22 @@ class Guides:
             if problem:
                 path, problem = _fault(schema, problem)
                 problem = f"at {path}: {problem}"
+            for number, style in enumerate(_STYLES):
+                lacks, narrower = _matcher(vocabulary, "json_schema", schema, style)
+                if not lacks:
+                    styles[number] = narrower
         if problem:
             raise InvalidRequestError(f"guided: the {guided.kind} cannot be used: {problem[:_MAX_MESSAGE]}")
-        return matcher
+        return Guide(matcher, vocabulary, vocab_size, styles)
 
 
-def _matcher(vocabulary: Any, kind: str, guide: Any) -> tuple[str, Any]:
+def _matcher(
+    vocabulary: Any, kind: str, guide: Any, style: Mapping[str, Any] = MappingProxyType(_JSON)
+) -> tuple[str, Any]:
     """What is wrong ("" if nothing) and the matcher."""
     from llguidance import LLMatcher, LLParserLimits
 
-    options = {"overrides": _JSON} if kind == "json_schema" else {}
+    options = {"overrides": dict(style)} if kind == "json_schema" else {}
     grammar = getattr(LLMatcher, f"grammar_from_{kind}")(guide, **options)
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
     return (matcher.get_error() if matcher.is_error() else ""), matcher

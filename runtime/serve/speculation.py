@@ -10,20 +10,24 @@ Answers do not depend on it (`Sampler.follow`), only when their tokens come.
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
+from blockzoo.runtime.draft.balance import Balance
 from blockzoo.runtime.draft.forced import ForcedTokens
 from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
-from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option, RowChoice
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
 from blockzoo.runtime.exec.interface import StepExecutor
 from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.sampling.guided import NUM_STYLES
 from blockzoo.runtime.serve.draft_models import DraftModels
+from blockzoo.runtime.serve.drafted_step import DraftedStep, may_draft, num_left, scope_of, shared_out
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, greedy_drafts, kinds
@@ -61,11 +65,13 @@ class Speculation:
         self._models = models
         self._on_drafted, self._lone_only = on_drafted, lone_only
         self._answers = AnswerLookup()
-        own = (ForcedTokens(), PromptLookup()) if drafters is None else tuple(drafters)
+        own = _own_drafters() if drafters is None else tuple(drafters)
         self._drafters: tuple[Drafter, ...] = (*own, self._answers)
         self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
         self._choices: dict[Family, RowChoice] = {}
-        self._planned: dict[Family, StepKind] = {}
+        self._balances: dict[Family, Balance] = {}
+        self._planned: dict[Family, DraftedStep] = {}
+        self._done: dict[Family, DraftedStep] = {}  # the last, until it is known what it gave
         self._idle: dict[Family, int] = {}  # steps in a row without drafted rows
 
     def plan(
@@ -77,21 +83,41 @@ class Speculation:
         executor: StepExecutor,
     ) -> None:
         """Add drafted rows to a step of one executor; surrogates run here."""
+        start = time.perf_counter()
+        self._settle(family)
         self._planned.pop(family, None)
         if any(item.num_tokens > 1 for item in items):
             return  # beside prompts no row is free, and their shapes are new anyway
         running = [requests[item.seq.request_id] for item in items]
-        asking = [request for request in running if _may_draft(request)]
+        asking = [request for request in running if may_draft(request)]
         if not asking or (self._lone_only and len(items) > 1):
             return
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
-        self._planned[family] = kind
+        step = self._planned[family] = DraftedStep(kind, running)
+        balance = self._balances.setdefault(family, Balance())
+        balance.welcome(sum(request.acceptance is None for request in asking) / len(running))
+        for request in asking:
+            self._of(request)  # from now on it is known
+        if balance.may_draft:
+            self._draft(family, step, asking, scheduler, executor)
+        step.planning = time.perf_counter() - start
+
+    def _draft(
+        self,
+        family: Family,
+        step: DraftedStep,
+        asking: Sequence[Request],
+        scheduler: Scheduler,
+        executor: StepExecutor,
+    ) -> None:
+        """Add guesses where they pay."""
         idle = self._idle[family] = self._idle.get(family, 0) + 1
         if idle > _PATIENCE and idle % _EVERY:
             return  # to guess takes time too, the more the more run
         for request in asking:
             self._guess(request)
+        running, kind = step.requests, step.kind
         hopes = [self._hopes(request) for request in running]
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
@@ -100,7 +126,7 @@ class Speculation:
             self._idle[family] = 0
         by_chain: list[Request] = []
         by_model: list[Request] = []
-        for request, each, count in zip(running, hopes, _shared_out(option, hopes), strict=True):
+        for request, each, count in zip(running, hopes, shared_out(option, hopes), strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
                 if request.seq.drafted and option.runs and each.prefers_surrogate(option.runs):
@@ -118,10 +144,10 @@ class Speculation:
         rate, surrogate, ahead = self._of(request).rate, request.model.surrogate, list[float]()
         if surrogate is not None and surrogate.is_model:
             surrogate = surrogate if self._models is not None and self._models.may_follow(request) else None
-        if surrogate is not None and _may_draft(request) and request.sampler.guide is None:
-            places = kinds(surrogate, min(MOST_DRAFTED, _num_left(request)))
+        if surrogate is not None and may_draft(request) and request.sampler.guide is None:
+            places = kinds(surrogate, min(MOST_DRAFTED, num_left(request)))
             ahead = chances([Guess(0, kind) for kind in places], rate)
-        return Hopes(request.seq.tenant, chances(request.guesses, rate), _may_draft(request), ahead)
+        return Hopes(request.seq.tenant, chances(request.guesses, rate), may_draft(request), ahead)
 
     @staticmethod
     def _ask(requests: Sequence[Request], drafts: Drafts, scheduler: Scheduler) -> list[float]:
@@ -151,12 +177,23 @@ class Speculation:
 
     def observe(self, family: Family, items: Sequence[Scheduled], seconds: float) -> None:
         """The step of an executor took so long."""
-        kind = self._planned.pop(family, None)
-        choice = self._choices.get(family)
-        if choice is not None and kind is not None:
-            choice.observe(kind, sum(len(item.seq.drafted) for item in items), seconds)
-        elif choice is not None:
+        step = self._planned.pop(family, None)
+        choice = self._choices.setdefault(family, RowChoice())
+        if step is None:
             choice.skip()
+            return
+        step.drafted = sum(len(item.seq.drafted) for item in items)
+        choice.observe(step.kind, step.drafted, seconds)
+        step.seconds = seconds
+        self._done[family] = step
+
+    def _settle(self, family: Family) -> None:
+        """Note what the last step of an executor has won, now that its tokens are known."""
+        step = self._done.pop(family, None)
+        bare = None if step is None else self._choices[family].bare_seconds(step.kind)
+        if step is not None and bare is not None:
+            won = step.gain - (step.seconds / bare - 1 if step.drafted else 0.0) - step.planning / bare
+            self._balances[family].observe(won)
 
     def judge(self, request: Request, token_ids: Sequence[int]) -> None:
         """Note what came in the place of a request's guesses: tokens of which all but the last had been
@@ -182,7 +219,7 @@ class Speculation:
 
     def remember(self, request: Request) -> None:
         """A request has its answer: others of its scope may be alike."""
-        scope = _scope_of(request)
+        scope = scope_of(request)
         if request.params.speculate and scope is not None and request.num_generated:
             self._answers.remember(scope, request.seq.token_ids, request.seq.prompt_len)
 
@@ -194,8 +231,8 @@ class Speculation:
 
     def _guess(self, request: Request) -> None:
         seq = request.seq
-        context = Context(seq.token_ids, _scope_of(request), request.sampler.guide)
-        limit = min(MOST_DRAFTED, _num_left(request))
+        context = Context(seq.token_ids, scope_of(request), request.sampler.guide)
+        limit = min(MOST_DRAFTED, num_left(request))
         try:
             guesses = propose(self._drafters, context, limit, self._of(request).rate)
         except Exception:  # a bug of ours: it takes nothing from the request
@@ -226,37 +263,5 @@ class Speculation:
         return (ids + [filler] * (count - len(ids)))[:most]
 
 
-def _may_draft(request: Request) -> bool:
-    """Whether tokens may run behind the last one: not while approximate KV is being refreshed, as what is
-    refreshed when would change, and with it the answer."""
-    seq, approx = request.seq, request.seq.approx
-    calm = approx is None or (approx.first_pass is None and not approx.stale.size)
-    ends = seq.num_uncomputed == 1 and not seq.lacks_prompt_logits  # a prompt may come token by token
-    return request.params.speculate and calm and ends and _num_left(request) > 0
-
-
-def _num_left(request: Request) -> int:
-    """Tokens that may be drafted: of its last token nobody needs the KV."""
-    return request.max_tokens - request.num_generated - 1
-
-
-def _scope_of(request: Request) -> tuple[str, str] | None:
-    """Whose answers may be looked at: of the same scope and model; None: nobody's."""
-    return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
-
-
-def _shared_out(option: Option, hopes: Sequence[Hopes]) -> list[int]:
-    """How many of a step's drafted rows each sequence gets: with surrogates as many as any other; else the
-    likeliest guesses first, then fillers."""
-    if option.runs:
-        return [option.runs if each.may_draft else 0 for each in hopes]
-    guesses = ((chance, index) for index, each in enumerate(hopes) for chance in each.chances)
-    counts = [0] * len(hopes)
-    for _, index in sorted(guesses, key=lambda guess: -guess[0])[: option.rows]:
-        counts[index] += 1
-    left = option.rows - sum(counts)
-    for index, each in enumerate(hopes):
-        more = min(left, MOST_DRAFTED - counts[index]) if each.may_draft else 0
-        counts[index] += more
-        left -= more
-    return counts
+def _own_drafters() -> tuple[Drafter, ...]:
+    return ForcedTokens(), *map(ForcedTokens, range(NUM_STYLES)), PromptLookup()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from blockzoo.runtime.draft.balance import Balance
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 
 sys.path.insert(0, str(Path(__file__).parent))  # for onnx_device
@@ -129,4 +130,5 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
 
     monkeypatch.setattr(RowChoice, "choose", choose)
+    monkeypatch.setattr(Balance, "may_draft", True)
     return rng

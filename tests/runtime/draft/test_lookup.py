@@ -82,3 +82,16 @@ def test_answers_do_not_run_into_each_other_and_are_bounded() -> None:
     assert guessed(lookup, "my ans", scope="a") == "", "the oldest scope went"
     lookup.remember("c", ids("x" * 29), prompt_len=0)
     assert guessed(lookup, "sec", scope="c") == "", "old answers go"
+
+
+def test_a_copy_from_another_answer_goes_on_behind_a_token_that_differs() -> None:
+    lookup = AnswerLookup()
+    lookup.remember("s", ids('item: bolts, "count": 4, "place"'), 0)
+    assert guessed(lookup, '7, item: bolts, "count": 9', limit=4) == ', "p'
+    (guess,) = lookup.propose(Context(ids('7, item: bolts, "count": 9'), "s"), 1)
+    assert guess.kind.grade == 0
+    assert guessed(lookup, "xy: 9") == "", "too little agrees before it"
+    lookup.remember("t", ids("abcdefg"), 0)
+    assert guessed(lookup, "abcdefX", scope="t") == "", "the answer ends there"
+    lookup.remember("t", ids("another"), 0)
+    assert guessed(lookup, "abcdefgX", scope="t") == "", "answers do not run into each other"

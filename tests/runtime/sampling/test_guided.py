@@ -223,3 +223,45 @@ def test_the_likeliest_allowed_token_is_taken(guides, tokenizer, end, more):
         if found.token_id == end:
             break
     assert len(taken) > 8
+
+
+@pytest.mark.parametrize(
+    ("style", "answer", "must_come", "text"),
+    [
+        (0, "", True, '{"name":"'),
+        (0, '{"', True, 'name":"'),
+        (1, "", True, '{"name": "'),
+        (1, '{"name":', True, ' "'),
+        (1, '{"name":"', False, ""),  # not in this style
+        (0, '{"name":"', False, ""),  # a value begins
+        (0, '{"name":"Kira', False, '","count":'),  # it may end here
+        (1, '{"name": "Kira', False, '", "count": '),
+        (0, '{"name":"Kira","count":4', False, ',"place":"'),
+        (0, '{"name":"Kira","count":', False, ""),
+        (0, '{"name":"Kira","count":4,"place":"', False, ""),
+        (0, '{"name":"Kira","count":4,"place":"York', False, '"}'),
+        (0, '{ "name":', False, ""),
+    ],
+)
+def test_json_is_guessed_as_it_is_mostly_written(guides, tokenizer, end, style, answer, must_come, text):
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "count": {"type": "integer"},
+            "place": {"type": ["string", "null"]},
+        },
+        "required": ["name", "count", "place"],
+        "additionalProperties": False,
+    }
+    guide = guides.guide(
+        GuidedDecoding("json_schema", json.dumps(schema)), tokenizer, tokenizer.vocab_size, (end,)
+    )
+    for token_id in tokenizer.encode(answer, add_special_tokens=False):
+        guide.append(token_id)
+    tokens, certain = guide.likely(style)
+    assert tokenizer.decode(tokens).strip() == text.strip()
+    assert certain == must_come
+    assert guide.num_allowed(tokens) == len(tokens)
+    assert guide.copy().likely(style) == (tokens, certain), "at the same place"
+    assert guide.likely(style) == (tokens, certain), "the guide is where it was"

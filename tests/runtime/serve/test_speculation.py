@@ -14,6 +14,7 @@ import pytest
 from benchmarks.delayed_span import delay_last_span
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
+from blockzoo.runtime.draft.balance import Balance
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 from blockzoo.runtime.serve.speculation import Speculation
@@ -110,6 +111,7 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return Option(rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences))))
 
     monkeypatch.setattr(RowChoice, "choose", choose)
+    monkeypatch.setattr(Balance, "may_draft", True)
     return rng
 
 

@@ -1,0 +1,76 @@
+"""A step that may have drafted rows: whose, how many, and what it has given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option
+from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.serve.request_builder import Request
+
+
+@dataclass(slots=True)
+class DraftedStep:
+    """A step that may have drafted rows.
+
+    Attributes:
+        requests: all that get a token.
+        planning: seconds for guesses, runs of surrogates among them.
+        seconds: of the step itself.
+    """
+
+    kind: StepKind
+    requests: Sequence[Request]
+    drafted: int = 0
+    planning: float = 0.0
+    seconds: float = 0.0
+    _generated: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generated = self._num_generated
+
+    @property
+    def _num_generated(self) -> int:
+        return sum(request.num_generated for request in self.requests)
+
+    @property
+    def gain(self) -> float:
+        """What has come for each request, beyond the token that comes anyway."""
+        return (self._num_generated - self._generated) / len(self.requests) - 1
+
+
+def may_draft(request: Request) -> bool:
+    """Whether tokens may run behind the last one: not while approximate KV is being refreshed, as what is
+    refreshed when would change, and with it the answer."""
+    seq, approx = request.seq, request.seq.approx
+    calm = approx is None or (approx.first_pass is None and not approx.stale.size)
+    ends = seq.num_uncomputed == 1 and not seq.lacks_prompt_logits  # a prompt may come token by token
+    return request.params.speculate and calm and ends and num_left(request) > 0
+
+
+def num_left(request: Request) -> int:
+    """Tokens that may be drafted: of its last token nobody needs the KV."""
+    return request.max_tokens - request.num_generated - 1
+
+
+def scope_of(request: Request) -> tuple[str, str] | None:
+    """Whose answers may be looked at: of the same scope and model; None: nobody's."""
+    return None if request.seq.reuse == "off" else (request.seq.scope, request.model.name)
+
+
+def shared_out(option: Option, hopes: Sequence[Hopes]) -> list[int]:
+    """How many of a step's drafted rows each sequence gets: with surrogates as many as any other; else the
+    likeliest guesses first, then fillers."""
+    if option.runs:
+        return [option.runs if each.may_draft else 0 for each in hopes]
+    guesses = ((chance, index) for index, each in enumerate(hopes) for chance in each.chances)
+    counts = [0] * len(hopes)
+    for _, index in sorted(guesses, key=lambda guess: -guess[0])[: option.rows]:
+        counts[index] += 1
+    left = option.rows - sum(counts)
+    for index, each in enumerate(hopes):
+        more = min(left, MOST_DRAFTED - counts[index]) if each.may_draft else 0
+        counts[index] += more
+        left -= more
+    return counts

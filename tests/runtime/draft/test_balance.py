@@ -1,0 +1,52 @@
+"""What tries of speculation may cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blockzoo.runtime.draft.balance import Balance
+
+
+def lost(steps: int, price: float, requests_every: int) -> float:
+    """Steps lost by someone who tries whenever that is allowed, and wins nothing."""
+    balance, total = Balance(), 0.0
+    for step in range(steps):
+        if step % requests_every == 0:
+            balance.welcome(1.0)
+        won = -price if balance.may_draft else 0.0
+        balance.observe(won)
+        total -= won
+    return total
+
+
+def test_what_wins_nothing_costs_a_share_of_the_time() -> None:
+    for price in (0.1, 0.5, 2.0):
+        assert lost(5000, price, 1000) < 0.02 * 5000 + 4 + price
+        assert lost(5000, price, 100) < 0.03 * 5000 + 4 + price, "each request may be of another kind"
+
+
+def test_what_wins_goes_on() -> None:
+    balance, drafted, rng = Balance(), 0, np.random.default_rng(0)
+    for _ in range(1000):
+        drafted += balance.may_draft
+        balance.observe(rng.choice([-0.3, 0.5]) if balance.may_draft else 0.0)
+    assert drafted > 950
+
+
+def test_a_hiccup_is_forgiven() -> None:
+    balance = Balance()
+    balance.observe(-1000.0)
+    for _ in range(400):
+        balance.observe(0.0)
+    assert balance.may_draft
+
+
+def test_old_wins_pay_for_little() -> None:
+    balance = Balance()
+    for _ in range(1000):
+        balance.observe(3.0)
+    steps = 0
+    while balance.may_draft:
+        balance.observe(-0.5)
+        steps += 1
+    assert steps < 20
