@@ -46,8 +46,8 @@ def delay_last_span(engine: LLMEngine, model: str) -> Delayed:
     """Put the last span of a model's chain behind a delay, 0 at first."""
     zoo = engine._zoo
     chain = zoo.topology.chains[zoo.topology.chain_of_model[model]]
-    engines, span = zoo.executors[chain.family]._engines, chain.uses[-1].span
-    engines[span] = delayed = Delayed(engines[span])
+    engines, span = zoo.local_executors[chain.family]._engines, chain.uses[-1].span
+    engines[span] = delayed = Delayed(engines[span])  # type: ignore[index]
     return delayed
 
 

@@ -150,7 +150,7 @@ def _stream(server: Server, family: Family) -> None:
 
 def _measure(server: Server, family: Family, concurrency: int, seconds: float) -> None:
     """A short perf_analyzer run over all fine-tunes, on the shared endpoint."""
-    requests = [
+    requests: list[dict[str, list[Any]]] = [
         {
             "text_input": [question.prompt(server, model)],
             "model": [model],

@@ -87,7 +87,7 @@ class Server:
             tensor = triton.InferInput(name, list(value.shape), dtype)
             tensor.set_data_from_numpy(value)
             inputs.append(tensor)
-        pieces = []
+        pieces: list[str] = []
         with triton.InferenceServerClient(f"127.0.0.1:{self.grpc}") as client:
             client.start_stream(lambda result, error: answers.put((result, error)))
             client.async_stream_infer(model, inputs, enable_empty_final_response=True)

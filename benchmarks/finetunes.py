@@ -239,7 +239,7 @@ def _write_sharded(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
     tensors = read_tensors(source / "model.safetensors")
     names = list(reversed(tensors))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, held in enumerate((names[::2], names[1::2])):
         file_name = f"model-{shard + 1:05}-of-00002.safetensors"
         write_tensors(folder / file_name, {name: tensors[name] for name in held})

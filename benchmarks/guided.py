@@ -160,7 +160,7 @@ class Bench:
             taken.append(time.perf_counter() - start)
             return iter(found)
 
-        self._engine._sampler.follow = timed  # type: ignore[method-assign]
+        self._engine._sampler.follow = timed  # type: ignore[assignment, method-assign]
         return taken
 
 

@@ -116,7 +116,7 @@ def _measured(
     sides |= {f"llama.cpp, {n} guesses": theirs(n) for n in GUESSES}
     taken = interleave(sides, args.repeats)
     best = min((taken[f"llama.cpp, {n} guesses"] for n in GUESSES), key=lambda samples: samples.median)
-    results = {side: samples.summary() for side, samples in taken.items()}
+    results: dict[str, Any] = {side: samples.summary() for side, samples in taken.items()}
     results["auto"]["times_as_fast_as_best_of_llama"] = best.ratio_to(taken["auto"])
     print(name, results, flush=True)
     return results

@@ -105,7 +105,8 @@ class Bench:
 
     def _ask(self, engine: LLMEngine, text: str, question: str) -> tuple[float, list[int]]:
         """Seconds to the first token of the second tenant, in a scope that only publishing has filled."""
-        start, first, found = time.perf_counter(), 0.0, []
+        start, first = time.perf_counter(), 0.0
+        found: list[int] = []
         model = self._family.tenants[1]
         engine.add_request("r", model, question, GREEDY, "a scope", documents=[text])
         while engine.has_unfinished():

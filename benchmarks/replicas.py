@@ -28,7 +28,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -119,7 +119,7 @@ def _alone(args: argparse.Namespace, replicas: int = 1) -> list[str]:
 
 
 def _round(
-    asks: dict[str, Ask], kv_tokens: int, family: Family, args: argparse.Namespace, number: int
+    asks: Mapping[str, Ask], kv_tokens: int, family: Family, args: argparse.Namespace, number: int
 ) -> dict[str, Any]:
     """Figures of each side for documents that none has seen; each holds the KV of so many tokens."""
     rng = random.Random(number)

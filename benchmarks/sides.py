@@ -133,7 +133,7 @@ class ExecutorSide:
         config = zoo.manifest.models[models[0]].config
         make = making(zoo, settings.engine_config(config, max_span_layers), settings.maker())
         self._zoo = load_zoo(zoo, make)
-        (self._executor,) = self._zoo.executors.values()
+        (self._executor,) = self._zoo.local_executors.values()
         loaded = [self._zoo.models[model] for model in models]
         self._chains = [loaded[i % len(loaded)].chain_index for i in range(settings.max_seqs)]
         pages = np.arange(settings.pool_pages * config.num_layers, dtype=np.int32)
@@ -307,7 +307,7 @@ class EngineSide:
 
     def release_memory(self) -> None:
         """Have all engines give back their scratch."""
-        for executor in self._engine._zoo.executors.values():
+        for executor in self._engine._zoo.local_executors.values():
             for engine in executor._engines.values():
                 if isinstance(engine, OpenVINOEngine):
                     engine.release_memory()
@@ -366,7 +366,8 @@ def first_token(
     """Run one request alone: seconds to its first token, and all tokens of the answer."""
     start = time.perf_counter()
     engine.add_request("request", model, prompt, params, kv_reuse=kv_reuse)
-    first, found = 0.0, []
+    first = 0.0
+    found: list[int] = []
     while engine.has_unfinished():
         for output in engine.step():
             if output.error is not None:

@@ -86,7 +86,7 @@ def _compare(
             longest_prompt=4 * context,
         )
         sides[name] = EngineSide(zoo, family.tenants, settings, workers=workers)
-    title = " / ".join(reversed(ways))
+    title = " / ".join(reversed(list(ways)))
     results: dict[str, Any] = {}
     for length in (context, 4 * context):
         turns = {name: partial(timed, partial(side.prefill, length), 1) for name, side in sides.items()}
@@ -128,7 +128,7 @@ def _faults(repeats: int) -> dict[str, Any]:
         family = assemble(Path(folder) / "family")
         zoo = Path(folder) / "zoo"
         compile_models(family, zoo, CompileOptions(verify=False, profile=False))
-        settings = {"precision": "f32", "kv_cache_bytes": 16 << 20, "num_threads": 1}
+        settings: dict[str, Any] = {"precision": "f32", "kv_cache_bytes": 16 << 20, "num_threads": 1}
         expected = _answers(LLMEngine(zoo, EngineConfig(**settings)))
         results = {"kill": _recovery(zoo, settings, expected, repeats)}
         results["limit"] = _limit(zoo, settings, expected)

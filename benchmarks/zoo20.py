@@ -21,7 +21,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def main() -> None:
     if "genai" in args.parts and (missing := "left out" if args.without_genai else genai_missing()):
         print(f"without genai: {missing}")
         args.parts = [part for part in args.parts if part != "genai"]
-    figures = {
+    figures: dict[str, Callable[[], Any]] = {
         "compile": zoos.compile_all,
         "disk": zoos.disk,
         "memory": partial(_memory, zoos),

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.cluster_sim.traffic import App, Mix, Request, make_requests
 from benchmarks.families import make_family
 from blockzoo.engines.base import pages_for
 from blockzoo.runtime.api.request import SamplingParams
+from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.llm_engine import LLMEngine
 from blockzoo.runtime.serve.scheduler import Scheduled
@@ -126,7 +128,7 @@ class Recorded(LLMEngine):
         self.features = Features()
         self.last: np.ndarray | None = None
 
-    def _execute(self, family, items):
+    def _execute(self, family: Family, items: list[Scheduled]) -> Any:
         self.last = self.features.of(items)
         return super()._execute(family, items)
 
@@ -134,7 +136,8 @@ class Recorded(LLMEngine):
 def on_engine(engine: Recorded, requests: Sequence[Request]) -> Steps:
     """Serve requests at their times; notes in them when tokens came."""
     left, by_id = list(requests)[::-1], {str(request.number): request for request in requests}
-    features, seconds = [], []
+    features: list[np.ndarray] = []
+    seconds: list[float] = []
     gc.collect()
     start = time.monotonic()
     while left or engine.has_unfinished():
@@ -176,7 +179,7 @@ def in_simulation(engine: Recorded, requests: Sequence[Request], costs: StepCost
         pace=StepPace(),
     )
     for request in requests:
-        clock.after(request.arrival, lambda request=request: lane.submit(request))
+        clock.after(request.arrival, partial(lane.submit, request))
     clock.run()
     assert all(request.end is not None for request in requests)
 

@@ -234,8 +234,9 @@ def _known(folder: Path, shape: str, num_tokens: int) -> dict[str, Any]:
     """What was measured before, over as many tokens."""
     path = folder / "deltas.json"
     kept = json.loads(path.read_text())["shapes"].get(shape) if path.exists() else None
-    same = kept is not None and kept["results"]["num_tokens"] == num_tokens
-    return dict(kept["results"]["sides"]) if same else {}
+    if kept is None or kept["results"]["num_tokens"] != num_tokens:
+        return {}
+    return dict(kept["results"]["sides"])
 
 
 def main() -> None:

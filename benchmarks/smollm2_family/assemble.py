@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,7 @@ def assemble(
         ),
     }
     for name in ADAPTERS:
-        writers[name] = lambda folder, name=name: write_adapter(folder, weights / f"{name}.planes")
+        writers[name] = partial(write_adapter, packed=weights / f"{name}.planes")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     return {name: write_folder(out / name, writers[name]) for name in FAMILY if name in names}
@@ -61,7 +63,7 @@ def write_base(folder: Path) -> Path:
 def write_adapter(folder: Path, packed: Path) -> None:
     """A PEFT folder of a packed LoRA, in f32."""
     pairs, facts = load_packed(packed)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "base",

@@ -14,8 +14,10 @@ import numpy as np
 from blockzoo.build.gguf_checkpoint import open_gguf
 from blockzoo.zoo.tensors import f32_to_bf16
 
-TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-TEXT_FILES += ("chat_template.jinja",)
+TEXT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, slots=True)

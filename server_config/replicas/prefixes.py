@@ -13,7 +13,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 CHUNK_CHARS = 64
 CHUNK_IDS = 16
@@ -110,10 +112,10 @@ class Holdings:
 
     def rank(
         self,
-        replicas: Sequence[Hashable],
+        replicas: Sequence[Name],
         prompt: Prompt,
         cold: Collection[Hashable] = (),
-    ) -> list[Hashable]:
+    ) -> list[Name]:
         """Replicas, the cheapest first: by the tokens that come before the answer, of the prompt itself and
         of what waits there already. Equal ones in the order given.
 
