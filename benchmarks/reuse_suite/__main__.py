@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=15, help="a task (15)")
     add("--tokens", type=int, nargs="+", default=[640, 960], help="of prompts, about, in turns (640 960)")
     add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="the sides alone: no yardsticks, no answers of their own")
+    add("--quick", action="store_true", help="the sides alone: no yardsticks")
     add("--threads", type=int, help="compute threads; default: OpenVINO's")
     add("--cache", type=Path, default=Path("out/bench/reuse_suite"), help="for the yardstick's logits")
     add("--out", type=Path, help="folder for the report; default: none is kept")

@@ -28,6 +28,7 @@ DOCUMENT = words(150, 1)
 TOLD: dict[str, np.ndarray] = {}
 DONOR = words(20, 2) + DOCUMENT + words(30, 3)
 PROMPT = words(37, 4) + DOCUMENT + words(25, 5)  # the document stands 17 tokens further
+EDITED = DONOR[:40] + words(6, 31) + DONOR[46:170] + words(25, 5)
 
 
 def serve(zoo: Path, reuse: ReuseConfig | None, **settings: Any) -> LLMEngine:
@@ -234,20 +235,25 @@ def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngin
         each.check_integrity()
 
 
-@pytest.mark.parametrize(("refresh", "unit"), [(1, "page"), (3, "token"), (64, "line")])
-def test_a_drained_queue_leaves_exact_kv(demo_zoo: Path, exact: LLMEngine, refresh: int, unit: Unit) -> None:
+@pytest.mark.parametrize(
+    ("refresh", "unit", "prompt"),
+    [(1, "page", PROMPT), (3, "token", PROMPT), (64, "line", PROMPT), (3, "line", EDITED)],
+)
+def test_a_drained_queue_leaves_exact_kv(
+    demo_zoo: Path, exact: LLMEngine, refresh: int, unit: Unit, prompt: list[int]
+) -> None:
     engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, unit=unit))
     ask(engine, DONOR)
-    seq = start(engine, PROMPT, "approx")
+    seq = start(engine, prompt, "approx")
     left = seq.approx.stale.size
-    assert left == len(PROMPT) - int(np.argmax(seq.approx.reused))
+    assert left == len(prompt) - int(np.argmax(seq.approx.reused))
     steps = 0
     while seq.approx.stale.size:
         engine.step()
         steps += 1
     assert steps == -(-left // refresh)
-    found = kv_of(engine, seq, len(PROMPT))
-    expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
+    found = kv_of(engine, seq, len(prompt))
+    expected = kv_of(exact, start(exact, prompt, "exact"), len(prompt))
     np.testing.assert_allclose(found, expected, atol=2e-4)
     for each in (engine, exact):
         each.abort("r")
