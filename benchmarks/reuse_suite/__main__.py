@@ -42,7 +42,7 @@ def main() -> None:
         task: {side: summary(task_found, side) for side in task_found} for task, task_found in found.items()
     }
     show(results)
-    args.shape = "smollm2-135m"
+    args.shape = f"smollm2-135m, {' and '.join(map(str, args.tokens))} tokens, seed {args.seed}"
     for name in ("zoo", "cache"):  # where they lay is nobody's business
         delattr(args, name)
     if args.out is not None:
