@@ -20,7 +20,8 @@ class ReuseConfig:
             donor, since no smaller share kept a real model near to itself on all tasks (docs/benchmarks.md).
         edit_recompute: the same of tokens behind an edit: those before which their donor has the prompt's
             words but for some, on which they lean less. At most `recompute`. Where nothing else is taken
-            over, they are those right behind each edit, to the end of a page: nothing is looked at first.
+            over, they are those right behind each edit, to the end of a page: nothing is looked at first, and
+            nothing refreshed later.
         refresh: reused tokens computed anew beside each generated one.
         refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
             drained queue leaves that of a full prefill; "importance" what received the most attention first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from math import ceil
 from typing import NamedTuple
@@ -84,7 +85,8 @@ class ReusePlanner:
         fronts = _fronts(runs, behind, config, edits_alone, budget)
         anew = matched_positions([(run[0], n) for run, n in zip(runs, fronts, strict=True)], seq.num_tokens)
         matched, first_pass = matched_positions(runs, seq.num_tokens), None
-        if edits_alone:  # what leans on an edit the most stands right behind it: there is nothing to look for
+        if edits_alone:  # what leans on them stands right behind them: nothing is looked for, nor refreshed
+            config = replace(config, refresh=0)
             reused = taken = matched & ~anew
         elif config.looks_first:
             taken = matched

@@ -235,26 +235,43 @@ def test_naive_reuse_moves_keys_and_keeps_values(demo_zoo: Path, exact: LLMEngin
         each.check_integrity()
 
 
-@pytest.mark.parametrize(
-    ("refresh", "unit", "prompt"),
-    [(1, "page", PROMPT), (3, "token", PROMPT), (64, "line", PROMPT), (3, "line", EDITED)],
-)
-def test_a_drained_queue_leaves_exact_kv(
-    demo_zoo: Path, exact: LLMEngine, refresh: int, unit: Unit, prompt: list[int]
-) -> None:
+@pytest.mark.parametrize(("refresh", "unit"), [(1, "page"), (3, "token"), (64, "line")])
+def test_a_drained_queue_leaves_exact_kv(demo_zoo: Path, exact: LLMEngine, refresh: int, unit: Unit) -> None:
     engine = serve(demo_zoo, Reuse(recompute=0.1, refresh=refresh, unit=unit))
     ask(engine, DONOR)
-    seq = start(engine, prompt, "approx")
+    seq = start(engine, PROMPT, "approx")
     left = seq.approx.stale.size
-    assert left == len(prompt) - int(np.argmax(seq.approx.reused))
+    assert left == len(PROMPT) - int(np.argmax(seq.approx.reused))
     steps = 0
     while seq.approx.stale.size:
         engine.step()
         steps += 1
     assert steps == -(-left // refresh)
-    found = kv_of(engine, seq, len(prompt))
-    expected = kv_of(exact, start(exact, prompt, "exact"), len(prompt))
+    found = kv_of(engine, seq, len(PROMPT))
+    expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
     np.testing.assert_allclose(found, expected, atol=2e-4)
+    for each in (engine, exact):
+        each.abort("r")
+        each.check_integrity()
+
+
+def test_behind_an_edit_pages_are_taken_as_they_are(demo_zoo: Path, exact: LLMEngine) -> None:
+    """But for a window right behind it; nothing is refreshed later, so guessing goes on."""
+    engine = serve(demo_zoo, ReuseConfig())
+    donor = start(engine, DONOR, "exact")
+    known = kv_of(engine, donor, len(DONOR))
+    engine.abort("r")
+    ask(engine, DONOR)
+    seq = start(engine, EDITED, "approx")
+    assert seq.approx is not None
+    assert np.flatnonzero(seq.approx.reused).tolist() == list(range(64, 170))
+    assert not seq.approx.stale.size
+    found = kv_of(engine, seq, len(EDITED))
+    np.testing.assert_allclose(found[:, :, 64:170], known[:, :, 64:170], atol=1e-4)
+    expected = kv_of(exact, start(exact, EDITED, "exact"), len(EDITED))
+    np.testing.assert_allclose(found[:, :, :32], expected[:, :, :32], atol=1e-4)
+    np.testing.assert_allclose(found[:, 1, 32:64], expected[:, 1, 32:64], atol=1e-4)  # sees one layer below
+    assert np.abs(found[:, 1:, 64:170] - expected[:, 1:, 64:170]).max() > 1e-3  # the price
     for each in (engine, exact):
         each.abort("r")
         each.check_integrity()
