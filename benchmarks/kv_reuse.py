@@ -1,6 +1,6 @@
 """Approximate KV reuse: what it saves until the first token and under load, and what it costs in answers.
 
-    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--parts quality,time,load] [--model FOLDER]
+    python -m benchmarks.kv_reuse [--shape 110m|0.5b] [--parts quality,time,edits,load] [--model FOLDER]
 
 Prompts are made of known documents in another order, between words of their own, so that no prefix is known:
 
@@ -18,7 +18,8 @@ Prompts are made of known documents in another order, between words of their own
 
 Quality is taken on trained weights, each side following the same answer: are all its tokens the likeliest,
 are the likeliest those of the full prefill, and KL from its distributions. Time is taken on random weights of
-a shape; matching, copying, looking and computing count. Tables, JSON and pictures.
+a shape; matching, copying, looking and computing count; `edits` takes only that of prompts with one line
+changed, which "time" does too. Tables, JSON and pictures.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from tokenizers import Tokenizer
 
 from benchmarks.common import arguments, machine_facts, print_table, save_report
 from benchmarks.families import made_once, make_family
+from benchmarks.kv_load import under_load
 from benchmarks.kv_plots import draw
 from benchmarks.kv_quality import Judge, quality
-from benchmarks.kv_speed import time_to_first_token, under_load
+from benchmarks.kv_speed import time_to_first_token
 from benchmarks.kv_tasks import Tasks
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.zoo.demo.assemble import assemble
 
-PARTS = ("quality", "time", "load")
+PARTS = ("quality", "time", "edits", "load")
 TASKS = ("facts", "chains", "text")
 
 
@@ -53,12 +55,11 @@ def main() -> None:
     results: dict[str, Any] = {}
     if "quality" in args.parts:
         results["quality"] = all_quality(args, model)
-    if {"time", "load"} & set(args.parts):
+    if {"time", "edits"} & set(args.parts):
         family = make_family(args.workdir, args.shape, 1)
-        results["first token"] = time_to_first_token(family, args)
-        if "load" in args.parts:
-            full_s = results["first token"]["full"]["median_ms"] / 1e3
-            results["load"] = under_load(family, args, full_s)
+        results["first token"] = time_to_first_token(family, args, "time" not in args.parts)
+    if "load" in args.parts:
+        results["load"] = under_load(make_family(args.workdir, args.shape, 1), args)
     show(results)
     print(save_report("kv_reuse", args, machine, results))
     for path in draw(results, args.out, args.shape):
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=2048, help="tokens of a timed prompt (2048)")
     add(
         "--loads", type=float, nargs="+", default=[0.5, 2.0, 4.0], help="arrivals, in full prefills at a time"
+    )
+    add(
+        "--traffic",
+        nargs="+",
+        choices=("documents", "edits"),
+        default=["documents", "edits"],
+        help="under load: known documents in another order, by --share and --refresh; a prompt with one line "
+        "of its first quarter changed, by the defaults",
     )
     add("--requests", type=int, default=48, help="under each load (48)")
     add("--answer", type=int, default=16, help="tokens of an answer under load (16)")
@@ -123,14 +132,16 @@ def show(results: dict[str, Any]) -> None:
         ]
         columns = ("", "first token ms", "times faster", "match ms", "copy ms", "compute ms")
         print_table("one request, known documents in another order; medians", columns, timed)
-    for load, sides in results.get("load", {}).items():
-        served = [
-            (name, *(s[key] for key in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")))
-            for name, s in sides.items()
-        ]
-        print_table(f"arrivals at {load}", ("", "tokens/s", "first token p50 ms", "p99 ms"), served)
-        for name, side in sides.items():
-            print(f"  {name}: p99 wait in s by percent spared: {side['wait_p99_s_by_spared_percent']}")
+    for kind, loads in results.get("load", {}).items():
+        for load, sides in loads.items():
+            served = [
+                (name, *(s[key] for key in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")))
+                for name, s in sides.items()
+            ]
+            columns = ("", "tokens/s", "first token p50 ms", "p99 ms")
+            print_table(f"{kind}, arrivals at {load}", columns, served)
+            for name, side in sides.items():
+                print(f"  {name}: p99 wait in s by percent spared: {side['wait_p99_s_by_spared_percent']}")
 
 
 def _compile(checkpoints: dict[str, Path], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Time to first token and throughput under approximate reuse, on random weights of a shape."""
+"""Time to first token under approximate reuse, on random weights of a shape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from blockzoo.runtime.approx.config import ReuseConfig
 QUESTION = 32  # tokens of it
 EDIT = 100  # where one begins
 _LINE = 12  # tokens of one
-EDITED = "a line edited, default"
+EDITED, ADDED = "a line edited, default", "a line added, default"
 
 
 class Prompts:
@@ -42,7 +42,7 @@ class Prompts:
         self._rng, self._vocab, self._line_end = np.random.default_rng(0), vocab, line_end
         size = (length - 2 * QUESTION) // NUM_DOCUMENTS
         self._documents = [self._words(size) for _ in range(num_known)]
-        self._first_donor: list[int] = []
+        self._donors: list[list[int]] = []
 
     def _words(self, count: int) -> list[int]:
         drawn = self._rng.integers(2, self._vocab, count)
@@ -56,18 +56,22 @@ class Prompts:
         middle = [token for i in order for token in self._documents[i]]
         return self._words(QUESTION) + middle + self._words(QUESTION)
 
-    def edited(self) -> list[int]:
-        """The first donor with other words early on, and another question."""
-        donor = self._first_donor
-        return [*donor[:EDIT], *self._words(_LINE), *donor[EDIT + _LINE : -QUESTION], *self._words(QUESTION)]
+    def edited(self, start: int = EDIT, replaced: int = _LINE) -> list[int]:
+        """The first donor with a line at `start` in the place of some tokens, and another question."""
+        donor = self._donors[0]
+        rest = donor[start + replaced : -QUESTION]
+        return [*donor[:start], *self._words(_LINE), *rest, *self._words(QUESTION)]
+
+    def edited_early(self) -> list[int]:
+        """The same, anywhere in the first quarter."""
+        return self.edited(int(self._rng.integers(len(self._donors[0]) // 4)))
 
     def donors(self) -> list[list[int]]:
         """Prompts that make all documents known."""
         known = self._documents
         parts = [known[i : i + NUM_DOCUMENTS] for i in range(0, len(known), NUM_DOCUMENTS)]
-        found = [[*self._words(QUESTION), *chain(*part), *self._words(QUESTION)] for part in parts]
-        self._first_donor = found[0]
-        return found
+        self._donors = [[*self._words(QUESTION), *chain(*part), *self._words(QUESTION)] for part in parts]
+        return self._donors
 
 
 class Stopwatch:
@@ -94,7 +98,7 @@ class Stopwatch:
         setattr(owner, method, timed)
 
 
-def _engine(family: Family, args: argparse.Namespace, num_known: int, reuse: ReuseConfig) -> LLMEngine:
+def engine_for(family: Family, args: argparse.Namespace, num_known: int, reuse: ReuseConfig) -> LLMEngine:
     tokens = args.length * (num_known // NUM_DOCUMENTS + 2 * args.running)
     return LLMEngine(
         family.zoo().path,
@@ -108,15 +112,15 @@ def _engine(family: Family, args: argparse.Namespace, num_known: int, reuse: Reu
     )
 
 
-def _line_end(engine: LLMEngine) -> int:
+def line_end_of(engine: LLMEngine) -> int:
     tokenizer = next(iter(engine._zoo.models.values())).tokenizer
     return int(np.flatnonzero(tokenizer.ends_line)[0])
 
 
-def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, Any]:
+def time_to_first_token(family: Family, args: argparse.Namespace, edits_alone: bool) -> dict[str, Any]:
     """All sides in turn, on one request at a time; medians, ratios to a full prefill, and where time goes."""
-    engine = _engine(family, args, NUM_DOCUMENTS, ENGINE)
-    prompts = Prompts(family.shape.vocab_size, _line_end(engine), args.length)
+    engine = engine_for(family, args, NUM_DOCUMENTS, ENGINE)
+    prompts = Prompts(family.shape.vocab_size, line_end_of(engine), args.length)
     model, watch = family.tenants[0], Stopwatch(engine)
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     for donor in prompts.donors():
@@ -135,10 +139,14 @@ def time_to_first_token(family: Family, args: argparse.Namespace) -> dict[str, A
         return [seconds]
 
     turns: dict[str, Callable[[], list[float]]] = {
-        name: partial(ours, name, *side) for name, side in time_sides().items()
+        name: partial(ours, name, *side)
+        for name, side in time_sides().items()
+        if name == "full" or not edits_alone
     }
-    turns[EDITED] = partial(ours, EDITED, "approx", replace(ReuseConfig(), refresh=0), prompts.edited)
-    if genai_missing() is None:
+    default = replace(ReuseConfig(), refresh=0)
+    turns[EDITED] = partial(ours, EDITED, "approx", default, prompts.edited)
+    turns[ADDED] = partial(ours, ADDED, "approx", default, partial(prompts.edited, replaced=0))
+    if not edits_alone and genai_missing() is None:
         turns["GenAI, prefix cache"] = _genai(family, args, engine, prompts)
     samples = interleave(turns, args.repeats)
     return {
@@ -178,76 +186,3 @@ def _genai(
         return [time.perf_counter() - start]
 
     return once
-
-
-# ---- many requests
-
-
-def under_load(family: Family, args: argparse.Namespace, full_s: float) -> dict[str, Any]:
-    """Requests that arrive at random (Poisson), below and beyond what full prefills can keep up with.
-
-    Args:
-        full_s: seconds of one full prefill, alone.
-
-    Returns:
-        By load and side: tokens/s (prompts and answers), first tokens (p50, p99), and the p99 wait by the
-        share of a prompt's work that reuse spared.
-    """
-    sides: dict[str, KVReuse] = {"full": "off", "exact prefix": "exact", "approximate": "approx"}
-    config = ReuseConfig(
-        recompute=args.share, edit_recompute=args.share, refresh=args.refresh, max_deviation=1e9
-    )
-    return {
-        f"{load:g} of full prefill": {
-            name: _serve(family, args, how, config, load / full_s) for name, how in sides.items()
-        }
-        for load in args.loads
-    }
-
-
-def _serve(
-    family: Family, args: argparse.Namespace, how: KVReuse, config: ReuseConfig, rate: float
-) -> dict[str, Any]:
-    num_known = 2 * NUM_DOCUMENTS
-    engine = _engine(family, args, num_known, config)
-    prompts = Prompts(family.shape.vocab_size, _line_end(engine), args.length, num_known)
-    model = family.tenants[0]
-    warm = SamplingParams(max_tokens=1, temperature=0.0)
-    for donor in prompts.donors():
-        first_token(engine, model, donor, warm)
-    due = np.cumsum(np.random.default_rng(1).exponential(1 / rate, args.requests))
-    params = SamplingParams(max_tokens=args.answer, temperature=0.0, ignore_eos=True)
-    waiting = [(float(at), str(i), prompts.draw()) for i, at in enumerate(due)][::-1]
-    arrived: dict[str, float] = {}
-    first: dict[str, float] = {}
-    before = engine.metrics()
-    start = time.perf_counter()
-    while waiting or engine.has_unfinished():
-        now = time.perf_counter() - start
-        while waiting and waiting[-1][0] <= now:
-            at, request_id, prompt = waiting.pop()
-            arrived[request_id] = at
-            engine.add_request(request_id, model, prompt, params, kv_reuse=how)
-        if not engine.has_unfinished():
-            time.sleep(max(0.0, waiting[-1][0] - now))
-            continue
-        for output in engine.step():
-            if output.error is not None:
-                raise SystemExit(output.error)
-            if output.request_id not in first:
-                first[output.request_id] = time.perf_counter() - start - arrived[output.request_id]
-    seconds = time.perf_counter() - start
-    p50, p99 = np.percentile(list(first.values()), (50, 99)) * 1e3
-    waits = engine.metrics().wait_seconds
-    return {
-        "tokens_per_s": round(args.requests * (args.length + args.answer) / seconds, 1),
-        "answer_tokens_per_s": round(args.requests * args.answer / seconds, 2),
-        "first_token_p50_ms": round(float(p50), 1),
-        "first_token_p99_ms": round(float(p99), 1),
-        "requests_per_s": round(args.requests / seconds, 3),
-        "wait_p99_s_by_spared_percent": {
-            label: histogram.quantile(0.99)
-            for label, histogram in waits.items()
-            if histogram.count > before.wait_seconds[label].count
-        },
-    }

@@ -193,9 +193,7 @@ def reuse_texts(model: ModelRecord) -> list[str]:
 def reuse_settings_text(settings: ReuseSettings) -> str:
     """Settings in a few words."""
     if settings.recompute == 1:
-        return (
-            f"behind edits alone: {settings.edit_recompute:.0%}, the {settings.edit} tokens behind each first"
-        )
+        return f"behind edits alone: {settings.edit_recompute:.0%}, right behind each"
     if settings.selector == "head-of-run":
         return f"heads of runs, {settings.recompute:.0%}"
     beside = f", {settings.refresh} beside each token" if settings.refresh else ""

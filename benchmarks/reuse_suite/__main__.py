@@ -42,7 +42,7 @@ def main() -> None:
         task: {side: summary(task_found, side) for side in task_found} for task, task_found in found.items()
     }
     show(results)
-    args.shape = "smollm2-135m"
+    args.shape = f"smollm2-135m, {' and '.join(map(str, args.tokens))} tokens, seed {args.seed}"
     for name in ("zoo", "cache"):  # where they lay is nobody's business
         delattr(args, name)
     if args.out is not None:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=15, help="a task (15)")
     add("--tokens", type=int, nargs="+", default=[640, 960], help="of prompts, about, in turns (640 960)")
     add("--seed", type=int, default=0)
-    add("--quick", action="store_true", help="the sides alone: no yardsticks, no answers of their own")
+    add("--quick", action="store_true", help="the sides alone: no yardsticks")
     add("--threads", type=int, help="compute threads; default: OpenVINO's")
     add("--cache", type=Path, default=Path("out/bench/reuse_suite"), help="for the yardstick's logits")
     add("--out", type=Path, help="folder for the report; default: none is kept")

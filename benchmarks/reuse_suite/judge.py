@@ -64,7 +64,7 @@ class Judge:
     ) -> tuple[dict[str, Verdict], list[int], np.ndarray]:
         """Verdicts by side, with "full", "other order" and "bare" (the question alone, of which only `right`
         counts) where the sample has them; then the full prompt and answer as tokens, and its logits.
-        `quick`: the sides alone, and no answers of their own."""
+        `quick`: the sides alone."""
         self._count += 1  # of the scope: samples see nothing of each other
         self._run(model, [Run(self._text(model, donor), "exact") for donor in sample.donors], 1)
         prompt = self._text(model, sample.prompt)
@@ -81,20 +81,18 @@ class Judge:
             name: run for name, run in runs.items() if run.config is not None and run.config.recompute == 1
         }
         for group in ({name: run for name, run in runs.items() if name not in leaves}, leaves):
-            verdicts |= self._along(model, sample, full, group, not quick)
+            verdicts |= self._along(model, sample, full, group)
         for run in asked:
             verdicts["bare"] = _verdict(sample, full, full, run.text)
         ids = self._follower.engine.tokenizer(model).encode(prompt)
         return verdicts, [*ids, *full.tokens], full.logits
 
-    def _along(
-        self, model: str, sample: Sample, full: Run, runs: dict[str, Run], free: bool
-    ) -> dict[str, Verdict]:
+    def _along(self, model: str, sample: Sample, full: Run, runs: dict[str, Run]) -> dict[str, Verdict]:
         """Verdicts of sides along the full prefill's answer, and how they answer freely."""
         self._run(model, list(runs.values()), len(full.tokens))
         astray = {name: run for name, run in runs.items() if not agreement(full, run).all()}
         own = {name: Run(run.prompt, run.how, run.config) for name, run in astray.items()}
-        if sample.answer is not None and free:
+        if sample.answer is not None:
             self._run(model, list(own.values()), ANSWER_TOKENS)
         texts = {name: own[name].text if name in own else full.text for name in runs}
         return {name: _verdict(sample, run, full, texts[name]) for name, run in runs.items()}

@@ -31,7 +31,7 @@ CANDIDATES = (
     replace(_QUERY, selector="head-of-run", unit="token", recompute=0.3, edit_recompute=0.1),
     replace(_QUERY, recompute=0.4, edit_recompute=0.2, pointed=0.15, head=32, edit=64),
     # edits alone; the last, since what it computes in full stays in the cache
-    replace(_QUERY, recompute=1.0),
+    replace(_QUERY, recompute=1.0, edit_recompute=0.03),
 )
 
 

@@ -19,7 +19,9 @@ class ReuseConfig:
             reuse) to 1: all of them. That is the default where other texts stand before them than in their
             donor, since no smaller share kept a real model near to itself on all tasks (docs/benchmarks.md).
         edit_recompute: the same of tokens behind an edit: those before which their donor has the prompt's
-            words but for some, on which they lean less. At most `recompute`.
+            words but for some, on which they lean less. At most `recompute`. Where nothing else is taken
+            over, they are those right behind each edit, to the end of a page: nothing is looked at first, and
+            nothing refreshed later.
         refresh: reused tokens computed anew beside each generated one.
         refresh_order: "position" refreshes from the front, so that each is computed over exact KV and a
             drained queue leaves that of a full prefill; "importance" what received the most attention first.
@@ -33,7 +35,8 @@ class ReuseConfig:
             "random": the control.
         head: tokens at the front of each run that are always computed anew, of the share: what stood at the
             front of another prompt draws attention wherever it is put.
-        edit: the same for runs behind an edit: what stands right there leans on it the most (2609.17983).
+        edit: the same for runs behind an edit, where others are taken over too: what stands right there leans
+            on it the most (2609.17983).
         pointed: share of the reused tokens that "query" adds to those by looking, at most, of what they leave
             of `recompute`: on a real model, more of it gains less than longer heads do.
         check_layers: that run in full for the selectors that look at deviations. Models that have no more
@@ -51,7 +54,7 @@ class ReuseConfig:
     """
 
     recompute: float = 1.0
-    edit_recompute: float = 0.05
+    edit_recompute: float = 0.03
     pointed: float = 0.07
     refresh: int = 3
     refresh_order: RefreshOrder = "importance"

@@ -110,11 +110,13 @@ class ApproximateKV:
     # ---- the refresh queue
 
     def fill_queue(self, num_tokens: int) -> None:
-        """Queue what is to be refreshed while decoding.
+        """Queue what is to be refreshed while decoding, if anything is.
 
         By importance, what was taken over. In order of position, also what was computed behind it, so over
         what was not exact: each token is then computed over exact KV, and once the queue is drained all is.
         """
+        if not self.config.refresh:
+            return
         self.stale = np.flatnonzero(self.reused)
         if self.config.refresh_order == "position" and self.stale.size:
             self.stale = np.arange(self.stale[0], num_tokens)

@@ -71,16 +71,22 @@ class KVTensors:
             borrowed: what lies where.
             page_table: int32 [num_layers, pages] of the sequence that takes it.
         """
-        columns, to_slots = borrowed.positions // PAGE_TOKENS, borrowed.positions % PAGE_TOKENS
-        pages, sources = self._checked(page_table[:, columns]), self._checked(borrowed.pages)
-        moved = bool(borrowed.shift.any())
+        targets = self._checked(page_table[:, borrowed.positions // PAGE_TOKENS])
+        borrowed = borrowed._replace(pages=self._checked(borrowed.pages))
+        first, rest = whole_pages(borrowed)
+        self.copy(borrowed.pages[:, first].ravel(), targets[:, first].ravel())
+        self._move(chain, Borrowed(*(array[..., rest] for array in borrowed)), targets[:, rest])
+
+    def _move(self, chain: int, borrowed: Borrowed, targets: np.ndarray) -> None:
+        """Token by token, into pages `targets` [num_layers, n]."""
+        to_slots, moved = borrowed.positions % PAGE_TOKENS, bool(borrowed.shift.any())
         cos, sin = rotation_by(borrowed.shift, *self._rotation[chain])
-        for source, destination in zip(sources, pages, strict=True):
+        for source, destination in zip(borrowed.pages, targets, strict=True):
             for name, pool in self._pool.items():
                 if name != "key_cache" or not moved:
                     pool[destination, :, to_slots] = pool[source, :, borrowed.slots]
                     continue
-                for begin in range(0, columns.size, _MOVED_TOKENS):
+                for begin in range(0, to_slots.size, _MOVED_TOKENS):
                     part = slice(begin, begin + _MOVED_TOKENS)
                     rows = pool[source[part], :, borrowed.slots[part]]  # [n, heads, width]
                     turned = self._arrays.rotated(rows, cos[part], sin[part])
@@ -112,6 +118,21 @@ def _widened(contents: np.ndarray) -> np.ndarray:
     if contents.dtype == np.uint8:
         return unpack_u8(contents)
     return bf16_to_f32(contents) if contents.dtype == np.uint16 else contents
+
+
+def whole_pages(borrowed: Borrowed) -> tuple[np.ndarray, np.ndarray]:
+    """Where a page begins that is taken over as it is, from one page and to the same slots: int64 [pages].
+    And which tokens are in none: bool [n]."""
+    first = np.flatnonzero(borrowed.positions % PAGE_TOKENS == 0)
+    first = first[first + PAGE_TOKENS <= borrowed.positions.size]
+    offsets = np.arange(PAGE_TOKENS)
+    places = first[:, None] + offsets
+    whole = (borrowed.slots[places] == offsets) & (borrowed.shift[places] == 0)
+    whole &= borrowed.positions[places] == borrowed.positions[first, None] + offsets
+    whole &= (borrowed.pages[:, places] == borrowed.pages[:, first, None]).all(0)
+    rest = np.ones(borrowed.positions.size, bool)
+    rest[places[whole.all(1)]] = False
+    return first[whole.all(1)], rest
 
 
 def rotation_by(shift: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

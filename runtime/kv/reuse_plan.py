@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from math import ceil
 from typing import NamedTuple
@@ -76,19 +77,23 @@ class ReusePlanner:
         found = list(compress(found, taken_over))
         behind, shares = list(compress(behind, taken_over)), list(compress(shares, taken_over))
         runs = [(run.start, run.length) for run, _ in found]
-        matched = sum(length for _, length in runs)
-        if matched == 0 or matched < config.min_share * (seq.num_tokens - start):
+        count = sum(length for _, length in runs)
+        if count == 0 or count < config.min_share * (seq.num_tokens - start):
             return None
         budget = ceil(sum(share * length for share, (_, length) in zip(shares, runs, strict=True)) - 1e-9)
-        fronts = within_budget(_fronts(runs, behind, config), budget)
+        edits_alone = all(alone for alone, taken in zip(in_place, taken_over, strict=True) if taken)
+        fronts = _fronts(runs, behind, config, edits_alone, budget)
         anew = matched_positions([(run[0], n) for run, n in zip(runs, fronts, strict=True)], seq.num_tokens)
-        if config.looks_first:
-            taken = matched_positions(runs, seq.num_tokens)
-            first_pass = FirstPass(config, taken, anew, start, seq.line_ends(), budget)
+        matched, first_pass = matched_positions(runs, seq.num_tokens), None
+        if edits_alone:  # what leans on them stands right behind them: nothing is looked for, nor refreshed
+            config = replace(config, refresh=0)
+            reused = taken = matched & ~anew
+        elif config.looks_first:
+            taken = matched
+            first_pass = FirstPass(config, matched, anew, start, seq.line_ends(), budget)
             reused = first_pass.first_reused()
         else:
             reused = taken = reused_positions(runs, shares, seq.num_tokens, config) & ~anew
-            first_pass = None
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
         if not borrowed.positions.size:
@@ -160,12 +165,26 @@ def _num_same(one: np.ndarray, other: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def _fronts(runs: Sequence[tuple[int, int]], behind: Sequence[int | None], config: ReuseConfig) -> list[int]:
-    """How many first tokens of each (start, length) run to compute anew in any case; none where all words
-    before it are its donor's (`behind`: see `_edits`)."""
+def _fronts(
+    runs: Sequence[tuple[int, int]],
+    behind: Sequence[int | None],
+    config: ReuseConfig,
+    edits_alone: bool,
+    budget: int,
+) -> list[int]:
+    """How many first tokens of each (start, length) run to compute anew in any case.
+
+    None where all words before a run are its donor's (`behind`: see `_edits`). Windows behind edits go on to
+    the end of a page, as tokens short of one would run one by one (`pieces`).
+    """
+    wanted = []
+    for (_, length), words in zip(runs, behind, strict=True):
+        window = length if edits_alone else config.edit
+        wanted.append(min(length, config.head if words is None else window if words else 0))
+    fronts = within_budget(wanted, budget)
     return [
-        min(length, config.head if words is None else config.edit if words else 0)
-        for (_, length), words in zip(runs, behind, strict=True)
+        min(length, count + -(start + count) % PAGE_TOKENS) if count and words else count
+        for (start, length), words, count in zip(runs, behind, fronts, strict=True)
     ]
 
 

@@ -28,6 +28,7 @@ DOCUMENT = words(150, 1)
 TOLD: dict[str, np.ndarray] = {}
 DONOR = words(20, 2) + DOCUMENT + words(30, 3)
 PROMPT = words(37, 4) + DOCUMENT + words(25, 5)  # the document stands 17 tokens further
+EDITED = DONOR[:40] + words(6, 31) + DONOR[46:170] + words(25, 5)
 
 
 def serve(zoo: Path, reuse: ReuseConfig | None, **settings: Any) -> LLMEngine:
@@ -249,6 +250,28 @@ def test_a_drained_queue_leaves_exact_kv(demo_zoo: Path, exact: LLMEngine, refre
     found = kv_of(engine, seq, len(PROMPT))
     expected = kv_of(exact, start(exact, PROMPT, "exact"), len(PROMPT))
     np.testing.assert_allclose(found, expected, atol=2e-4)
+    for each in (engine, exact):
+        each.abort("r")
+        each.check_integrity()
+
+
+def test_behind_an_edit_pages_are_taken_as_they_are(demo_zoo: Path, exact: LLMEngine) -> None:
+    """But for a window right behind it; nothing is refreshed later, so guessing goes on."""
+    engine = serve(demo_zoo, ReuseConfig())
+    donor = start(engine, DONOR, "exact")
+    known = kv_of(engine, donor, len(DONOR))
+    engine.abort("r")
+    ask(engine, DONOR)
+    seq = start(engine, EDITED, "approx")
+    assert seq.approx is not None
+    assert np.flatnonzero(seq.approx.reused).tolist() == list(range(64, 170))
+    assert not seq.approx.stale.size
+    found = kv_of(engine, seq, len(EDITED))
+    np.testing.assert_allclose(found[:, :, 64:170], known[:, :, 64:170], atol=1e-4)
+    expected = kv_of(exact, start(exact, EDITED, "exact"), len(EDITED))
+    np.testing.assert_allclose(found[:, :, :32], expected[:, :, :32], atol=1e-4)
+    np.testing.assert_allclose(found[:, 1, 32:64], expected[:, 1, 32:64], atol=1e-4)  # sees one layer below
+    assert np.abs(found[:, 1:, 64:170] - expected[:, 1:, 64:170]).max() > 1e-3  # the price
     for each in (engine, exact):
         each.abort("r")
         each.check_integrity()
