@@ -103,7 +103,7 @@ class _Search:
         self._factors = self._found_factors()
         self._cut: dict[str, tuple[str, CutAdapter | None]] = {}  # by a name of a trial: base and difference
         tried = [self._candidate(at, self._ranks[-1]) for at in self._inner]
-        sequences = [each.tokens for each in text.probe()]
+        sequences = text.probe()
         self._probe = Probe(
             self._record.chain, self._record.config, self._read, maker, sequences, [*tried, *self._ends]
         )

@@ -62,12 +62,11 @@ class OwnText:
         own = self._written()
         return own[self._num_held_out :] if self._num_texts else []
 
-    def probe(self) -> list[Text]:
-        """What the model is judged by. Raises ZooError for a probe that predicts nothing."""
-        asked = [] if self._probe else self._chats(JUDGED)
-        if asked:
-            self._answered = self._answered or self._answers(asked)
-            return self._answered
+    def probe(self) -> list[list[int]]:
+        """The user's text, or the model's own that is not for calibration, as token ids.
+
+        Raises ZooError for a probe that predicts nothing.
+        """
         texts = self._probe or self._written()[: self._num_held_out]
         texts = [tokens for tokens in texts if len(tokens) > 1]  # a single one predicts none
         if not texts:
@@ -75,8 +74,14 @@ class OwnText:
                 f"--probe {self._probe_name}: no paragraph has two tokens of {self._source.name}; give "
                 "more text"
             )
-        config = self._record.config
-        return [Text(tokens, 0) for tokens in probe_sequences(texts, config.max_length, config.vocab_size)]
+        return probe_sequences(texts, self._record.config.max_length, self._record.config.vocab_size)
+
+    def judged(self) -> list[Text]:
+        """What the model is judged by: answers to chats where it gives any and no text is given; else `probe`."""
+        if not self._answered:
+            asked = [] if self._probe else self._chats(JUDGED)
+            self._answered = self._answers(asked) if asked else [Text(tokens, 0) for tokens in self.probe()]
+        return self._answered
 
     @property
     def _num_held_out(self) -> int:

@@ -140,7 +140,7 @@ class _Model:
         )
         adapters = {i: draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         check_memory(self._source.name, [draft.zoo.read_block(key) for key in chain] * 2)
-        texts = self._text.probe()
+        texts = self._text.judged()
         trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), texts)
         few = 1 + sum(total < _WEIGHED_BY for total in accumulate(len(text.tokens) for text in texts))
         decided = self._decided(four)
@@ -203,7 +203,7 @@ class _Model:
 
         name = self._source.name
         prompts = self._text.prompts()
-        texts = self._text.probe()
+        texts = self._text.judged()
         adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         judged = Judged(name, self._record.config, adapters, prompts, texts)
         given, blocks = (

@@ -50,7 +50,7 @@ def test_a_model_with_a_template_is_judged_by_its_greedy_answers(
     chain = ProbeChain(
         OpenVINOEngines("f32", 1), [zoo.read_block(k) for k in record.chain], record.config, 256
     )
-    texts = text.probe()
+    texts = text.judged()
     assert len(texts) == len(JUDGED)
     for prompt, (tokens, start) in zip(asked, texts, strict=True):
         assert list(tokens[: start + 1]) == prompt
@@ -72,7 +72,7 @@ def test_others_are_judged_by_text_that_was_not_looked_at(
         (model / "chat_template.jinja").write_text(template)
     text, _, source = own_text(model, tmp_path)
     assert chats(source.tokenizer, JUDGED, source.config.vocab_size) == []
-    judged, looked_at = text.probe(), text.calibration()
+    judged, looked_at = text.judged(), text.calibration()
     assert [start for _, start in judged] == [0, 0]
     assert len(looked_at) == 6
     assert not {tuple(tokens) for tokens, _ in judged} & set(map(tuple, looked_at))
