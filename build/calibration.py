@@ -33,14 +33,16 @@ class Met:
     def __init__(self, oracle: Oracle, run: Callable[[Oracle], list[np.ndarray]]) -> None:
         self._oracle, self._run = oracle, run
         self._rows, self.out = self._listened(oracle.weight)
-        self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self._grams: list[tuple[np.ndarray, np.ndarray]] = []  # of rows that were asked for
 
     def gram(self, name: str) -> np.ndarray:
         """float32 [in, in], X^T X / rows of the rows X that the matrix of this HF name met."""
         rows = self._rows[name]
-        if self._last is None or self._last[0] is not rows:  # q, k and v have them in common
-            self._last = rows, _product(rows, rows)
-        return self._last[1]
+        for seen, gram in self._grams:  # q, k and v have them in common, and 4 bits and 8
+            if seen is rows:
+                return gram
+        self._grams.append((rows, _product(rows, rows)))
+        return self._grams[-1][1]
 
     def after(self, changes: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
         """What a matrix meets instead when others of the block have changed.
