@@ -77,7 +77,7 @@ class OwnText:
         return probe_sequences(texts, self._record.config.max_length, self._record.config.vocab_size)
 
     def judged(self) -> list[Text]:
-        """What the model is judged by: answers to chats where it gives any and no text is given; else `probe`."""
+        """What the model is judged by: answers to chats if it gives any and no text is given; or `probe`."""
         if not self._answered:
             asked = [] if self._probe else self._chats(JUDGED)
             self._answered = self._answers(asked) if asked else [Text(tokens, 0) for tokens in self.probe()]
