@@ -69,7 +69,7 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("max_kl", "four", "given"),
     [
         pytest.param(1e-5, range(1), range(2, 14), marks=pytest.mark.slow),
-        (4e-3, range(1, 12), range(1, 2)),
+        (2e-3, range(1, 12), range(1, 2)),
         pytest.param(5.0, range(12, 13), range(1, 2), marks=pytest.mark.slow),
     ],
 )
