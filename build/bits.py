@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from blockzoo.build.likeness import divergence, log_probabilities
+from blockzoo.build.likeness import Text, divergence, log_probabilities
 from blockzoo.engines.arrays import Array
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.probe import ProbeBlock
@@ -32,7 +32,7 @@ class Trial:
         record: the model with its own blocks.
         adapters: of the model, by position.
         maker: of f32 engines.
-        sequences: token ids.
+        texts: along which it is compared.
     """
 
     def __init__(
@@ -41,31 +41,31 @@ class Trial:
         record: ModelRecord,
         adapters: Mapping[int, Adapter],
         maker: EngineMaker,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[Text],
     ) -> None:
         self._read, self._record, self._adapters = read, record, adapters
-        self._maker, self._sequences = maker, sequences
+        self._maker, self._texts = maker, texts
         self._blocks: dict[tuple[int, str], ProbeBlock] = {}
         self._hidden: list[list[Array]] = [[]]  # by position, what enters the block there
         self._own: list[np.ndarray] = []
         self._own = self._run({}, keep=True)
 
-    def kl(self, replaced: Replaced, num_sequences: int | None = None) -> float:
-        """Mean divergence from the model's own distributions, in nats; over some sequences, or all."""
+    def kl(self, replaced: Replaced, num_texts: int | None = None) -> float:
+        """Mean divergence from the model's own distributions, in nats; over some texts, or all."""
         if not replaced:
             return 0.0
-        return divergence(self._own[:num_sequences], self._run(replaced, num_sequences))
+        return divergence(self._own[:num_texts], self._run(replaced, num_texts))
 
-    def _run(
-        self, replaced: Replaced, num_sequences: int | None = None, keep: bool = False
-    ) -> list[np.ndarray]:
+    def _run(self, replaced: Replaced, num_texts: int | None = None, keep: bool = False) -> list[np.ndarray]:
         first = min(replaced, default=0)
-        states = self._hidden[first][:num_sequences] if first < len(self._hidden) else []
+        states = self._hidden[first][:num_texts] if first < len(self._hidden) else []
         for position in range(first, len(self._record.chain)):
             key = replaced.get(position, self._record.chain[position])
             if position == 0:
-                states = self._embedded(key)[:num_sequences]
+                states = self._embedded(key)[:num_texts]
             else:
+                if position == len(self._record.chain) - 1:  # the head computes what counts alone
+                    states = [rows[text.start :] for rows, text in zip(states, self._texts, strict=False)]
                 states = self._outputs(position, key, states)
             if keep and position < len(self._record.chain) - 1:
                 self._hidden.append(states)
@@ -73,7 +73,7 @@ class Trial:
 
     def _outputs(self, position: int, key: str, states: Sequence[Array]) -> list[Array]:
         if (position, key) not in self._blocks:
-            longest = max(map(len, self._sequences))
+            longest = max(len(text.tokens) for text in self._texts)
             block, adapter = self._read(key), self._adapters.get(position)
             self._blocks[position, key] = ProbeBlock(
                 self._maker, block, self._record.config, longest, adapter
@@ -83,7 +83,7 @@ class Trial:
     def _embedded(self, key: str) -> list[Array]:
         block, arrays = self._read(key), self._maker.arrays
         table, found = self._maker.embedding(block), []
-        for tokens in self._sequences:
+        for tokens, _ in self._texts:
             out = arrays.zeros((len(tokens), block.spec.hidden_size), "activation")
             table.lookup(arrays.mirror(np.asarray(tokens, np.int32)), out)
             found.append(out)

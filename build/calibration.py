@@ -18,7 +18,7 @@ from blockzoo.zoo.model_config import ModelConfig
 
 NUM_TEXTS, NUM_TOKENS = 64, 256
 """Of a model's own text, and tokens of each."""
-_FEWEST_TEXTS = 8
+FEWEST_TEXTS = 8
 _MAX_KV_BYTES = 1 << 30
 
 
@@ -33,14 +33,16 @@ class Met:
     def __init__(self, oracle: Oracle, run: Callable[[Oracle], list[np.ndarray]]) -> None:
         self._oracle, self._run = oracle, run
         self._rows, self.out = self._listened(oracle.weight)
-        self._last: tuple[np.ndarray, np.ndarray] | None = None
+        self._grams: list[tuple[np.ndarray, np.ndarray]] = []  # of rows that were asked for
 
     def gram(self, name: str) -> np.ndarray:
         """float32 [in, in], X^T X / rows of the rows X that the matrix of this HF name met."""
         rows = self._rows[name]
-        if self._last is None or self._last[0] is not rows:  # q, k and v have them in common
-            self._last = rows, _product(rows, rows)
-        return self._last[1]
+        for seen, gram in self._grams:  # q, k and v have them in common, and 4 bits and 8
+            if seen is rows:
+                return gram
+        self._grams.append((rows, _product(rows, rows)))
+        return self._grams[-1][1]
 
     def after(self, changes: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
         """What a matrix meets instead when others of the block have changed.
@@ -104,25 +106,33 @@ def own_texts(
     blocks: Sequence[Block],
     config: ModelConfig,
     adapters: Mapping[int, Adapter],
-    prompts: Sequence[Sequence[int]],
-    num_texts: int,
+    starts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    length: int,
     on_token: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """Texts that a model writes behind prompts, in turn, sampled as it is (temperature 1): token ids.
+    """Texts that a model writes, as token ids, one behind each start.
 
-    `num_texts`, or as many as fit into the memory for their KV, but a few in any case; all of one length.
+    Args:
+        starts: token ids, at least one each.
+        temperatures: of each text, at which it is sampled; 0: greedily.
+        length: of all texts, their starts included.
+        on_token: told how many tokens of it are there.
+
+    Returns:
+        As many of the first ones as fit into the memory for their KV, but a few in any case.
     """
-    length = min(NUM_TOKENS, config.max_length)
     token_bytes = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim
-    count = max(_FEWEST_TEXTS, min(num_texts, _MAX_KV_BYTES // (token_bytes * length)))
-    chain = ProbeChain(maker, blocks, config, length, adapters, count)
+    count = max(FEWEST_TEXTS, _MAX_KV_BYTES // (token_bytes * length))
+    starts = [start[:length] for start in starts[:count]]
+    chain = ProbeChain(maker, blocks, config, length, adapters, len(starts))
     rng = np.random.default_rng(0)
-    starts = [list(prompts[i % len(prompts)][:length]) for i in range(count)]
+    noise = np.array(temperatures[: len(starts)], np.float32)[:, None]
     texts: list[list[int]] = [[start[0]] for start in starts]
     for position in range(1, length):
         on_token(position, length)
         logits = chain.forward([text[-1] for text in texts], position - 1)
-        drawn = (logits + rng.gumbel(size=logits.shape).astype(np.float32)).argmax(axis=1)
+        drawn = (logits + noise * rng.gumbel(size=logits.shape).astype(np.float32)).argmax(axis=1)
         for text, start, token in zip(texts, starts, drawn.tolist(), strict=True):
             text.append(start[position] if position < len(start) else token)
     return texts

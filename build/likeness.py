@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,14 @@ from blockzoo.zoo.manifest import QuantizationFigures
 from blockzoo.zoo.model_config import ModelConfig
 
 
+class Text(NamedTuple):
+    """A text that models are compared along."""
+
+    tokens: Sequence[int]
+    start: int
+    """The first position whose distribution counts: those before it are of what a model is asked."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """A model whose chains are compared: what all of them have in common."""
@@ -22,13 +31,13 @@ class Judged:
     adapters: Mapping[int, Adapter]
     prompts: Sequence[Sequence[int]]
     """Token ids; what is said to them greedily is compared."""
-    texts: Sequence[Sequence[int]]
-    """Token ids of the probe text, over which distributions are compared."""
+    texts: Sequence[Text]
+    """Over which distributions are compared."""
 
     def chain(self, maker: EngineMaker, blocks: Sequence[Block]) -> ProbeChain:
         """Engines of one of its chains. Raises VerificationError where there is no memory for it in f32."""
         check_memory(self.name, [*blocks, *self.adapters.values()])
-        longest = max(max(map(len, self.prompts)) + NUM_GENERATED, *map(len, self.texts))
+        longest = max(max(map(len, self.prompts)) + NUM_GENERATED, *(len(text.tokens) for text in self.texts))
         return ProbeChain(maker, blocks, self.config, longest, self.adapters)
 
 
@@ -55,8 +64,8 @@ class Reference:
         for prompt in judged.prompts:
             on_prompt(len(self._answers))
             self._answers.append(answer_greedily(chain, list(prompt)))
-        self._texts = [log_probabilities(chain.forward(tokens, 0)) for tokens in judged.texts]
-        self.perplexity = perplexity(judged.texts, self._texts)
+        self._texts = [_distributions(chain, text) for text in judged.texts]
+        self.perplexity = perplexity([text.tokens[text.start :] for text in judged.texts], self._texts)
 
     def figures(self, maker: EngineMaker, blocks: Sequence[Block]) -> QuantizationFigures:
         """Of another chain of the model, or of the same in another precision."""
@@ -67,15 +76,20 @@ class Reference:
             same += int((seen.argmax(axis=1) == answer.logits.argmax(axis=1)).sum())
             total += NUM_GENERATED
         texts = self._judged.texts
-        theirs = [log_probabilities(chain.forward(tokens, 0)) for tokens in texts]
+        theirs = [_distributions(chain, text) for text in texts]
         pairs = list(zip(self._texts, theirs, strict=True))
         top1 = np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs])
         return QuantizationFigures(
             greedy_agreement=same / total,
             kl=divergence(self._texts, theirs),
             top1=float(top1.mean()),
-            perplexity=perplexity(texts, theirs),
+            perplexity=perplexity([text.tokens[text.start :] for text in texts], theirs),
         )
+
+
+def _distributions(chain: ProbeChain, text: Text) -> np.ndarray:
+    """float32 [tokens that count, vocab], log-probabilities."""
+    return log_probabilities(chain.forward(text.tokens, 0)[text.start :].copy())
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -22,6 +22,10 @@ from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
 from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
+_IN_EIGHT = ("v",)
+"""Matrices that keep 8 bits in a block of 4: small ones where heads share V, whose errors go into every token
+that looks at theirs."""
+
 Choice = Mapping[int, QuantizedDtype]
 """Position in a chain -> what the block there is stored in; others stay as they were given."""
 
@@ -152,8 +156,8 @@ def quantized_tensors(
     changes: dict[str, np.ndarray] = {}
     for name in matrix_names(spec):
         values = given = tensors[name].to_f32()
-        kind, group = _grid(dtype, values.shape[1])
-        kept = on_its_grid(values, kind) if tensors[name].dtype == "f32" else None
+        kind, group = _grid(dtype, name, values.shape[1])
+        kept = _kept(tensors[name], dtype, kind)
         if kept is not None:
             made[name] = kept
             continue
@@ -175,8 +179,8 @@ def quantized_bytes(spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: 
     total = sum(tensors[name].num_bytes for name in tensor_shapes(spec) if name not in matrices)
     for name in matrices:
         rows, columns = tensors[name].shape
-        kind, group = _grid(dtype, columns)
-        kept = on_its_grid(tensors[name].to_f32(), kind) if tensors[name].dtype == "f32" else None
+        kind, group = _grid(dtype, name, columns)
+        kept = _kept(tensors[name], dtype, kind)
         if kept is not None:
             total += kept.num_bytes
             continue
@@ -184,6 +188,16 @@ def quantized_bytes(spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: 
     return total
 
 
-def _grid(dtype: QuantizedDtype, columns: int) -> tuple[QuantizedDtype, int]:
+def _grid(dtype: QuantizedDtype, name: str, columns: int) -> tuple[QuantizedDtype, int]:
     """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
-    return (dtype, GROUP) if columns % GROUP == 0 else ("i8", columns)
+    if columns % GROUP:
+        return "i8", columns
+    return "i8" if name in _IN_EIGHT else dtype, GROUP
+
+
+def _kept(tensor: BlockTensor, *dtypes: QuantizedDtype) -> BlockTensor | None:
+    """The matrix exactly as it is, in the first of these in which it can be; None where it cannot."""
+    if tensor.dtype != "f32":
+        return None
+    found = (on_its_grid(tensor.to_f32(), dtype) for dtype in dict.fromkeys(dtypes))
+    return next((kept for kept in found if kept is not None), None)

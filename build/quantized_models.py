@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ MAX_KL: Mapping[Weights, float] = {"int8": 0.02, "int4": 0.5, "auto": 0.02}
 
 _BITS: tuple[QuantizedDtype, QuantizedDtype] = ("i8", "i4")
 _MARGIN = 0.98  # of the bound: the chain is judged once more as a whole, which rounds otherwise
-_WEIGHED_BY = 1  # sequences of the probe text, each block alone
+_WEIGHED_BY = 256  # tokens of the probe text, each block alone
 _ROUNDED = "int8 activations"
 
 _Step = tuple[int, ...]  # positions in a chain that change together
@@ -139,7 +140,9 @@ class _Model:
         )
         adapters = {i: draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         check_memory(self._source.name, [draft.zoo.read_block(key) for key in chain] * 2)
-        trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), self._text.probe())
+        texts = self._text.judged()
+        trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), texts)
+        few = 1 + sum(total < _WEIGHED_BY for total in accumulate(len(text.tokens) for text in texts))
         decided = self._decided(four)
         before = {**in_eight, **{at: in_four[at] for at in decided if decided[at] == "i4"}}
         if decided and trial.kl(before) > bound:  # too far for this model: it decides anew
@@ -158,7 +161,7 @@ class _Model:
         costs: dict[_Step, float] = {}
         for step in steps:
             self._progress(f"weighing blocks of {self._source.name}", len(costs), len(steps))
-            costs[step] = trial.kl({at: after[at] for at in step}, _WEIGHED_BY)
+            costs[step] = trial.kl({at: after[at] for at in step}, few)
         saved = {
             step: sum(
                 blocks[before.get(at, chain[at])].num_bytes - blocks[after[at]].num_bytes for at in step
@@ -200,7 +203,7 @@ class _Model:
 
         name = self._source.name
         prompts = self._text.prompts()
-        texts = self._text.probe()
+        texts = self._text.judged()
         adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
         judged = Judged(name, self._record.config, adapters, prompts, texts)
         given, blocks = (
@@ -232,5 +235,5 @@ class _Model:
                 f"nats (same top token {figures['f32'].top1:.1%}); at most {record.max_kl:g} are allowed: "
                 "ask for more bits, or raise --max-kl"
             )
-        count = sum(map(len, texts))
+        count = sum(len(text.tokens) - text.start for text in texts)
         return replace(record, perplexity=reference.perplexity, figures=figures, num_tokens=count)

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "build": {"build", "engines", "zoo"},
     "runtime": {"runtime", "engines", "zoo"},
     "build/calibrate": {"build", "runtime", "engines", "zoo"},
+    "build/chats": {"build", "runtime", "zoo"},  # chat templates are rendered as they are served
     "server_config": {"server_config", "runtime", "zoo"},
 }
 ROOMS_MAY_IMPORT = {  # folders of runtime/

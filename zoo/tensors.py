@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +127,15 @@ def stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
     scales = [part.scales for part in parts if part.scales is not None]
     data = np.concatenate([part.data for part in parts])
     return BlockTensor(first.dtype, data, np.concatenate(scales) if scales else None)
+
+
+def runs_of_a_type(parts: Sequence[BlockTensor]) -> list[list[BlockTensor]]:
+    """Neighbours of one dtype, and with as many columns to a scale, together."""
+
+    def kind(tensor: BlockTensor) -> tuple[str, int | None]:
+        return tensor.dtype, None if tensor.scales is None else tensor.scales.shape[1]
+
+    return [list(run) for _, run in groupby(parts, kind)]
 
 
 def from_f32(values: np.ndarray, dtype: Dtype) -> BlockTensor:

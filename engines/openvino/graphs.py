@@ -20,6 +20,7 @@ from openvino.op import Constant, Parameter, _PagedAttentionExtension
 from blockzoo.engines.base import Precision, SpanSpec
 from blockzoo.engines.openvino.tiles import products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
+from blockzoo.zoo.tensors import runs_of_a_type
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
 
@@ -74,14 +75,18 @@ def _vector(tensor: BlockTensor) -> Node:
     return op.constant(np.ascontiguousarray(tensor.to_f32()))
 
 
+def _stacked_products(x: Node, parts: Sequence[BlockTensor]) -> Node:
+    """The products with matrices of equal width side by side; those of one type in one go."""
+    products = [op.matmul(x, _stacked_weight(run), False, True) for run in runs_of_a_type(parts)]
+    return products[0] if len(products) == 1 else op.concat(products, -1)
+
+
 def _stacked_weight(parts: Sequence[BlockTensor]) -> Node:
-    """Matrices of equal width on top of each other: one multiplication instead of three.
+    """Matrices of equal width and type on top of each other: one multiplication instead of three.
 
     A zoo file holds them side by side, so that this is a view; anything else is copied together.
     """
     first = parts[0]
-    if len({(part.dtype, None if part.scales is None else part.scales.shape[1]) for part in parts}) > 1:
-        return _weight(BlockTensor("f32", np.concatenate([part.to_f32() for part in parts])), copy=True)
     data, is_view = _on_top_of_each_other([part.data for part in parts])
     if first.scales is None:
         return _weight(BlockTensor(first.dtype, data), copy=not is_view)
@@ -228,7 +233,7 @@ class _SpanBuilder:
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int, index: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        qkv = _linear(normed, _stacked_weight([t["q"], t["k"], t["v"]]), None)
+        qkv = _stacked_products(normed, [t["q"], t["k"], t["v"]])
         if spec.qkv_bias:
             biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
             qkv = op.add(qkv, op.constant(biases))

@@ -223,3 +223,20 @@ class PackedMatrix:
             data = torch.stack([low, high], -1).flatten(1)
         grouped = data.view(*scales.shape, -1).to(torch.float32) * scales[:, :, None]
         return grouped.flatten(1).to(self._dtype)
+
+
+class PackedMatrices:
+    """Quantized matrices of equal width and different bits on top of each other."""
+
+    def __init__(self, parts: Sequence[PackedMatrix]) -> None:
+        self._parts = tuple(parts)
+        self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+        return sum(part.nbytes for part in self._parts)
+
+    def dense(self) -> torch.Tensor:
+        """The values [out, in]."""
+        return torch.cat([part.dense() for part in self._parts])

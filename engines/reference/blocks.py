@@ -10,13 +10,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
-from blockzoo.engines.reference.arrays import PackedMatrix, weight_tensor
+from blockzoo.engines.reference.arrays import PackedMatrices, PackedMatrix, weight_tensor
 from blockzoo.engines.reference.attention import Attention, Inputs
 from blockzoo.zoo.blocks import AttnSpec, Block, FfnSpec, HeadSpec
+from blockzoo.zoo.tensors import runs_of_a_type
 from blockzoo.zoo.tensors import stacked as stacked_tensor
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Matrix: TypeAlias = torch.Tensor | PackedMatrix
+Matrix: TypeAlias = torch.Tensor | PackedMatrix | PackedMatrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +93,18 @@ class Weights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _packed(self, block: Block, names: tuple[str, ...]) -> Matrix:
-        stacked = stacked_tensor([block.tensors[name] for name in names])
-        if stacked.scales is None:
-            return weight_tensor(stacked, self._dtype, self._device)
-        return PackedMatrix(stacked, self._dtype, self._device)
+        tensors = [block.tensors[name] for name in names]
+        if any(tensor.scales is None for tensor in tensors):
+            return weight_tensor(stacked_tensor(tensors), self._dtype, self._device)
+        packed = [
+            PackedMatrix(stacked_tensor(run), self._dtype, self._device) for run in runs_of_a_type(tensors)
+        ]
+        return packed[0] if len(packed) == 1 else PackedMatrices(packed)
 
 
 def dense(matrix: Matrix) -> torch.Tensor:
     """The values of a matrix: packed ones are unpacked."""
-    return matrix.dense() if isinstance(matrix, PackedMatrix) else matrix
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.dense()
 
 
 class Operators:
