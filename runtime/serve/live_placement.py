@@ -98,7 +98,7 @@ class LivePlacement:
         task = replace(workers.task_now(rates), horizon_s=HORIZON_S)
         stays = judge(task, workers.routes)
         try:
-            best = adapt_apart(task, workers.routes, LEAST_GAIN)
+            best = adapt_apart(task, workers.routes, LEAST_GAIN, self._mover.stop)
         except PlacementError as error:
             _LOG.warning("no placement for the rates of now: %s", error)
             return None
