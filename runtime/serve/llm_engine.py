@@ -586,6 +586,8 @@ class LLMEngine:
         """Those of models that are gone: they would pile up as ever others come."""
         self._recorder.keep(self._zoo.models)
         self._pace.keep(self._zoo.models)
+        if self._zoo.workers is not None:
+            self._zoo.workers.rates.keep(self._zoo.models)
         if self._speculation is not None:
             self._speculation.keep(self._zoo.models)
 

@@ -150,6 +150,7 @@ def start_workers(
                 max_logits,
             ),
             maker.arrays,
+            cuts=plan.num_threads * count <= len(os.sched_getaffinity(0)),
         )
         for family, pages in num_pages.items()
     }

@@ -47,6 +47,8 @@ class DistributedExecutor:
         group: the workers.
         check: of rows.
         arrays: of a maker of engines like theirs.
+        cuts: whether large steps are cut, so that workers compute at the same time: where each has cores of
+            its own. Else each has all of them in its turn.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DistributedExecutor:
         group: WorkerGroup,
         check: RowChecks,
         arrays: Arrays,
+        cuts: bool = True,
     ) -> None:
         self.chains = tuple(chains)
         self._group, self._check = group, check
@@ -63,7 +66,7 @@ class DistributedExecutor:
         self._num_pages = group.plan.num_pages[family]
         self._mine = [index for index, chain in enumerate(chains) if chain.family == family]
         self._follow_homes()
-        self._several = len(group.logits) > 1
+        self._cuts = cuts and len(group.logits) > 1
         self._owners = np.full(self._num_pages, -1, np.int8)
         self.kv: KVTensors = _Pages(self._num_pages, arrays, self.copy_pages)
         self._most_rows = 0
@@ -76,7 +79,7 @@ class DistributedExecutor:
         self._check(batch)
         step = self._group.next_step()
         self._give_pages(step, batch)
-        least = LEAST_ROWS if self._several else 1 << 30
+        least = LEAST_ROWS if self._cuts else 1 << 30
         return self._run(step, micro_batches(batch, least, MOST_MICRO_BATCHES))
 
     def is_sound(self, chain: int) -> bool:
