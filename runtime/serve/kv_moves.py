@@ -9,7 +9,7 @@ Only ints here, and the prefix tree's bookkeeping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,44 +49,47 @@ class LayerMoves:
         return np.flatnonzero((self.layers >= segment.first_layer) & (self.layers < segment.end_layer))
 
 
+Pages = tuple[np.ndarray, np.ndarray]
+"""Ids, int32 [n], and where each goes, int8 [n]."""
+
+
 @dataclass(slots=True)
 class KVMoves:
     """What becomes of the pages of layers that move.
 
     Attributes:
-        pages, workers: int32 and int8 [n]: pages that go with them, and where to.
+        nodes: those of the prefix tree that go along, parents first, and their pages in these layers, which
+            are never written again.
+        own: such pages of sequences.
         anew: sequences that are computed anew.
-        dropped: cached nodes that are forgotten; more of them hold no reference once `anew` have let go.
-        seconds: that moving is thought to take.
+        dropped: nodes that do not go along. None of them is in use once `anew` have let go.
     """
 
-    pages: np.ndarray
-    workers: np.ndarray
-    anew: list[TokenSequence]
-    dropped: list[Node]
-    seconds: float
+    nodes: dict[Node, Pages] = field(default_factory=dict)
+    own: list[Pages] = field(default_factory=list)
+    anew: list[TokenSequence] = field(default_factory=list)
+    dropped: list[Node] = field(default_factory=list)
+
+    def all_pages(self) -> Pages:
+        """Those that go along."""
+        return joined([*self.nodes.values(), *self.own])
+
+    def unsent(self, sent: Collection[Node]) -> Pages:
+        """Those of them that some nodes do not have."""
+        return joined([*(pages for node, pages in self.nodes.items() if node not in sent), *self.own])
 
 
-@dataclass(slots=True)
-class _Chosen:
-    """What goes along, as it is chosen."""
-
-    nodes: set[Node] = field(default_factory=set)
-    pages: list[np.ndarray] = field(default_factory=list)
-    workers: list[np.ndarray] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(self, pages: np.ndarray, moves: LayerMoves, which: np.ndarray) -> None:
-        """Pages [n, columns] of the layers `which`."""
-        self.pages.append(pages.ravel())
-        self.workers.append(np.repeat(moves.workers[which], pages.shape[1]))
-        self.seconds += float(moves.page_s[which].sum()) * pages.shape[1]
+def joined(parts: Sequence[Pages]) -> Pages:
+    """Pages one after the other."""
+    ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)])
+    return ids, np.concatenate([np.zeros(0, np.int8), *(workers for _, workers in parts)])
 
 
 def choose_moves(
     tree: PrefixTree,
     sequences: Iterable[TokenSequence],
     moves: Mapping[int, LayerMoves],
+    sent: Collection[Node] = (),
 ) -> KVMoves:
     """What becomes of pages.
 
@@ -94,72 +97,71 @@ def choose_moves(
         tree: of the family's cache.
         sequences: that hold pages of it.
         moves: by chain index, of all chains with layers that move.
+        sent: nodes whose pages are there already.
     """
-    chosen, anew = _Chosen(), []
+    found = KVMoves()
     for seq in sorted(sequences, key=lambda seq: -seq.num_computed):
         own = moves.get(seq.chain_index)
-        if own is not None and not _goes_along(seq, own, chosen):
-            anew.append(seq)
+        if own is not None and not _goes_along(seq, own, found, sent):
+            found.anew.append(seq)
     by_segment = {segment: own for own in moves.values() for segment in own.segments}
-    dropped = _choose_cached(tree, by_segment, chosen)
-    none = np.zeros(0, np.int32)
-    pages = np.concatenate([none, *chosen.pages])
-    workers = np.concatenate([none, *chosen.workers]).astype(np.int8)
-    return KVMoves(pages, workers, anew, dropped, chosen.seconds)
+    _choose_cached(tree, by_segment, found, sent)
+    return found
 
 
-def _goes_along(seq: TokenSequence, moves: LayerMoves, chosen: _Chosen) -> bool:
+def _goes_along(seq: TokenSequence, moves: LayerMoves, found: KVMoves, sent: Collection[Node]) -> bool:
     """Choose the pages of a sequence, unless it is cheaper to compute it anew from what is chosen so far."""
     if seq.copied_from:  # it is about to begin, with a part of a page
         return False
-    fresh: list[tuple[Node, np.ndarray]] = []  # with the layers of it that move
-    own: list[tuple[np.ndarray, np.ndarray]] = []
+    fresh: dict[Node, Pages] = {}
+    own: list[Pages] = []
     written = pages_for(seq.num_computed)
     seconds, cached = 0.0, seq.num_tree_pages
     for path, segment in zip(seq.nodes, seq.segments, strict=True):
         which = moves.within(segment)
         if not which.size:
             continue
-        missing = [node for node in path if node not in chosen.nodes]
-        cached = min(cached, next((i for i, n in enumerate(path) if n not in chosen.nodes), cached))
+        missing = [node for node in path if node not in found.nodes]
+        cached = min(cached, next((i for i, n in enumerate(path) if n not in found.nodes), cached))
+        fresh |= {node: _pages_of(node, moves, which) for node in missing}
         columns = seq.page_table[moves.layers[which], len(path) : written]
-        own.append((columns, which))
-        fresh += [(node, which) for node in missing]
-        seconds += float(moves.page_s[which].sum()) * (len(missing) + columns.shape[1])
+        own.append((columns.ravel(), np.repeat(moves.workers[which], columns.shape[1])))
+        count = sum(node not in sent for node in missing) + columns.shape[1]
+        seconds += float(moves.page_s[which].sum()) * count
     if seconds > moves.token_s * (seq.num_computed - cached * PAGE_TOKENS):
         return False
-    for node, which in fresh:
-        _add_node(node, moves, which, chosen)
-    for columns, which in own:
-        chosen.add(columns, moves, which)
+    found.nodes |= fresh
+    found.own += own
     return True
 
 
-def _add_node(node: Node, moves: LayerMoves, which: np.ndarray, chosen: _Chosen) -> None:
-    chosen.nodes.add(node)
+def _pages_of(node: Node, moves: LayerMoves, which: np.ndarray) -> Pages:
     rows = moves.layers[which] - node.tree.segment.first_layer
-    chosen.add(node.pages[rows][:, None], moves, which)
+    return node.pages[rows], moves.workers[which]
 
 
-def _choose_cached(tree: PrefixTree, by_segment: Mapping[Segment, LayerMoves], chosen: _Chosen) -> list[Node]:
-    """Choose of the nodes that nobody uses; all that are left out, also of those in use."""
-    limit = chosen.seconds + MOST_STILL_S
+def _choose_cached(
+    tree: PrefixTree, by_segment: Mapping[Segment, LayerMoves], found: KVMoves, sent: Collection[Node]
+) -> None:
+    """Choose of the nodes that nobody uses; note all that are left out, also of those in use."""
+    left = MOST_STILL_S
     for node in tree.unreferenced():
         moves = by_segment.get(node.tree.segment)
-        if moves is None or node in chosen.nodes:
+        if moves is None or node in found.nodes:
             continue
         which = moves.within(node.tree.segment)
-        seconds = float(moves.page_s[which].sum())
+        seconds = 0.0 if node in sent else float(moves.page_s[which].sum())
         is_worth_it = seconds <= ASKED_AGAIN * PAGE_TOKENS * moves.token_s
-        has_parent = node.parent is None or node.parent in chosen.nodes
-        if which.size and is_worth_it and has_parent and chosen.seconds + seconds <= limit:
-            _add_node(node, moves, which, chosen)
-    return [
+        has_parent = node.parent is None or node.parent in found.nodes
+        if which.size and is_worth_it and has_parent and seconds <= left:
+            found.nodes[node] = _pages_of(node, moves, which)
+            left -= seconds
+    found.dropped = [
         node
         for part in tree.segments
         if part.segment in by_segment and by_segment[part.segment].within(part.segment).size
         for node in part.nodes.values()
-        if node not in chosen.nodes
+        if node not in found.nodes
     ]
 
 

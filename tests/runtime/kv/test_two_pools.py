@@ -17,10 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kv_world import LAYERS, World, prompts
 
 from blockzoo.engines.base import PAGE_TOKENS, pages_for
+from blockzoo.runtime.kv.nodes import Node
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.serve.config import SchedulerConfig
-from blockzoo.runtime.serve.kv_moves import LayerMoves, choose_moves, forget
+from blockzoo.runtime.serve.kv_moves import KVMoves, LayerMoves, Pages, choose_moves, forget
 from blockzoo.runtime.serve.scheduler import Scheduled
 
 MODELS = "abcd"
@@ -37,7 +38,7 @@ class TwoPools(World):
         self.pools = {cache: np.full((2, *shape), RUBBISH, np.int64) for cache, shape in shapes.items()}
         self.owners = {cache: np.full(shape[0], -1, np.int8) for cache, shape in shapes.items()}
         self.homes = {key: number % 2 for number, key in enumerate(KEYS)}
-        self.moved = self.anew = self.dropped = self.kept = 0
+        self.moved = self.ahead = self.anew = self.dropped = self.kept = 0
 
     def layer_homes(self, model: str) -> np.ndarray:
         return np.array([self.homes[key] for key in LAYERS[model]], np.int8)
@@ -69,35 +70,49 @@ class TwoPools(World):
                 pools[owners, destination] = contents
                 pools[owners, destination, seq.num_computed % PAGE_TOKENS :] = -1
 
-    def move(self, keys: Collection[str], byte_s: float) -> None:
-        """Have layers in the other worker, by what a page takes on the way (a token takes 1 to compute)."""
-        before = {model: self.layer_homes(model) for model in MODELS}
-        self.homes |= {key: 1 - self.homes[key] for key in keys}
+    def choose(self, cache: KVCache, keys: Collection[str], page_s: float, sent: set[Node]) -> KVMoves:
+        """As layers go to the other worker, by what a page takes on the way (a token takes 1 to compute)."""
+        moves = {}
+        for index, model in enumerate(MODELS):
+            layers = np.flatnonzero([key in keys for key in LAYERS[model]])
+            if self.caches[model] is cache and layers.size and model in self.shapes:
+                workers, seconds = 1 - self.layer_homes(model)[layers], np.full(layers.size, page_s)
+                moves[index] = LayerMoves(self.shapes[model], layers, workers, seconds, 1.0)
+        running = [seq for seq in self.scheduler.running if seq.cache is cache]
+        for seq in running:
+            seq.chain_index = MODELS.index(seq.model)
+        return choose_moves(cache.tree, running, moves, sent)
+
+    def send(self, cache: KVCache, pages: Pages) -> None:
+        ids, workers = pages
+        assert np.unique(ids).size == ids.size
+        assert np.array_equal(self.owners[cache][ids], 1 - workers)
+        self.pools[cache][workers, ids] = self.pools[cache][1 - workers, ids]
+
+    def move(self, keys: Collection[str], page_s: float, steps: int = 0) -> None:
+        """Have layers in the other worker: some pages ahead, while so many steps go on, then the others."""
+        sent: set[Node] = set()
+        for _ in range(steps):
+            for cache in self.memory:
+                found = self.choose(cache, keys, page_s, sent)
+                for node, pages in [*found.nodes.items()][:: 2 if sent else 1]:
+                    if node not in sent:
+                        self.send(cache, pages)
+                        sent.add(node)
+            self.step()
         for cache in self.memory:
-            moves, chains = {}, {}
-            for index, model in enumerate(MODELS):
-                layers = np.flatnonzero(before[model] != self.layer_homes(model))
-                if self.caches[model] is cache and layers.size and model in self.shapes:
-                    workers, seconds = self.layer_homes(model)[layers], np.full(layers.size, byte_s)
-                    moves[index] = LayerMoves(self.shapes[model], layers, workers, seconds, 1.0)
-                chains[model] = index
-            running = [seq for seq in self.scheduler.running if seq.cache is cache]
-            for seq in running:
-                seq.chain_index = chains[seq.model]
-            found = choose_moves(cache.tree, running, moves)
-            owners = self.owners[cache][found.pages]
-            there = (owners >= 0) & (owners != found.workers)
-            pages, workers = found.pages[there], found.workers[there]
-            assert np.unique(pages).size == pages.size
-            contents = self.pools[cache][owners[there], pages]
-            self.take(cache, pages, workers)
-            self.pools[cache][workers, pages] = contents
+            found = self.choose(cache, keys, page_s, sent)
+            unsent, (ids, workers) = found.unsent(sent), found.all_pages()
+            self.send(cache, unsent)
+            self.take(cache, ids, workers)
+            self.anew += len(found.anew)
+            self.kept += self.scheduler.num_running - len(found.anew)
+            self.moved += unsent[0].size
+            self.ahead += ids.size - unsent[0].size
             for seq in found.anew:
                 self.scheduler.put_back(seq)
             self.dropped += forget(cache, found.dropped)
-            self.moved += pages.size
-            self.anew += len(found.anew)
-            self.kept += len(running) - len(found.anew)
+        self.homes |= {key: 1 - self.homes[key] for key in keys}
         self.check()
 
     def check(self) -> None:
@@ -142,10 +157,11 @@ class TwoPoolsMachine(RuleBasedStateMachine):
 
     @rule(
         keys=st.sets(st.sampled_from(KEYS), min_size=1),
-        byte_s=st.sampled_from([1e-3, 1e-3, 5.0, 12.0, 20.0, 1e3]),
+        page_s=st.sampled_from([1e-3, 1e-3, 5.0, 12.0, 20.0, 1e3]),
+        steps=st.sampled_from([0, 0, 1, 6]),
     )
-    def move(self, keys, byte_s):
-        self.world.move(keys, byte_s)
+    def move(self, keys, page_s, steps):
+        self.world.move(keys, page_s, steps)
 
     @invariant()
     def whole(self):
@@ -176,7 +192,8 @@ def soak(seed: int, steps: int) -> TwoPools:
         if rng.random() < 0.05:
             world.abort(rng.randrange(100))
         if rng.random() < 0.15:
-            world.move(rng.sample(KEYS, rng.randrange(1, 4)), rng.choice([1e-3, 5.0, 12.0, 20.0, 1e3]))
+            keys = rng.sample(KEYS, rng.randrange(1, 4))
+            world.move(keys, rng.choice([1e-3, 5.0, 12.0, 20.0, 1e3]), rng.choice([0, 1, 4]))
         world.step(fault=rng.random() < 0.02)
     world.drain()
     return world
@@ -184,7 +201,7 @@ def soak(seed: int, steps: int) -> TwoPools:
 
 def test_a_long_run_sees_every_kind_of_move() -> None:
     world = soak(0, 400)
-    assert min(world.moved, world.anew, world.dropped, world.kept) > 0
+    assert min(world.moved, world.ahead, world.anew, world.dropped, world.kept) > 0
     assert world.caches["a"].stats().copied_pages > 0
     assert world.scheduler.num_preemptions > 0
 
