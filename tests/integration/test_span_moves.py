@@ -15,6 +15,7 @@ import pytest
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime.serve import span_moves
 from blockzoo.runtime.serve.span_moves import Moved, MoveError
 from blockzoo.runtime.workers.group import WorkerGroup
 
@@ -304,5 +305,48 @@ def test_an_engine_thread_follows_the_rates(demo_zoo: Path, local: LLMEngine) ->
             streams.append([token for output in outputs for token in output.token_ids])
         assert homes(thread.engine) != before
         assert all(stream == streams[0] and len(stream) == 300 for stream in streams)
+    finally:
+        thread.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_moves_beside_the_steps(
+    demo_zoo: Path, local: LLMEngine, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Pages sent ahead, a few between two steps, may be evicted and used otherwise before the rest."""
+    monkeypatch.setattr(span_moves, "_AHEAD_S", 1e-4)
+    source = random.Random(seed)
+    jobs = jobs_of(local, (40, 120, 200, 60), seed)
+    expected = run(local, jobs)
+    small = {"kv_cache_bytes": 3 << 20, "max_num_seqs": 6}
+    thread = EngineThread(demo_zoo, EngineConfig(workers=2, move_spans_every_s=0, **(SETTINGS | small)))
+    placement, greedy = (
+        thread.engine.placement,
+        SamplingParams(max_tokens=MOST_TOKENS, temperature=0.0, ignore_eos=True),
+    )
+    assert placement is not None
+    moved = []
+    try:
+        for _ in range(3):
+            found: Answers = {str(index): [] for index in range(len(jobs))}
+            left = threading.Semaphore(0)
+
+            def take(output: RequestOutput, found: Answers = found, left: threading.Semaphore = left) -> None:
+                found[output.request_id].extend(output.token_ids)
+                if output.finished:
+                    assert output.error is None, output.error
+                    left.release()
+
+            for index, (model, prompt) in enumerate(jobs):
+                thread.submit(str(index), model, prompt, greedy, take)
+            while any(len(tokens) < MOST_TOKENS for tokens in found.values()):
+                moved.append(placement.move(shuffle(thread.engine, source)))
+            for _ in jobs:
+                left.acquire()
+            thread.engine.check_integrity()
+            assert found == expected
+        assert sum(each.pages for each in moved) > 0
+        assert thread.metrics().preemptions_total > 0
     finally:
         thread.close()
