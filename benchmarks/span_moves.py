@@ -28,7 +28,7 @@ from blockzoo.runtime import EngineConfig, EngineThread, RequestOutput, Sampling
 from blockzoo.runtime.serve.span_moves import Moved
 
 STREAMS, NEW_TOKENS, MOVE_AT = 8, 96, 24
-SIDES = {"stays": None, "sent": 1e-12, "anew": 1.0}  # seconds of a byte that the mover believes
+SIDES = {"stays": None, "sent": 2e-9, "anew": 1.0}  # seconds of a byte that the mover believes at first
 
 
 def main() -> None:

@@ -190,6 +190,6 @@ def _in_words(proposal: Proposal, rates: Mapping[str, float], zoo: LoadedZoo, wo
     )
     return (
         f"models are asked otherwise (tokens a second: {most}), so spans move. {parts}. Tokens under way at "
-        f"these rates {proposal.before:.2f} -> {proposal.after:.2f}, for about {proposal.seconds:.1f} s of "
+        f"these rates {proposal.before:.2f} -> {proposal.after:.2f}, for about {proposal.seconds:.2g} s of "
         "loading and sending"
     )
