@@ -6,6 +6,7 @@ Engines whole, with scheduler and greedy sampling, in turns:
 
     one worker     engines in one other process, against engines here; the same threads
     two workers    a thread each, against one process with two threads; prompts and decode steps
+    two in turn    with two threads each, so that steps are not cut and each has both cores in its turn
     a kill         of one of two workers under streams of the demo family: seconds until tokens come again
     a small limit  a zoo that does not fit into one worker's memory: whether answers are those of one process
 """
@@ -64,6 +65,7 @@ def main() -> None:
         results |= _compare(family, args, {"local": (None, threads), "one worker": (1, threads)})
     if "two" in args.cases:
         results |= _compare(family, args, {"one process": (None, 2), "two workers": (2, 1)})
+        results |= _compare(family, args, {"one process": (None, 2), "two in turn": (2, 2)})
     _print(results)
     if "faults" in args.cases:
         results |= _faults(args.repeats)

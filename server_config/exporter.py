@@ -46,19 +46,22 @@ COUNTERS = {
     "adapter_reloads_total": "Those read again after that: many mean that the budget is too small",
     "steps_total": "Engine steps",
     "engine_calls_total": "Engine calls",
+    "span_moves_total": "Times that a span of blocks went to another worker",
+    "moved_pages_total": "Pages of KV sent along with them",
 }
 LABELLED = {  # field -> (metric, label, description)
     "requests_total": ("requests_total", "finish_reason", "Requests ended"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "layers", "Prompt tokens reused, by layer range"),
     "model_requests_refused_total": ("model_requests_refused_total", "model", "Requests refused: too many"),
 }
-BY_DRAFTER = {  # field -> description; labels are the model and the drafter
-    "drafted_tokens_total": "Tokens guessed ahead that ran, by model and drafter",
-    "accepted_tokens_total": "Those of them that came true",
-}
 LABELLED_GAUGES = {
     "model_requests_running": ("model_requests_running", "model", "Requests that hold pages now, by model"),
     "model_requests_waiting": ("model_requests_waiting", "model", "Requests that wait, by model"),
+}
+BY_TWO = {  # field -> (kind, description, labels)
+    "drafted_tokens_total": ("COUNTER", "Tokens guessed ahead that ran", ("model", "drafter")),
+    "accepted_tokens_total": ("COUNTER", "Those of them that came true", ("model", "drafter")),
+    "spans_held": ("GAUGE", "Which worker has which span of blocks: 1 where it is", ("span", "worker")),
 }
 WAIT_P99 = "wait_p99_seconds"
 
@@ -86,8 +89,8 @@ class MetricsExporter:
             for field, (name, _, description) in fields.items()
         }
         self._labelled |= {
-            field: self._family(field, description, kinds.COUNTER)
-            for field, description in BY_DRAFTER.items()
+            field: self._family(field, description, getattr(kinds, kind))
+            for field, (kind, description, _) in BY_TWO.items()
         }
         self._labelled[WAIT_P99] = self._family(
             WAIT_P99, "99th percentile of the wait to run, by percent of the prompt cached", kinds.GAUGE
@@ -121,12 +124,15 @@ class MetricsExporter:
                     self._update(field, key[1], 0, counter=False)
                 else:  # its count begins anew, Triton's goes on
                     self._values[key] = 0
-        for field in BY_DRAFTER:
-            drafted: Mapping[tuple[str, str], int] = getattr(metrics, field)
-            for (model, drafter), value in drafted.items():
-                self._update(field, model, value, counter=True, drafter=drafter)
-            for key in self._gone(field, drafted.keys()):
-                self._values[key] = 0
+        for field, (kind, _, _) in BY_TWO.items():
+            pairs: Mapping[tuple[str, str], int] = getattr(metrics, field)
+            for (label, other), value in pairs.items():
+                self._update(field, label, value, counter=kind == "COUNTER", other=other)
+            for key in self._gone(field, pairs.keys()):
+                if kind == "GAUGE":
+                    self._update(field, key[1], 0, counter=False, other=key[2])
+                else:
+                    self._values[key] = 0
         for label, waits in metrics.wait_seconds.items():
             self._update(WAIT_P99, label, waits.quantile(0.99), counter=False)
 
@@ -134,15 +140,17 @@ class MetricsExporter:
         """What was told of a field under labels that are no more: of models that are gone."""
         return [key for key in self._values if key[0] == field and key[1:] not in labels]
 
-    def _update(self, name: str, label: str, value: float, counter: bool, drafter: str = "") -> None:
-        key = (name, label, drafter)
+    def _update(self, name: str, label: str, value: float, counter: bool, other: str = "") -> None:
+        key = (name, label, other)
         seen = self._values.get(key, 0)
         if value == seen:
             return
         if key not in self._metrics:
             labelled = LABELLED | LABELLED_GAUGES
             label_name = labelled[name][1] if name in labelled else "cached_percent"
-            labels = {"model": label, "drafter": drafter} if drafter else {label_name: label}
+            labels = {label_name: label}
+            if other:
+                labels = dict(zip(BY_TWO[name][2], (label, other), strict=True))
             self._metrics[key] = self._labelled[name].Metric(labels=labels)
         metric = self._metrics[key]
         if counter:

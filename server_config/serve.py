@@ -171,6 +171,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="that the weights in each and the KV pool may take (default: what is available)",
     )
+    engine.add_argument(
+        "--move-spans-every",
+        type=float,
+        metavar="S",
+        help="how often to look whether blocks should move to other workers, as models are asked otherwise "
+        "(default 30; 0: they stay)",
+    )
     parser.add_argument(
         "--drain-seconds",
         type=_amount,
@@ -260,6 +267,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "num_threads": args.threads,
         "strict": args.strict,
         "workers": args.workers,
+        "move_spans_every_s": args.move_spans_every,
         "worker_memory_bytes": None if args.worker_memory_gb is None else int(args.worker_memory_gb * 2**30),
     }
     settings = {name: value for name, value in settings.items() if value is not None}

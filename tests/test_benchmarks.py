@@ -348,3 +348,12 @@ def test_workers(workdir: Path) -> None:
     assert results["kill"]["equal_tokens"]
     assert results["limit"]["two_workers_equal_tokens"]
     assert "does not fit" in results["limit"]["one_worker"]
+
+
+@pytest.mark.slow
+def test_span_moves(workdir: Path) -> None:
+    results = run("span_moves", workdir)
+    assert results["sent"]["pages sent"] > 0
+    assert results["sent"]["computed anew"] == 0
+    assert results["anew"]["pages sent"] == 0
+    assert results["anew"]["computed anew"] > 0

@@ -1,7 +1,7 @@
 """Tokens a second by name, of late: what placement goes by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 class Rates:
@@ -22,6 +22,10 @@ class Rates:
         """Tokens came. `now` never goes back."""
         count, then = self._counts.get(name, (0.0, now))
         self._counts[name] = count * math.exp(-self._decay * (now - then)) + tokens, now
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget any other name: those that are gone would pile up."""
+        self._counts = {name: count for name, count in self._counts.items() if name in names}
 
     def per_second(self, now: float) -> Mapping[str, float]:
         """By name, of all that were ever noted."""

@@ -132,6 +132,10 @@ class AdapterInputs:
             return ()
         return tuple(bank.version(self._chains[chain].adapters) for chain, _ in call.parts)
 
+    def forget_others(self, spans: Collection[int]) -> None:
+        """Drop what is in place in other spans: they are run here no more."""
+        self._banks = {key: bank for key, bank in self._banks.items() if key[0] in spans}
+
     def take_over(self, before: AdapterInputs, running: Iterable[Placed]) -> dict[str, Pairs]:
         """Go on with the banks of the spans that are the same as before; in steps of `before` no more.
 

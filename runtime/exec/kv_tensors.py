@@ -39,6 +39,11 @@ class KVTensors:
         """[kv_heads, 32, width]."""
         return tuple(self._pool["key_cache"].shape[1:])
 
+    @property
+    def page_dtype(self) -> np.dtype:
+        """Of what `read` gives."""
+        return self._arrays.to_host(self._pool["key_cache"][:0]).dtype
+
     def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """K and V of pages int [...]: each [..., kv_heads, 32, width], bf16 as uint16; a copy."""
         index = self._checked(pages)

@@ -53,6 +53,11 @@ class PrefixTree:
         """The nodes of a segment, where it has had any."""
         return self._segments.get(segment)
 
+    @property
+    def segments(self) -> list[SegmentTree]:
+        """The nodes of all segments."""
+        return list(self._segments.values())
+
     def of(self, seq: TokenSequence) -> list[SegmentTree]:
         """The nodes of each segment of a sequence."""
         segments = self._segments
@@ -91,17 +96,40 @@ class PrefixTree:
         evicted: list[Node] = []
         while short > 0:
             node, _ = self._lru.popitem(last=False)
-            node.tree.remove(node)
             evicted.append(node)
             short -= node.pages.size
-        pages = np.concatenate([node.pages for node in evicted])
+        self._remove(evicted)
+        self.evictions += len(evicted)
+        return True
+
+    def drop(self, nodes: Iterable[Node]) -> int:
+        """Free unreferenced nodes, with all behind them; how many pages that were."""
+        going: dict[Node, None] = {}
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in going:
+                going[node] = None
+                waiting += node.tree.children.get(node.key, {}).values()
+        for node in going:
+            del self._lru[node]
+        return self._remove(list(going)) if going else 0
+
+    def unreferenced(self) -> list[Node]:
+        """The nodes that nobody uses, the last used first, so each behind its parent."""
+        return list(reversed(self._lru))
+
+    def _remove(self, nodes: Sequence[Node]) -> int:
+        """Free the pages of nodes that are out of the order of eviction already; how many."""
+        for node in nodes:
+            node.tree.remove(node)
+        pages = np.concatenate([node.pages for node in nodes])
         self._pool.free(pages)
-        self._forget_gone(evicted)
+        self._forget_gone(nodes)
         self.num_pages -= pages.size
         self.num_evictable_pages -= pages.size
-        self.evictions += len(evicted)
         self.version += 1
-        return True
+        return int(pages.size)
 
     def _forget_gone(self, nodes: Iterable[Node]) -> None:
         """Tell of the keys of nodes that are not in the tree any more, where no other node has them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -131,6 +132,8 @@ class EngineConfig:
             processors, divided); None: the blocks are in this process. With workers, the backend is
             openvino, documents are not published, KV is not reused approximately, and no hidden states are
             kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
+        move_spans_every_s: how often the rates of models are looked at, and spans moved to other workers
+            where that pays; 0: they stay where they are.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
     """
 
@@ -165,6 +168,7 @@ class EngineConfig:
     strict: bool = False
     workers: int | None = None
     worker_memory_bytes: int | None = None
+    move_spans_every_s: float = 30.0
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in get_args(Backend):
@@ -208,6 +212,8 @@ class EngineConfig:
             raise InvalidRequestError(f"speculate is {self.speculate!r}; expected auto or off")
         if self.max_request_seconds is not None and not self.max_request_seconds > 0:
             raise InvalidRequestError(f"max_request_seconds is {self.max_request_seconds}; expected above 0")
+        if not 0 <= self.move_spans_every_s < math.inf:
+            raise InvalidRequestError(f"move_spans_every_s is {self.move_spans_every_s}; expected at least 0")
 
     def _check_workers(self) -> None:
         if self.workers is None:

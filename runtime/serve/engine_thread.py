@@ -60,6 +60,8 @@ class EngineThread:
         self._accepting = True
         self._stop = False
         self._settling: threading.Thread | None = None
+        self._placing: threading.Thread | None = None
+        self._place_after = time.monotonic() + self.engine.config.move_spans_every_s
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="blockzoo-engine", daemon=True)
         self._thread.start()
@@ -182,8 +184,11 @@ class EngineThread:
             self._stop = True
             self._wake.notify_all()
         self._thread.join()
-        if self._settling is not None:
-            self._settling.join()
+        if self.engine.placement is not None:
+            self.engine.placement.stop()
+        for thread in (self._settling, self._placing):
+            if thread is not None:
+                thread.join()
         self.engine.close()
 
     # ---- the engine's thread
@@ -195,6 +200,7 @@ class EngineThread:
                     self._deliver(self.engine.step())
                     self.engine.rest()  # after the answers: what it finds wrong is no reason to lose them
                     self._settle()
+                    self._place()
                 else:
                     self.engine.watch()
                 self.last_progress = time.monotonic()
@@ -220,6 +226,18 @@ class EngineThread:
             traceback.print_exc()
         with self._wake:  # published documents follow in the engine's thread
             self._wake.notify_all()
+
+    def _place(self) -> None:
+        """Now and then, have spans follow the rates of models, beside the steps."""
+        every_s, now = self.engine.config.move_spans_every_s, time.monotonic()
+        if self.engine.placement is None or not every_s or now < self._place_after:
+            return
+        if self._placing is None or not self._placing.is_alive():
+            self._place_after = now + every_s
+            self._placing = threading.Thread(
+                target=self.engine.placement.follow, name="blockzoo-place", daemon=True
+            )
+            self._placing.start()
 
     def _take_in(self) -> bool:
         """Move what came in to the engine; waits while there is nothing to do, but with workers, which are

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.engines.choose import make_engines
@@ -53,6 +54,9 @@ from blockzoo.runtime.serve.step_runner import StepOutcome, StepRunner
 from blockzoo.runtime.text.prompt import Prompt, max_prompt_bytes
 from blockzoo.runtime.text.tokenizer import Tokenizer
 from blockzoo.zoo.store import Zoo
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.serve.live_placement import LivePlacement
 
 Result = Iterator[SampledToken | SamplingError] | RequestError | None
 """What a step gave a sequence: tokens, chosen as they are taken; why it failed; nothing, as it wants none."""
@@ -122,6 +126,7 @@ class LLMEngine:
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._watch_after = 0.0
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
+        self.placement = None if self.config.workers is None else self._live_placement()
 
     @property
     def _zoo(self) -> LoadedZoo:
@@ -401,6 +406,8 @@ class LLMEngine:
             if self._speculation is not None:
                 self._speculation.observe(family, items, seconds)
             self._recorder.on_step(done.num_calls, done.num_call_rows)
+            if self.placement is not None:
+                self.placement.note(_tokens(items))
             self._judge_prompts(items, done)
         except KVLostError:
             raise
@@ -579,6 +586,8 @@ class LLMEngine:
         """Those of models that are gone: they would pile up as ever others come."""
         self._recorder.keep(self._zoo.models)
         self._pace.keep(self._zoo.models)
+        if self._zoo.workers is not None:
+            self._zoo.workers.rates.keep(self._zoo.models)
         if self._speculation is not None:
             self._speculation.keep(self._zoo.models)
 
@@ -616,6 +625,20 @@ class LLMEngine:
             return self._zoo.chain_index.keys()
         return {request.model.chain.key for request in list(self._requests.values())}
 
+    def _live_placement(self) -> LivePlacement:
+        from blockzoo.runtime.serve.live_placement import (
+            LivePlacement,
+        )  # ZeroMQ is imported with workers alone
+
+        return LivePlacement(
+            self._between,
+            lambda: self._zoo,
+            self._scheduler,
+            self._pace.seconds_per_token,
+            self._draft_models.forget_all,
+            self._recorder.on_spans_moved,
+        )
+
     @property
     def worker_pids(self) -> list[int]:
         """Of the workers' processes, where the engines are in workers."""
@@ -633,6 +656,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the workers, where there are some; nothing runs any more."""
+        if self.placement is not None:
+            self.placement.stop()
         self._zoo.close_workers()
 
     # ---- looking in
@@ -643,13 +668,28 @@ class LLMEngine:
             for cache in self._zoo.caches.values():
                 running = [seq for seq in self._scheduler.running if seq.cache is cache]
                 cache.check_integrity(running + self._draft_models.sequences(cache))
+            if self.placement is not None:
+                self.placement.check_integrity()
 
     def metrics(self) -> Metrics:
         """A snapshot of counters, gauges and histograms."""
         caches = list(self._zoo.caches.values())
         return self._recorder.snapshot(
-            self._scheduler, caches, self._zoo.adapters, self._publisher.stats(), len(self._zoo.left_out)
+            self._scheduler,
+            caches,
+            self._zoo.adapters,
+            self._publisher.stats(),
+            len(self._zoo.left_out),
+            {} if self.placement is None else self.placement.spans_held(),
         )
+
+
+def _tokens(items: list[Scheduled]) -> Counter[str]:
+    """Tokens of a step by model."""
+    tokens = Counter[str]()
+    for seq, num_tokens in items:
+        tokens[seq.model] += num_tokens
+    return tokens
 
 
 def _prefill_tokens(items: list[Scheduled]) -> Counter[str]:

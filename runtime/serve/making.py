@@ -37,6 +37,7 @@ from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest, ReuseRecord, is_drafter
+from blockzoo.zoo.rates import Rates
 from blockzoo.zoo.rope import RopeConfig
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ class Making:
         workers = None
         executors: Mapping[Family, StepExecutor]
         if config.workers is not None:
-            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings)
+            rates = None if before is None or before.workers is None else before.workers.rates
+            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings, rates)
             executors = workers.executors
         else:
             executors = {
@@ -226,6 +228,7 @@ class Making:
         num_pages: Mapping[Family, int],
         tables: Mapping[int, Rotation],
         embeddings: Mapping[str, Embedding],
+        rates: Rates | None,
     ) -> Workers:
         """Raises UnsoundError: some spans cannot be loaded; InvalidRequestError."""
         from blockzoo.runtime.serve.over_workers import start_workers  # ZeroMQ is imported with workers alone
@@ -244,6 +247,7 @@ class Making:
                 self.maker,
                 self.config,
                 self.kv_bytes,
+                rates,
             )
         except UnloadableError as error:
             problems = {span: EngineError(why) for span, why in error.problems.items()}

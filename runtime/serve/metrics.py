@@ -119,6 +119,9 @@ class Metrics:
         adapter_reloads_total: loads of one that had been dropped. Where most are, the adapters that come and
             go do not fit in `adapter_cache_bytes`; those of running requests stay where they are.
         models_left_out: models of the zoo that are not served, as something is wrong with them.
+        spans_held: 1 by (span, worker), over workers.
+        span_moves_total: times that a span went to another worker.
+        moved_pages_total: pages of KV that were sent along.
         prefix_hit_tokens: tokens whose KV was found in the cache, by layers ("0-9": layers 0 to 9).
         steps_total: executor runs.
         engine_calls_total: calls of engines in them.
@@ -163,6 +166,9 @@ class Metrics:
     adapter_evictions_total: int
     adapter_reloads_total: int
     models_left_out: int
+    spans_held: Mapping[tuple[str, str], int]
+    span_moves_total: int
+    moved_pages_total: int
     prefix_hit_tokens: Mapping[str, int]
     steps_total: int
     engine_calls_total: int
@@ -191,6 +197,8 @@ class MetricsRecorder:
         self._drafted = Counter[tuple[str, str]]()  # by model and drafter
         self._accepted = Counter[tuple[str, str]]()
         self._steps = 0
+        self._span_moves = 0
+        self._moved_pages = 0
         self._engine_calls = 0
         self._call_rows = 0
         self._waits = {label: Histogram(WAIT_BOUNDS) for _, label in _HIT_SHARES}
@@ -268,6 +276,12 @@ class MetricsRecorder:
             self._engine_calls += engine_calls
             self._call_rows += call_rows
 
+    def on_spans_moved(self, spans: int, pages: int) -> None:
+        """Spans went to other workers, and pages of KV along."""
+        with self._lock:
+            self._span_moves += spans
+            self._moved_pages += pages
+
     def snapshot(
         self,
         scheduler: Scheduler,
@@ -275,6 +289,7 @@ class MetricsRecorder:
         adapters: AdapterCache,
         published: PublishStats = _NOTHING_PUBLISHED,
         models_left_out: int = 0,
+        spans_held: Mapping[tuple[str, str], int] | None = None,
     ) -> Metrics:
         """The state now. What scheduler and caches count is read while they may be at work."""
         stats = [cache.stats() for cache in caches]
@@ -317,6 +332,9 @@ class MetricsRecorder:
                 adapter_evictions_total=adapters.num_evictions,
                 adapter_reloads_total=adapters.num_reloads,
                 models_left_out=models_left_out,
+                spans_held=spans_held or {},
+                span_moves_total=self._span_moves,
+                moved_pages_total=self._moved_pages,
                 prefix_hit_tokens=dict(hits),
                 steps_total=self._steps,
                 engine_calls_total=self._engine_calls,

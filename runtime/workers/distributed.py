@@ -9,7 +9,8 @@ another one's use it, its memory is given back there, so that all pools together
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,10 @@ LEAST_ROWS = 128
 """Of a micro-batch: the weights that it reads are read anew for each."""
 
 
+MOVED_PAGES = 64
+"""At a time, from worker to worker: as many again wait where they come from."""
+
+
 class PartError(RuntimeError):
     """A worker failed in a step; it runs on."""
 
@@ -42,6 +47,8 @@ class DistributedExecutor:
         group: the workers.
         check: of rows.
         arrays: of a maker of engines like theirs.
+        cuts: whether large steps are cut, so that workers compute at the same time: where each has cores of
+            its own. Else each has all of them in its turn.
     """
 
     def __init__(
@@ -51,19 +58,15 @@ class DistributedExecutor:
         group: WorkerGroup,
         check: RowChecks,
         arrays: Arrays,
+        cuts: bool = True,
     ) -> None:
         self.chains = tuple(chains)
         self._group, self._check = group, check
         self._number = group.plan.families.index(family)
         self._num_pages = group.plan.num_pages[family]
-        homes = group.plan.homes
-        self._route = {
-            i: frozenset(homes[use.span] for use in chain.uses)
-            for i, chain in enumerate(chains)
-            if chain.family == family
-        }
-        self._layer_homes = {i: _layer_homes(chains[i], group.plan) for i in self._route}
-        self._several = len(group.logits) > 1
+        self._mine = [index for index, chain in enumerate(chains) if chain.family == family]
+        self._follow_homes()
+        self._cuts = cuts and len(group.logits) > 1
         self._owners = np.full(self._num_pages, -1, np.int8)
         self.kv: KVTensors = _Pages(self._num_pages, arrays, self.copy_pages)
         self._most_rows = 0
@@ -76,7 +79,7 @@ class DistributedExecutor:
         self._check(batch)
         step = self._group.next_step()
         self._give_pages(step, batch)
-        least = LEAST_ROWS if self._several else 1 << 30
+        least = LEAST_ROWS if self._cuts else 1 << 30
         return self._run(step, micro_batches(batch, least, MOST_MICRO_BATCHES))
 
     def is_sound(self, chain: int) -> bool:
@@ -98,6 +101,61 @@ class DistributedExecutor:
         for worker in range(len(self._group.logits)):
             self._group.send(worker, b"discard", STEP.pack(step, 0, self._number), pages.tobytes())
         self._owners[...] = -1
+
+    # ---- spans that move
+
+    def layer_homes(self, chain: int, homes: Sequence[int] | None = None) -> np.ndarray:
+        """The worker of each layer of a chain, int8 [num_layers]: now, or with other homes of spans."""
+        return _layer_homes(self.chains[chain], self._group.plan, homes)
+
+    def owners(self, pages: np.ndarray) -> np.ndarray:
+        """The workers in which pages have been written last, int8; -1: in none."""
+        return self._owners[pages]
+
+    def send_pages(self, pages: np.ndarray, workers: np.ndarray) -> None:
+        """Have pages, int32 [n], whole in other workers, int8 [n], too; between two steps.
+
+        Raises KVLostError: some worker cannot answer any more.
+        """
+        step, sources = self._group.next_step(), self._owners[pages]
+        involved = sorted({*sources.tolist(), *workers.tolist()})
+        answers = self._group.answers(involved)
+        targets = np.unique(workers).tolist()
+        for worker in targets:  # once it answers, it has done all that it was told about these pages
+            self._group.send(worker, b"expect", STEP.pack(step, 0, self._number))
+        self._await_pages(step, answers, len(targets), 0)
+        under_way = 0
+        for source, target in sorted(set(zip(sources.tolist(), workers.tolist(), strict=True))):
+            chosen = np.ascontiguousarray(pages[(sources == source) & (workers == target)], np.int32)
+            for begin in range(0, chosen.size, MOVED_PAGES):
+                piece = chosen[begin : begin + MOVED_PAGES]
+                self._group.send(source, b"give", STEP.pack(step, target, self._number), piece.tobytes())
+                under_way += piece.size
+                under_way = self._await_pages(step, answers, under_way, MOVED_PAGES)
+        self._await_pages(step, answers, under_way, 0)
+
+    def _await_pages(
+        self, step: int, answers: Iterator[tuple[int, str, Any]], under_way: int, most: int
+    ) -> int:
+        """Wait until at most so many pages are under way; how many are. No pages count as one."""
+        while under_way > most:
+            _, kind, what = next(answers)
+            if kind == "took" and what["step"] == step:
+                under_way -= what["pages"] or 1
+        return under_way
+
+    def go_over(self, pages: np.ndarray, workers: np.ndarray) -> None:
+        """The group has gone over to other homes (`WorkerGroup.go_over`): routes are as those are, and pages
+        belong to the workers that they were sent to (`send_pages`)."""
+        self._follow_homes()
+        self._take(self._group.next_step(), pages, workers)
+
+    def _follow_homes(self) -> None:
+        homes = self._group.plan.homes
+        self._route = {
+            index: frozenset(homes[use.span] for use in self.chains[index].uses) for index in self._mine
+        }
+        self._layer_homes = {index: self.layer_homes(index) for index in self._mine}
 
     def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
         """Copy pages of K and V, int32 [n] each, each where it lies."""
@@ -182,9 +240,8 @@ class _Pages(KVTensors):
         self._copy(self._checked(source), self._checked(destination))
 
 
-def _layer_homes(chain: ChainPlan, plan: WorkerPlan) -> np.ndarray:
-    """The worker of each layer of a chain, int8."""
-    homes = [
-        plan.homes[use.span] for use in chain.uses for _ in range(plan.topology.spans[use.span].num_layers)
-    ]
-    return np.array(homes, np.int8)
+def _layer_homes(chain: ChainPlan, plan: WorkerPlan, homes: Sequence[int] | None) -> np.ndarray:
+    homes, spans = plan.homes if homes is None else homes, plan.topology.spans
+    return np.array(
+        [homes[use.span] for use in chain.uses for _ in range(spans[use.span].num_layers)], np.int8
+    )

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import zmq
 from blockzoo.runtime.exec.interface import KVLostError
 from blockzoo.runtime.workers.settings import WorkerPlan, WorkerSettings
 from blockzoo.runtime.workers.sockets import Keys, Sockets
-from blockzoo.runtime.workers.wire import ALIVE, pack_json, unpack_json
+from blockzoo.runtime.workers.wire import ALIVE, LOADER, pack_json, unpack_json
 
 SILENT_S = 5.0
 """Without an answer for so long, a worker is taken for hung."""
@@ -55,6 +55,8 @@ class _Worker:
     process: subprocess.Popen[bytes] | None = None
     address: str | None = None  # for the other workers; None: it does not serve
     problems: dict[int, str] = field(default_factory=dict)  # with its spans
+    loading: bool = False  # more spans, beside the steps
+    unloadable: dict[int, str] = field(default_factory=dict)  # of these
     heard: float = 0.0
     asked: float = 0.0
 
@@ -83,10 +85,11 @@ class WorkerGroup:
     """Workers that run. Not thread-safe.
 
     Args:
-        plan: what they have.
+        plan: what they have at first.
         count: how many.
 
     Attributes:
+        plan: what they have now (`go_over`).
         logits: by worker, the memory that it shares with the head, float32.
 
     Raises:
@@ -141,12 +144,45 @@ class WorkerGroup:
         addresses = pack_json([worker.address for worker in self._workers])
         for index in range(len(self._workers)):
             self.send(index, b"peers", addresses)
+        self.go_over(self.plan.homes)  # some may have heard of others before one was lost
         return [worker.index for worker in started]
+
+    # ---- spans that move
+
+    def load(self, worker: int, spans: Sequence[int]) -> None:
+        """Have a worker get spans ready, beside the steps that it runs."""
+        self._workers[worker].loading = True
+        self._workers[worker].unloadable = {}
+        self.send(worker, b"load", pack_json(list(spans)))
+
+    def has_loaded(self, workers: Iterable[int]) -> bool:
+        """Whether all have what they were told to `load`.
+
+        Raises:
+            UnloadableError: some cannot.
+            KVLostError: some worker has ended.
+        """
+        for _ in self._messages(0):
+            pass
+        self.check()
+        waited = [self._workers[index] for index in workers]
+        problems = {span: why for worker in waited for span, why in worker.unloadable.items()}
+        if problems:
+            raise UnloadableError(problems)
+        return not any(worker.loading for worker in waited)
+
+    def go_over(self, homes: Sequence[int]) -> None:
+        """Between two steps: by span, the worker that has it from now on."""
+        self.plan = replace(self.plan, homes=tuple(homes))
+        told = pack_json(list(homes))
+        for index in range(len(self._workers)):
+            self.send(index, b"homes", told)
 
     def _start(self, worker: _Worker) -> None:
         worker.kill()
         worker.number += 1
         worker.problems = {}
+        worker.loading = False
         settings = WorkerSettings(
             self.plan, worker.index, worker.identity, self._address, self._keys, worker.memory
         )
@@ -230,11 +266,15 @@ class WorkerGroup:
         while self._socket.poll(timeout):
             timeout = 0
             identity, kind, what = self._socket.recv_multipart()
-            worker = known.get(identity.decode().removesuffix(ALIVE))
+            worker = known.get(identity.decode().removesuffix(ALIVE).removesuffix(LOADER))
             if worker is None:  # of a process that is no more
                 continue
             worker.heard = time.monotonic()
-            if kind != b"pong":
+            if kind == b"loaded":
+                found = unpack_json(what)
+                worker.loading = False
+                worker.unloadable = {int(span): why for span, why in found["problems"].items()}
+            elif kind != b"pong":
                 yield worker.index, kind.decode(), unpack_json(what)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from blockzoo.engines.base import Embedding, Engine
 from blockzoo.engines.choose import make_engines
+from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.topology import ChainPlan
 from blockzoo.runtime.workers.part import PartExecutor
@@ -41,9 +43,13 @@ class Hosted:
             int8_activations=plan.int8_activations,
             kv_precision=plan.kv_precision,
         )
+        self._zoo = zoo
         self._blocks: dict[str, Block] = {}
-        self._engines = self._compile(zoo)
-        self._embeddings = self._embed(zoo)
+        mine = self._spans_here()
+        self._maker.expect(len(mine))
+        self._engines = self._compile(mine)
+        self._embeddings = self._embed(mine)
+        self._coming: dict[int, Engine] = {}
         self._inputs = self._adapter_inputs(zoo)
         self._ropes = {key: key[0].tables(key[2], key[1]) for key in {self._rope_key(i) for i in plan.ropes}}
         memory = mmap.mmap(settings.logits, 4 * plan.num_logits)
@@ -58,21 +64,21 @@ class Hosted:
         """Of tables that chains share: settings, positions, width."""
         return *self._plan.ropes[chain], self._chains[chain].family.head_dim
 
-    def _block(self, zoo: Zoo, block_id: str) -> Block:
+    def _spans_here(self) -> set[int]:
+        return {index for index, home in enumerate(self._plan.homes) if home == self._settings.index}
+
+    def _block(self, block_id: str) -> Block:
         if block_id not in self._blocks:
-            self._blocks[block_id] = zoo.read_block(block_id)
+            self._blocks[block_id] = self._zoo.read_block(block_id)
         return self._blocks[block_id]
 
-    def _compile(self, zoo: Zoo) -> dict[int, Engine]:
-        spans, homes = self._plan.topology.spans, self._plan.homes
-        mine = [index for index, home in enumerate(homes) if home == self._settings.index]
-        self._maker.expect(len(mine))
+    def _compile(self, spans: Collection[int]) -> dict[int, Engine]:
         engines: dict[int, Engine] = {}
         problems: dict[int, str] = {}
-        for index in mine:
-            span = spans[index]
+        for index in sorted(spans):
+            span = self._plan.topology.spans[index]
             try:
-                blocks = [self._block(zoo, block_id) for block_id in span.block_ids]
+                blocks = [self._block(block_id) for block_id in span.block_ids]
                 engines[index] = self._maker.span(blocks, drops_rows=span.drops_rows, lora=dict(span.lora))
             except (RuntimeError, ZooError, KeyError) as error:  # an EngineError; KeyError: no such block
                 problems[index] = str(error)
@@ -80,11 +86,51 @@ class Hosted:
             raise SpanError(problems)
         return engines
 
-    def _embed(self, zoo: Zoo) -> dict[str, Embedding]:
-        """Tables of the chains that begin here."""
-        homes = self._plan.homes
-        mine = {c.embed_id for c in self._chains if homes[c.uses[0].span] == self._settings.index}
-        return {key: self._maker.embedding(self._block(zoo, key)) for key in sorted(mine)}
+    def _embed(self, spans: Collection[int]) -> dict[str, Embedding]:
+        """Tables of the chains that begin with one of some spans."""
+        mine = {chain.embed_id for chain in self._chains if chain.uses[0].span in spans}
+        return {key: self._maker.embedding(self._block(key)) for key in sorted(mine)}
+
+    def load(self, spans: Collection[int]) -> dict[int, str]:
+        """Have spans ready for `take`, beside the steps that other threads run; those that cannot be had, and
+        why. What was ready before is dropped."""
+        self._coming = {}
+        try:
+            engines = self._compile(set(spans) - self._engines.keys())
+            for engine in engines.values():
+                first_run(engine, self._maker.arrays)  # it packs its weights now, and not under a request
+            self._embed(spans)  # their blocks are at hand then
+            self._coming = engines
+        except SpanError as error:
+            return error.problems
+        for index in spans:
+            for block_id in self._plan.topology.spans[index].block_ids:
+                self._block(block_id).drop_pages()
+        return {}
+
+    def take(self, homes: Sequence[int]) -> None:
+        """Between two steps, go over to other homes: with what is ready (`load`), without what is elsewhere.
+
+        Raises SpanError: spans that were not ready cannot be had.
+        """
+        self._plan = replace(self._plan, homes=tuple(homes))
+        mine = self._spans_here()
+        ready, self._coming = self._coming, {}
+        self._engines = {i: e for i, e in {**ready, **self._engines}.items() if i in mine}
+        self._engines |= self._compile(mine - self._engines.keys())
+        self._embeddings = self._embed(mine)
+        used = {i for index in mine for i in self._plan.topology.spans[index].block_ids}
+        used |= self._embeddings.keys()
+        self._blocks = {key: block for key, block in list(self._blocks.items()) if key in used}
+        self._inputs.forget_others(mine)
+        for (number, _), executor in self._places.items():
+            executor.host(self._engines_of(number), self._embeddings, self._plan.homes)
+
+    def _engines_of(self, number: int) -> dict[int, Engine]:
+        """Those here that a family's chains use."""
+        family = self._plan.families[number]
+        used = {use.span for chain in self._chains if chain.family == family for use in chain.uses}
+        return {index: engine for index, engine in self._engines.items() if index in used}
 
     def _adapter_inputs(self, zoo: Zoo) -> AdapterInputs:
         topology = self._plan.topology
@@ -103,14 +149,13 @@ class Hosted:
     def _make(self, number: int, micro: int) -> PartExecutor:
         plan = self._plan
         family = plan.families[number]
-        used = {use.span for chain in self._chains if chain.family == family for use in chain.uses}
         size = plan.logits_size(family)
         begin = plan.logits_begin(family) + micro * size
         return PartExecutor(
             family,
             self._chains,
             plan.topology.spans,
-            {index: engine for index, engine in self._engines.items() if index in used},
+            self._engines_of(number),
             self._embeddings,
             {index: self._ropes[self._rope_key(index)] for index in plan.ropes},
             self._maker.arrays,
@@ -130,5 +175,5 @@ class Hosted:
         """Give back scratch, and what engines have their own copy of."""
         for executor in self._places.values():
             executor.release_memory()
-        for block in self._blocks.values():
+        for block in list(self._blocks.values()):  # one may come meanwhile
             block.drop_pages()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from blockzoo.engines.base import Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs
 from blockzoo.runtime.exec.batch import StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
@@ -76,6 +77,18 @@ class PartExecutor(Executor):
         self._buffers.logits = logits
         self._shared, self._inputs = shared, inputs
         self._stamped: tuple[StepLayout | None, dict[int, tuple[int, ...]]] = None, {}
+
+    def host(
+        self, engines: Mapping[int, Engine], embeddings: Mapping[str, Embedding], homes: Sequence[int]
+    ) -> None:
+        """Between two steps, have other spans of the family than before."""
+        for index, engine in engines.items():
+            if self._engines.get(index) is not engine:
+                self._bind_pool(engine)
+        for index in self._engines.keys() | engines.keys():
+            if self._engines.get(index) is not engines.get(index):
+                self._bound_call.pop(index, None)
+        self._engines, self._embeddings, self.homes = engines, embeddings, homes
 
     def begin(self, batch: Sequence[Rows]) -> PartStep:
         """Lay out a batch, and look up what enters its first calls."""

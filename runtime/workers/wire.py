@@ -3,13 +3,20 @@
 head -> worker   step     (step, micro-batch, family), rows as integers
                  copy     (step, 0, family), pages int32 [2, n]: from, to
                  discard  (step, 0, family), pages int32 [n]
+                 load     spans that it is to have ready, beside the steps
+                 expect   (step, 0, family): pages will come; answered by `took`, none yet
+                 give     (step, worker that takes them, family), pages int32 [n]
+                 homes    by span, the worker that has it from now on
                  peers    the workers' addresses
                  release
                  ping
 worker -> head   ready, failed   once, when it has loaded
+                 loaded          spans, and what is wrong with some
                  done, error     of each micro-batch
+                 took            how many pages have come
                  pong
 worker -> worker rows     (step, micro-batch, source call, destination call), hidden states
+                 pages    (step, PAGES, family, 0), pages int32 [n], their K, their V
 """
 
 from __future__ import annotations
@@ -26,8 +33,12 @@ from blockzoo.runtime.exec.rows import Rows
 STEP = struct.Struct("<qii")  # step, micro-batch, family
 PASSED = struct.Struct("<qiii")  # step, micro-batch, call that made the rows, call that takes them
 
+PAGES = -1
+"""In the place of a micro-batch: what comes is K and V."""
 ALIVE = ".alive"
 """Behind a worker's identity, its thread that answers pings."""
+LOADER = ".loader"
+"""Behind a worker's identity, its thread that makes more spans ready."""
 _FIELDS = 6  # of each member: chain, tokens, past_len, num_logits, layers, pages
 
 

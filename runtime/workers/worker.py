@@ -26,7 +26,16 @@ from blockzoo.runtime.workers.hosted import Hosted, SpanError
 from blockzoo.runtime.workers.part import Inbox, PartStep
 from blockzoo.runtime.workers.settings import WorkerSettings
 from blockzoo.runtime.workers.sockets import Sockets
-from blockzoo.runtime.workers.wire import ALIVE, PASSED, STEP, pack_json, unpack_json, unpack_rows
+from blockzoo.runtime.workers.wire import (
+    ALIVE,
+    LOADER,
+    PAGES,
+    PASSED,
+    STEP,
+    pack_json,
+    unpack_json,
+    unpack_rows,
+)
 
 
 class Worker:
@@ -34,6 +43,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets) -> None:
         self._me, self._hosted, self._sockets = settings.index, hosted, sockets
+        self._settings = settings
         self._head = sockets.connect(zmq.DEALER, settings.head, settings.identity)
         self._inward, self.address = sockets.listen(zmq.PULL)
         self._outward: dict[int, tuple[str, zmq.Socket[bytes]]] = {}  # by worker
@@ -66,12 +76,20 @@ class Worker:
             if self._inward in events:
                 which, *rows = self._inward.recv_multipart()
                 step, micro, source, taker = PASSED.unpack(which)
-                if step >= self._step:
+                if step < self._step:  # of something that was given up
+                    continue
+                if micro == PAGES:
+                    self._take_pages(step, source, rows)
+                else:
                     self._came.setdefault((step, micro), {})[source, taker] = rows
 
     def _obey(self, kind: bytes, frames: list[bytes]) -> None:
         if kind == b"peers":
             self._connect(unpack_json(frames[0]))
+        elif kind == b"load":
+            threading.Thread(target=self._load, args=(unpack_json(frames[0]),), daemon=True).start()
+        elif kind == b"homes":
+            self._hosted.take(unpack_json(frames[0]))
         elif kind == b"release":
             self._hosted.release_memory()
         else:
@@ -84,6 +102,34 @@ class Worker:
                 self._hosted.executor(family, 0).kv.copy(source, destination)
             elif kind == b"discard":
                 self._hosted.executor(family, 0).discard(np.frombuffer(frames[1], np.int32))
+            elif kind == b"expect":
+                self._tell(b"took", {"step": step, "pages": 0})
+            elif kind == b"give":
+                self._give_pages(step, micro, family, np.frombuffer(frames[1], np.int32))
+
+    def _give_pages(self, step: int, worker: int, family: int, pages: np.ndarray) -> None:
+        keys, values = self._hosted.executor(family, 0).kv.read(pages)
+        which = PASSED.pack(step, PAGES, family, 0)
+        self._outward[worker][1].send_multipart([which, pages.data, keys.data, values.data])
+
+    def _take_pages(self, step: int, family: int, frames: list[bytes]) -> None:
+        kv = self._hosted.executor(family, 0).kv
+        pages = np.frombuffer(frames[0], np.int32)
+        shape = (len(pages), *kv.page_shape)
+        kv.write(pages, *(np.frombuffer(each, kv.page_dtype).reshape(shape) for each in frames[1:]))
+        self._tell(b"took", {"step": step, "pages": len(pages)})
+
+    def _load(self, spans: list[int]) -> None:
+        """From a thread of its own, while calls run here."""
+        try:
+            problems = self._hosted.load(spans)
+        except Exception as error:
+            traceback.print_exception(error)
+            problems = dict.fromkeys(spans, str(error))
+        socket = self._sockets.connect(zmq.DEALER, self._settings.head, self._settings.identity + LOADER)
+        socket.linger = -1
+        socket.send_multipart([b"loaded", pack_json({"spans": spans, "problems": problems})])
+        socket.close()
 
     def _go_on_to(self, step: int) -> None:
         """Forget what was under way of steps before: the head does not wait for it any more."""

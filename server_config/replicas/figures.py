@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from blockzoo.runtime import Metrics
 from blockzoo.runtime.serve.metrics import HistogramSnapshot
-from blockzoo.server_config.exporter import BY_DRAFTER, COUNTERS, GAUGES, LABELLED, LABELLED_GAUGES, WAIT_P99
+from blockzoo.server_config.exporter import BY_TWO, COUNTERS, GAUGES, LABELLED, LABELLED_GAUGES, WAIT_P99
 
 T = TypeVar("T")
 _SAME_EVERYWHERE = ("documents", "models_left_out")
@@ -55,8 +55,9 @@ class _Families(Collector):
             for value, count in _sums([getattr(one, field) for one in self._all]).items():
                 family.add_metric([value], count)
             yield family
-        for field, text in BY_DRAFTER.items():
-            family = CounterMetricFamily(f"blockzoo_{field}", text, labels=["model", "drafter"])
+        for field, (kind_name, text, names) in BY_TWO.items():
+            kind = CounterMetricFamily if kind_name == "COUNTER" else GaugeMetricFamily
+            family = kind(f"blockzoo_{field}", text, labels=names)
             for labels, count in _sums([getattr(one, field) for one in self._all]).items():
                 family.add_metric(labels, count)
             yield family

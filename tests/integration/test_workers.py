@@ -126,9 +126,11 @@ def test_requests_can_be_ended_at_any_moment(local: LLMEngine, spread: LLMEngine
 @pytest.mark.slow
 def test_memory_moves_with_the_pages(demo_zoo: Path, local: LLMEngine) -> None:
     """With a pool that all of them fill anew, pages change owners all the time."""
-    config = EngineConfig(**(SETTINGS | {"workers": 2, "kv_cache_bytes": 2 << 20, "max_num_seqs": 4}))
-    engine = LLMEngine(demo_zoo, config)
+    small = {"workers": 2, "kv_cache_bytes": 2 << 20, "max_num_seqs": 4}
+    engine = LLMEngine(demo_zoo, EngineConfig(**(SETTINGS | small | {"num_threads": os.cpu_count()})))
     try:
+        executors = engine._zoo.executors.values()
+        assert not any(executor._cuts for executor in executors), "each has all cores in its turn"
         jobs = jobs_of(local, (100, 60, 130, 33))
         assert answers(engine, jobs) == answers(local, jobs)
     finally:

@@ -31,3 +31,11 @@ def test_nothing_is_known_of_no_time() -> None:
     assert Rates(1.0, 0.0).per_second(9.0) == {}
     with pytest.raises(ValueError, match="half_life_s is 0, expected above 0"):
         Rates(0, 0.0)
+
+
+def test_names_that_are_gone_are_forgotten() -> None:
+    rates = Rates(10.0, 0.0)
+    for name in ("old", "new"):
+        rates.note(name, 5, 1.0)
+    rates.keep({"new"})
+    assert rates.per_second(1.0).keys() == {"new"}
