@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -132,6 +132,8 @@ class EngineConfig:
             openvino, documents are not published, KV is not reused approximately, and no hidden states are
             kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
+        worker_delays_ms: for tests and benchmarks: by worker, how far away it is taken to be from the head,
+            one way. What goes over its links is held up for so long; None: nothing is.
     """
 
     backend: Backend | None = None
@@ -165,6 +167,7 @@ class EngineConfig:
     strict: bool = False
     workers: int | None = None
     worker_memory_bytes: int | None = None
+    worker_delays_ms: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in get_args(Backend):
@@ -211,11 +214,17 @@ class EngineConfig:
 
     def _check_workers(self) -> None:
         if self.workers is None:
-            if self.worker_memory_bytes is not None:
-                raise InvalidRequestError("worker_memory_bytes is set and workers is not: set both, or none")
+            for name in ("worker_memory_bytes", "worker_delays_ms"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequestError(f"{name} is set and workers is not: set both, or none")
             return
         if self.workers > MOST_WORKERS:
             raise InvalidRequestError(f"workers is {self.workers}; expected at most {MOST_WORKERS}")
+        delays = self.worker_delays_ms
+        if delays is not None and (len(delays) != self.workers or not all(0 <= ms < 1e4 for ms in delays)):
+            raise InvalidRequestError(
+                f"worker_delays_ms is {delays}; expected one for each of {self.workers} workers, 0 to 10000"
+            )
         if self.backend not in (None, "openvino"):
             raise InvalidRequestError(f"backend is {self.backend!r}; workers have openvino: leave one out")
         for name in ("approximate", "kv_cache_dir"):

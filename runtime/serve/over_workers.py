@@ -98,7 +98,7 @@ def start_workers(
         MAX_PROMPT_LOGITS,
         config.adapter_cache_bytes,
     )
-    group = WorkerGroup(plan, count)
+    group = WorkerGroup(plan, tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count))
     max_logits = plan.max_seqs + plan.max_more_logits
     executors = {
         family: DistributedExecutor(

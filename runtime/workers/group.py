@@ -84,7 +84,7 @@ class WorkerGroup:
 
     Args:
         plan: what they have.
-        count: how many.
+        delays_s: by worker, see `WorkerSettings`.
 
     Attributes:
         logits: by worker, the memory that it shares with the head, float32.
@@ -94,8 +94,9 @@ class WorkerGroup:
         UnloadableError: spans could not be loaded.
     """
 
-    def __init__(self, plan: WorkerPlan, count: int) -> None:
+    def __init__(self, plan: WorkerPlan, delays_s: tuple[float, ...]) -> None:
         self.plan = plan
+        self._delays_s = delays_s
         self._keys = Keys.new()
         self._sockets = Sockets(self._keys)
         self._socket, self._address = self._sockets.listen(zmq.ROUTER)
@@ -104,7 +105,7 @@ class WorkerGroup:
         self._step = 0
         self._close = weakref.finalize(self, _close, self._workers, self._sockets)
         try:
-            for index in range(count):
+            for index in range(len(delays_s)):
                 descriptor, memory = _shared_memory(4 * plan.num_logits)
                 self.logits.append(memory)
                 self._workers.append(_Worker(index, descriptor))
@@ -148,7 +149,13 @@ class WorkerGroup:
         worker.number += 1
         worker.problems = {}
         settings = WorkerSettings(
-            self.plan, worker.index, worker.identity, self._address, self._keys, worker.memory
+            self.plan,
+            worker.index,
+            worker.identity,
+            self._address,
+            self._keys,
+            worker.memory,
+            self._delays_s,
         )
         worker.process = subprocess.Popen(
             [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, pass_fds=(worker.memory,)

@@ -80,6 +80,8 @@ class WorkerSettings:
         head: address of the head's socket.
         keys: of the group: whoever holds them belongs to it.
         logits: file descriptor of the memory shared with the head.
+        delays_s: by worker, how far it is from the head, one way, in seconds by which whatever goes over its
+            links is held up; from each other two are as far as both are from the head together.
     """
 
     plan: WorkerPlan
@@ -88,3 +90,13 @@ class WorkerSettings:
     head: str
     keys: Keys
     logits: int
+    delays_s: tuple[float, ...]
+
+    @property
+    def to_head_s(self) -> float:
+        """How far this worker is from the head."""
+        return self.delays_s[self.index]
+
+    def to_worker_s(self, index: int) -> float:
+        """How far this worker is from another one."""
+        return self.delays_s[self.index] + self.delays_s[index]

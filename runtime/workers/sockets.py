@@ -11,6 +11,8 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from blockzoo.runtime.workers.slow_link import slowed
+
 _DOMAIN = "blockzoo"
 
 
@@ -51,14 +53,15 @@ class Sockets:
         port = socket.bind_to_random_port(f"tcp://{host}")
         return socket, f"tcp://{host}:{port}"
 
-    def connect(self, kind: int, address: str, identity: str = "") -> zmq.Socket[bytes]:
-        """A socket that is connected to one that listens."""
+    def connect(self, kind: int, address: str, identity: str = "", delay_s: float = 0.0) -> zmq.Socket[bytes]:
+        """A socket that is connected to one that listens; `delay_s`: what goes through it comes so much
+        later."""
         socket = self._socket(kind)
         socket.curve_serverkey = self._keys.public
         if identity:
             socket.identity = identity.encode()
         socket.connect(address)
-        return socket
+        return slowed(self._context, socket, delay_s) if delay_s else socket
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

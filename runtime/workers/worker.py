@@ -34,7 +34,8 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets) -> None:
         self._me, self._hosted, self._sockets = settings.index, hosted, sockets
-        self._head = sockets.connect(zmq.DEALER, settings.head, settings.identity)
+        self._settings = settings
+        self._head = sockets.connect(zmq.DEALER, settings.head, settings.identity, settings.to_head_s)
         self._inward, self.address = sockets.listen(zmq.PULL)
         self._outward: dict[int, tuple[str, zmq.Socket[bytes]]] = {}  # by worker
         self._poller = zmq.Poller()
@@ -99,7 +100,8 @@ class Worker:
                 continue
             if known is not None:
                 known[1].close(0)
-            self._outward[index] = address, self._sockets.connect(zmq.PUSH, address)
+            delay_s = self._settings.to_worker_s(index)
+            self._outward[index] = address, self._sockets.connect(zmq.PUSH, address, delay_s=delay_s)
 
     def _begin(self, micro: int, family: int, rows: bytes) -> None:
         try:
@@ -156,7 +158,7 @@ def _end_with_head() -> None:
 
 def _answer_pings(sockets: Sockets, settings: WorkerSettings) -> None:
     """From a thread, which a long call does not hold up."""
-    socket = sockets.connect(zmq.DEALER, settings.head, settings.identity + ALIVE)
+    socket = sockets.connect(zmq.DEALER, settings.head, settings.identity + ALIVE, settings.to_head_s)
     while True:
         socket.recv_multipart()
         socket.send_multipart([b"pong", b""])
