@@ -183,7 +183,7 @@ class Making:
         workers = None
         executors: Mapping[Family, StepExecutor]
         if config.workers is not None:
-            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings)
+            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings, before)
             executors = workers.executors
         else:
             executors = {
@@ -226,12 +226,14 @@ class Making:
         num_pages: Mapping[Family, int],
         tables: Mapping[int, Rotation],
         embeddings: Mapping[str, Embedding],
+        before: LoadedZoo | None,
     ) -> Workers:
         """Raises UnsoundError: some spans cannot be loaded; InvalidRequestError."""
         from blockzoo.runtime.serve.over_workers import start_workers  # ZeroMQ is imported with workers alone
         from blockzoo.runtime.workers.group import UnloadableError
 
         vocab_sizes = {key: table.vocab_size for key, table in embeddings.items()}
+        old = None if before is None else before.workers
         try:
             return start_workers(
                 self.zoo,
@@ -244,6 +246,7 @@ class Making:
                 self.maker,
                 self.config,
                 self.kv_bytes,
+                None if old is None else old.group.processes,
             )
         except UnloadableError as error:
             problems = {span: EngineError(why) for span, why in error.problems.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.rows import RowChecks
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
-from blockzoo.runtime.serve.memory import available_memory, engine_bytes
+from blockzoo.runtime.serve.memory import engine_bytes
 from blockzoo.runtime.workers.distributed import DistributedExecutor
-from blockzoo.runtime.workers.group import WorkerGroup, WorkerStartError
+from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.meeting import Links, MachineFacts
+from blockzoo.runtime.workers.processes import LocalProcesses, Processes, WorkerStartError
 from blockzoo.runtime.workers.settings import WorkerPlan
+from blockzoo.runtime.workers.sockets import LOOPBACK
 from blockzoo.zoo.blocks import Block, HeadSpec
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, place
 
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
-_HOP_S = 1e-4  # that rows take from worker to worker: measured with ZeroMQ on one machine
 _HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
 _STARTS = 3  # that are tried in the place of a worker that is lost
 _BYTE_S = 1e-9  # of weights, that a token takes where blocks were not timed
@@ -63,6 +66,7 @@ def start_workers(
     maker: EngineMaker,
     config: EngineConfig,
     kv_bytes: int,
+    processes: Processes | None = None,
 ) -> Workers:
     """Start the workers of a configuration that has some.
 
@@ -74,13 +78,24 @@ def start_workers(
         vocab_sizes: by embed block id.
         maker: of engines like theirs.
         kv_bytes: of all pools.
+        processes: that start theirs, of workers whose place they take; None: as the configuration says.
 
     Raises:
         InvalidRequestError: the spans do not fit in their memory.
         WorkerStartError, UnloadableError.
     """
     count = config.workers or 1
-    homes = _homes(manifest, topology, blocks, maker, config, kv_bytes)
+    group = WorkerGroup(
+        _processes(config) if processes is None else processes,
+        tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count),
+        config.worker_interface or LOOPBACK,
+    )
+    try:
+        task = placement_task(manifest, topology, blocks, maker, config, kv_bytes, group.facts, group.links)
+        homes = _homes(task, topology, config, kv_bytes)
+    except BaseException:
+        group.close()
+        raise
     models = {index: manifest.models[name] for name, index in topology.chain_of_model.items()}
     plan = WorkerPlan(
         zoo.resolve(),
@@ -92,13 +107,13 @@ def start_workers(
         maker.precision,
         bool(getattr(maker, "int8_activations", False)),
         "u8" if maker.kv_precision == "u8" else None,
-        config.num_threads or max(1, len(os.sched_getaffinity(0)) // count),
+        num_threads(config),
         config.max_num_batched_tokens,
         config.max_num_seqs,
         MAX_PROMPT_LOGITS,
         config.adapter_cache_bytes,
     )
-    group = WorkerGroup(plan, tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count))
+    group.serve(plan)
     max_logits = plan.max_seqs + plan.max_more_logits
     executors = {
         family: DistributedExecutor(
@@ -121,22 +136,30 @@ def start_workers(
     return Workers(group, executors)
 
 
-def _homes(
-    manifest: Manifest,
-    topology: Topology,
-    blocks: Mapping[str, Block],
-    maker: EngineMaker,
-    config: EngineConfig,
-    kv_bytes: int,
-) -> tuple[int, ...]:
+def _processes(config: EngineConfig) -> Processes:
+    """Where workers are started. Raises WorkerStartError: on a Ray that cannot be used."""
+    if config.ray_address is None:
+        return LocalProcesses()
+    from blockzoo.runtime.workers.on_ray import RayProcesses  # it is imported where it is asked for alone
+
+    count, threads = config.workers or 1, num_threads(config)
+    return RayProcesses(config.ray_address, count, threads, config.worker_memory_bytes)
+
+
+def num_threads(config: EngineConfig) -> int:
+    """Of each worker."""
+    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // (config.workers or 1))
+
+
+def _homes(task: Task, topology: Topology, config: EngineConfig, kv_bytes: int) -> tuple[int, ...]:
     """By span index, its worker. Each span has one, as the pages of its layers have."""
-    task = placement_task(manifest, topology, blocks, maker, config, kv_bytes)
     try:
         plan = place(task)
     except PlacementError as error:
         raise InvalidRequestError(
-            f"the zoo does not fit in {config.workers} workers of {_memory(config)} bytes, of which the KV "
-            f"pool may take {kv_bytes} in each: {error}, give them more memory, or lower kv_cache_bytes"
+            f"the zoo does not fit in {config.workers} workers, which have room for "
+            f"{[worker.num_bytes for worker in task.workers]} bytes of weights beside the KV pool of "
+            f"{kv_bytes}: {error}, give them more memory, or lower kv_cache_bytes"
         ) from error
     return tuple(min(plan.homes[str(index)]) for index in range(len(topology.spans)))
 
@@ -148,9 +171,11 @@ def placement_task(
     maker: EngineMaker,
     config: EngineConfig,
     kv_bytes: int,
+    facts: Sequence[MachineFacts],
+    links: Links,
 ) -> Task:
-    """What is to be placed: all models are taken to be asked as often, and workers to be as fast."""
-    count, itemsize = config.workers or 1, activation_dtype(maker.precision).itemsize
+    """What is to be placed, over workers as they were found: all models are taken to be asked as often."""
+    itemsize = activation_dtype(maker.precision).itemsize
     spans = {}
     for index, span in enumerate(topology.spans):
         size = engine_bytes((blocks[i] for i in span.block_ids), itemsize)
@@ -159,16 +184,40 @@ def placement_task(
         name: tuple(str(use.span) for use in topology.chains[index].uses)
         for name, index in topology.chain_of_model.items()
     }
-    rate = _BUSY * count / sum(spans[span].seconds for way in ways.values() for span in way)
-    workers = range(count)
+    workers = _workers(config, kv_bytes, facts)
+    work = sum(spans[span].seconds for way in ways.values() for span in way)
+    rate = _BUSY * sum(worker.speed for worker in workers) / work
+    width = itemsize * max(chain.family.hidden_size for chain in topology.chains)
     return Task(
         spans,
         {name: Chain(way, rate) for name, way in ways.items()},
-        [Worker(_memory(config) - kv_bytes)] * count,
-        hop_s=[[0.0 if a == b else _HOP_S for b in workers] for a in workers],
-        byte_s=[[0.0] * count for _ in workers],
+        workers,
+        hop_s=[
+            [_told(hop + width * byte) for hop, byte in zip(*rows, strict=True)]
+            for rows in zip(links.hop_s, links.byte_s, strict=True)
+        ],
+        byte_s=[[0.0] * len(workers) for _ in workers],
+        head=min(range(len(workers)), key=lambda index: _told(links.head_s[index])),
         copies=False,
     )
+
+
+def _told(seconds: float) -> float:
+    """As far as a machine with other work can tell: equal links are to be equal."""
+    return round(seconds, 4)
+
+
+def _workers(config: EngineConfig, kv_bytes: int, facts: Sequence[MachineFacts]) -> list[Worker]:
+    """Workers of one machine share its memory and cores; its pools together take what one would."""
+    beside = Counter(each.machine for each in facts)
+    found = []
+    for each in facts:
+        if config.worker_memory_bytes is not None:
+            room = config.worker_memory_bytes - kv_bytes
+        else:
+            room = (each.memory - kv_bytes) // beside[each.machine]
+        found.append(Worker(room, min(1.0, each.cores / beside[each.machine] / num_threads(config))))
+    return found
 
 
 def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> float:
@@ -180,8 +229,3 @@ def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> floa
     else:
         known = [engine_bytes((block,), itemsize) * _BYTE_S for block in blocks]
     return sum(share * seconds for share, seconds in zip(shares, known, strict=True))
-
-
-def _memory(config: EngineConfig) -> int:
-    """Bytes of a worker."""
-    return available_memory() if config.worker_memory_bytes is None else config.worker_memory_bytes

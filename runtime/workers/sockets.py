@@ -6,6 +6,8 @@ listens lets in only those who show that they hold it; what a stranger sends rea
 
 from __future__ import annotations
 
+from socket import AF_INET, SOCK_DGRAM
+from socket import socket as system_socket
 from typing import NamedTuple
 
 import zmq
@@ -14,6 +16,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from blockzoo.runtime.workers.slow_link import slowed
 
 _DOMAIN = "blockzoo"
+LOOPBACK = "127.0.0.1"
 
 
 class Keys(NamedTuple):
@@ -31,6 +34,14 @@ class Keys(NamedTuple):
         return "Keys(...)"  # no log shows them
 
 
+def own_address(head: str) -> str:
+    """This machine's IPv4 address on the way to a head's: of the interface that leads there."""
+    host, port = head.removeprefix("tcp://").rsplit(":", 1)
+    with system_socket(AF_INET, SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
 class Sockets:
     """Makes the sockets of one process of a group."""
 
@@ -45,7 +56,7 @@ class Sockets:
         """Whether who has shown to hold the secret key of `key` belongs to the group."""
         return key == self._keys.public
 
-    def listen(self, kind: int, host: str = "127.0.0.1") -> tuple[zmq.Socket[bytes], str]:
+    def listen(self, kind: int, host: str = LOOPBACK) -> tuple[zmq.Socket[bytes], str]:
         """A socket that others of the group connect to, and its address."""
         socket = self._socket(kind)
         socket.curve_server = True

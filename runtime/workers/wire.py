@@ -7,7 +7,7 @@ head -> worker   step     (step, micro-batch, family), rows as integers
                  release
                  ping
 worker -> head   ready, failed   once, when it has loaded
-                 done, error     of each micro-batch
+                 done, error     of each micro-batch; with logits, where the head is on another machine
                  pong
 worker -> worker rows     (step, micro-batch, source call, destination call), hidden states
 """

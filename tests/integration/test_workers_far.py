@@ -1,4 +1,7 @@
-"""Workers that are far away: steps wait for the links, and guesses spare steps, with the same answers."""
+"""Workers that are far away: steps wait for the links, and guesses spare steps, with the same answers.
+
+Their logits come over the wire: they do not find the head's memory, which says to be another machine's.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import GuidedDecoding
+from blockzoo.runtime.workers import logits_memory
 from blockzoo.zoo.demo.tasks import facts
 
 SETTINGS: dict[str, Any] = {
@@ -42,7 +46,9 @@ def local(demo_zoo: Path) -> LLMEngine:
 @pytest.fixture(scope="module")
 def far(demo_zoo: Path) -> Iterator[LLMEngine]:
     away = {"workers": 2, "worker_delays_ms": (0.0, 1e3 * AWAY_S)}
-    engine = LLMEngine(demo_zoo, EngineConfig(**SETTINGS, **away))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logits_memory, "boot_id", lambda: "another machine's")
+        engine = LLMEngine(demo_zoo, EngineConfig(**SETTINGS, **away))
     yield engine
     engine.close()
 
@@ -70,6 +76,28 @@ def test_guesses_spare_waits_for_a_far_worker(local: LLMEngine, far: LLMEngine) 
     assert found == expected
     assert fewer < 0.6 * steps
     assert seconds > 2 * AWAY_S * fewer
+
+
+def test_links_are_measured(far: LLMEngine) -> None:
+    assert far._zoo.workers is not None
+    facts, links = far._zoo.workers.group.facts, far._zoo.workers.group.links
+    assert {each.machine for each in facts} == {logits_memory.boot_id()}
+    assert AWAY_S <= links.hop_s[0][1] == links.hop_s[1][0] < 3 * AWAY_S
+    assert links.head_s[0] < AWAY_S <= links.head_s[1]
+    assert [links.hop_s[index][index] for index in (0, 1)] == [0, 0]
+
+
+def test_sampled_tokens_and_all_tenants(local: LLMEngine, far: LLMEngine) -> None:
+    found: list[dict[str, list[int]]] = []
+    for engine in (local, far):
+        for seed, model in enumerate(engine.models):
+            engine.add_request(model, model, NOTES, SamplingParams(max_tokens=8, temperature=1.0, seed=seed))
+        found.append({model: [] for model in engine.models})
+        while engine.has_unfinished():
+            for output in engine.step():
+                assert output.error is None, output.error
+                found[-1][output.request_id] += output.token_ids
+    assert found[0] == found[1]
 
 
 def test_forced_tokens_over_workers(local: LLMEngine, far: LLMEngine) -> None:
