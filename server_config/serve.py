@@ -163,7 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="spread the zoo's blocks over so many processes of this machine (docs/cluster.md)",
+        help="spread the zoo's blocks over so many processes of this machine, or with --ray-address of the "
+        "machines of a Ray (docs/cluster.md)",
     )
     engine.add_argument(
         "--worker-memory-gb",
@@ -177,6 +178,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how often to look whether blocks should move to other workers, as models are asked otherwise "
         "(default 30; 0: they stay)",
+    )
+    engine.add_argument(
+        "--worker-interface",
+        metavar="IP",
+        help="address of this machine through which workers on others reach it (default: loopback)",
     )
     parser.add_argument(
         "--drain-seconds",
@@ -269,6 +275,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "workers": args.workers,
         "move_spans_every_s": args.move_spans_every,
         "worker_memory_bytes": None if args.worker_memory_gb is None else int(args.worker_memory_gb * 2**30),
+        "worker_interface": args.worker_interface,
+        "ray_address": None if args.workers is None else args.ray_address,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)

@@ -211,6 +211,18 @@ def test_stitch(tmp_path: Path) -> None:
         assert all(0 < chain["bits_per_byte"] < 20 for chain in results[direction].values())
 
 
+@pytest.mark.slow
+def test_linked(tmp_path: Path) -> None:
+    options = ["--repeats", "1", "--tokens", "24", "--delays", "0", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.linked", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "linked.json").read_text())["shapes"]["demo"]["results"]
+    kinds = ("quotes", "free text")
+    assert results.keys() == {f"{kind}, {delay} ms" for delay in (0, 2) for kind in kinds}
+    assert results["quotes, 2 ms"]["off"]["median_ms"] > 4
+
+
 def test_sampling() -> None:
     command = [sys.executable, "benchmarks/sampling.py", "--rows", "2", "--vocab", "5000", "--repeats", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

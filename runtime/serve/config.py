@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
@@ -12,7 +13,7 @@ from blockzoo.engines.kv_pages import KVChoice
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import KVReuse
 from blockzoo.runtime.approx.config import ReuseConfig
-from blockzoo.runtime.serve.memory import available_memory
+from blockzoo.zoo.available_memory import available_memory
 
 _DEFAULT_KV_BYTES = 2 << 30
 LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
@@ -128,13 +129,20 @@ class EngineConfig:
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
-        workers: processes on this machine over which the blocks are spread, each with num_threads (None: the
+        workers: processes over which the blocks are spread, each with num_threads (None: the
             processors, divided); None: the blocks are in this process. With workers, the backend is
             openvino, documents are not published, KV is not reused approximately, and no hidden states are
             kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
         move_spans_every_s: how often the rates of models are looked at, and spans moved to other workers
             where that pays; 0: they stay where they are.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
+        ray_address: of a running Ray, on whose machines workers are actors, of num_threads CPUs and
+            worker_memory_bytes each; they see this package and the zoo under the same paths. None: workers
+            are processes of this machine.
+        worker_interface: IPv4 address of this machine, on which the head of workers listens; they listen on
+            those of theirs that lead there. None: loopback.
+        worker_delays_ms: for tests and benchmarks: by worker, how far away it is taken to be from the head,
+            one way. What goes over its links is held up for so long; None: nothing is.
     """
 
     backend: Backend | None = None
@@ -169,6 +177,9 @@ class EngineConfig:
     workers: int | None = None
     worker_memory_bytes: int | None = None
     move_spans_every_s: float = 30.0
+    ray_address: str | None = None
+    worker_interface: str | None = None
+    worker_delays_ms: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in get_args(Backend):
@@ -217,16 +228,37 @@ class EngineConfig:
 
     def _check_workers(self) -> None:
         if self.workers is None:
-            if self.worker_memory_bytes is not None:
-                raise InvalidRequestError("worker_memory_bytes is set and workers is not: set both, or none")
+            for name in ("worker_memory_bytes", "ray_address", "worker_interface", "worker_delays_ms"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequestError(f"{name} is set and workers is not: set both, or none")
             return
         if self.workers > MOST_WORKERS:
             raise InvalidRequestError(f"workers is {self.workers}; expected at most {MOST_WORKERS}")
+        if self.ray_address is not None and self.num_threads is None:
+            raise InvalidRequestError("ray_address needs num_threads: how many of Ray's CPUs a worker takes")
+        self._check_interface()
+        delays = self.worker_delays_ms
+        if delays is not None and (len(delays) != self.workers or not all(0 <= ms < 1e4 for ms in delays)):
+            raise InvalidRequestError(
+                f"worker_delays_ms is {delays}; expected one for each of {self.workers} workers, 0 to 10000"
+            )
         if self.backend not in (None, "openvino"):
             raise InvalidRequestError(f"backend is {self.backend!r}; workers have openvino: leave one out")
         for name in ("approximate", "kv_cache_dir"):
             if getattr(self, name) is not None:
                 raise InvalidRequestError(f"{name} is set; it does not work over workers yet: leave one out")
+
+    def _check_interface(self) -> None:
+        if self.worker_interface is None:
+            return
+        try:
+            usable = not IPv4Address(self.worker_interface).is_unspecified
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InvalidRequestError(
+                f"worker_interface is {self.worker_interface!r}; expected the IPv4 address of one interface"
+            )
 
     def _resolve_approximate(self) -> None:
         given = self.approximate

@@ -184,8 +184,7 @@ class Making:
         workers = None
         executors: Mapping[Family, StepExecutor]
         if config.workers is not None:
-            rates = None if before is None or before.workers is None else before.workers.rates
-            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings, rates)
+            workers = self._start_workers(manifest, topology, blocks, capacity, tables, embeddings, before)
             executors = workers.executors
         else:
             executors = {
@@ -228,13 +227,14 @@ class Making:
         num_pages: Mapping[Family, int],
         tables: Mapping[int, Rotation],
         embeddings: Mapping[str, Embedding],
-        rates: Rates | None,
+        before: LoadedZoo | None,
     ) -> Workers:
         """Raises UnsoundError: some spans cannot be loaded; InvalidRequestError."""
         from blockzoo.runtime.serve.over_workers import start_workers  # ZeroMQ is imported with workers alone
         from blockzoo.runtime.workers.group import UnloadableError
 
         vocab_sizes = {key: table.vocab_size for key, table in embeddings.items()}
+        old = None if before is None else before.workers
         try:
             return start_workers(
                 self.zoo,
@@ -247,7 +247,8 @@ class Making:
                 self.maker,
                 self.config,
                 self.kv_bytes,
-                rates,
+                None if old is None else old.group.processes,
+                None if old is None else old.rates,
             )
         except UnloadableError as error:
             problems = {span: EngineError(why) for span, why in error.problems.items()}

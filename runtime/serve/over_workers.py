@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,22 +16,23 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.rows import RowChecks
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
-from blockzoo.runtime.serve.memory import available_memory, engine_bytes
+from blockzoo.runtime.serve.memory import engine_bytes
 from blockzoo.runtime.workers.distributed import DistributedExecutor
-from blockzoo.runtime.workers.group import WorkerGroup, WorkerStartError
+from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.meeting import Links, MachineFacts
+from blockzoo.runtime.workers.processes import LocalProcesses, Processes, WorkerStartError
 from blockzoo.runtime.workers.settings import WorkerPlan
+from blockzoo.runtime.workers.sockets import LOOPBACK
 from blockzoo.zoo.blocks import Block, HeadSpec
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, judge, place
 from blockzoo.zoo.rates import Rates
 
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
-_HOP_S = 1e-4  # that rows take from worker to worker: measured with ZeroMQ on one machine
 _HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
 _STARTS = 3  # that are tried in the place of a worker that is lost
 _BYTE_S = 1e-9  # of weights, that a token takes where blocks were not timed
 _LOAD_BYTE_S = 2e-9  # of weights, until a worker has them: read and compiled
-_LINK_BYTE_S = 1.1e-9  # of K and V between workers, until it is measured: ZeroMQ, encrypted, on one machine
 _HALF_LIFE_S = 60.0  # of rates
 _MOST_LOAD = 0.8  # that workers are taken to have: what serves such rates is not overloaded by them
 _LEAST_RATE = 1e-3  # of a model that nobody asks
@@ -95,6 +97,7 @@ def start_workers(
     maker: EngineMaker,
     config: EngineConfig,
     kv_bytes: int,
+    processes: Processes | None = None,
     rates: Rates | None = None,
 ) -> Workers:
     """Start the workers of a configuration that has some.
@@ -107,6 +110,7 @@ def start_workers(
         vocab_sizes: by embed block id.
         maker: of engines like theirs.
         kv_bytes: of all pools.
+        processes: that start theirs, of workers whose place they take; None: as the configuration says.
         rates: as they were measured of other workers; None: models are taken to be asked alike.
 
     Raises:
@@ -114,8 +118,17 @@ def start_workers(
         WorkerStartError, UnloadableError.
     """
     count = config.workers or 1
-    task = placement_task(manifest, topology, blocks, maker, config, kv_bytes)
-    homes = _homes(task, topology, config, kv_bytes, rates)
+    group = WorkerGroup(
+        _processes(config) if processes is None else processes,
+        tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count),
+        config.worker_interface or LOOPBACK,
+    )
+    try:
+        task = placement_task(manifest, topology, blocks, maker, config, kv_bytes, group.facts, group.links)
+        homes = _homes(task, topology, config, kv_bytes, rates)
+    except BaseException:
+        group.close()
+        raise
     models = {index: manifest.models[name] for name, index in topology.chain_of_model.items()}
     plan = WorkerPlan(
         zoo.resolve(),
@@ -127,13 +140,13 @@ def start_workers(
         maker.precision,
         bool(getattr(maker, "int8_activations", False)),
         "u8" if maker.kv_precision == "u8" else None,
-        config.num_threads or max(1, len(os.sched_getaffinity(0)) // count),
+        num_threads(config),
         config.max_num_batched_tokens,
         config.max_num_seqs,
         MAX_PROMPT_LOGITS,
         config.adapter_cache_bytes,
     )
-    group = WorkerGroup(plan, count)
+    group.serve(plan)
     max_logits = plan.max_seqs + plan.max_more_logits
     executors = {
         family: DistributedExecutor(
@@ -150,7 +163,7 @@ def start_workers(
                 max_logits,
             ),
             maker.arrays,
-            cuts=plan.num_threads * count <= len(os.sched_getaffinity(0)),
+            cuts=min(worker.speed for worker in task.workers) >= 1,
         )
         for family, pages in num_pages.items()
     }
@@ -160,8 +173,23 @@ def start_workers(
         family: kv_pages.page_bytes(family.num_kv_heads, family.head_dim, maker.kv_precision)
         for family in num_pages
     }
-    links = [[_LINK_BYTE_S] * count for _ in range(count)]
+    links = [list(row) for row in group.links.byte_s]
     return Workers(group, executors, task, rates, page_bytes, links)
+
+
+def _processes(config: EngineConfig) -> Processes:
+    """Where workers are started. Raises WorkerStartError: on a Ray that cannot be used."""
+    if config.ray_address is None:
+        return LocalProcesses()
+    from blockzoo.runtime.workers.on_ray import RayProcesses  # it is imported where it is asked for alone
+
+    count, threads = config.workers or 1, num_threads(config)
+    return RayProcesses(config.ray_address, count, threads, config.worker_memory_bytes)
+
+
+def num_threads(config: EngineConfig) -> int:
+    """Of each worker."""
+    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // (config.workers or 1))
 
 
 def _homes(
@@ -171,13 +199,14 @@ def _homes(
     if rates is not None:
         task = _asked(task, rates.per_second(time.monotonic()))
         busy = sum(c.rate * sum(task.spans[span].seconds for span in c.spans) for c in task.chains.values())
-        task = _busier(task, _BUSY * len(task.workers) / busy)
+        task = _busier(task, _BUSY * sum(worker.speed for worker in task.workers) / busy)
     try:
         plan = place(task)
     except PlacementError as error:
         raise InvalidRequestError(
-            f"the zoo does not fit in {config.workers} workers of {_memory(config)} bytes, of which the KV "
-            f"pool may take {kv_bytes} in each: {error}, give them more memory, or lower kv_cache_bytes"
+            f"the zoo does not fit in {config.workers} workers, which have room for "
+            f"{[worker.num_bytes for worker in task.workers]} bytes of weights beside the KV pool of "
+            f"{kv_bytes}: {error}, give them more memory, or lower kv_cache_bytes"
         ) from error
     return tuple(min(plan.homes[str(index)]) for index in range(len(topology.spans)))
 
@@ -200,9 +229,11 @@ def placement_task(
     maker: EngineMaker,
     config: EngineConfig,
     kv_bytes: int,
+    facts: Sequence[MachineFacts],
+    links: Links,
 ) -> Task:
-    """What is to be placed: all models are taken to be asked as often, and workers to be as fast."""
-    count, itemsize = config.workers or 1, activation_dtype(maker.precision).itemsize
+    """What is to be placed, over workers as they were found: all models are taken to be asked as often."""
+    itemsize = activation_dtype(maker.precision).itemsize
     spans = {}
     for index, span in enumerate(topology.spans):
         size = engine_bytes((blocks[i] for i in span.block_ids), itemsize)
@@ -211,16 +242,40 @@ def placement_task(
         name: tuple(str(use.span) for use in topology.chains[index].uses)
         for name, index in topology.chain_of_model.items()
     }
-    rate = _BUSY * count / sum(spans[span].seconds for way in ways.values() for span in way)
-    workers = range(count)
+    workers = _workers(config, kv_bytes, facts)
+    work = sum(spans[span].seconds for way in ways.values() for span in way)
+    rate = _BUSY * sum(worker.speed for worker in workers) / work
+    width = itemsize * max(chain.family.hidden_size for chain in topology.chains)
     return Task(
         spans,
         {name: Chain(way, rate) for name, way in ways.items()},
-        [Worker(_memory(config) - kv_bytes)] * count,
-        hop_s=[[0.0 if a == b else _HOP_S for b in workers] for a in workers],
-        byte_s=[[_LOAD_BYTE_S] * count for _ in workers],
+        workers,
+        hop_s=[
+            [_told(hop + width * byte) for hop, byte in zip(*rows, strict=True)]
+            for rows in zip(links.hop_s, links.byte_s, strict=True)
+        ],
+        byte_s=[[_LOAD_BYTE_S] * len(workers) for _ in workers],
+        head=min(range(len(workers)), key=lambda index: _told(links.head_s[index])),
         copies=False,
     )
+
+
+def _told(seconds: float) -> float:
+    """As far as a machine with other work can tell: equal links are to be equal."""
+    return round(seconds, 4)
+
+
+def _workers(config: EngineConfig, kv_bytes: int, facts: Sequence[MachineFacts]) -> list[Worker]:
+    """Workers of one machine share its memory and cores; its pools together take what one would."""
+    beside = Counter(each.machine for each in facts)
+    found = []
+    for each in facts:
+        if config.worker_memory_bytes is not None:
+            room = config.worker_memory_bytes - kv_bytes
+        else:
+            room = (each.memory - kv_bytes) // beside[each.machine]
+        found.append(Worker(room, min(1.0, each.cores / beside[each.machine] / num_threads(config))))
+    return found
 
 
 def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> float:
@@ -232,8 +287,3 @@ def _seconds(blocks: Sequence[Block], manifest: Manifest, itemsize: int) -> floa
     else:
         known = [engine_bytes((block,), itemsize) * _BYTE_S for block in blocks]
     return sum(share * seconds for share, seconds in zip(shares, known, strict=True))
-
-
-def _memory(config: EngineConfig) -> int:
-    """Bytes of a worker."""
-    return available_memory() if config.worker_memory_bytes is None else config.worker_memory_bytes

@@ -23,9 +23,10 @@ from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
 from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
 from blockzoo.runtime.serve.making import Making, check_all
-from blockzoo.runtime.serve.memory import available_memory, engine_bytes
+from blockzoo.runtime.serve.memory import engine_bytes
 from blockzoo.runtime.serve.model_files import ModelFiles, reason
 from blockzoo.runtime.text.tokenizer import Tokenizer
+from blockzoo.zoo.available_memory import available_memory
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.manifest import Manifest, ModelRecord

@@ -6,15 +6,9 @@ waited for. Nothing is tried to save what it held.
 
 from __future__ import annotations
 
-import mmap
-import os
-import pickle
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,19 +16,17 @@ import numpy as np
 import zmq
 
 from blockzoo.runtime.exec.interface import KVLostError
-from blockzoo.runtime.workers.settings import WorkerPlan, WorkerSettings
-from blockzoo.runtime.workers.sockets import Keys, Sockets
+from blockzoo.runtime.workers.logits_memory import LogitsMemory
+from blockzoo.runtime.workers.meeting import Host, Meeting
+from blockzoo.runtime.workers.processes import Processes, WorkerProcess, WorkerStartError
+from blockzoo.runtime.workers.settings import Member, WorkerPlan, WorkerSettings
+from blockzoo.runtime.workers.sockets import LOOPBACK, Keys, Sockets
 from blockzoo.runtime.workers.wire import ALIVE, LOADER, pack_json, unpack_json
 
 SILENT_S = 5.0
 """Without an answer for so long, a worker is taken for hung."""
 _PING_EVERY_S = 0.5
 _LOOK_EVERY_S = 0.1
-_MODULE = "blockzoo.runtime.workers.worker"
-
-
-class WorkerStartError(RuntimeError):
-    """A worker did not start."""
 
 
 class UnloadableError(Exception):
@@ -50,9 +42,10 @@ class _Worker:
     """A worker's process, which others follow as it fails."""
 
     index: int
-    memory: int  # file descriptor
     number: int = 0  # of its processes so far
-    process: subprocess.Popen[bytes] | None = None
+    process: WorkerProcess | None = None
+    waits: bool = False  # to be told what to serve
+    memory: LogitsMemory | None = None
     address: str | None = None  # for the other workers; None: it does not serve
     problems: dict[int, str] = field(default_factory=dict)  # with its spans
     loading: bool = False  # more spans, beside the steps
@@ -68,49 +61,71 @@ class _Worker:
     @property
     def ended(self) -> bool:
         """Whether there is no process."""
-        return self.process is None or self.process.poll() is not None
+        return self.process is None or self.process.ended
 
     def kill(self) -> None:
         """End the process."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            if self.process.stdin is not None:
-                with suppress(OSError):
-                    self.process.stdin.close()
         self.process = self.address = None
+
+    @property
+    def why(self) -> str:
+        """What became of it."""
+        return f"worker {self.index} {'is not there' if self.process is None else self.process.why}"
 
 
 class WorkerGroup:
-    """Workers that run. Not thread-safe.
+    """Workers that run. Not thread-safe. They meet when it is made, and serve once they are told what.
 
     Args:
-        plan: what they have at first.
-        count: how many.
+        processes: starts theirs.
+        delays_s: by worker, see `Member`.
+        host: address of this machine on which the head listens.
 
     Attributes:
+        facts: of the machines that they are on.
+        links: between them.
         plan: what they have now (`go_over`).
-        logits: by worker, the memory that it shares with the head, float32.
+        logits: by worker, where the head has its logits, float32.
 
     Raises:
         WorkerStartError: one ended at once.
-        UnloadableError: spans could not be loaded.
     """
 
-    def __init__(self, plan: WorkerPlan, count: int) -> None:
-        self.plan = plan
+    plan: WorkerPlan
+
+    def __init__(self, processes: Processes, delays_s: tuple[float, ...], host: str = LOOPBACK) -> None:
+        self.processes: Processes | None = processes  # until it is closed: it may hold what they take
+        self._delays_s = delays_s
         self._keys = Keys.new()
         self._sockets = Sockets(self._keys)
-        self._socket, self._address = self._sockets.listen(zmq.ROUTER)
+        self._socket, self._address = self._sockets.listen(zmq.ROUTER, host)
         self.logits: list[np.ndarray] = []
-        self._workers: list[_Worker] = []
+        self._workers = [_Worker(index) for index in range(len(delays_s))]
         self._step = 0
         self._close = weakref.finalize(self, _close, self._workers, self._sockets)
         try:
-            for index in range(count):
-                descriptor, memory = _shared_memory(4 * plan.num_logits)
-                self.logits.append(memory)
-                self._workers.append(_Worker(index, descriptor))
+            for worker in self._workers:
+                self._launch(worker).tell(Meeting(self._member(worker)))
+            identities = [worker.identity for worker in self._workers]
+            self.facts, self.links = Host(self._socket, identities, self._check_starts).meet()
+        except BaseException:
+            self.close()
+            raise
+
+    def serve(self, plan: WorkerPlan) -> None:
+        """Have them load their parts of a zoo.
+
+        Raises:
+            WorkerStartError: one ended.
+            UnloadableError: spans could not be loaded.
+        """
+        self.plan = plan
+        try:
+            for worker in self._workers:
+                worker.memory = LogitsMemory(plan.num_logits)
+                self.logits.append(worker.memory.array)
             self.restart()
         except BaseException:
             self.close()
@@ -129,6 +144,7 @@ class WorkerGroup:
     def close(self) -> None:
         """End all workers."""
         self._close()
+        self.processes = None
 
     def restart(self) -> list[int]:
         """Start those that do not run, and wait until all do; which they were. Raises as at first."""
@@ -178,31 +194,35 @@ class WorkerGroup:
         for index in range(len(self._workers)):
             self.send(index, b"homes", told)
 
-    def _start(self, worker: _Worker) -> None:
+    def _launch(self, worker: _Worker) -> WorkerProcess:
         worker.kill()
         worker.number += 1
+        worker.waits = True
+        assert self.processes is not None, "it is closed"
+        worker.process = self.processes.start(worker.index)
+        return worker.process
+
+    def _member(self, worker: _Worker) -> Member:
+        return Member(worker.index, worker.identity, self._address, self._keys, self._delays_s)
+
+    def _start(self, worker: _Worker) -> None:
+        process = worker.process
+        if process is None or process.ended or not worker.waits:
+            process = self._launch(worker)
+        worker.waits = False
         worker.problems = {}
         worker.loading = False
-        settings = WorkerSettings(
-            self.plan, worker.index, worker.identity, self._address, self._keys, worker.memory
-        )
-        worker.process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, pass_fds=(worker.memory,)
-        )
-        assert worker.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended; that is seen where it is waited for
-            pickle.dump(settings, worker.process.stdin)
-            worker.process.stdin.flush()
+        assert worker.memory is not None, "it is made with the plan"
+        process.tell(WorkerSettings(self._member(worker), self.plan, worker.memory.shared))
+
+    def _check_starts(self) -> None:
+        for worker in self._workers:
+            if worker.ended:
+                raise WorkerStartError(f"{worker.why} while it loaded its part of the zoo")
 
     def _await_ready(self) -> None:
         while any(worker.address is None and not worker.problems for worker in self._workers):
-            for worker in self._workers:
-                if worker.ended:
-                    code = worker.process.returncode if worker.process is not None else "?"
-                    raise WorkerStartError(
-                        f"worker {worker.index} ended with {code} while it loaded its part of the zoo; "
-                        "what it said before is above"
-                    )
+            self._check_starts()
             for index, kind, what in self._messages(_LOOK_EVERY_S):
                 if kind == "ready":
                     self._workers[index].address = what["address"]
@@ -246,8 +266,7 @@ class WorkerGroup:
         """Raise KVLostError where a worker has ended."""
         lost = [worker for worker in self._workers if worker.ended]
         if lost:
-            codes = [None if worker.process is None else worker.process.returncode for worker in lost]
-            raise KVLostError(f"workers {[worker.index for worker in lost]} have ended, with {codes}")
+            raise KVLostError(", ".join(worker.why for worker in lost))
 
     def _check_heard(self, workers: Sequence[_Worker]) -> None:
         now = time.monotonic()
@@ -265,29 +284,30 @@ class WorkerGroup:
         known = {worker.identity: worker for worker in self._workers}
         while self._socket.poll(timeout):
             timeout = 0
-            identity, kind, what = self._socket.recv_multipart()
+            identity, kind, what, *more = self._socket.recv_multipart()
             worker = known.get(identity.decode().removesuffix(ALIVE).removesuffix(LOADER))
             if worker is None:  # of a process that is no more
                 continue
             worker.heard = time.monotonic()
             if kind == b"loaded":
-                found = unpack_json(what)
                 worker.loading = False
-                worker.unloadable = {int(span): why for span, why in found["problems"].items()}
+                problems = unpack_json(what)["problems"]
+                worker.unloadable = {int(span): why for span, why in problems.items()}
             elif kind != b"pong":
-                yield worker.index, kind.decode(), unpack_json(what)
+                said = unpack_json(what)
+                self._keep(worker.index, more, said)
+                yield worker.index, kind.decode(), said
 
-
-def _shared_memory(size: int) -> tuple[int, np.ndarray]:
-    """A descriptor for workers, and the memory; it takes none before it is written, and leaves no file."""
-    descriptor = os.memfd_create("blockzoo-logits")
-    os.ftruncate(descriptor, size)
-    return descriptor, np.frombuffer(mmap.mmap(descriptor, size), np.float32)
+    def _keep(self, worker: int, more: Sequence[bytes], said: Any) -> None:
+        """Put logits that came with a message to where a worker of this machine writes them."""
+        for data, (begin, *_) in zip(more, said["logits"] if more else (), strict=True):
+            self.logits[worker][begin : begin + len(data) // 4] = np.frombuffer(data, np.float32)
 
 
 def _close(workers: list[_Worker], sockets: Sockets) -> None:
     for worker in workers:
         worker.kill()
-        os.close(worker.memory)
+        if worker.memory is not None:
+            worker.memory.close()
     workers.clear()
     sockets.close()

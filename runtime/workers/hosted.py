@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from blockzoo.engines.choose import make_engines
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.topology import ChainPlan
-from blockzoo.runtime.workers.part import PartExecutor
+from blockzoo.runtime.workers.part import Logits, PartExecutor
 from blockzoo.runtime.workers.settings import WorkerSettings
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
@@ -52,8 +51,9 @@ class Hosted:
         self._coming: dict[int, Engine] = {}
         self._inputs = self._adapter_inputs(zoo)
         self._ropes = {key: key[0].tables(key[2], key[1]) for key in {self._rope_key(i) for i in plan.ropes}}
-        memory = mmap.mmap(settings.logits, 4 * plan.num_logits)
-        self._logits = np.frombuffer(memory, np.float32)
+        memory = settings.logits.open()
+        self._logits = np.empty(plan.num_logits, np.float32) if memory is None else memory
+        self._is_far = memory is None
         self._places: dict[tuple[int, int], PartExecutor] = {}  # by family's number, micro-batch
 
     @property
@@ -170,6 +170,12 @@ class Hosted:
             logits=self._logits[begin : begin + size],
             before=self._places.get((number, 0)),
         )
+
+    def far_logits(self, logits: Sequence[Logits]) -> list[memoryview]:
+        """Logits that are to be sent, as the head does not see this worker's; none where it does."""
+        if not self._is_far:
+            return []
+        return [self._logits[each.begin : each.end].data for each in logits]
 
     def release_memory(self) -> None:
         """Give back scratch, and what engines have their own copy of."""

@@ -35,11 +35,16 @@ class Passing(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Where logits lie in the shared memory, in elements, and whose they are, by index into the batch."""
+    """Where logits lie in the memory for them, in elements, and whose they are, by index into the batch."""
 
     begin: int
     vocab: int
     members: list[int]
+
+    @property
+    def end(self) -> int:
+        """Where they end."""
+        return self.begin + self.vocab * len(self.members)
 
 
 class PartExecutor(Executor):

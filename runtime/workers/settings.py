@@ -1,4 +1,4 @@
-"""What a worker is told when it starts, through its standard input."""
+"""What a worker is told when it starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from blockzoo.engines.base import Precision
 from blockzoo.engines.kv_pages import KVChoice
 from blockzoo.runtime.exec.topology import Family, Topology
+from blockzoo.runtime.workers.logits_memory import SharedLogits
 from blockzoo.runtime.workers.sockets import Keys
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.rope import RopeConfig
@@ -66,25 +67,52 @@ class WorkerPlan:
 
     @property
     def num_logits(self) -> int:
-        """Elements of the memory, float32, that the head shares with each worker."""
+        """Elements of the memory, float32, in which the head has each worker's logits."""
         return MOST_MICRO_BATCHES * sum(map(self.logits_size, self.families))
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """A worker's own.
+class Member:
+    """Who a process is in a group.
 
     Attributes:
         index: of the worker.
         identity: by which the head knows this process.
         head: address of the head's socket.
         keys: of the group: whoever holds them belongs to it.
-        logits: file descriptor of the memory shared with the head.
+        delays_s: by worker, how far it is from the head, one way, in seconds by which whatever goes over its
+            links is held up; from each other two are as far as both are from the head together.
     """
 
-    plan: WorkerPlan
     index: int
     identity: str
     head: str
     keys: Keys
-    logits: int
+    delays_s: tuple[float, ...]
+
+    @property
+    def to_head_s(self) -> float:
+        """How far this worker is from the head."""
+        return self.delays_s[self.index]
+
+    def to_worker_s(self, index: int) -> float:
+        """How far this worker is from another one."""
+        return self.delays_s[self.index] + self.delays_s[index]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker is told to serve.
+
+    Attributes:
+        logits: the memory of the head where its logits go.
+    """
+
+    member: Member
+    plan: WorkerPlan
+    logits: SharedLogits
+
+    @property
+    def index(self) -> int:
+        """Of the worker."""
+        return self.member.index

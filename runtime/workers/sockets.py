@@ -6,12 +6,17 @@ listens lets in only those who show that they hold it; what a stranger sends rea
 
 from __future__ import annotations
 
+from socket import AF_INET, SOCK_DGRAM
+from socket import socket as system_socket
 from typing import NamedTuple
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from blockzoo.runtime.workers.slow_link import slowed
+
 _DOMAIN = "blockzoo"
+LOOPBACK = "127.0.0.1"
 
 
 class Keys(NamedTuple):
@@ -29,6 +34,14 @@ class Keys(NamedTuple):
         return "Keys(...)"  # no log shows them
 
 
+def own_address(head: str) -> str:
+    """This machine's IPv4 address on the way to a head's: of the interface that leads there."""
+    host, port = head.removeprefix("tcp://").rsplit(":", 1)
+    with system_socket(AF_INET, SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # nothing is sent
+        return str(probe.getsockname()[0])
+
+
 class Sockets:
     """Makes the sockets of one process of a group."""
 
@@ -43,7 +56,7 @@ class Sockets:
         """Whether who has shown to hold the secret key of `key` belongs to the group."""
         return key == self._keys.public
 
-    def listen(self, kind: int, host: str = "127.0.0.1") -> tuple[zmq.Socket[bytes], str]:
+    def listen(self, kind: int, host: str = LOOPBACK) -> tuple[zmq.Socket[bytes], str]:
         """A socket that others of the group connect to, and its address."""
         socket = self._socket(kind)
         socket.curve_server = True
@@ -51,14 +64,15 @@ class Sockets:
         port = socket.bind_to_random_port(f"tcp://{host}")
         return socket, f"tcp://{host}:{port}"
 
-    def connect(self, kind: int, address: str, identity: str = "") -> zmq.Socket[bytes]:
-        """A socket that is connected to one that listens."""
+    def connect(self, kind: int, address: str, identity: str = "", delay_s: float = 0.0) -> zmq.Socket[bytes]:
+        """A socket that is connected to one that listens; `delay_s`: what goes through it comes so much
+        later."""
         socket = self._socket(kind)
         socket.curve_serverkey = self._keys.public
         if identity:
             socket.identity = identity.encode()
         socket.connect(address)
-        return socket
+        return slowed(self._context, socket, delay_s) if delay_s else socket
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

@@ -12,7 +12,7 @@ head -> worker   step     (step, micro-batch, family), rows as integers
                  ping
 worker -> head   ready, failed   once, when it has loaded
                  loaded          spans, and what is wrong with some
-                 done, error     of each micro-batch
+                 done, error     of each micro-batch; with logits, where the head is on another machine
                  took            how many pages have come
                  pong
 worker -> worker rows     (step, micro-batch, source call, destination call), hidden states

@@ -4,18 +4,19 @@
                                     ^                   |
                               rows from workers    rows to workers
 
-It takes its settings from standard input, which the head holds open: when it ends, so does the worker,
-whatever became of the head. What comes in is looked at between two calls; of several micro-batches the first
-that can go on does.
+It is told what to serve through its standard input, which the head holds open: when it ends, so does the
+worker, whatever became of the head (in actors Ray sees to both: `on_ray`). What comes in is looked at between
+two calls; of several micro-batches the first that can go on does.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import sys
 import threading
 import traceback
+from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ import zmq
 
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.workers.hosted import Hosted, SpanError
+from blockzoo.runtime.workers.meeting import Guest, Meeting
 from blockzoo.runtime.workers.part import Inbox, PartStep
-from blockzoo.runtime.workers.settings import WorkerSettings
-from blockzoo.runtime.workers.sockets import Sockets
+from blockzoo.runtime.workers.settings import Member, WorkerSettings
+from blockzoo.runtime.workers.sockets import Sockets, own_address
 from blockzoo.runtime.workers.wire import (
     ALIVE,
     LOADER,
@@ -43,9 +45,9 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets) -> None:
         self._me, self._hosted, self._sockets = settings.index, hosted, sockets
-        self._settings = settings
-        self._head = sockets.connect(zmq.DEALER, settings.head, settings.identity)
-        self._inward, self.address = sockets.listen(zmq.PULL)
+        self._member = member = settings.member
+        self._head = sockets.connect(zmq.DEALER, member.head, member.identity, member.to_head_s)
+        self._inward, self.address = sockets.listen(zmq.PULL, own_address(member.head))
         self._outward: dict[int, tuple[str, zmq.Socket[bytes]]] = {}  # by worker
         self._poller = zmq.Poller()
         for socket in (self._head, self._inward):
@@ -126,7 +128,7 @@ class Worker:
         except Exception as error:
             traceback.print_exception(error)
             problems = dict.fromkeys(spans, str(error))
-        socket = self._sockets.connect(zmq.DEALER, self._settings.head, self._settings.identity + LOADER)
+        socket = self._sockets.connect(zmq.DEALER, self._member.head, self._member.identity + LOADER)
         socket.linger = -1
         socket.send_multipart([b"loaded", pack_json({"spans": spans, "problems": problems})])
         socket.close()
@@ -145,7 +147,8 @@ class Worker:
                 continue
             if known is not None:
                 known[1].close(0)
-            self._outward[index] = address, self._sockets.connect(zmq.PUSH, address)
+            delay_s = self._member.to_worker_s(index)
+            self._outward[index] = address, self._sockets.connect(zmq.PUSH, address, delay_s=delay_s)
 
     def _begin(self, micro: int, family: int, rows: bytes) -> None:
         try:
@@ -183,8 +186,10 @@ class Worker:
         if part.is_done:
             del self._running[micro]
             self._came.pop((self._step, micro), None)
-            done = {"step": self._step, "micro": micro, "logits": part.logits()}
-            self._tell(b"done", done | {"calls": part.num_calls, "rows": part.num_call_rows})
+            logits = part.logits()
+            done = {"step": self._step, "micro": micro, "logits": logits}
+            done |= {"calls": part.num_calls, "rows": part.num_call_rows}
+            self._head.send_multipart([b"done", pack_json(done), *self._hosted.far_logits(logits)])
 
     def _fail(self, micro: int, error: Exception) -> None:
         """Give up the step; the head decides what becomes of it."""
@@ -195,33 +200,49 @@ class Worker:
         self._tell(b"error", {"step": self._step, "micro": micro, "chain": chain, "message": str(error)})
 
 
-def _end_with_head() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
-def _answer_pings(sockets: Sockets, settings: WorkerSettings) -> None:
+def _answer_pings(sockets: Sockets, member: Member) -> None:
     """From a thread, which a long call does not hold up."""
-    socket = sockets.connect(zmq.DEALER, settings.head, settings.identity + ALIVE)
+    socket = sockets.connect(zmq.DEALER, member.head, member.identity + ALIVE, member.to_head_s)
     while True:
         socket.recv_multipart()
         socket.send_multipart([b"pong", b""])
 
 
-def main() -> None:
-    """Serve until the head ends."""
-    settings: WorkerSettings = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_head, daemon=True).start()
-    sockets = Sockets(settings.keys)
-    threading.Thread(target=_answer_pings, args=(sockets, settings), daemon=True).start()
+def serve(told: Callable[[], Any]) -> None:
+    """Meet the others, where that is the first thing told, and serve until this process ends."""
+    first: Meeting | WorkerSettings = told()
+    member = first.member
+    sockets = Sockets(member.keys)
+    threading.Thread(target=_answer_pings, args=(sockets, member), daemon=True).start()
+    if isinstance(first, Meeting):
+        Guest(sockets, member).take_part()
+        settings: WorkerSettings = told()
+    else:
+        settings = first
     try:
         hosted = Hosted(settings)
     except SpanError as error:
-        head = sockets.connect(zmq.DEALER, settings.head, settings.identity)
+        head = sockets.connect(zmq.DEALER, member.head, member.identity)
         head.linger = -1
         head.send_multipart([b"failed", pack_json(error.problems)])
         threading.Event().wait()  # for the head to end it
     Worker(settings, hosted, sockets).run()
+
+
+def _hear_head(told: SimpleQueue[Any]) -> None:
+    with open(0, "rb", closefd=False) as head:  # of its own: nothing else waits for it as this process ends
+        try:
+            while True:
+                told.put(pickle.load(head))
+        except EOFError:
+            os._exit(0)
+
+
+def main() -> None:
+    """Serve until the head ends."""
+    told: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_hear_head, args=(told,), daemon=True).start()
+    serve(told.get)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def add_replica_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray-address",
         metavar="ADDRESS",
         help="join the Ray there, whose machines see the zoo under the same path (default: start one here); "
-        "each replica takes --threads of its CPUs",
+        "each replica takes --threads of its CPUs; with --workers: run these there",
     )
     replicas.add_argument(
         "--routing",

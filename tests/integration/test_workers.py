@@ -251,6 +251,11 @@ def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) ->
         ({"workers": 2, "backend": "reference"}, "leave one out"),
         ({"workers": 2, "kv_reuse": "approx"}, "approximate is set"),
         ({"workers": 2, "kv_cache_dir": "kv"}, "kv_cache_dir is set"),
+        ({"ray_address": "10.0.0.1:6379"}, "set both"),
+        ({"workers": 2, "ray_address": "10.0.0.1:6379"}, "needs num_threads"),
+        ({"workers": 2, "worker_interface": "0.0.0.0"}, "of one interface"),
+        ({"workers": 2, "worker_interface": "eth0"}, "of one interface"),
+        ({"worker_interface": "127.0.0.1"}, "set both"),
     ],
 )
 def test_what_workers_cannot_do_is_refused(settings: dict, message: str) -> None:

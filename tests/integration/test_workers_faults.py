@@ -17,7 +17,7 @@ import pytest
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.workers import distributed
+from blockzoo.runtime.workers import distributed, processes
 from blockzoo.runtime.workers import group as groups
 from blockzoo.runtime.workers.group import WorkerGroup
 
@@ -140,7 +140,7 @@ def test_pages_that_hold_nothing_take_no_memory(demo_zoo: Path) -> None:
 def test_a_worker_that_cannot_start_again_fails_its_requests_clearly(
     spread: LLMEngine, monkeypatch: pytest.MonkeyPatch, expected: dict[str, list[int]]
 ) -> None:
-    monkeypatch.setattr(groups, "_MODULE", "blockzoo.no_such_module")
+    monkeypatch.setattr(processes, "_MODULE", "blockzoo.no_such_module")
     spread.add_request("r", "base", [5, 6, 7], GREEDY)
     spread.step()
     os.kill(group_of(spread).pids[0], signal.SIGKILL)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockzoo.runtime.serve.config import EngineConfig
-from blockzoo.runtime.serve.memory import available_memory
+from blockzoo.zoo.available_memory import available_memory
 
 GIB = 1 << 30
 
