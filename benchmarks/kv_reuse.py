@@ -138,8 +138,8 @@ def show(results: dict[str, Any]) -> None:
                 (name, *(s[key] for key in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")))
                 for name, s in sides.items()
             ]
-            columns = ("", "tokens/s", "first token p50 ms", "p99 ms")
-            print_table(f"{kind}, arrivals at {load}", columns, served)
+            headings = ("", "tokens/s", "first token p50 ms", "p99 ms")
+            print_table(f"{kind}, arrivals at {load}", headings, served)
             for name, side in sides.items():
                 print(f"  {name}: p99 wait in s by percent spared: {side['wait_p99_s_by_spared_percent']}")
 

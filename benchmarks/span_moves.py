@@ -53,17 +53,17 @@ def main() -> None:
         for number in range(args.repeats + 1):
             answers = {}
             for name in SIDES:
-                found, answers[name] = _round(thread, family.tenants, args, number, name)
+                found, answers[name] = _round(thread, tuple(family.tenants), args, number, name)
                 if number:  # the first is not counted
                     rounds[name].append(found)
             if any(tokens != answers["stays"] for tokens in answers.values()):
                 raise SystemExit("answers differ")
     finally:
         thread.close()
-    results = {name: _medians(found) for name, found in rounds.items()} | {"equal_tokens": True}
-    columns = ("side", *results["sent"])
-    print_table("span moves", columns, [(name, *results[name].values()) for name in SIDES])
-    print(save_report("span_moves", args, machine, results))
+    medians = {name: _medians(found) for name, found in rounds.items()}
+    columns = ("side", *medians["sent"])
+    print_table("span moves", columns, [(name, *medians[name].values()) for name in SIDES])
+    print(save_report("span_moves", args, machine, {**medians, "equal_tokens": True}))
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -37,7 +37,6 @@ from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.generation_defaults import sampling_defaults
 from blockzoo.zoo.manifest import Manifest, ReuseRecord, is_drafter
-from blockzoo.zoo.rates import Rates
 from blockzoo.zoo.rope import RopeConfig
 
 if TYPE_CHECKING:
