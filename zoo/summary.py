@@ -2,7 +2,9 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from math import prod
 
+from blockzoo.zoo.blocks import tensor_shapes
 from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, ReuseSettings, VerificationRecord
 
 
@@ -70,7 +72,9 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     blocks = ", ".join(
         f"{len(sizes[dtype])} blocks {dtype} ({human_bytes(sum(sizes[dtype]))})" for dtype in sorted(sizes)
     )
-    lines = [f"weights {found.weights}: {blocks}"]
+    shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
+    bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
+    lines = [f"weights {found.weights}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (
             f"; over {found.num_tokens} tokens of {found.probe} text, perplexity {found.perplexity:.4g}"

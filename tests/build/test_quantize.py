@@ -150,7 +150,9 @@ def test_figures_are_kept_and_shown(
     probe.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 4)
     given = ["-o", str(zoo), "--weights", "int8", "--no-profile", "--probe", str(probe), "--max-kl", "0.2"]
     assert main([f"one={pair['one']}", *given]) == 0
-    assert "weights int8: 1 blocks bf16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights int8: 1 blocks bf16" in said
+    assert ", 9.0 bits a value; over" in said  # 8, and a scale of 32 for 32 columns
     found = record(zoo, "one").quantization
     assert found is not None
     assert (found.probe, found.weights, found.max_kl) == ("text", "int8", 0.2)
