@@ -27,7 +27,7 @@ from benchmarks.families import make_family
 from blockzoo.runtime import EngineConfig, EngineThread, RequestOutput, SamplingParams
 from blockzoo.runtime.serve.span_moves import Moved
 
-STREAMS, NEW_TOKENS, MOVE_AT = 8, 96, 24
+STREAMS, NEW_TOKENS, MOVE_AT = 8, 128, 24
 SIDES = {"stays": None, "sent": 2e-9, "anew": 1.0}  # seconds of a byte that the mover believes at first
 
 
