@@ -344,6 +344,7 @@ def _serve(args: argparse.Namespace) -> int:
     from blockzoo.server_config.watchdog import Watchdog
 
     engine, publish = _engine_settings(args), _publish(args)
+    _check_ray(args)
     _check_keys(args)
     triton_host = args.host if args.api_keys is None else "127.0.0.1"
     ports = free_ports(
@@ -422,6 +423,17 @@ def _serve_replicas(args: argparse.Namespace) -> int:
             _check_weights(args, models)
 
         return serve(args, _engine_settings(args), _publish(args), make_front, on_ready)
+
+
+def _check_ray(args: argparse.Namespace) -> None:
+    if args.ray_address is None:
+        return
+    from blockzoo.runtime.api.errors import InvalidRequestError
+    from blockzoo.server_config.replicas.local_ray import check_installed
+
+    if args.workers is None:
+        raise InvalidRequestError("--ray-address is for --replicas or --workers: add one of them")
+    check_installed()
 
 
 def _openai_host(args: argparse.Namespace) -> str:

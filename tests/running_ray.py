@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _CODE = """
 import sys
@@ -35,6 +37,16 @@ class RunningRay:
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().strip()
 
+    def workers(self) -> list[int]:
+        """Process ids of the actors that are workers."""
+        all_of_them = _processes()
+        raylets = {pid for pid, (parent, _) in all_of_them.items() if parent == self._process.pid}
+        return [
+            pid
+            for pid, (parent, command) in all_of_them.items()
+            if parent in raylets and command.startswith("ray::WorkerActor")
+        ]
+
     def stop(self) -> None:
         """End it, and all that runs on it."""
         self._process.communicate(timeout=60)
@@ -47,3 +59,14 @@ def is_there(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """Parents and command lines, by process id."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                found[int(folder.name)] = parent, (folder / "cmdline").read_bytes().decode()
+    return found

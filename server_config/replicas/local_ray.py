@@ -32,7 +32,7 @@ _SETTINGS = {
 def check_installed() -> None:
     """Raises ServerError where the extra is not installed."""
     if find_spec("ray") is None:
-        raise ServerError("--replicas needs Ray: pip install 'blockzoo[cluster]'")
+        raise ServerError("--replicas and --ray-address need Ray: pip install 'blockzoo[cluster]'")
 
 
 @contextmanager
