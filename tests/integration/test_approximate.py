@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -87,6 +88,11 @@ def test_recomputing_everything_is_a_full_prefill(
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
+def some_of(values: Iterable[str], *fast: str) -> list[Any]:
+    """All as parameters, those but a few of slow tests."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def composed(rng: random.Random) -> tuple[list[list[int]], list[int]]:
     """Known prompts, and one of their pieces: in another order, edited, cut, behind an equal beginning."""
     pieces = [words(rng.randint(20, 90), rng.randrange(10**6)) for _ in range(5)]
@@ -100,7 +106,7 @@ def composed(rng: random.Random) -> tuple[list[list[int]], list[int]]:
     return known, prompt + words(rng.randint(1, 20), rng.randrange(10**6))
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", some_of(SELECTORS, "query", "importance*deviation"))
 def test_whatever_is_composed_all_of_it_anew_is_a_full_prefill(
     demo_zoo: Path, exact: LLMEngine, selector: Selector
 ) -> None:
