@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-_FIRST = 4.0  # steps, before anything was won
+_FIRST = 8.0  # steps, before anything was won
 _MOST = 8.0  # that are kept: what was won long ago pays for nothing now
-_MOST_OWED = 4.0
-_MOST_LOST = 4.0  # by one step; more was the machine's doing
-_EARNED = 0.015  # by every step: so much of the time may be lost
-_BY_REQUEST = 1.0  # the same by requests, shared by those that run together
+_MOST_OWED = 6.0
+_MOST_LOST = 6.0  # by one step; more was the machine's doing
+_EARNED = 0.01  # by every step: so much of the time may be lost
+_BY_REQUEST = 0.5  # the same by requests, shared by those that run together
 
 
 class Balance:
@@ -17,9 +17,9 @@ class Balance:
         self._steps = _FIRST
 
     @property
-    def may_draft(self) -> bool:
-        """Whether anything is left, so that a step which wins nothing may run."""
-        return self._steps > 0
+    def at_stake(self) -> float:
+        """What the next try may cost, should it win nothing."""
+        return max(self._steps, 0.0)
 
     def welcome(self, share: float) -> None:
         """Requests came, so large a share of those that run: what they are like is not known."""

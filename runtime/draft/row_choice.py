@@ -78,7 +78,14 @@ class RowChoice:
         self._shares: dict[tuple[Option, str], float] = {}  # of them by tenant, without those it gets anyway
         self._num_hoped = 0  # steps that these are of
 
-    def choose(self, kind: StepKind, sequences: Sequence[Hopes], spare: int, run_cost: float = 1.0) -> Option:
+    def choose(
+        self,
+        kind: StepKind,
+        sequences: Sequence[Hopes],
+        spare: int,
+        run_cost: float = 1.0,
+        at_stake: float = math.inf,
+    ) -> Option:
         """What the next step is to be.
 
         Args:
@@ -86,6 +93,7 @@ class RowChoice:
             sequences: all that get a token.
             spare: rows that there is room for.
             run_cost: of a run of the surrogates, relative to a step without drafts, before one was seen.
+            at_stake: what it may cost if it wins nothing, and shapes change twice for it, likewise.
         """
         if kind != self._hoped_for:
             self._hoped_for, self._hopes, self._shares, self._num_hoped = kind, {}, {}, 0
@@ -96,6 +104,8 @@ class RowChoice:
         tokens = Counter(each.tenant for each in sequences)
         ordered: dict[int, list[tuple[float, str]]] = {}  # guesses by runs
         best, most = Option(0), 0.0
+        longest = (1 + at_stake) * self._cost.seconds(kind, 0)
+        new_shape = self._cost.new_shape_seconds(kind)
         for option in self._options(sequences, min(spare, drafting * MOST_DRAFTED)):
             if option.runs not in ordered:
                 ordered[option.runs] = sorted(
@@ -104,18 +114,22 @@ class RowChoice:
                 )
             hope = self._hope(option, tokens, ordered[option.runs][: option.rows])
             seconds = self._seconds(kind, option, run_cost)
+            is_new = kind == self._last[0] and option.rows != self._last[1]
+            if option.rows and seconds + 2 * new_shape * is_new > longest:
+                continue
             relative = self._cost.seconds(kind, 0) / seconds
             is_known = option.rows > 0 and self._cost.knows(kind, option.rows)  # else a try tells
             if is_known and self._slowest(option, tokens) * relative < _SLOWEST:
                 continue
-            if kind == self._last[0] and option.rows != self._last[1]:
-                seconds += self._cost.new_shape_seconds(kind) / min(self._steady, _STEADY_STEPS)
+            if is_new:
+                seconds += new_shape / min(self._steady, _STEADY_STEPS)
             value = hope / seconds / (_MARGIN if option.rows else 1.0)
             if value > most:
                 best, most = option, value
         if not best.rows and self._num_hoped > _TRY_AFTER and any(each.chances for each in sequences):
             fewest = Option(max(_FEWEST, drafting))  # rows may be free: one try tells, once for all
-            if fewest.rows <= spare and not self._cost.knows(kind, fewest.rows):
+            cost = self._seconds(kind, fewest, run_cost) + 2 * new_shape
+            if fewest.rows <= spare and cost <= longest and not self._cost.knows(kind, fewest.rows):
                 return fewest
         return best
 
@@ -156,6 +170,11 @@ class RowChoice:
         if len(tokens) < 2:
             return math.inf
         return min(1 + self._shares[option, tenant] / count for tenant, count in tokens.items())
+
+    @property
+    def last_drafted(self) -> int:
+        """Drafted rows of the last step."""
+        return self._last[1]
 
     def bare_seconds(self, kind: StepKind) -> float | None:
         """Of a step without drafts; None: none was seen."""

@@ -18,6 +18,8 @@ class DraftedStep:
         requests: all that get a token.
         planning: seconds for guesses, runs of surrogates among them.
         seconds: of the step itself.
+        is_priced: whether drafts have to do with what it took: it had some, or the step before, so that its
+            shape is another one.
     """
 
     kind: StepKind
@@ -25,6 +27,7 @@ class DraftedStep:
     drafted: int = 0
     planning: float = 0.0
     seconds: float = 0.0
+    is_priced: bool = False
     _generated: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ class Speculation:
         balance.welcome(sum(request.acceptance is None for request in asking) / len(running))
         for request in asking:
             self._of(request)  # from now on it is known
-        if balance.may_draft:
+        if balance.at_stake:
             self._draft(family, step, asking, scheduler, executor)
         step.planning = time.perf_counter() - start
 
@@ -121,7 +121,8 @@ class Speculation:
         hopes = [self._hopes(request) for request in running]
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
-        option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0))
+        at_stake = self._balances[family].at_stake
+        option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0), at_stake)
         if option.rows:
             self._idle[family] = 0
         by_chain: list[Request] = []
@@ -182,7 +183,8 @@ class Speculation:
         if step is None:
             choice.skip()
             return
-        step.drafted = sum(len(item.seq.drafted) for item in items)
+        before, step.drafted = choice.last_drafted, sum(len(item.seq.drafted) for item in items)
+        step.is_priced = step.drafted > 0 or before > 0
         choice.observe(step.kind, step.drafted, seconds)
         step.seconds = seconds
         self._done[family] = step
@@ -192,7 +194,7 @@ class Speculation:
         step = self._done.pop(family, None)
         bare = None if step is None else self._choices[family].bare_seconds(step.kind)
         if step is not None and bare is not None:
-            won = step.gain - (step.seconds / bare - 1 if step.drafted else 0.0) - step.planning / bare
+            won = step.gain - (step.seconds / bare - 1 if step.is_priced else 0.0) - step.planning / bare
             self._balances[family].observe(won)
 
     def judge(self, request: Request, token_ids: Sequence[int]) -> None:

@@ -124,11 +124,11 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """As many runs of surrogates as a die says, whatever they cost."""
     rng = random.Random(5)
 
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
+    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, *_more: float) -> Option:
         drafting = sum(each.may_draft for each in sequences)
         runs = rng.choice([0, 1, 3, 7])
         return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
 
     monkeypatch.setattr(RowChoice, "choose", choose)
-    monkeypatch.setattr(Balance, "may_draft", True)
+    monkeypatch.setattr(Balance, "at_stake", 1.0)
     return rng

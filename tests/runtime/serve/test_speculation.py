@@ -107,11 +107,11 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     """As many drafted rows as a die says, whatever they cost."""
     rng = random.Random(11)
 
-    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, run_cost: float) -> Option:
+    def choose(_: RowChoice, kind: Any, sequences: list[Hopes], spare: int, *_more: float) -> Option:
         return Option(rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences))))
 
     monkeypatch.setattr(RowChoice, "choose", choose)
-    monkeypatch.setattr(Balance, "may_draft", True)
+    monkeypatch.setattr(Balance, "at_stake", 1.0)
     return rng
 
 
