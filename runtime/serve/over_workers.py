@@ -188,8 +188,8 @@ def _processes(config: EngineConfig) -> Processes:
 
 
 def num_threads(config: EngineConfig) -> int:
-    """Of each worker."""
-    return config.num_threads or max(1, len(os.sched_getaffinity(0)) // (config.workers or 1))
+    """Of each worker: by default of all cores, which those of one machine then have in turn."""
+    return config.num_threads or len(os.sched_getaffinity(0))
 
 
 def _homes(
