@@ -129,10 +129,11 @@ class EngineConfig:
         num_threads: compute threads; None leaves the backend's choice.
         max_span_layers: cut engines after this many layers; None fuses what no model splits.
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
-        workers: processes over which the blocks are spread, each with num_threads (None: as
-            many as processors, which they have in turn); None: the blocks are in this process. With workers, the backend is
-            openvino, documents are not published, KV is not reused approximately, and no hidden states are
-            kept (boundary_cache_bytes); where models come or go, other workers take the place of all.
+        workers: processes over which the blocks are spread, each with num_threads (None: as many as there
+            are processors, which they have in turn); None: the blocks are in this process. With workers, the
+            backend is openvino, documents are not published, KV is not reused approximately, and no hidden
+            states are kept (boundary_cache_bytes); where models come or go, other workers take the place of
+            all.
         move_spans_every_s: how often the rates of models are looked at, and spans moved to other workers
             where that pays; 0: they stay where they are.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
