@@ -120,6 +120,7 @@ def test_quantized_speed(workdir: Path) -> None:
         assert all(numbers["median_ms"] > 0 for numbers in sides.values())
 
 
+@pytest.mark.slow
 def test_kv_precision(workdir: Path, demo_family: dict[str, Path]) -> None:
     family = ["--family", str(demo_family["base"].parent), "--models", "base", "notes"]
     results = run("kv_precision", workdir, *family)
@@ -153,6 +154,7 @@ def test_memory(workdir: Path) -> None:
         assert results["genai, a process each"]["pss"] > results["genai, one process"]["pss"]
 
 
+@pytest.mark.slow
 def test_fairness(workdir: Path) -> None:
     results = run("fairness", workdir, "--probes", "2", "--patience", "0.5")
     assert {case["refused"] for case in results.values()} == {0}

@@ -73,8 +73,13 @@ def exact(demo_zoo: Path) -> LLMEngine:
 SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*deviation", "random"]
 
 
+def some_of(values: Iterable[str], *fast: str) -> list[Any]:
+    """All as parameters, those but a few of slow tests."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize(("budget", "unit"), [(512, "token"), (64, "page"), (512, "line")])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", some_of(SELECTORS, "query", "deviation"))
 def test_recomputing_everything_is_a_full_prefill(
     demo_zoo: Path, exact: LLMEngine, budget: int, unit: Unit, selector: Selector
 ) -> None:
@@ -86,11 +91,6 @@ def test_recomputing_everything_is_a_full_prefill(
     expected, expected_logprobs, _ = ask(exact, PROMPT)
     assert tokens == expected
     assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
-
-
-def some_of(values: Iterable[str], *fast: str) -> list[Any]:
-    """All as parameters, those but a few of slow tests."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def composed(rng: random.Random) -> tuple[list[list[int]], list[int]]:

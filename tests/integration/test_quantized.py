@@ -199,7 +199,9 @@ def test_a_model_that_joins_is_weighed_as_it_is_stored(
     assert engine.reload().added == ("base", "lora")
 
 
-@pytest.mark.parametrize("precision", [pytest.param("f32", marks=pytest.mark.slow), "bf16", "int8"])
+@pytest.mark.parametrize(
+    "precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("f32", "bf16")), "int8"]
+)
 def test_weights_stay_packed_in_the_compiled_graph(
     precision: Any, demo_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
