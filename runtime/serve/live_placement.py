@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from blockzoo.runtime.exec.topology import Topology
-from blockzoo.runtime.serve.between_steps import BetweenSteps
 from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.over_workers import Workers
-from blockzoo.runtime.serve.scheduler import Scheduler
 from blockzoo.runtime.serve.search_apart import adapt_apart
 from blockzoo.runtime.serve.span_moves import Moved, MoveError, SpanMover, check_owners
 from blockzoo.zoo.placement import PlacementError, judge, moves
@@ -46,23 +44,12 @@ class LivePlacement:
     """Measures rates, and moves spans as they change.
 
     Args:
-        between: where an engine's state may be looked at.
-        zoo: what is loaded now.
-        scheduler, token_seconds, before: of `SpanMover`.
+        mover: of an engine's spans.
         told: called with how many spans, and pages of KV, have moved.
     """
 
-    def __init__(
-        self,
-        between: BetweenSteps,
-        zoo: Callable[[], LoadedZoo],
-        scheduler: Scheduler,
-        token_seconds: Callable[[str], float | None],
-        before: Callable[[], None],
-        told: Callable[[int, int], None],
-    ) -> None:
-        self._between, self._zoo, self._scheduler, self._told = between, zoo, scheduler, told
-        self._mover = SpanMover(between, zoo, scheduler, token_seconds, before)
+    def __init__(self, mover: SpanMover, told: Callable[[int, int], None]) -> None:
+        self._mover, self._zoo, self._told = mover, mover.zoo, told
 
     def stop(self) -> None:
         """Have spans that are about to move stay where they are, from now on."""
@@ -92,7 +79,7 @@ class LivePlacement:
         workers = zoo.workers
         if workers is None:
             return None
-        rates = self._between.run(lambda: workers.rates.per_second(time.monotonic()))
+        rates = self._mover.between.run(lambda: workers.rates.per_second(time.monotonic()))
         if sum(rates.values()) < _LEAST_RATE:
             return None
         task = replace(workers.task_now(rates), horizon_s=HORIZON_S)
@@ -142,7 +129,7 @@ class LivePlacement:
         """Check that all K and V lie where their layers are. Raises IntegrityError: a bug of ours."""
         zoo = self._zoo()
         if zoo.workers is not None:
-            check_owners(zoo, zoo.workers, self._scheduler.running)
+            check_owners(zoo, zoo.workers, self._mover.scheduler.running)
 
 
 def span_names(topology: Topology) -> list[str]:

@@ -626,18 +626,18 @@ class LLMEngine:
         return {request.model.chain.key for request in list(self._requests.values())}
 
     def _live_placement(self) -> LivePlacement:
-        from blockzoo.runtime.serve.live_placement import (
-            LivePlacement,
-        )  # ZeroMQ is imported with workers alone
+        # ZeroMQ is imported with workers alone
+        from blockzoo.runtime.serve.live_placement import LivePlacement
+        from blockzoo.runtime.serve.span_moves import SpanMover
 
-        return LivePlacement(
+        mover = SpanMover(
             self._between,
             lambda: self._zoo,
             self._scheduler,
             self._pace.seconds_per_token,
             self._draft_models.forget_all,
-            self._recorder.on_spans_moved,
         )
+        return LivePlacement(mover, self._recorder.on_spans_moved)
 
     @property
     def worker_pids(self) -> list[int]:

@@ -83,7 +83,7 @@ class SpanMover:
         token_seconds: Callable[[str], float | None],
         before: Callable[[], None],
     ) -> None:
-        self._between, self.zoo, self.scheduler = between, zoo, scheduler
+        self.between, self.zoo, self.scheduler = between, zoo, scheduler
         self.token_seconds, self.before = token_seconds, before
         self.stop = Event()
 
@@ -98,17 +98,17 @@ class SpanMover:
             raise MoveError("the engines are in this process")
         move = _Move(self, workers, homes)
         try:
-            self._between.run(move.begin)
-            while not self._between.run(move.has_loaded):
+            self.between.run(move.begin)
+            while not self.between.run(move.has_loaded):
                 if time.monotonic() - start > _MOST_LOADING_S:
                     raise MoveError(f"a worker had not compiled its spans after {_MOST_LOADING_S:g} s")
                 self.stop.wait(_LOOK_EVERY_S)
             load_seconds = time.monotonic() - start
-            while self._between.run(move.send_ahead):
+            while self.between.run(move.send_ahead):
                 self.stop.wait(_AHEAD_S)  # steps have as much time as sending
-            return self._between.run(partial(move.go_over, load_seconds))
+            return self.between.run(partial(move.go_over, load_seconds))
         except UnloadableError as error:
-            self._between.run(move.unload)
+            self.between.run(move.unload)
             raise MoveError(f"spans {error.problems} cannot be loaded") from error
         except KVLostError as error:  # who steps next starts it again
             raise MoveError(f"{error}") from error

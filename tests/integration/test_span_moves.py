@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -19,13 +20,6 @@ from blockzoo.runtime.serve import span_moves
 from blockzoo.runtime.serve.span_moves import Moved, MoveError
 from blockzoo.runtime.workers.group import WorkerGroup
 
-SETTINGS = {
-    "precision": "f32",
-    "kv_cache_bytes": 32 << 20,
-    "num_threads": 1,
-    "max_num_batched_tokens": 256,
-    "kv_sharing": "scope",
-}
 MOST_TOKENS = 24
 Jobs = list[tuple[str, list[int]]]
 Answers = dict[str, list[int]]
@@ -74,21 +68,14 @@ def local(demo_zoo: Path) -> LLMEngine:
 
 @pytest.fixture
 def fresh(demo_zoo: Path) -> Iterator[LLMEngine]:
-    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **SETTINGS))
-    yield engine
-    engine.close()
+    with over_two(demo_zoo) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **SETTINGS))
-    yield engine
-    engine.close()
-
-
-def group_of(engine: LLMEngine) -> WorkerGroup:
-    assert engine._zoo.workers is not None
-    return engine._zoo.workers.group
+    with over_two(demo_zoo) as engine:
+        yield engine
 
 
 def homes(engine: LLMEngine) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -20,13 +21,6 @@ from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.runtime.workers import distributed
 
-SETTINGS = {
-    "precision": "f32",
-    "kv_cache_bytes": 32 << 20,
-    "num_threads": 1,
-    "max_num_batched_tokens": 256,
-    "kv_sharing": "scope",
-}
 Answers = dict[str, list[int]]
 
 
@@ -67,14 +61,8 @@ def local(demo_zoo: Path) -> LLMEngine:
 
 @pytest.fixture(scope="module")
 def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **SETTINGS))
-    yield engine
-    engine.close()
-
-
-def group_of(engine: LLMEngine) -> object:
-    assert engine._zoo.workers is not None
-    return engine._zoo.workers.group
+    with over_two(demo_zoo) as engine:
+        yield engine
 
 
 def test_chains_go_through_both_workers(spread: LLMEngine) -> None:

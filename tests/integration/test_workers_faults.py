@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
@@ -23,13 +24,6 @@ from blockzoo.runtime.workers.group import WorkerGroup
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = {
-    "precision": "f32",
-    "kv_cache_bytes": 32 << 20,
-    "num_threads": 1,
-    "max_num_batched_tokens": 256,
-    "kv_sharing": "scope",
-}
 GREEDY = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
 
 
@@ -61,14 +55,8 @@ def expected(demo_zoo: Path) -> dict[str, list[int]]:
 
 @pytest.fixture
 def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, **SETTINGS))
-    yield engine
-    engine.close()
-
-
-def group_of(engine: LLMEngine) -> WorkerGroup:
-    assert engine._zoo.workers is not None
-    return engine._zoo.workers.group
+    with over_two(demo_zoo) as engine:
+        yield engine
 
 
 def test_a_worker_that_hangs_is_replaced(spread: LLMEngine, expected: dict[str, list[int]]) -> None:
