@@ -37,7 +37,9 @@ def answers(server) -> bool:
         return False
 
 
-@pytest.mark.parametrize("victim", ["blockzoo", "preprocessing", "tritonserver"])
+@pytest.mark.parametrize(
+    "victim", ["blockzoo", pytest.param("preprocessing", marks=pytest.mark.slow), "tritonserver"]
+)
 def test_a_killed_process_is_replaced(serve_zoo, demo_zoo, victim):
     server = serve_zoo(demo_zoo)
     before = server.generate("base", "def f(x):")

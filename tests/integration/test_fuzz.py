@@ -177,7 +177,11 @@ def quiet(demo_zoo: Path) -> Quiet:
 
 @pytest.mark.parametrize(
     ("seed", "num_steps"),
-    [(1, 60), (2, 60), *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(10, 26))],
+    [
+        (1, 60),
+        pytest.param(2, 60, marks=pytest.mark.slow),
+        *(pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in range(10, 26)),
+    ],
 )
 def test_answers_do_not_depend_on_what_else_goes_on(
     seed: int, num_steps: int, demo_zoo: Path, tmp_path: Path, quiet: Quiet
