@@ -69,7 +69,8 @@ class Guide:
     ) -> None:
         self._matcher, self._vocabulary, self._vocab_size = matcher, vocabulary, vocab_size
         self._styles = dict(styles)
-        self._tail = b""  # of the answer's text
+        self._tail = b""  # of the answer's text, and tokens that it and the styles lack until they are asked
+        self._untold: list[int] = []
         self._bits: bytes | None = None  # of what may come next, once they are asked for
 
     def allows(self, token_id: int) -> bool:
@@ -95,8 +96,7 @@ class Guide:
         """Take note of a generated token, which was allowed."""
         self._bits = None
         self._matcher.consume_token(token_id)
-        self._tail = (self._tail + self._vocabulary.decode_bytes([token_id]))[-_TAIL:]
-        self._styles = {n: style for n, style in self._styles.items() if style.try_consume_tokens([token_id])}
+        self._untold.append(token_id)
 
     def after(self, token_ids: Sequence[int]) -> Guide:
         """A guide of its own as this one would be behind tokens, which are allowed (`num_allowed`)."""
@@ -109,7 +109,7 @@ class Guide:
         """A guide of its own at the same place."""
         styles = {number: style.deep_copy() for number, style in self._styles.items()}
         found = Guide(self._matcher.deep_copy(), self._vocabulary, self._vocab_size, styles)
-        found._tail = self._tail
+        found._tail, found._untold = self._tail, list(self._untold)
         return found
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
@@ -129,6 +129,7 @@ class Guide:
 
         Else the value that is being written may end here: so what would then follow, as far as that must.
         """
+        self._tell_styles()
         style = self._styles.get(number)
         if style is None:
             return [], False
@@ -142,6 +143,16 @@ class Guide:
             text += self._taken(ahead, b'"')
         return list(self._vocabulary.tokenize_bytes(text)), must_come
 
+    def _tell_styles(self) -> None:
+        tokens, self._untold = self._untold, []
+        if tokens and self._styles:
+            self._tail = (self._tail + self._vocabulary.decode_bytes(tokens))[-_TAIL:]
+            self._styles = {
+                number: style
+                for number, style in self._styles.items()
+                if style.try_consume_tokens(tokens) == len(tokens)
+            }
+
     def _taken(self, matcher: Any, *texts: bytes) -> bytes:
         """The first of some texts that a matcher takes, and what must then follow, which it takes too."""
         for text in texts:
@@ -153,9 +164,9 @@ class Guide:
     def _goes_on(self, matcher: Any, text: bytes) -> bool:
         """Have a matcher take a text, which does not change it where it cannot."""
         tokens = self._vocabulary.tokenize_bytes(text)
-        return not tokens or matcher.validate_tokens(tokens) == matcher.try_consume_tokens(tokens) == len(
-            tokens
-        )
+        if matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        return bool(matcher.try_consume_tokens(tokens) == len(tokens))
 
     @property
     def error(self) -> str:
