@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from over_workers import SERVED, check_streams_outlive
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
-
-OPTIONS = ("--workers", "2", "--threads", "1", "--precision", "f32", "--kv-cache-gb", "0.05")
 
 
 def workers_of(server: Any) -> list[int]:
@@ -41,32 +38,10 @@ def gone(pids: list[int]) -> bool:
 def test_a_zoo_over_workers(serve_zoo, demo_zoo, demo_family, tmp_path) -> None:
     zoo = tmp_path / "zoo"
     shutil.copytree(demo_zoo, zoo)
-    server = serve_zoo(zoo, *OPTIONS)
+    server = serve_zoo(zoo, *SERVED)
     first = workers_of(server)
     assert len(first) == 2
-    body = {"text_input": "The river", "max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
-    quiet = {name: server.stream(name, body) for name in ("base", "solver", "notes")}
-
-    answers: dict[str, list[dict[str, Any]]] = {}
-    threads = [
-        threading.Thread(target=lambda name=name: answers.update({name: server.stream(name, body)}))
-        for name in quiet
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    os.kill(first[0], signal.SIGKILL)
-    for thread in threads:
-        thread.join()
-
-    def text(events: list[dict[str, Any]]) -> str:
-        assert not [event for event in events if "error" in event]
-        return "".join(event["text_output"] for event in events)
-
-    assert {name: text(events) for name, events in answers.items()} == {
-        name: text(events) for name, events in quiet.items()
-    }
-    server.wait_for(lambda: any("serving again after" in line for line in server.err))
+    check_streams_outlive(server, first[0])
     assert len(workers_of(server)) == 2
 
     compile_models({"late": demo_family["base-sharded"]}, zoo, CompileOptions(verify=False, profile=False))

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
+from over_workers import SERVED, check_streams_outlive
 from running_ray import ENVIRONMENT, RunningRay, is_there
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.server_config.replicas import local_ray
 from blockzoo.server_config.serve import main
-
-OPTIONS = ("--workers", "2", "--threads", "1", "--precision", "f32", "--kv-cache-gb", "0.05")
-BODY = {"text_input": "The river", "max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
 
 
 @pytest.fixture
@@ -31,33 +25,14 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningRay]:
     started.stop()
 
 
-def text(events: list[dict[str, Any]]) -> str:
-    assert not [event for event in events if "error" in event]
-    return "".join(event["text_output"] for event in events)
-
-
 @pytest.mark.slow
 def test_a_zoo_over_workers_of_a_ray(serve_zoo, demo_zoo, demo_family, tmp_path, running) -> None:
     zoo = tmp_path / "zoo"
     shutil.copytree(demo_zoo, zoo)
-    server = serve_zoo(zoo, *OPTIONS, "--ray-address", running.address)
+    server = serve_zoo(zoo, *SERVED, "--ray-address", running.address)
     first = running.workers()
     assert len(first) == 2
-    quiet = {name: text(server.stream(name, BODY)) for name in ("base", "solver", "notes")}
-
-    answers: dict[str, str] = {}
-    threads = [
-        threading.Thread(target=lambda name=name: answers.update({name: text(server.stream(name, BODY))}))
-        for name in quiet
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    os.kill(first[0], signal.SIGKILL)
-    for thread in threads:
-        thread.join()
-    assert answers == quiet
-    server.wait_for(lambda: any("serving again after" in line for line in server.err))
+    check_streams_outlive(server, first[0])
     second = running.workers()
     assert len(set(second) & set(first)) == 1
 
