@@ -130,11 +130,15 @@ def _children(parent: int) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def serve_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServedZoo]]:
-    """Start zoo-serve on a zoo and wait until it serves; all are stopped after the module."""
+    """Start zoo-serve on a zoo and wait until it serves; all are stopped after the module.
+
+    In f32 unless an option says otherwise: answers are compared, and in bf16 two likely tokens may change
+    places with what else is in their step.
+    """
     started: list[ServedZoo] = []
 
     def start(zoo: Path, *options: str, scratch: Path | None = None) -> ServedZoo:
-        served = ServedZoo(zoo, scratch or tmp_path_factory.mktemp("serve"), *options)
+        served = ServedZoo(zoo, scratch or tmp_path_factory.mktemp("serve"), "--precision=f32", *options)
         started.append(served)
         served.wait_until_serving()
         return served

@@ -26,7 +26,8 @@ class ServedReplicas(Served):
     def __init__(self, zoo: Path, *options: str, key: str = "none", **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
-        super().__init__(zoo, f"--openai-port={self.port}", "--kv-cache-gb=0.05", *options, **environment)
+        own = (f"--openai-port={self.port}", "--kv-cache-gb=0.05", "--precision=f32")
+        super().__init__(zoo, *own, *options, **environment)
         self.key = key
         self.client = self.client_of(key)
 
