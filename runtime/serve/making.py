@@ -230,7 +230,7 @@ class Making:
     ) -> Workers:
         """Raises UnsoundError: some spans cannot be loaded; InvalidRequestError."""
         from blockzoo.runtime.serve.over_workers import start_workers  # ZeroMQ is imported with workers alone
-        from blockzoo.runtime.workers.group import UnloadableError
+        from blockzoo.runtime.workers.processes import UnloadableError
 
         vocab_sizes = {key: table.vocab_size for key, table in embeddings.items()}
         old = None if before is None else before.workers

@@ -30,7 +30,7 @@ from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.over_workers import Workers
 from blockzoo.runtime.serve.scheduler import Scheduler
 from blockzoo.runtime.workers.distributed import DistributedExecutor
-from blockzoo.runtime.workers.group import UnloadableError
+from blockzoo.runtime.workers.processes import UnloadableError
 
 _LOOK_EVERY_S = 0.05
 _MOST_LOADING_S = 600.0

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,61 +19,17 @@ import zmq
 from blockzoo.runtime.exec.interface import KVLostError
 from blockzoo.runtime.workers.logits_memory import LogitsMemory
 from blockzoo.runtime.workers.meeting import Host, Meeting
-from blockzoo.runtime.workers.processes import Processes, WorkerProcess, WorkerStartError
+from blockzoo.runtime.workers.pairs import Pair
+from blockzoo.runtime.workers.processes import Processes, UnloadableError, WorkerProcess, WorkerStartError
 from blockzoo.runtime.workers.settings import Member, WorkerPlan, WorkerSettings
 from blockzoo.runtime.workers.sockets import LOOPBACK, Keys, Sockets
-from blockzoo.runtime.workers.wire import ALIVE, LOADER, pack_json, unpack_json
+from blockzoo.runtime.workers.state import WorkerState
+from blockzoo.runtime.workers.wire import ALIVE, LOADER, NUMBER, pack_json, unpack_json
 
 SILENT_S = 5.0
 """Without an answer for so long, a worker is taken for hung."""
 _PING_EVERY_S = 0.5
 _LOOK_EVERY_S = 0.1
-
-
-class UnloadableError(Exception):
-    """Workers could not have some spans; why, by index."""
-
-    def __init__(self, problems: dict[int, str]) -> None:
-        super().__init__(str(problems))
-        self.problems = problems
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A worker's process, which others follow as it fails."""
-
-    index: int
-    number: int = 0  # of its processes so far
-    process: WorkerProcess | None = None
-    waits: bool = False  # to be told what to serve
-    memory: LogitsMemory | None = None
-    address: str | None = None  # for the other workers; None: it does not serve
-    problems: dict[int, str] = field(default_factory=dict)  # with its spans
-    loading: bool = False  # more spans, beside the steps
-    unloadable: dict[int, str] = field(default_factory=dict)  # of these
-    heard: float = 0.0
-    asked: float = 0.0
-
-    @property
-    def identity(self) -> str:
-        """Of the process that runs now."""
-        return f"{self.index}.{self.number}"
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is no process."""
-        return self.process is None or self.process.ended
-
-    def kill(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            self.process.kill()
-        self.process = self.address = None
-
-    @property
-    def why(self) -> str:
-        """What became of it."""
-        return f"worker {self.index} {'is not there' if self.process is None else self.process.why}"
 
 
 class WorkerGroup:
@@ -102,7 +59,7 @@ class WorkerGroup:
         self._sockets = Sockets(self._keys)
         self._socket, self._address = self._sockets.listen(zmq.ROUTER, host)
         self.logits: list[np.ndarray] = []
-        self._workers = [_Worker(index) for index in range(len(delays_s))]
+        self._workers = [WorkerState(index) for index in range(len(delays_s))]
         self._step = 0
         self._close = weakref.finalize(self, _close, self._workers, self._sockets)
         try:
@@ -157,11 +114,23 @@ class WorkerGroup:
             for worker in started:
                 worker.kill()
             raise
-        addresses = pack_json([worker.address for worker in self._workers])
-        for index in range(len(self._workers)):
-            self.send(index, b"peers", addresses)
+        self._introduce()
         self.go_over(self.plan.homes)  # some may have heard of others before one was lost
         return [worker.index for worker in started]
+
+    def _introduce(self) -> None:
+        """Tell all workers where the others are, with pairs for those that run here; new ones, whatever was
+        under way between some of them."""
+        ends: list[dict[int, Pair]] = [{} for _ in self._workers]
+        here = [w.index for w in self._workers if w.pair is not None and not self._delays_s[w.index]]
+        for one, other in combinations(here, 2):
+            ends[one][other], ends[other][one] = Pair.new()
+        addresses = [worker.address for worker in self._workers]
+        for index, mine in enumerate(ends):
+            told = {"addresses": addresses, "pairs": list(mine)}
+            self.send(index, b"peers", pack_json(told), ends=list(mine.values()))
+        for end in (end for mine in ends for end in mine.values()):
+            end.close()
 
     # ---- spans that move
 
@@ -194,18 +163,20 @@ class WorkerGroup:
         for index in range(len(self._workers)):
             self.send(index, b"homes", told)
 
-    def _launch(self, worker: _Worker) -> WorkerProcess:
+    def _launch(self, worker: WorkerState) -> WorkerProcess:
         worker.kill()
         worker.number += 1
         worker.waits = True
         assert self.processes is not None, "it is closed"
+        worker.num_told = 0
         worker.process = self.processes.start(worker.index)
+        self._watch()
         return worker.process
 
-    def _member(self, worker: _Worker) -> Member:
+    def _member(self, worker: WorkerState) -> Member:
         return Member(worker.index, worker.identity, self._address, self._keys, self._delays_s)
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, worker: WorkerState) -> None:
         process = worker.process
         if process is None or process.ended or not worker.waits:
             process = self._launch(worker)
@@ -239,9 +210,13 @@ class WorkerGroup:
         self._step += 1
         return self._step
 
-    def send(self, worker: int, *frames: bytes) -> None:
-        """Tell a worker something."""
-        self._socket.send_multipart([self._workers[worker].identity.encode(), *frames])
+    def send(self, worker: int, *frames: bytes, ends: Sequence[Pair] = ()) -> None:
+        """Tell a worker something; `ends` of pairs go along where it runs here."""
+        to = self._workers[worker]
+        numbered = [NUMBER.pack(to.num_told), *frames]
+        to.num_told += 1
+        if self._delays_s[worker] or to.pair is None or not to.pair.send(numbered, ends):
+            self._socket.send_multipart([to.identity.encode(), *numbered])
 
     def release_memory(self) -> None:
         """Have all workers give back scratch, and the files that their engines have their own copy of."""
@@ -268,7 +243,7 @@ class WorkerGroup:
         if lost:
             raise KVLostError(", ".join(worker.why for worker in lost))
 
-    def _check_heard(self, workers: Sequence[_Worker]) -> None:
+    def _check_heard(self, workers: Sequence[WorkerState]) -> None:
         now = time.monotonic()
         for worker in workers:
             if now - worker.heard > SILENT_S:
@@ -278,25 +253,45 @@ class WorkerGroup:
                 worker.asked = now
                 self._socket.send_multipart([(worker.identity + ALIVE).encode(), b""])
 
+    def _watch(self) -> None:
+        """Look for messages where they may come from now."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._by_descriptor = {w.pair.fileno(): w for w in self._workers if w.pair is not None}
+        for descriptor in self._by_descriptor:
+            self._poller.register(descriptor, zmq.POLLIN)
+
     def _messages(self, timeout_s: float) -> Iterator[tuple[int, str, Any]]:
         """What has come from processes that run now; waits for something."""
         timeout = int(timeout_s * 1000)
-        known = {worker.identity: worker for worker in self._workers}
-        while self._socket.poll(timeout):
+        while events := dict(self._poller.poll(timeout)):
             timeout = 0
-            identity, kind, what, *more = self._socket.recv_multipart()
-            worker = known.get(identity.decode().removesuffix(ALIVE).removesuffix(LOADER))
-            if worker is None:  # of a process that is no more
-                continue
-            worker.heard = time.monotonic()
-            if kind == b"loaded":
-                worker.loading = False
-                problems = unpack_json(what)["problems"]
-                worker.unloadable = {int(span): why for span, why in problems.items()}
-            elif kind != b"pong":
-                said = unpack_json(what)
-                self._keep(worker.index, more, said)
-                yield worker.index, kind.decode(), said
+            for descriptor in events.keys() & self._by_descriptor.keys():
+                worker = self._by_descriptor[descriptor]
+                message = None if worker.pair is None else worker.pair.receive()
+                if message is None:  # it has ended
+                    self._poller.unregister(descriptor)
+                    del self._by_descriptor[descriptor]
+                else:
+                    yield from self._heard(worker, message.frames)
+            if self._socket in events:
+                identity, *frames = self._socket.recv_multipart()
+                name = identity.decode().removesuffix(ALIVE).removesuffix(LOADER)
+                for worker in self._workers:
+                    if worker.identity == name:  # of no process that is no more
+                        yield from self._heard(worker, frames)
+
+    def _heard(self, worker: WorkerState, frames: Sequence[bytes]) -> Iterator[tuple[int, str, Any]]:
+        kind, what, *more = frames
+        worker.heard = time.monotonic()
+        if kind == b"loaded":
+            worker.loading = False
+            problems = unpack_json(what)["problems"]
+            worker.unloadable = {int(span): why for span, why in problems.items()}
+        elif kind != b"pong":
+            said = unpack_json(what)
+            self._keep(worker.index, more, said)
+            yield worker.index, kind.decode(), said
 
     def _keep(self, worker: int, more: Sequence[bytes], said: Any) -> None:
         """Put logits that came with a message to where a worker of this machine writes them."""
@@ -304,7 +299,7 @@ class WorkerGroup:
             self.logits[worker][begin : begin + len(data) // 4] = np.frombuffer(data, np.float32)
 
 
-def _close(workers: list[_Worker], sockets: Sockets) -> None:
+def _close(workers: list[WorkerState], sockets: Sockets) -> None:
     for worker in workers:
         worker.kill()
         if worker.memory is not None:

@@ -41,7 +41,7 @@ class WorkerActor:
 
     def run(self) -> None:
         """Do it; never returns."""
-        from blockzoo.runtime.workers.worker import serve
+        from blockzoo.runtime.workers.worker_process import serve
 
         serve(self._told.get)
 
@@ -54,6 +54,11 @@ class RayProcess:
         self._pid: Future[int] = actor.pid.remote().future()
         self._done: Future[None] = actor.run.remote().future()
         self._deadline = time.monotonic() + START_S
+
+    @property
+    def pair(self) -> None:
+        """None, wherever it runs."""
+        return None
 
     @property
     def pid(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -82,6 +83,7 @@ class PartExecutor(Executor):
         self._buffers.logits = logits
         self._shared, self._inputs = shared, inputs
         self._stamped: tuple[StepLayout | None, dict[int, tuple[int, ...]]] = None, {}
+        self._shares: WeakKeyDictionary[StepLayout, _Share] = WeakKeyDictionary()
 
     def host(
         self, engines: Mapping[int, Engine], embeddings: Mapping[str, Embedding], homes: Sequence[int]
@@ -94,6 +96,7 @@ class PartExecutor(Executor):
             if self._engines.get(index) is not engines.get(index):
                 self._bound_call.pop(index, None)
         self._engines, self._embeddings, self.homes = engines, embeddings, homes
+        self._shares.clear()
 
     def begin(self, batch: Sequence[Rows]) -> PartStep:
         """Lay out a batch, and look up what enters its first calls."""
@@ -103,7 +106,10 @@ class PartExecutor(Executor):
         self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
         self._gather(layout)
-        return PartStep(self, layout, order)
+        share = self._shares.get(layout)
+        if share is None:
+            share = self._shares[layout] = _Share(self, layout)
+        return PartStep(self, layout, share, order)
 
     def run_call(self, layout: StepLayout, index: int) -> None:
         """Run a call of this worker. Raises AdapterUnavailableError."""
@@ -128,6 +134,41 @@ class PartExecutor(Executor):
         return int(begin) // rows.itemsize
 
 
+class _Share:
+    """What a worker does of all steps with one layout.
+
+    Attributes:
+        calls: their numbers, in order.
+        sources: by call, the calls elsewhere whose rows it takes, and where these go.
+        takers: by call, who takes its rows elsewhere.
+        logits: where they begin, a row's size, and whose they are by place in the layout.
+        num_rows: of all calls.
+    """
+
+    def __init__(self, executor: PartExecutor, layout: StepLayout) -> None:
+        homes, me, calls = executor.homes, executor.me, layout.calls
+        self.calls = [index for index, call in enumerate(calls) if homes[call.span] == me]
+        self.sources: dict[int, dict[int, list[np.ndarray]]] = {index: {} for index in self.calls}
+        self.takers: dict[int, list[Passing]] = defaultdict(list)
+        for taker, call in enumerate(calls):
+            by_source: dict[int, list[np.ndarray]] = defaultdict(list)
+            for fed in call.fed:
+                by_source[fed.call].append(fed.rows)
+            for source, rows in sorted(by_source.items()):
+                home = homes[calls[source].span]
+                if home == me != homes[call.span]:
+                    self.takers[source].append(Passing(homes[call.span], source, taker, rows))
+                elif home != me == homes[call.span]:
+                    self.sources[taker][source] = rows
+        outputs = [calls[index].binds.get("logits") for index in self.calls]
+        self.logits = [
+            Logits(executor.place_of(rows), rows.shape[1], places)
+            for rows, places in layout.logits
+            if any(rows is output for output in outputs)
+        ]
+        self.num_rows = sum(calls[index].num_rows for index in self.calls)
+
+
 class PartStep:
     """A micro-batch under way on one worker.
 
@@ -135,30 +176,12 @@ class PartStep:
         num_calls, num_call_rows: calls that it makes here, and their rows.
     """
 
-    def __init__(self, executor: PartExecutor, layout: StepLayout, order: Sequence[int]) -> None:
-        self._executor, self._layout, self._order = executor, layout, order
-        homes, me, calls = executor.homes, executor.me, layout.calls
-        mine = [index for index, call in enumerate(calls) if homes[call.span] == me]
-        self._pending = deque(mine)
-        self._sources = {
-            index: sorted({fed.call for fed in calls[index].fed if homes[calls[fed.call].span] != me})
-            for index in mine
-        }
-        self._takers = self._find_takers(homes, me)
-        self.num_calls, self.num_call_rows = len(mine), sum(calls[index].num_rows for index in mine)
-        self._mine = mine
-
-    def _find_takers(self, homes: Sequence[int], me: int) -> Mapping[int, list[Passing]]:
-        """By call here, who takes its rows elsewhere."""
-        found: dict[int, list[Passing]] = defaultdict(list)
-        for index, call in enumerate(self._layout.calls):
-            if homes[call.span] == me:
-                continue
-            for source in sorted({fed.call for fed in call.fed}):
-                if homes[self._layout.calls[source].span] == me:
-                    rows = [fed.rows for fed in call.fed if fed.call == source]
-                    found[source].append(Passing(homes[call.span], source, index, rows))
-        return found
+    def __init__(
+        self, executor: PartExecutor, layout: StepLayout, share: _Share, order: Sequence[int]
+    ) -> None:
+        self._executor, self._layout, self._share, self._order = executor, layout, share, order
+        self._pending = deque(share.calls)
+        self.num_calls, self.num_call_rows = len(share.calls), share.num_rows
 
     @property
     def is_done(self) -> bool:
@@ -177,7 +200,7 @@ class PartStep:
     def can_run(self, inbox: Inbox) -> bool:
         """Whether the rows of the next call have come."""
         taker = self._pending[0]
-        return all((source, taker) in inbox for source in self._sources[taker])
+        return all((source, taker) in inbox for source in self._share.sources[taker])
 
     def run_next(self, inbox: Inbox) -> list[Passing]:
         """Run the next call; what is to be sent on.
@@ -187,19 +210,15 @@ class PartStep:
             ValueError: rows do not fit.
         """
         index = self._pending.popleft()
-        call = self._layout.calls[index]
-        for source in self._sources[index]:
-            targets = [fed.rows for fed in call.fed if fed.call == source]
+        for source, targets in self._share.sources[index].items():
             for target, data in zip(targets, inbox.pop((source, index)), strict=True):
                 target[...] = np.frombuffer(data, target.dtype).reshape(target.shape)
         self._executor.run_call(self._layout, index)
-        return self._takers.get(index, [])
+        return self._share.takers.get(index, [])
 
     def logits(self) -> list[Logits]:
         """Those that were computed here."""
-        outputs = [self._layout.calls[index].binds.get("logits") for index in self._mine]
         return [
-            Logits(self._executor.place_of(rows), rows.shape[1], [self._order[place] for place in places])
-            for rows, places in self._layout.logits
-            if any(rows is output for output in outputs)
+            each._replace(members=[self._order[place] for place in each.members])
+            for each in self._share.logits
         ]

@@ -8,15 +8,29 @@ import sys
 from contextlib import suppress
 from typing import Protocol
 
-_MODULE = "blockzoo.runtime.workers.worker"
+from blockzoo.runtime.workers.pairs import Pair
+
+_MODULE = "blockzoo.runtime.workers.worker_process"
 
 
 class WorkerStartError(RuntimeError):
     """A worker did not start."""
 
 
+class UnloadableError(Exception):
+    """Workers could not have some spans; why, by index."""
+
+    def __init__(self, problems: dict[int, str]) -> None:
+        super().__init__(str(problems))
+        self.problems = problems
+
+
 class WorkerProcess(Protocol):
     """One process, which ends when the head does."""
+
+    @property
+    def pair(self) -> Pair | None:
+        """The head's end of one with it; None: there is none."""
 
     @property
     def pid(self) -> int:
@@ -48,7 +62,17 @@ class LocalProcess:
     """A child of this process, told through its standard input, which it reads to the end of the head."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", _MODULE], stdin=subprocess.PIPE)
+        self._pair, theirs = Pair.new()
+        descriptor = theirs.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, str(descriptor)], stdin=subprocess.PIPE, pass_fds=[descriptor]
+        )
+        theirs.close()
+
+    @property
+    def pair(self) -> Pair:
+        """See `WorkerProcess`."""
+        return self._pair
 
     @property
     def pid(self) -> int:
@@ -76,6 +100,7 @@ class LocalProcess:
         """See `WorkerProcess`."""
         self._process.kill()
         self._process.wait()
+        self._pair.close()
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()

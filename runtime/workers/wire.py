@@ -1,4 +1,5 @@
-"""What head and workers tell each other: a kind, then JSON or arrays. Nothing of it is executed.
+"""What head and workers tell each other: a kind, then JSON or arrays. Nothing of it is executed. What the
+head tells a worker comes by two ways (`pairs`), so it is numbered.
 
 head -> worker   step     (step, micro-batch, family), rows as integers
                  copy     (step, 0, family), pages int32 [2, n]: from, to
@@ -7,7 +8,7 @@ head -> worker   step     (step, micro-batch, family), rows as integers
                  expect   (step, 0, family): pages will come; answered by `took`, none yet
                  give     (step, worker that takes them, family), pages int32 [n]
                  homes    by span, the worker that has it from now on
-                 peers    the workers' addresses
+                 peers    the workers' addresses; which of them an end of a pair comes for, and these ends
                  release
                  ping
 worker -> head   ready, failed   once, when it has loaded
@@ -24,12 +25,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from blockzoo.runtime.exec.rows import Rows
 
+NUMBER = struct.Struct("<q")  # of what the head has told a worker
 STEP = struct.Struct("<qii")  # step, micro-batch, family
 PASSED = struct.Struct("<qiii")  # step, micro-batch, call that made the rows, call that takes them
 
@@ -63,14 +66,16 @@ def unpack_rows(data: bytes) -> list[Rows]:
     ints = np.frombuffer(data, np.int32)
     count = int(ints[0])
     fields = ints[1 : 1 + _FIELDS * count].reshape(count, _FIELDS)
-    ends = 1 + _FIELDS * count + np.cumsum([*fields[:, 1], *(fields[:, 4] * fields[:, 5])])
+    sizes = np.concatenate([fields[:, 1], fields[:, 4] * fields[:, 5]])
+    ends = 1 + _FIELDS * count + np.cumsum(sizes)
     if int(ends[-1]) != ints.size:
         raise ValueError(f"{ints.size} integers of a step; {ends[-1]} expected")
-    pieces = np.split(ints, [1 + _FIELDS * count, *ends[:-1]])[1:]
+    bounds = [1 + _FIELDS * count, *ends.tolist()]
+    pieces = [ints[begin:end] for begin, end in pairwise(bounds)]
     return [
-        Rows(int(chain), tokens, int(past), table.reshape(int(layers), int(pages)), int(num_logits))
+        Rows(chain, tokens, past, table.reshape(layers, pages), num_logits)
         for (chain, _, past, num_logits, layers, pages), tokens, table in zip(
-            fields, pieces[:count], pieces[count:], strict=True
+            fields.tolist(), pieces[:count], pieces[count:], strict=True
         )
     ]
 

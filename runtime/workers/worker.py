@@ -4,33 +4,29 @@
                                     ^                   |
                               rows from workers    rows to workers
 
-It is told what to serve through its standard input, which the head holds open: when it ends, so does the
-worker, whatever became of the head (in actors Ray sees to both: `on_ray`). What comes in is looked at between
+What comes in is looked at between
 two calls; of several micro-batches the first that can go on does.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
 import threading
 import traceback
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import zmq
 
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
-from blockzoo.runtime.workers.hosted import Hosted, SpanError
-from blockzoo.runtime.workers.meeting import Guest, Meeting
+from blockzoo.runtime.workers.hosted import Hosted
+from blockzoo.runtime.workers.pairs import Frame, Pair
 from blockzoo.runtime.workers.part import Inbox, PartStep
-from blockzoo.runtime.workers.settings import Member, WorkerSettings
+from blockzoo.runtime.workers.settings import WorkerSettings
 from blockzoo.runtime.workers.sockets import Sockets, own_address
 from blockzoo.runtime.workers.wire import (
-    ALIVE,
     LOADER,
+    NUMBER,
     PAGES,
     PASSED,
     STEP,
@@ -43,52 +39,96 @@ from blockzoo.runtime.workers.wire import (
 class Worker:
     """Takes messages, and runs what can be run."""
 
-    def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets) -> None:
+    def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets, pair: Pair | None) -> None:
         self._me, self._hosted, self._sockets = settings.index, hosted, sockets
         self._member = member = settings.member
         self._head = sockets.connect(zmq.DEALER, member.head, member.identity, member.to_head_s)
         self._inward, self.address = sockets.listen(zmq.PULL, own_address(member.head))
         self._outward: dict[int, tuple[str, zmq.Socket[bytes]]] = {}  # by worker
-        self._poller = zmq.Poller()
-        for socket in (self._head, self._inward):
-            self._poller.register(socket, zmq.POLLIN)
+        self._to_head = None if member.to_head_s else pair
+        self._pairs: dict[int, Pair] = {}  # by worker
+        self._num_heard, self._early = 0, dict[int, tuple[list[bytes], list[Pair]]]()
+        self._watch()
         self._step = 0  # the newest that is known: what belongs to others is not waited for any more
         self._running: dict[int, PartStep] = {}  # by micro-batch, in order
         self._came: dict[tuple[int, int], Inbox] = {}  # by step, micro-batch
 
     def run(self) -> None:
         """Never returns."""
-        self._tell(b"ready", {"address": self.address})
+        # by ZeroMQ, so that what comes that way afterwards finds the way
+        self._head.send_multipart([b"ready", pack_json({"address": self.address})])
         while True:
             self._take_in(None if self._next() is None else 0)
             micro = self._next()
             if micro is not None:
                 self._run_call(micro)
 
-    def _tell(self, kind: bytes, what: Any) -> None:
-        self._head.send_multipart([kind, pack_json(what)])
+    def _watch(self) -> None:
+        """Look for messages where they may come from now."""
+        self._poller = zmq.Poller()
+        for source in (self._head, self._inward):
+            self._poller.register(source, zmq.POLLIN)
+        pairs = [*([] if self._to_head is None else [self._to_head]), *self._pairs.values()]
+        self._by_descriptor = {pair.fileno(): pair for pair in pairs}
+        for descriptor in self._by_descriptor:
+            self._poller.register(descriptor, zmq.POLLIN)
+
+    def _tell(self, kind: bytes, what: Any, more: Sequence[Frame] = ()) -> None:
+        frames: list[Frame] = [kind, pack_json(what), *more]
+        if self._to_head is None or not self._to_head.send(frames):
+            self._head.send_multipart(frames)
+
+    def _send(self, worker: int, frames: Sequence[Frame]) -> None:
+        pair = self._pairs.get(worker)
+        if pair is None or not pair.send(frames):
+            self._outward[worker][1].send_multipart(frames)
 
     def _take_in(self, timeout: int | None) -> None:
         """All that has come; waits for something where `timeout` is None."""
         while events := dict(self._poller.poll(timeout)):
             timeout = 0
+            for descriptor in events.keys() & self._by_descriptor.keys():
+                self._take_from(self._by_descriptor[descriptor])
             if self._head in events:
-                kind, *frames = self._head.recv_multipart()
-                self._obey(kind, frames)
+                self._hear(self._head.recv_multipart(), [])
             if self._inward in events:
-                which, *rows = self._inward.recv_multipart()
-                step, micro, source, taker = PASSED.unpack(which)
-                if step < self._step:  # of something that was given up
-                    continue
-                if micro == PAGES:
-                    self._take_pages(step, source, rows)
-                else:
-                    self._came.setdefault((step, micro), {})[source, taker] = rows
+                self._take_rows(self._inward.recv_multipart())
+
+    def _take_from(self, pair: Pair) -> None:
+        message = pair.receive()
+        if message is None:  # its other end is no more
+            if pair is self._to_head:
+                self._to_head = None
+            self._pairs = {index: each for index, each in self._pairs.items() if each is not pair}
+            self._watch()
+        elif pair is self._to_head:
+            self._hear(*message)
+        else:
+            self._take_rows(message.frames)
+
+    def _hear(self, frames: list[bytes], ends: list[Pair]) -> None:
+        """What the head says, in the order in which it said it, whichever way it came."""
+        self._early[NUMBER.unpack(frames[0])[0]] = frames[1:], ends
+        while self._num_heard in self._early:
+            (kind, *rest), ends = self._early.pop(self._num_heard)
+            self._num_heard += 1
+            if kind == b"peers":
+                self._connect(**unpack_json(rest[0]), ends=ends)
+            else:
+                self._obey(kind, rest)
+
+    def _take_rows(self, frames: list[bytes]) -> None:
+        which, *rows = frames
+        step, micro, source, taker = PASSED.unpack(which)
+        if step < self._step:  # of something that was given up
+            return
+        if micro == PAGES:
+            self._take_pages(step, source, rows)
+        else:
+            self._came.setdefault((step, micro), {})[source, taker] = rows
 
     def _obey(self, kind: bytes, frames: list[bytes]) -> None:
-        if kind == b"peers":
-            self._connect(unpack_json(frames[0]))
-        elif kind == b"load":
+        if kind == b"load":
             threading.Thread(target=self._load, args=(unpack_json(frames[0]),), daemon=True).start()
         elif kind == b"homes":
             self._hosted.take(unpack_json(frames[0]))
@@ -112,7 +152,7 @@ class Worker:
     def _give_pages(self, step: int, worker: int, family: int, pages: np.ndarray) -> None:
         keys, values = self._hosted.executor(family, 0).kv.read(pages)
         which = PASSED.pack(step, PAGES, family, 0)
-        self._outward[worker][1].send_multipart([which, pages.data, keys.data, values.data])
+        self._send(worker, [which, pages.data, keys.data, values.data])
 
     def _take_pages(self, step: int, family: int, frames: list[bytes]) -> None:
         kv = self._hosted.executor(family, 0).kv
@@ -140,7 +180,11 @@ class Worker:
             self._running.clear()
             self._came = {key: rows for key, rows in self._came.items() if key[0] >= step}
 
-    def _connect(self, addresses: list[str]) -> None:
+    def _connect(self, addresses: list[str], pairs: list[int], ends: list[Pair]) -> None:
+        for pair in self._pairs.values():
+            pair.close()
+        self._pairs = dict(zip(pairs, ends, strict=False))  # where some did not come, the other way is there
+        self._watch()
         for index, address in enumerate(addresses):
             known = self._outward.get(index)
             if index == self._me or (known is not None and known[0] == address):
@@ -177,7 +221,7 @@ class Worker:
             return
         for worker, source, taker, rows in passings:
             which = PASSED.pack(self._step, micro, source, taker)
-            self._outward[worker][1].send_multipart([which, *(each.data for each in rows)])
+            self._send(worker, [which, *(each.data for each in rows)])
         self._report(micro)
 
     def _report(self, micro: int) -> None:
@@ -189,7 +233,7 @@ class Worker:
             logits = part.logits()
             done = {"step": self._step, "micro": micro, "logits": logits}
             done |= {"calls": part.num_calls, "rows": part.num_call_rows}
-            self._head.send_multipart([b"done", pack_json(done), *self._hosted.far_logits(logits)])
+            self._tell(b"done", done, self._hosted.far_logits(logits))
 
     def _fail(self, micro: int, error: Exception) -> None:
         """Give up the step; the head decides what becomes of it."""
@@ -198,52 +242,3 @@ class Worker:
             traceback.print_exception(error)
         self._running.clear()
         self._tell(b"error", {"step": self._step, "micro": micro, "chain": chain, "message": str(error)})
-
-
-def _answer_pings(sockets: Sockets, member: Member) -> None:
-    """From a thread, which a long call does not hold up."""
-    socket = sockets.connect(zmq.DEALER, member.head, member.identity + ALIVE, member.to_head_s)
-    while True:
-        socket.recv_multipart()
-        socket.send_multipart([b"pong", b""])
-
-
-def serve(told: Callable[[], Any]) -> None:
-    """Meet the others, where that is the first thing told, and serve until this process ends."""
-    first: Meeting | WorkerSettings = told()
-    member = first.member
-    sockets = Sockets(member.keys)
-    threading.Thread(target=_answer_pings, args=(sockets, member), daemon=True).start()
-    if isinstance(first, Meeting):
-        Guest(sockets, member).take_part()
-        settings: WorkerSettings = told()
-    else:
-        settings = first
-    try:
-        hosted = Hosted(settings)
-    except SpanError as error:
-        head = sockets.connect(zmq.DEALER, member.head, member.identity)
-        head.linger = -1
-        head.send_multipart([b"failed", pack_json(error.problems)])
-        threading.Event().wait()  # for the head to end it
-    Worker(settings, hosted, sockets).run()
-
-
-def _hear_head(told: SimpleQueue[Any]) -> None:
-    with open(0, "rb", closefd=False) as head:  # of its own: nothing else waits for it as this process ends
-        try:
-            while True:
-                told.put(pickle.load(head))
-        except EOFError:
-            os._exit(0)
-
-
-def main() -> None:
-    """Serve until the head ends."""
-    told: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_hear_head, args=(told,), daemon=True).start()
-    serve(told.get)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutpu
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.runtime.workers import distributed
+from blockzoo.runtime.workers.pairs import Pair
 
 Answers = dict[str, list[int]]
 
@@ -90,6 +93,19 @@ def test_decode_steps_may_be_cut_too(
 ) -> None:
     monkeypatch.setattr(distributed, "LEAST_ROWS", 2)
     jobs = jobs_of(local, (17, 18, 70))
+    assert answers(spread, jobs) == answers(local, jobs)
+
+
+def test_what_finds_no_room_between_processes_of_a_machine_comes_another_way(
+    local: LLMEngine, spread: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends, refused = Pair.send, itertools.cycle((True, False, False))
+
+    def send(pair: Pair, *what: Any) -> bool:
+        return not next(refused) and sends(pair, *what)
+
+    monkeypatch.setattr(Pair, "send", send)  # of the head: what it says comes by both ways, in its order
+    jobs = jobs_of(local, (5, 70))
     assert answers(spread, jobs) == answers(local, jobs)
 
 
