@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import zmq
 from blockzoo.runtime.exec.interface import KVLostError
 from blockzoo.runtime.workers.logits_memory import LogitsMemory
 from blockzoo.runtime.workers.meeting import Host, Meeting
-from blockzoo.runtime.workers.pairs import Pair
+from blockzoo.runtime.workers.pairs import Pair, pairs_among
 from blockzoo.runtime.workers.processes import Processes, UnloadableError, WorkerProcess, WorkerStartError
 from blockzoo.runtime.workers.settings import Member, WorkerPlan, WorkerSettings
 from blockzoo.runtime.workers.sockets import LOOPBACK, Keys, Sockets
@@ -121,16 +120,14 @@ class WorkerGroup:
     def _introduce(self) -> None:
         """Tell all workers where the others are, with pairs for those that run here; new ones, whatever was
         under way between some of them."""
-        ends: list[dict[int, Pair]] = [{} for _ in self._workers]
         here = [w.index for w in self._workers if w.pair is not None and not self._delays_s[w.index]]
-        for one, other in combinations(here, 2):
-            ends[one][other], ends[other][one] = Pair.new()
-        addresses = [worker.address for worker in self._workers]
-        for index, mine in enumerate(ends):
-            told = {"addresses": addresses, "pairs": list(mine)}
-            self.send(index, b"peers", pack_json(told), ends=list(mine.values()))
-        for end in (end for mine in ends for end in mine.values()):
-            end.close()
+        ends = pairs_among(here)
+        for worker in self._workers:
+            mine = ends.get(worker.index, {})
+            told = {"addresses": [each.address for each in self._workers], "pairs": list(mine)}
+            self.send(worker.index, b"peers", pack_json(told), ends=list(mine.values()))
+            for end in mine.values():
+                end.close()
 
     # ---- spans that move
 
@@ -253,8 +250,7 @@ class WorkerGroup:
                 worker.asked = now
                 self._socket.send_multipart([(worker.identity + ALIVE).encode(), b""])
 
-    def _watch(self) -> None:
-        """Look for messages where they may come from now."""
+    def _watch(self) -> None:  # where messages may come from now
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._by_descriptor = {w.pair.fileno(): w for w in self._workers if w.pair is not None}
@@ -268,12 +264,11 @@ class WorkerGroup:
             timeout = 0
             for descriptor in events.keys() & self._by_descriptor.keys():
                 worker = self._by_descriptor[descriptor]
-                message = None if worker.pair is None else worker.pair.receive()
-                if message is None:  # it has ended
+                if worker.pair is not None and (message := worker.pair.receive()) is not None:
+                    yield from self._heard(worker, message.frames)
+                else:  # it has ended
                     self._poller.unregister(descriptor)
                     del self._by_descriptor[descriptor]
-                else:
-                    yield from self._heard(worker, message.frames)
             if self._socket in events:
                 identity, *frames = self._socket.recv_multipart()
                 name = identity.decode().removesuffix(ALIVE).removesuffix(LOADER)
@@ -290,13 +285,10 @@ class WorkerGroup:
             worker.unloadable = {int(span): why for span, why in problems.items()}
         elif kind != b"pong":
             said = unpack_json(what)
-            self._keep(worker.index, more, said)
+            for data, (begin, *_) in zip(more, said["logits"] if more else (), strict=True):
+                logits = np.frombuffer(data, np.float32)  # to where a worker of this machine has them
+                self.logits[worker.index][begin : begin + len(logits)] = logits
             yield worker.index, kind.decode(), said
-
-    def _keep(self, worker: int, more: Sequence[bytes], said: Any) -> None:
-        """Put logits that came with a message to where a worker of this machine writes them."""
-        for data, (begin, *_) in zip(more, said["logits"] if more else (), strict=True):
-            self.logits[worker][begin : begin + len(data) // 4] = np.frombuffer(data, np.float32)
 
 
 def _close(workers: list[WorkerState], sockets: Sockets) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import socket
 import struct
 from array import array
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 Frame = bytes | memoryview
@@ -90,3 +92,11 @@ class Pair:
     def close(self) -> None:
         """Let go of this end."""
         self._socket.close()
+
+
+def pairs_among(members: Iterable[int]) -> dict[int, dict[int, Pair]]:
+    """For each member, its end of a pair with each other one."""
+    ends: dict[int, dict[int, Pair]] = defaultdict(dict)
+    for one, other in combinations(members, 2):
+        ends[one][other], ends[other][one] = Pair.new()
+    return ends

@@ -18,7 +18,7 @@ import zmq
 from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
+from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.serve.reload import Reloaded
 from blockzoo.runtime.workers import distributed
@@ -170,27 +170,6 @@ def test_a_killed_worker_loses_no_request(local: LLMEngine, spread: LLMEngine) -
     assert sorted(finished) == sorted(expected), "each ends once"
     assert group.num_restarts == before + 2
     assert max(killed) < 20, "seconds until both serve again"
-
-
-@pytest.mark.slow
-def test_a_worker_that_ends_while_nothing_runs_is_replaced(demo_zoo: Path) -> None:
-    thread = EngineThread(demo_zoo, EngineConfig(workers=1, **SETTINGS))
-    try:
-        group = group_of(thread.engine)
-        os.kill(group.pids[0], signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while not group.num_restarts and time.monotonic() < deadline:
-            time.sleep(0.05)
-        outputs: list[RequestOutput] = []
-        thread.submit("r", "base", words(20, 1), greedy(), outputs.append)
-        while not (outputs and outputs[-1].finished):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert outputs[-1].finish_reason == "length"
-        assert group.num_restarts == 1
-    finally:
-        thread.close()
-    assert not group.pids
 
 
 def test_workers_end_with_their_head(demo_zoo: Path) -> None:

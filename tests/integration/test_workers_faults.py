@@ -17,7 +17,7 @@ import pytest
 from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.workers import distributed, processes
 from blockzoo.runtime.workers import group as groups
 from blockzoo.runtime.workers.group import WorkerGroup
@@ -219,3 +219,23 @@ def test_equivalents_answer_as_from_one_process(demo_family: dict[str, Path], tm
         assert answers(spread) == answers(engine)
     finally:
         spread.close()
+
+
+def test_a_worker_that_ends_while_nothing_runs_is_replaced(demo_zoo: Path) -> None:
+    thread = EngineThread(demo_zoo, EngineConfig(workers=1, **SETTINGS))
+    try:
+        group = group_of(thread.engine)
+        os.kill(group.pids[0], signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not group.num_restarts and time.monotonic() < deadline:
+            time.sleep(0.05)
+        outputs: list[RequestOutput] = []
+        thread.submit("r", "base", list(range(2, 22)), GREEDY, outputs.append)
+        while not (outputs and outputs[-1].finished):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert outputs[-1].finish_reason == "length"
+        assert group.num_restarts == 1
+    finally:
+        thread.close()
+    assert not group.pids
