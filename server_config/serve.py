@@ -158,7 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-cache-dir-gb", type=_amount, metavar="GB", help="the most it may hold (default 4)"
     )
     engine.add_argument("--schedule", choices=("hit-first", "fair"), help="order of waiting requests")
-    engine.add_argument("--threads", type=int, metavar="N", help="compute threads (of each worker)")
+    engine.add_argument(
+        "--threads", type=int, metavar="N", help="compute threads (of each replica or worker)"
+    )
     engine.add_argument(
         "--workers",
         type=int,
@@ -276,7 +278,7 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "move_spans_every_s": args.move_spans_every,
         "worker_memory_bytes": None if args.worker_memory_gb is None else int(args.worker_memory_gb * 2**30),
         "worker_interface": args.worker_interface,
-        "ray_address": None if args.workers is None else args.ray_address,
+        "ray_address": None if args.workers is None or args.replicas else args.ray_address,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     EngineConfig(**settings)
@@ -398,8 +400,8 @@ def _serve_replicas(args: argparse.Namespace) -> int:
     from blockzoo.server_config.environment import free_ports
     from blockzoo.server_config.replicas.command import serve
 
-    if args.workers is not None:
-        raise InvalidRequestError("--replicas and --workers do not go together yet: leave one out")
+    if args.worker_interface is not None:
+        raise InvalidRequestError("workers of replicas run beside them: leave out --worker-interface")
     if args.write_only or not args.openai_port:
         raise InvalidRequestError(
             "--replicas serves the OpenAI endpoint alone: it needs that, and no --write-only"

@@ -137,6 +137,7 @@ class EngineConfig:
         move_spans_every_s: how often the rates of models are looked at, and spans moved to other workers
             where that pays; 0: they stay where they are.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
+        worker_cores: of each machine, that its workers have together; None: all.
         ray_address: of a running Ray, on whose machines workers are actors, of num_threads CPUs and
             worker_memory_bytes each; they see this package and the zoo under the same paths. None: workers
             are processes of this machine.
@@ -177,6 +178,7 @@ class EngineConfig:
     strict: bool = False
     workers: int | None = None
     worker_memory_bytes: int | None = None
+    worker_cores: int | None = None
     move_spans_every_s: float = 30.0
     ray_address: str | None = None
     worker_interface: str | None = None
@@ -197,6 +199,7 @@ class EngineConfig:
             "max_span_layers",
             "workers",
             "worker_memory_bytes",
+            "worker_cores",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -229,7 +232,8 @@ class EngineConfig:
 
     def _check_workers(self) -> None:
         if self.workers is None:
-            for name in ("worker_memory_bytes", "ray_address", "worker_interface", "worker_delays_ms"):
+            others = "memory_bytes", "cores", "interface", "delays_ms"
+            for name in ("ray_address", *(f"worker_{other}" for other in others)):
                 if getattr(self, name) is not None:
                     raise InvalidRequestError(f"{name} is set and workers is not: set both, or none")
             return

@@ -274,7 +274,8 @@ def _workers(config: EngineConfig, kv_bytes: int, facts: Sequence[MachineFacts])
             room = config.worker_memory_bytes - kv_bytes
         else:
             room = (each.memory - kv_bytes) // beside[each.machine]
-        found.append(Worker(room, min(1.0, each.cores / beside[each.machine] / num_threads(config))))
+        cores = min(each.cores, config.worker_cores or each.cores) / beside[each.machine]
+        found.append(Worker(room, min(1.0, cores / num_threads(config))))
     return found
 
 

@@ -74,7 +74,9 @@ class Pair:
         space = socket.CMSG_SPACE(_MOST_ENDS * _FD)
         try:
             size, along, _, _ = self._socket.recvmsg_into([self._buffer], space, socket.MSG_DONTWAIT)
-        except ConnectionError:
+        except BlockingIOError:
+            raise
+        except OSError:  # also where this end has been closed
             return None
         if not size:
             return None

@@ -87,8 +87,9 @@ class Worker:
         """All that has come; waits for something where `timeout` is None."""
         while events := dict(self._poller.poll(timeout)):
             timeout = 0
-            for descriptor in events.keys() & self._by_descriptor.keys():
-                self._take_from(self._by_descriptor[descriptor])
+            pairs = [self._by_descriptor[source] for source in events if source in self._by_descriptor]
+            for pair in pairs:  # which the first may replace
+                self._take_from(pair)
             if self._head in events:
                 self._hear(self._head.recv_multipart(), [])
             if self._inward in events:

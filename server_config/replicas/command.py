@@ -46,6 +46,8 @@ def serve(
     least, most = args.replicas
     threads = args.threads or max(1, len(os.sched_getaffinity(0)) // most)
     settings = {**engine, "num_threads": threads}
+    if args.workers is not None:  # of a replica: they have its cores in turn
+        settings["worker_cores"] = threads
     config = EngineConfig(**settings)
     plan = Plan(
         least,

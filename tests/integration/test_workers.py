@@ -239,6 +239,7 @@ def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) ->
         ({"workers": 2, "worker_interface": "0.0.0.0"}, "of one interface"),
         ({"workers": 2, "worker_interface": "eth0"}, "of one interface"),
         ({"worker_interface": "127.0.0.1"}, "set both"),
+        ({"worker_cores": 2}, "set both"),
     ],
 )
 def test_what_workers_cannot_do_is_refused(settings: dict, message: str) -> None:

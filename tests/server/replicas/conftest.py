@@ -70,6 +70,11 @@ class ServedReplicas(Served):
     def replica_pids(self) -> list[int]:
         return [pid for pid, command in self.processes().items() if "ServeReplica" in command]
 
+    def workers_of(self, replica: int) -> list[int]:
+        """Of a replica's process."""
+        module = "runtime.workers.worker"
+        return [pid for pid, command in descendants(replica).items() if module in command]
+
     def listening(self, pid: int) -> list[tuple[str, int]]:
         """Addresses, in hex as Linux writes them, and ports on which a process takes connections."""
         inodes = set()

@@ -38,6 +38,8 @@ def test_what_is_no_number_of_replicas(text, capsys) -> None:
         (["--write-only", "there"], "no --write-only"),
         (["--no-openai"], "the OpenAI endpoint alone"),
         (["--ray-address", "10.0.0.1:6379"], "--ray-address needs --threads"),
+        (["--ray-address", "10.0.0.1:6379", "--workers=2"], "--ray-address needs --threads"),
+        (["--workers=2", "--worker-interface=127.0.0.1"], "leave out --worker-interface"),
         ([], "manifest"),
     ],
 )

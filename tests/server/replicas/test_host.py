@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_answers_are_those_of_the_runtime(host, demo_zoo) -> None:
             assert [len(top) for item in items for top in item.tops] == [2] * len(found)
             assert items[-1].finish_reason == "length"
             assert items[-1].num_prompt_tokens == expected.num_prompt_tokens
+
+
+def test_over_workers_too(demo_zoo) -> None:
+    settings = {**KV, "workers": 2, "num_threads": 1, "worker_cores": 1, "precision": "f32"}
+    spread = EngineHost(ReplicaSettings(str(demo_zoo), settings))
+    pids = spread._engine.engine.worker_pids
+    try:
+        here = LLM(str(demo_zoo), precision="f32", **KV)
+        expected = here.generate("solver", ["The parties agree"], a_request().params)[0]
+        items = asyncio.run(collect(spread, a_request("solver")))
+        assert tuple(t for item in items for t in item.token_ids) == tuple(expected.token_ids)
+    finally:
+        spread.close()
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_log_probabilities_of_the_prompt_come_with_the_first(host) -> None:
