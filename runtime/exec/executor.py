@@ -294,7 +294,7 @@ class Executor:
         arrays.max_context_len[...] = (arrays.past_lens + counts).max()
         layout.upload()
         for i, rows in enumerate(batch):
-            if rows.entry:
+            if rows.hidden is not None:
                 layout.entering_rows(i)[...] = rows.hidden
 
     def _gather(self, layout: StepLayout) -> None:

@@ -62,6 +62,12 @@ class KVTensors:
             else:
                 pool[index] = self._to_device(contents)
 
+    def fill(
+        self, chain: int, first_layer: int, pages: np.ndarray, keys: np.ndarray, values: np.ndarray
+    ) -> None:
+        """`write` pages [layers, n] of a sequence, those of layers of its chain from `first_layer` on."""
+        self.write(pages, keys, values)
+
     def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
         """Copy pages of K and V, int32 [n] each; no page is in both."""
         source, destination = self._checked(source), self._checked(destination)
@@ -76,7 +82,11 @@ class KVTensors:
             borrowed: what lies where.
             page_table: int32 [num_layers, pages] of the sequence that takes it.
         """
-        targets = self._checked(page_table[:, borrowed.positions // PAGE_TOKENS])
+        self.take_over(chain, borrowed, page_table[:, borrowed.positions // PAGE_TOKENS])
+
+    def take_over(self, chain: int, borrowed: Borrowed, targets: np.ndarray) -> None:
+        """The same of any of its layers, into pages `targets`, int [layers, n], of each token."""
+        targets = self._checked(targets)
         borrowed = borrowed._replace(pages=self._checked(borrowed.pages))
         first, rest = whole_pages(borrowed)
         self.copy(borrowed.pages[:, first].ravel(), targets[:, first].ravel())

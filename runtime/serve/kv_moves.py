@@ -111,7 +111,9 @@ def choose_moves(
 
 def _goes_along(seq: TokenSequence, moves: LayerMoves, found: KVMoves, sent: Collection[Node]) -> bool:
     """Choose the pages of a sequence, unless it is cheaper to compute it anew from what is chosen so far."""
-    if seq.copied_from:  # it is about to begin, with a part of a page
+    if seq.copied_from:  # it is about to begin, with a part of a page, or with what it takes over
+        return False
+    if seq.approx is not None and seq.num_computed < seq.approx.reused.size:  # what is written has gaps
         return False
     fresh: dict[Node, Pages] = {}
     own: list[Pages] = []

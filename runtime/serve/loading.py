@@ -26,8 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 def making(zoo: Zoo, config: EngineConfig, maker: EngineMaker) -> Making:
     """What makes a loaded zoo, and those that follow it as the zoo changes."""
-    keeps = config.prefix_caching and config.workers is None
-    boundary_bytes = config.boundary_cache_bytes if keeps else 0
+    boundary_bytes = config.boundary_cache_bytes if config.prefix_caching else 0
     return Making(
         zoo.path,
         config,

@@ -28,6 +28,7 @@ class ReuseSteps:
 
     def before(self, seq: TokenSequence, kv: KVTensors) -> list[Part]:
         """Copy what `seq` takes over; the parts, a token each, that refresh what it took before."""
+        self._old_values.pop(seq, None)  # of a step that failed
         copies = seq.cache.take_copies(seq)
         if copies is not None:
             kv.copy(*copies)
@@ -44,7 +45,7 @@ class ReuseSteps:
         refreshed = approx.refreshing()
         if refreshed.size and approx.config.negligible:
             self._old_values[seq] = kv.values(seq.page_table, refreshed)
-        return [Part(position, position + 1, 0) for position in refreshed.tolist()]
+        return [Part(position, position + 1, 0) for position in sorted(refreshed.tolist())]
 
     def window(self, seq: TokenSequence, part: Part) -> int:
         """How many of a part's last rows report their attention."""

@@ -20,7 +20,7 @@ import numpy as np
 from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.exec.executor import StepResult
-from blockzoo.runtime.exec.interface import StepExecutor
+from blockzoo.runtime.exec.interface import KVLostError, StepExecutor
 from blockzoo.runtime.exec.rows import RowError, Rows
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.sequence import Part, TokenSequence
@@ -51,9 +51,11 @@ class StepOutcome:
 
     @contextmanager
     def blaming(self, index: int) -> Iterator[None]:
-        """An error in the body is that sequence's."""
+        """An error in the body is that sequence's, but for KVLostError."""
         try:
             yield
+        except KVLostError:
+            raise
         except Exception as error:  # a bug of ours: it ends one request
             traceback.print_exc()
             self.failed[index] = f"the engine failed: {error}"
@@ -81,6 +83,7 @@ class StepRunner:
             advance: called with what has run.
 
         Raises:
+            KVLostError: a worker is lost; all sequences begin anew.
             Exception: the executor failed; none of the sequences can go on.
         """
         outcome = StepOutcome()

@@ -9,7 +9,8 @@ another one's use it, its memory is given back there, so that all pools together
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from blockzoo.runtime.exec.rows import RowChecks, Rows
 from blockzoo.runtime.exec.topology import ChainPlan, Family
 from blockzoo.runtime.workers.group import WorkerGroup
 from blockzoo.runtime.workers.micro_batches import MicroBatch, micro_batches
+from blockzoo.runtime.workers.remote_pages import RemotePages
+from blockzoo.runtime.workers.seen import Seen
 from blockzoo.runtime.workers.settings import MOST_MICRO_BATCHES, WorkerPlan
-from blockzoo.runtime.workers.wire import STEP, pack_rows
+from blockzoo.runtime.workers.wire import STEP, pack_hidden, pack_rows
 
 LEAST_ROWS = 128
 """Of a micro-batch: the weights that it reads are read anew for each."""
@@ -61,14 +64,24 @@ class DistributedExecutor:
         cuts: bool = True,
     ) -> None:
         self.chains = tuple(chains)
-        self._group, self._check = group, check
+        self._family, self._group, self._check = family, group, check
         self._number = group.plan.families.index(family)
         self._num_pages = group.plan.num_pages[family]
         self._mine = [index for index, chain in enumerate(chains) if chain.family == family]
         self._follow_homes()
         self._cuts = cuts and len(group.logits) > 1
         self._owners = np.full(self._num_pages, -1, np.int8)
-        self.kv: KVTensors = _Pages(self._num_pages, arrays, self.copy_pages)
+        self._dtype = arrays.zeros((0,), "activation").dtype
+        self.kv: KVTensors = RemotePages(
+            family,
+            self._num_pages,
+            self._number,
+            arrays,
+            group,
+            self._owners,
+            self._take,
+            lambda: self._layer_homes,
+        )
         self._most_rows = 0
 
     def run(self, batch: Sequence[Rows]) -> StepResult:
@@ -151,21 +164,8 @@ class DistributedExecutor:
         self._take(self._group.next_step(), pages, workers)
 
     def _follow_homes(self) -> None:
-        homes = self._group.plan.homes
-        self._route = {
-            index: frozenset(homes[use.span] for use in self.chains[index].uses) for index in self._mine
-        }
+        self._routes: dict[tuple[int, int, int | None], frozenset[int]] = {}
         self._layer_homes = {index: self.layer_homes(index) for index in self._mine}
-
-    def copy_pages(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy pages of K and V, int32 [n] each, each where it lies."""
-        step = self._group.next_step()
-        owners = self._owners[source]
-        self._take(step, destination, owners)
-        for worker in np.unique(owners).tolist():
-            mine = owners == worker
-            pairs = np.stack([source[mine], destination[mine]]).astype(np.int32)
-            self._group.send(worker, b"copy", STEP.pack(step, 0, self._number), pairs.tobytes())
 
     # ---- pages
 
@@ -195,13 +195,15 @@ class DistributedExecutor:
         self._group.check()
         open_parts: dict[int, set[int]] = {}  # by micro-batch, the workers that have not done it
         for micro, part in enumerate(parts):
-            route = frozenset().union(*(self._route[rows.chain] for rows in part.rows))
+            route = frozenset().union(*(self._route(rows.chain, rows.entry, rows.exit) for rows in part.rows))
             which, data = STEP.pack(step, micro, self._number), pack_rows(part.rows)
             for worker in sorted(route):
-                self._group.send(worker, b"step", which, data)
+                hidden = pack_hidden(part.rows, partial(self._begins_in, worker))
+                self._group.send(worker, b"step", which, data, *hidden)
             open_parts[micro] = set(route)
             self._most_rows = max(self._most_rows, sum(len(rows.token_ids) for rows in part.rows))
         logits: dict[int, list[tuple[np.ndarray, list[int]]]] = defaultdict(list)
+        seen = Seen(self._dtype, self._family.hidden_size)
         num_calls = num_rows = 0
         for worker, kind, what in self._group.answers(set().union(*open_parts.values())):
             if kind not in ("done", "error") or what["step"] != step:
@@ -212,32 +214,31 @@ class DistributedExecutor:
             for begin, vocab, places in what["logits"]:
                 rows = self._group.logits[worker][begin : begin + len(places) * vocab]
                 logits[micro].append((rows.reshape(-1, vocab), [members[place] for place in places]))
+            seen.note(what, members)
             num_calls, num_rows = num_calls + what["calls"], num_rows + what["rows"]
             open_parts[micro].discard(worker)
             if not any(open_parts.values()):
                 break
         found = [item for micro in sorted(logits) for item in logits[micro]]
-        return StepResult(found, num_calls, num_rows, [], {})
+        return StepResult(found, num_calls, num_rows, seen.hidden(), seen.scores)
+
+    def _route(self, chain: int, entry: int, leaves: int | None) -> frozenset[int]:
+        """The workers of the spans through which rows go."""
+        key = chain, entry, leaves
+        if key not in self._routes:
+            homes, uses = self._group.plan.homes, self.chains[chain].uses[entry:leaves]
+            self._routes[key] = frozenset(homes[use.span] for use in uses)
+        return self._routes[key]
+
+    def _begins_in(self, worker: int, rows: Rows) -> bool:
+        """Whether a worker has the first span through which rows go."""
+        return self._group.plan.homes[self.chains[rows.chain].uses[rows.entry].span] == worker
 
     @staticmethod
     def _error(worker: int, what: Mapping[str, object]) -> Exception:
         if isinstance(what["chain"], int):
             return AdapterUnavailableError(what["chain"], str(what["message"]))
         return PartError(f"worker {worker}: {what['message']}")
-
-
-class _Pages(KVTensors):
-    """Pages that lie in workers. They can be copied; what else `KVTensors` does no setting allows here."""
-
-    def __init__(
-        self, num_pages: int, arrays: Arrays, copy: Callable[[np.ndarray, np.ndarray], None]
-    ) -> None:
-        super().__init__({}, num_pages, {}, arrays)
-        self._copy = copy
-
-    def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """See `KVTensors.copy`."""
-        self._copy(self._checked(source), self._checked(destination))
 
 
 def _layer_homes(chain: ChainPlan, plan: WorkerPlan, homes: Sequence[int] | None) -> np.ndarray:

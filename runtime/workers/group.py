@@ -23,7 +23,7 @@ from blockzoo.runtime.workers.processes import Processes, UnloadableError, Worke
 from blockzoo.runtime.workers.settings import Member, WorkerPlan, WorkerSettings
 from blockzoo.runtime.workers.sockets import LOOPBACK, Keys, Sockets
 from blockzoo.runtime.workers.state import WorkerState
-from blockzoo.runtime.workers.wire import ALIVE, LOADER, NUMBER, pack_json, unpack_json
+from blockzoo.runtime.workers.wire import ALIVE, LOADER, NUMBER, attach, pack_json, unpack_json
 
 SILENT_S = 5.0
 """Without an answer for so long, a worker is taken for hung."""
@@ -207,7 +207,7 @@ class WorkerGroup:
         self._step += 1
         return self._step
 
-    def send(self, worker: int, *frames: bytes, ends: Sequence[Pair] = ()) -> None:
+    def send(self, worker: int, *frames: bytes | memoryview, ends: Sequence[Pair] = ()) -> None:
         """Tell a worker something; `ends` of pairs go along where it runs here."""
         to = self._workers[worker]
         numbered = [NUMBER.pack(to.num_told), *frames]
@@ -285,7 +285,7 @@ class WorkerGroup:
             worker.unloadable = {int(span): why for span, why in problems.items()}
         elif kind != b"pong":
             said = unpack_json(what)
-            for data, (begin, *_) in zip(more, said["logits"] if more else (), strict=True):
+            for data, (begin, *_) in zip(attach(said, more), said.get("logits", ()), strict=False):
                 logits = np.frombuffer(data, np.float32)  # to where a worker of this machine has them
                 self.logits[worker.index][begin : begin + len(logits)] = logits
             yield worker.index, kind.decode(), said

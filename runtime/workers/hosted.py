@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from blockzoo.engines.base import Embedding, Engine
+from blockzoo.engines.base import Embedding, Engine, activation_dtype
 from blockzoo.engines.choose import make_engines
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
+from blockzoo.runtime.exec.rows import Rows
 from blockzoo.runtime.exec.topology import ChainPlan
 from blockzoo.runtime.workers.part import Logits, PartExecutor
 from blockzoo.runtime.workers.settings import WorkerSettings
+from blockzoo.runtime.workers.wire import unpack_rows, with_hidden
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.rope import RopeConfig
@@ -79,7 +81,9 @@ class Hosted:
             span = self._plan.topology.spans[index]
             try:
                 blocks = [self._block(block_id) for block_id in span.block_ids]
-                engines[index] = self._maker.span(blocks, drops_rows=span.drops_rows, lora=dict(span.lora))
+                engines[index] = self._maker.span(
+                    blocks, drops_rows=span.drops_rows, lora=dict(span.lora), scores=span.scores
+                )
             except (RuntimeError, ZooError, KeyError) as error:  # an EngineError; KeyError: no such block
                 problems[index] = str(error)
         if problems:
@@ -170,6 +174,10 @@ class Hosted:
             logits=self._logits[begin : begin + size],
             before=self._places.get((number, 0)),
         )
+
+    def rows_of(self, data: bytes, hidden: Sequence[bytes]) -> list[Rows]:
+        """The rows of a step, as they were sent."""
+        return with_hidden(unpack_rows(data), hidden, activation_dtype(self._plan.precision))
 
     def far_logits(self, logits: Sequence[Logits]) -> list[memoryview]:
         """Logits that are to be sent, as the head does not see this worker's; none where it does."""

@@ -46,5 +46,16 @@ def _cut(rows: Rows, room: int) -> tuple[Rows, Rows | None]:
     """The first `room` rows, and the rest; all, where it would part those with logits."""
     if len(rows.token_ids) - rows.num_logits <= room:
         return rows, None
-    first = rows._replace(token_ids=rows.token_ids[:room], num_logits=0)
-    return first, rows._replace(token_ids=rows.token_ids[room:], past_len=rows.past_len + room)
+    rest = len(rows.token_ids) - room
+    first = rows._replace(
+        token_ids=rows.token_ids[:room],
+        num_logits=0,
+        hidden=None if rows.hidden is None else rows.hidden[:room],
+        score_window=max(0, rows.score_window - rest),
+    )
+    return first, rows._replace(
+        token_ids=rows.token_ids[room:],
+        past_len=rows.past_len + room,
+        hidden=None if rows.hidden is None else rows.hidden[room:],
+        score_window=min(rows.score_window, rest),
+    )

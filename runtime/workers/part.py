@@ -17,7 +17,7 @@ from blockzoo.engines.base import Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs
 from blockzoo.runtime.exec.batch import StepLayout, batch_order
 from blockzoo.runtime.exec.calls import Call
-from blockzoo.runtime.exec.executor import Executor
+from blockzoo.runtime.exec.executor import Executor, Hidden
 from blockzoo.runtime.exec.rows import Rows
 from blockzoo.runtime.exec.step_arrays import make_buffers
 from blockzoo.runtime.exec.topology import Family
@@ -105,18 +105,20 @@ class PartExecutor(Executor):
         layout, _ = self._layout_for(ordered)
         self._most_rows = max(self._most_rows, layout.num_rows)
         self._fill(layout, ordered)
+        self._scores = {}
         self._gather(layout)
         share = self._shares.get(layout)
         if share is None:
             share = self._shares[layout] = _Share(self, layout)
         return PartStep(self, layout, share, order)
 
-    def run_call(self, layout: StepLayout, index: int) -> None:
-        """Run a call of this worker. Raises AdapterUnavailableError."""
+    def run_call(self, layout: StepLayout, kept: list[Hidden], index: int) -> None:
+        """Run a call of this worker; hidden states that somebody keeps are added to `kept`. Raises
+        AdapterUnavailableError."""
         call = layout.calls[index]
         if self._spans[call.span].lora:
             self._bind_adapters(layout, index, call)
-        self._run_call(layout, [], call)
+        self._run_call(layout, kept, call)
 
     def _bind_adapters(self, layout: StepLayout, index: int, call: Call) -> None:
         """Now and not when it is laid out: a call of another place may have moved them since."""
@@ -127,6 +129,11 @@ class PartExecutor(Executor):
             call.binds |= self._inputs.of(call)
             self._bound_call.pop(call.span, None)
             stamps[index] = self._inputs.stamp(call)
+
+    @property
+    def scores(self) -> dict[int, np.ndarray]:
+        """Attention received in the calls run here, by place in the layout."""
+        return self._scores
 
     def place_of(self, rows: np.ndarray) -> int:
         """Where logits begin in the shared memory, in elements."""
@@ -182,6 +189,7 @@ class PartStep:
         self._executor, self._layout, self._share, self._order = executor, layout, share, order
         self._pending = deque(share.calls)
         self.num_calls, self.num_call_rows = len(share.calls), share.num_rows
+        self._kept: list[Hidden] = []
 
     @property
     def is_done(self) -> bool:
@@ -213,7 +221,7 @@ class PartStep:
         for source, targets in self._share.sources[index].items():
             for target, data in zip(targets, inbox.pop((source, index)), strict=True):
                 target[...] = np.frombuffer(data, target.dtype).reshape(target.shape)
-        self._executor.run_call(self._layout, index)
+        self._executor.run_call(self._layout, self._kept, index)
         return self._share.takers.get(index, [])
 
     def logits(self) -> list[Logits]:
@@ -222,3 +230,11 @@ class PartStep:
             each._replace(members=[self._order[place] for place in each.members])
             for each in self._share.logits
         ]
+
+    def scores(self) -> dict[int, np.ndarray]:
+        """The attention that tokens received here, as in `StepResult`."""
+        return {self._order[place]: values for place, values in self._executor.scores.items()}
+
+    def hidden(self) -> list[Hidden]:
+        """Hidden states that left spans here and are kept."""
+        return [each._replace(member=self._order[each.member]) for each in self._kept]

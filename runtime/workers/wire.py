@@ -1,8 +1,9 @@
 """What head and workers tell each other: a kind, then JSON or arrays. Nothing of it is executed. What the
 head tells a worker comes by two ways (`pairs`), so it is numbered.
 
-head -> worker   step     (step, micro-batch, family), rows as integers
+head -> worker   step     (step, micro-batch, family), rows as integers, hidden states that enter late
                  copy     (step, 0, family), pages int32 [2, n]: from, to
+                 borrow, values, read, write   of pages, as `kv_orders` has them
                  discard  (step, 0, family), pages int32 [n]
                  load     spans that it is to have ready, beside the steps
                  expect   (step, 0, family): pages will come; answered by `took`, none yet
@@ -13,7 +14,9 @@ head -> worker   step     (step, micro-batch, family), rows as integers
                  ping
 worker -> head   ready, failed   once, when it has loaded
                  loaded          spans, and what is wrong with some
-                 done, error     of each micro-batch; with logits, where the head is on another machine
+                 done, error     of each micro-batch; with attention received, hidden states that are kept,
+                                 and logits, where the head is on another machine
+                 kv              what was asked of pages
                  took            how many pages have come
                  pong
 worker -> worker rows     (step, micro-batch, source call, destination call), hidden states
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -42,14 +45,20 @@ ALIVE = ".alive"
 """Behind a worker's identity, its thread that answers pings."""
 LOADER = ".loader"
 """Behind a worker's identity, its thread that makes more spans ready."""
-_FIELDS = 6  # of each member: chain, tokens, past_len, num_logits, layers, pages
+_FIELDS = 10  # of each member: tokens, layers, pages, and seven of `Rows`
+_NO_EXIT = -1
 
 
 def pack_rows(batch: Sequence[Rows]) -> bytes:
     """A batch as int32: how many, their fields, their token ids, the pages of their tables."""
     tables = [rows.used_pages() for rows in batch]
     fields = [
-        (rows.chain, len(rows.token_ids), rows.past_len, rows.num_logits, *table.shape)
+        (
+            *(len(rows.token_ids), *table.shape),
+            *(rows.chain, rows.past_len, rows.num_logits, rows.entry),
+            _NO_EXIT if rows.exit is None else rows.exit,
+            *(rows.keeps_hidden, rows.score_window),
+        )
         for rows, table in zip(batch, tables, strict=True)
     ]
     parts = [
@@ -62,22 +71,59 @@ def pack_rows(batch: Sequence[Rows]) -> bytes:
 
 
 def unpack_rows(data: bytes) -> list[Rows]:
-    """The batch of `pack_rows`, over its memory. Raises ValueError where it is cut short."""
+    """The batch of `pack_rows`, over its memory, without hidden states. Raises ValueError where it is cut
+    short."""
     ints = np.frombuffer(data, np.int32)
     count = int(ints[0])
     fields = ints[1 : 1 + _FIELDS * count].reshape(count, _FIELDS)
-    sizes = np.concatenate([fields[:, 1], fields[:, 4] * fields[:, 5]])
+    sizes = np.concatenate([fields[:, 0], fields[:, 1] * fields[:, 2]])
     ends = 1 + _FIELDS * count + np.cumsum(sizes)
     if int(ends[-1]) != ints.size:
         raise ValueError(f"{ints.size} integers of a step; {ends[-1]} expected")
     bounds = [1 + _FIELDS * count, *ends.tolist()]
     pieces = [ints[begin:end] for begin, end in pairwise(bounds)]
-    return [
-        Rows(chain, tokens, past, table.reshape(layers, pages), num_logits)
-        for (chain, _, past, num_logits, layers, pages), tokens, table in zip(
-            fields.tolist(), pieces[:count], pieces[count:], strict=True
-        )
-    ]
+    return list(map(_rows, fields.tolist(), pieces[:count], pieces[count:]))
+
+
+def _rows(fields: list[int], token_ids: np.ndarray, pages: np.ndarray) -> Rows:
+    _, layers, columns, chain, past_len, num_logits, entry, leaves, keeps_hidden, window = fields
+    return Rows(
+        chain,
+        token_ids,
+        past_len,
+        pages.reshape(layers, columns),
+        num_logits,
+        entry,
+        keeps_hidden=bool(keeps_hidden),
+        exit=None if leaves == _NO_EXIT else leaves,
+        score_window=window,
+    )
+
+
+def pack_hidden(batch: Sequence[Rows], takes: Callable[[Rows], bool]) -> list[bytes | memoryview]:
+    """The hidden states of each member that enters late, for the worker that `takes` it; empty for others."""
+    return [np.ascontiguousarray(rows.hidden).data if takes(rows) else b"" for rows in batch if rows.entry]
+
+
+def with_hidden(batch: Sequence[Rows], frames: Sequence[bytes], dtype: np.dtype) -> list[Rows]:
+    """A batch with the hidden states that have come, as `pack_hidden` sent them."""
+    come = iter(frames)
+    whole = []
+    for rows in batch:
+        data = next(come) if rows.entry else b""
+        if data:
+            rows = rows._replace(hidden=np.frombuffer(data, dtype).reshape(len(rows.token_ids), -1))
+        whole.append(rows)
+    return whole
+
+
+def attach(said: dict[str, Any], frames: list[bytes]) -> list[bytes]:
+    """Put as many frames as a message says in the place of their number; those that are left:
+    logits, where the head is on another machine."""
+    count = said.get("frames", 0)
+    if count:
+        said["frames"] = frames[:count]
+    return frames[count:]
 
 
 def pack_json(value: Any) -> bytes:

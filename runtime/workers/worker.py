@@ -19,6 +19,7 @@ import numpy as np
 import zmq
 
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
+from blockzoo.runtime.workers import kv_orders
 from blockzoo.runtime.workers.hosted import Hosted
 from blockzoo.runtime.workers.pairs import Frame, Pair
 from blockzoo.runtime.workers.part import Inbox, PartStep
@@ -32,7 +33,6 @@ from blockzoo.runtime.workers.wire import (
     STEP,
     pack_json,
     unpack_json,
-    unpack_rows,
 )
 
 
@@ -139,10 +139,14 @@ class Worker:
             step, micro, family = STEP.unpack(frames[0])
             self._go_on_to(step)
             if kind == b"step":
-                self._begin(micro, family, frames[1])
+                self._begin(micro, family, frames[1], frames[2:])
             elif kind == b"copy":
                 source, destination = np.frombuffer(frames[1], np.int32).reshape(2, -1)
                 self._hosted.executor(family, 0).kv.copy(source, destination)
+            elif kind in kv_orders.KINDS:
+                found = kv_orders.obey(self._hosted.executor(family, 0).kv, kind, frames[1:])
+                if found is not None:
+                    self._tell(b"kv", {"step": step, "frames": len(found)}, _frames(found))
             elif kind == b"discard":
                 self._hosted.executor(family, 0).discard(np.frombuffer(frames[1], np.int32))
             elif kind == b"expect":
@@ -156,11 +160,8 @@ class Worker:
         self._send(worker, [which, pages.data, keys.data, values.data])
 
     def _take_pages(self, step: int, family: int, frames: list[bytes]) -> None:
-        kv = self._hosted.executor(family, 0).kv
-        pages = np.frombuffer(frames[0], np.int32)
-        shape = (len(pages), *kv.page_shape)
-        kv.write(pages, *(np.frombuffer(each, kv.page_dtype).reshape(shape) for each in frames[1:]))
-        self._tell(b"took", {"step": step, "pages": len(pages)})
+        count = kv_orders.write(self._hosted.executor(family, 0).kv, frames)
+        self._tell(b"took", {"step": step, "pages": count})
 
     def _load(self, spans: list[int]) -> None:
         """From a thread of its own, while calls run here."""
@@ -195,9 +196,10 @@ class Worker:
             delay_s = self._member.to_worker_s(index)
             self._outward[index] = address, self._sockets.connect(zmq.PUSH, address, delay_s=delay_s)
 
-    def _begin(self, micro: int, family: int, rows: bytes) -> None:
+    def _begin(self, micro: int, family: int, data: bytes, hidden: list[bytes]) -> None:
         try:
-            self._running[micro] = self._hosted.executor(family, micro).begin(unpack_rows(rows))
+            rows = self._hosted.rows_of(data, hidden)
+            self._running[micro] = self._hosted.executor(family, micro).begin(rows)
         except Exception as error:
             self._fail(micro, error)
         else:
@@ -231,10 +233,13 @@ class Worker:
         if part.is_done:
             del self._running[micro]
             self._came.pop((self._step, micro), None)
-            logits = part.logits()
+            logits, scores, hidden = part.logits(), part.scores(), part.hidden()
             done = {"step": self._step, "micro": micro, "logits": logits}
             done |= {"calls": part.num_calls, "rows": part.num_call_rows}
-            self._tell(b"done", done, self._hosted.far_logits(logits))
+            done |= {"scores": list(scores), "hidden": [(each.member, each.entry) for each in hidden]}
+            arrays = [*scores.values(), *(each.rows for each in hidden)]
+            done["frames"] = len(arrays)
+            self._tell(b"done", done, [*_frames(arrays), *self._hosted.far_logits(logits)])
 
     def _fail(self, micro: int, error: Exception) -> None:
         """Give up the step; the head decides what becomes of it."""
@@ -243,3 +248,7 @@ class Worker:
             traceback.print_exception(error)
         self._running.clear()
         self._tell(b"error", {"step": self._step, "micro": micro, "chain": chain, "message": str(error)})
+
+
+def _frames(arrays: Sequence[np.ndarray]) -> list[memoryview]:
+    return [np.ascontiguousarray(each).data for each in arrays]

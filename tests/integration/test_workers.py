@@ -232,7 +232,6 @@ def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) ->
         ({"workers": 65}, "at most 64"),
         ({"worker_memory_bytes": 1 << 30}, "set both"),
         ({"workers": 2, "backend": "reference"}, "leave one out"),
-        ({"workers": 2, "kv_reuse": "approx"}, "approximate is set"),
         ({"workers": 2, "kv_cache_dir": "kv"}, "kv_cache_dir is set"),
         ({"ray_address": "10.0.0.1:6379"}, "set both"),
         ({"workers": 2, "ray_address": "10.0.0.1:6379"}, "needs num_threads"),
