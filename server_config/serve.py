@@ -132,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
         "is reused)",
     )
     engine.add_argument(
+        "--kv-guard",
+        type=float,
+        metavar="NATS",
+        help="with --kv-recompute: compute a prompt in full after all where computing that share anew moves "
+        "the distribution of its first token by so much (default: no guard)",
+    )
+    engine.add_argument(
         "--speculate",
         choices=("auto", "off"),
         help="auto: guess tokens ahead (from the prompt, earlier answers, the form of an answer) and check "
@@ -290,10 +297,13 @@ def _approximate(args: argparse.Namespace) -> dict[str, float] | None:
     from blockzoo.runtime.api.errors import InvalidRequestError
 
     if args.kv_recompute is None:
+        if args.kv_guard is not None:
+            raise InvalidRequestError("--kv-guard goes with --kv-recompute: add it")
         return {} if args.kv_reuse == "on-request" else None
     if args.kv_reuse not in ("on-request", "approx"):
         raise InvalidRequestError("--kv-recompute is about --kv-reuse on-request or approx: add one of them")
-    return {"recompute": args.kv_recompute}
+    guard = {} if args.kv_guard is None else {"guard": args.kv_guard}
+    return {"recompute": args.kv_recompute, **guard}
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:

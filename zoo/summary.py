@@ -198,10 +198,11 @@ def reuse_settings_text(settings: ReuseSettings) -> str:
     """Settings in a few words."""
     if settings.recompute == 1:
         return f"behind edits alone: {settings.edit_recompute:.0%}, right behind each"
+    guard = "" if settings.guard is None else f", all where that moves the token {settings.guard:.2g} nats"
     if settings.selector == "head-of-run":
-        return f"heads of runs, {settings.recompute:.0%}"
+        return f"heads of runs, {settings.recompute:.0%}{guard}"
     beside = f", {settings.refresh} beside each token" if settings.refresh else ""
     return (
         f"{settings.unit}s that the question points at, {settings.recompute:.0%}, heads of {settings.head}, "
-        f"{settings.edit} behind edits{beside}"
+        f"{settings.edit} behind edits{beside}{guard}"
     )

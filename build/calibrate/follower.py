@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Run:
         logits: float32 [tokens, vocab].
         recomputed: share of the prompt's tokens that were computed; 1 where nothing was taken over.
         reuses: whether KV was taken over approximately.
+        moved: what a guard went by that held nothing back; None: none looked.
         first_s: seconds to the first token, where it ran alone.
     """
 
@@ -40,6 +41,7 @@ class Run:
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     recomputed: float = 1.0
     reuses: bool = False
+    moved: float | None = None
     first_s: float = 0.0
 
 
@@ -65,10 +67,11 @@ class Follower:
 
     Args:
         engine: allows approximate reuse; belongs to this from now on.
+        clock: tells seconds; `time.process_time` where others keep the machine busy.
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: LLMEngine, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.engine, self._clock = engine, clock
         self._sampler = engine._sampler = _FollowingSampler()
 
     def render(self, model: str, prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +86,7 @@ class Follower:
         """All of them at once. Raises RuntimeError where one fails."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         asked: dict[str, tuple[Run, Request, list[np.ndarray]]] = {}
-        start = time.perf_counter()
+        start = self._clock()
         for number, run in enumerate(runs):
             request = self.engine.prepare(str(number), model, run.prompt, params, scope, run.how)
             request.seq.approximate = run.config
@@ -97,7 +100,7 @@ class Follower:
                     raise RuntimeError(output.error)
                 run, request, _ = asked[output.request_id]
                 if output.token_ids and not run.tokens:
-                    run.first_s = time.perf_counter() - start
+                    run.first_s = self._clock() - start
                     # some take theirs over in this very step, some end with it
                     _note_reuse(run, request, request.seq.approx or before[output.request_id])
                 run.text += output.text
@@ -112,7 +115,7 @@ def _note_reuse(run: Run, request: Request, approx: Any) -> None:
     spared = seq.num_cached
     if approx is not None:
         spared += int(approx.reused.sum())
-        run.reuses = True
+        run.reuses, run.moved = True, approx.moved
     run.recomputed = 1 - spared / seq.prompt_len
 
 

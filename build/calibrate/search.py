@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +41,75 @@ class NothingKnownError(ZooError):
 
 
 @dataclass(slots=True)
-class _Tried:
-    """What all prompts gave of one candidate; speed-ups of those in which it took something over."""
+class Tried:
+    """What all prompts gave of one candidate, a value each.
 
-    agrees: list[np.ndarray]
-    kl: list[np.ndarray]
-    computed: list[float]
-    speedups: list[float]
+    Attributes:
+        agrees, kl: of each token of the answer.
+        computed: share of the prompt's tokens.
+        costs: time to the first token, a full prefill's being 1; None where nothing was taken over.
+        moved: what a guard would go by; None where none would look.
+    """
+
+    agrees: list[np.ndarray] = field(default_factory=list)
+    kl: list[np.ndarray] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
+    costs: list[float | None] = field(default_factory=list)
+    moved: list[float | None] = field(default_factory=list)
+
+    def add(self, full: Run, run: Run) -> None:
+        """What one prompt gave."""
+        self.agrees.append(agreement(full, run))
+        self.kl.append(divergence(full.logits, run.logits))
+        self.computed.append(run.recomputed)
+        self.costs.append(run.first_s / full.first_s if run.reuses else None)
+        self.moved.append(run.moved)
 
     def point(self, settings: ReuseSettings) -> ReusePoint:
+        """All of it, as these settings gave it."""
+        costs = [cost for cost in self.costs if cost is not None]
+        return self._point(settings, 1 / np.median(costs) if costs else 1.0)
+
+    def guarded(self, settings: ReuseSettings, least: float) -> ReusePoint | None:
+        """With the guard that holds back the fewest of every other prompt and has these agree so much: what
+        it gives and costs on the others. None: there is none.
+
+        What is held back is computed in full after all, so the mean of the times counts.
+        """
+        fit, rest = self._every_other(0), self._every_other(1)
+        for guard in sorted({moved for moved in fit.moved if moved is not None}, reverse=True):
+            if np.concatenate(fit._held_back(guard).agrees).mean() >= least:
+                guarded = rest._held_back(guard)
+                costs = [cost for cost in guarded.costs if cost is not None]
+                settings = replace(settings, guard=guard)
+                return guarded._point(settings, 1 / np.mean(costs)) if costs else None
+        return None
+
+    def _point(self, settings: ReuseSettings, speedup: float | np.floating) -> ReusePoint:
         return ReusePoint(
             settings,
             computed=_rounded(np.mean(self.computed)),
-            speedup=_rounded(np.median(self.speedups or [1.0])),
+            speedup=_rounded(speedup),
             agreement=_rounded(np.concatenate(self.agrees).mean()),
             kl=_rounded(max(0.0, float(np.concatenate(self.kl).mean()))),
         )
+
+    def _every_other(self, first: int) -> Tried:
+        return Tried(*(getattr(self, each.name)[first::2] for each in fields(self)))
+
+    def _held_back(self, guard: float) -> Tried:
+        """As if a guard had looked: what it holds back agrees, and is computed once more, in full."""
+        found = Tried()
+        for agrees, kl, computed, cost, moved in zip(
+            self.agrees, self.kl, self.computed, self.costs, self.moved, strict=True
+        ):
+            back = moved is not None and moved >= guard
+            found.agrees.append(agrees | back)
+            found.kl.append(kl * (not back))
+            found.computed.append(computed + back)
+            found.costs.append(None if cost is None else cost + back)
+            found.moved.append(moved)
+        return found
 
 
 def calibrate(
@@ -133,8 +187,8 @@ class _Search:
 
     def record(self, cases: Sequence[Case], asked: float, speedup: float, source: str) -> ReuseRecord:
         """What all candidates give, and the fastest that is near enough."""
-        tried = [_Tried([], [], [], []) for _ in CANDIDATES]
-        bf16 = _Tried([], [], [], [])
+        tried = [Tried() for _ in CANDIDATES]
+        bf16 = Tried()
         for number, case in enumerate(cases):
             self._progress(self._model, number, len(cases))
             self._try(case, number, tried, bf16)
@@ -144,21 +198,25 @@ class _Search:
                 f"{self._model}: none of {len(cases)} prompts has long runs of words that are known from "
                 "others, so there is nothing to reuse: give prompts that come together in your traffic"
             )
-        curve = tuple(t.point(s) for t, s in zip(tried, CANDIDATES, strict=True))
         yardstick = float(np.concatenate(bf16.agrees).mean())
+        curve = [t.point(s) for t, s in zip(tried, CANDIDATES, strict=True)]
+        for taken, point in zip(tried, tuple(curve), strict=True):
+            if point.agreement < asked * yardstick:
+                guarded = taken.guarded(point.settings, asked * yardstick)
+                curve += [] if guarded is None else [guarded]
         return ReuseRecord(
             settings=choose(curve, asked * yardstick, speedup),
             asked=asked,
             least_speedup=speedup,
             bf16_agreement=_rounded(yardstick),
             bf16_kl=_rounded(max(0.0, float(np.concatenate(bf16.kl).mean()))),
-            curve=curve,
+            curve=tuple(curve),
             num_prompts=len(bf16.agrees),
             num_tokens=int(np.concatenate(bf16.agrees).size),
             prompts=source,
         )
 
-    def _try(self, case: Case, number: int, tried: Sequence[_Tried], bf16: _Tried) -> None:
+    def _try(self, case: Case, number: int, tried: Sequence[Tried], bf16: Tried) -> None:
         """One prompt, by all candidates in turn: each after a full prefill would be, alone."""
         scope = "in turn" if case.known is None else str(number)
         for known in case.known or ():
@@ -168,6 +226,8 @@ class _Search:
         runs = []
         for settings in CANDIDATES:
             config = ReuseConfig(**asdict(settings))
+            if config.selector == "query" and config.recompute < 1:
+                config = replace(config, guard=math.inf)  # which only looks
             run = Run(prompt, "approx", config, full.tokens)
             runs.append(self._run(run, len(full.tokens), scope))
         if case.known is None:
@@ -175,11 +235,7 @@ class _Search:
         if not any(run.reuses for run in runs):
             return  # nothing is known: it tells nothing
         for taken, run in zip(tried, runs, strict=True):
-            taken.agrees.append(agreement(full, run))
-            taken.kl.append(divergence(full.logits, run.logits))
-            taken.computed.append(run.recomputed)
-            if run.reuses:
-                taken.speedups.append(full.first_s / run.first_s)
+            taken.add(full, run)
         ids = [*self._follower.engine.tokenizer(self._model).encode(prompt), *full.tokens[:-1]]
         rounded = self._bf16.logits(self._model, ids, len(full.tokens))
         bf16.agrees.append(rounded.argmax(1) == full.logits.argmax(1))

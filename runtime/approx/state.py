@@ -46,6 +46,7 @@ class ApproximateKV:
         borrowed: None once it is copied.
         first_pass: None once what it chose is computed.
         importance: float32 [num_tokens], attention received; None where nobody asks.
+        moved: what the guard went by (`FirstPass.moved`); None: there is none, or it has not looked yet.
         stale: int64 [n], positions to refresh while decoding, the next first.
         num_refreshing: of `stale`, in this step.
         refreshed: int64 [n], in the last step.
@@ -57,6 +58,7 @@ class ApproximateKV:
         "config",
         "first_pass",
         "importance",
+        "moved",
         "num_refreshing",
         "refreshed",
         "reused",
@@ -71,6 +73,7 @@ class ApproximateKV:
         self.importance = np.zeros(reused.size, np.float32) if first_pass is None else first_pass.importance
         self.stale = self.refreshed = np.empty(0, np.int64)
         self.num_refreshing = 0
+        self.moved: float | None = None
         self._num_calm = 0  # refreshed in a row with negligible deviations
 
     # ---- which tokens run

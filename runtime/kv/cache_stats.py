@@ -21,6 +21,8 @@ class CacheStats:
     copied_pages: int  # copied in part, as they begin alike
     approximate_tokens: int  # whose KV was taken from equal words behind other ones
     approximate_pages: int  # the same, of each request in whole pages: what others may know
+    approximate_guarded: int  # sequences that a guard looked at
+    approximate_guard_fallbacks: int  # those of them that were computed in full
     published_pages: int  # those of the tree that are published, so never evicted
     published_hit_tokens: int  # whose KV was found among them
     evictions: int  # nodes evicted

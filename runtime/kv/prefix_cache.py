@@ -83,6 +83,8 @@ class KVCache:
         self.copied_pages = 0
         self.approximate_tokens = 0
         self.approximate_pages = 0
+        self.approximate_guarded = 0
+        self.approximate_guard_fallbacks = 0
 
     @property
     def version(self) -> int:
@@ -280,6 +282,19 @@ class KVCache:
         borrowed, seq.approx.borrowed = seq.approx.borrowed, None
         self._drop_copies(seq)
         return borrowed
+
+    def guard(self, seq: TokenSequence, moved: float) -> bool:
+        """Whether the next token of `seq` moved too far (`ReuseConfig.guard`), so that nothing that was taken
+        over counts any more: it goes on as an exact sequence, from the first page that has some of it."""
+        assert seq.approx is not None, f"{seq} has taken nothing over"
+        limit, stale = seq.approx.config.guard, np.flatnonzero(seq.approx.reused)
+        self.approximate_guarded += 1
+        if limit is None or moved < limit or not stale.size:  # what is no number went too far
+            return False
+        self.approximate_guard_fallbacks += 1
+        seq.num_computed = int(stale[0]) // PAGE_TOKENS * PAGE_TOKENS
+        seq.approx, seq.reuse = None, "exact"
+        return True
 
     def take_copies(self, seq: TokenSequence) -> tuple[np.ndarray, np.ndarray] | None:
         """Pages (from, to), each int32 [num_layers], to copy before the next tokens of `seq` run."""
@@ -481,6 +496,8 @@ class KVCache:
             copied_pages=self.copied_pages,
             approximate_tokens=self.approximate_tokens,
             approximate_pages=self.approximate_pages,
+            approximate_guarded=self.approximate_guarded,
+            approximate_guard_fallbacks=self.approximate_guard_fallbacks,
             published_pages=self.published.num_pages,
             published_hit_tokens=self.published.hit_tokens,
             evictions=self.tree.evictions,

@@ -101,6 +101,8 @@ class Metrics:
             of each request.
         approximate_declined_total: requests for approximate reuse that were computed exactly, as no settings
             were near enough for their model when it was calibrated.
+        approximate_guarded_total: times that a guard looked at what approximate reuse did to a first token.
+        approximate_guard_fallbacks_total: those of them in which all was computed in full before that token.
         generated_tokens_total: tokens generated, also of requests that still run.
         drafted_tokens_total: tokens that were guessed and run, by model and drafter.
         accepted_tokens_total: those of them that came true.
@@ -147,6 +149,8 @@ class Metrics:
     copied_pages_total: int
     approximate_tokens_total: int
     approximate_declined_total: int
+    approximate_guarded_total: int
+    approximate_guard_fallbacks_total: int
     generated_tokens_total: int
     drafted_tokens_total: Mapping[tuple[str, str], int]
     accepted_tokens_total: Mapping[tuple[str, str], int]
@@ -313,6 +317,8 @@ class MetricsRecorder:
                 copied_pages_total=sum(s.copied_pages for s in stats),
                 approximate_tokens_total=PAGE_TOKENS * sum(s.approximate_pages for s in stats),
                 approximate_declined_total=self._declined,
+                approximate_guarded_total=sum(s.approximate_guarded for s in stats),
+                approximate_guard_fallbacks_total=sum(s.approximate_guard_fallbacks for s in stats),
                 generated_tokens_total=self._generated_tokens,
                 drafted_tokens_total=dict(self._drafted),
                 accepted_tokens_total=dict(self._accepted),

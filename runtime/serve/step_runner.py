@@ -103,14 +103,34 @@ class StepRunner:
                 self._reuse.add_scores(items[index].seq, part, scores)
         advance([item for index, item in enumerate(items) if index not in outcome.failed])
         self._keep_hidden(executor, items, batch, owners, step, outcome)
+        guarded = self._guarded(items, owners, step)
         for index, (seq, _) in enumerate(items):
             if index not in outcome.failed:
                 with outcome.blaming(index):
-                    self._reuse.after(seq, executor.kv)
+                    self._reuse.after(seq, executor.kv, guarded.get(index))
+        held_back = {index for index in guarded if items[index].seq.num_uncomputed}
         for logits, members in step.logits:
+            if held_back:
+                told = [row for row, member in enumerate(members) if owners[member][0] not in held_back]
+                logits, members = logits[told], [members[row] for row in told]
             self._sort_logits(items, owners, logits, members, outcome)
         outcome.num_calls, outcome.num_call_rows = step.num_calls, step.num_call_rows
         return outcome
+
+    @staticmethod
+    def _guarded(
+        items: Sequence[Scheduled], owners: list[tuple[int, Part]], step: StepResult
+    ) -> dict[int, np.ndarray]:
+        """The logits, float32 [vocab], of sequences that a guard looks at, by index."""
+        approx = ((index, item.seq.approx) for index, item in enumerate(items))
+        guarded = {index for index, a in approx if a and a.first_pass and a.config.guard is not None}
+        return {
+            owners[member][0]: row
+            for logits, members in step.logits
+            if guarded
+            for row, member in zip(logits, members, strict=True)
+            if owners[member][0] in guarded
+        }
 
     @staticmethod
     def _sort_logits(
@@ -206,7 +226,7 @@ class StepRunner:
             part.start,
             seq.page_table,
             num_logits=max(
-                part.end == seq.num_tokens and (first_pass is None or first_pass.done),
+                part.end == seq.num_tokens and (first_pass is None or first_pass.gives_logits),
                 seq.num_prompt_logits(part.end),
             ),
             entry=entry,

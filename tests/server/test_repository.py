@@ -149,7 +149,7 @@ def test_no_model_batches_in_triton():
 
 def test_weights_of_tenants_reach_the_engine_and_unknown_ones_are_named(demo_zoo, tmp_path, capsys):
     options = ["--tenant-weight", "base=2", "--tenant-weight", "a=b=0.5", "--max-step-seconds", "0.2"]
-    options += ["--kv-reuse", "on-request", "--kv-recompute", "0.25"]
+    options += ["--kv-reuse", "on-request", "--kv-recompute", "0.25", "--kv-guard", "0.1"]
     assert main([str(demo_zoo), "--write-only", str(tmp_path / "models"), *options]) == 0
     said = capsys.readouterr().err
     assert "--tenant-weight a=b: " in said
@@ -162,6 +162,7 @@ def test_weights_of_tenants_reach_the_engine_and_unknown_ones_are_named(demo_zoo
     assert engine.tenant_weights == {"base": 2.0, "a=b": 0.5}
     assert engine.max_step_seconds == 0.2
     assert (engine.kv_reuse, engine.approximate.recompute) == ("exact", 0.25)
+    assert engine.approximate.guard == 0.1
 
 
 @pytest.mark.parametrize("wrong", ["base", "=2", "base=", "base=two"])
@@ -184,6 +185,12 @@ def test_a_weight_out_of_range_is_refused(demo_zoo, tmp_path, wrong, capsys):
         (["--kv-reuse", "exact", "--kv-recompute", "0.2"], "add one of them"),
         (["--kv-reuse", "approx", "--kv-recompute", "20"], "recompute is 20.0; expected 0 to 1"),
         (["--kv-reuse", "approx", "--kv-recompute", "nan"], "recompute is nan; expected 0 to 1"),
+        (["--kv-reuse", "approx", "--kv-guard", "0.1"], "--kv-guard goes with --kv-recompute"),
+        (
+            ["--kv-reuse", "approx", "--kv-recompute", "0.2", "--kv-guard", "-1"],
+            "guard is -1.0; expected nats",
+        ),
+        (["--kv-reuse", "approx", "--kv-recompute", "1", "--kv-guard", "1"], "recompute between 0 and 1"),
     ],
 )
 def test_a_share_to_compute_anew_that_is_none_is_refused(demo_zoo, tmp_path, options, told, capsys):
