@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.common import machine_facts, print_table, save_report
 from benchmarks.kv_sides import ENGINE
 from benchmarks.reuse_suite.held_out import HELD_OUT
-from benchmarks.reuse_suite.judge import ANSWER_TOKENS, MEBIBYTE
+from benchmarks.reuse_suite.judge import MEBIBYTE
 from benchmarks.reuse_suite.sides import SIDES
 from benchmarks.reuse_suite.tasks import TASKS, Sample
 from benchmarks.reuse_suite.texts import CHARACTERS, Messages
@@ -36,6 +36,7 @@ from blockzoo.runtime import EngineConfig, LLMEngine
 CHOSEN_ON = ("facts in one", "facts in two", "examples", "gist")
 HELD = ("tables", "source files")
 ALL = TASKS | HELD_OUT
+ANSWER_TOKENS = 8
 Record = dict[str, Any]
 """Of a side on a sample: `task`, `number`, `side`; `moved`, nats; `agrees`, of each token; `margin`, nats
 between the two likeliest first tokens; `cost`, processor time to the first token, in full prefills'."""
@@ -48,8 +49,9 @@ def main() -> None:
     add("zoo", type=Path, help="a zoo of the family")
     add("records", type=Path, help="JSON lines, begun or gone on with")
     add("--models", nargs="+", default=["base", "extract", "support"], help="in turns")
-    add("--sides", nargs="+", choices=list(SIDES), default=["composed 20 %", "EPIC 30%"], metavar="SIDE")
+    add("--sides", nargs="+", choices=list(SIDES), default=["composed 20 %"], metavar="SIDE")
     add("--samples", type=int, default=20, help="a task (20); half as many of those held out")
+    add("--start", type=int, default=0, help="number of the first sample, where several runs share the work")
     add("--tokens", type=int, default=640, help="of prompts, about (640)")
     add("--seed", type=int, default=9)
     add("--catch", type=float, default=0.8, help="share of wrong first tokens (0.8)")
@@ -86,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
         approximate=ENGINE,
     )
     follower: Follower | None = None
-    for number in range(args.samples):
-        for task in (*CHOSEN_ON, *(HELD if number < args.samples // 2 else ())):
+    for number in range(args.start, args.start + args.samples):
+        for task in (*CHOSEN_ON, *(HELD if number % 2 == 0 else ())):
             if (task, number) in done:
                 continue
             follower = follower or Follower(LLMEngine(args.zoo, config), time.process_time)

@@ -87,11 +87,11 @@ def test_it_goes_by_how_far_the_next_token_moves(demo_zoo: Path) -> None:
     assert before.moved is None
     assert after.moved is not None
     (told,) = divergence(after.logits, before.logits)
-    assert after.moved == pytest.approx(told, rel=1e-3, abs=1e-6)
+    assert after.moved == pytest.approx(told, rel=0.02)
     assert told > 1e-4
-    assert run("approx", replace(anew, guard=1.01 * told)).moved is not None
+    assert run("approx", replace(anew, guard=1.1 * told)).moved is not None
     assert counts(follower.engine) == (2, 0)
-    run("approx", replace(anew, guard=0.99 * told))
+    run("approx", replace(anew, guard=0.9 * told))
     assert counts(follower.engine) == (3, 1)
 
 
