@@ -23,7 +23,7 @@ from blockzoo.runtime.workers.processes import Processes, UnloadableError, Worke
 from blockzoo.runtime.workers.settings import Member, WorkerPlan, WorkerSettings
 from blockzoo.runtime.workers.sockets import LOOPBACK, Keys, Sockets
 from blockzoo.runtime.workers.state import WorkerState
-from blockzoo.runtime.workers.wire import ALIVE, LOADER, NUMBER, attach, pack_json, unpack_json
+from blockzoo.runtime.workers.wire import ALIVE, LOADER, NUMBER, attach, pack_json, unpack_done, unpack_json
 
 SILENT_S = 5.0
 """Without an answer for so long, a worker is taken for hung."""
@@ -284,7 +284,7 @@ class WorkerGroup:
             problems = unpack_json(what)["problems"]
             worker.unloadable = {int(span): why for span, why in problems.items()}
         elif kind != b"pong":
-            said = unpack_json(what)
+            said = unpack_done(what, more.pop(0)) if kind == b"done" else unpack_json(what)
             for data, (begin, *_) in zip(attach(said, more), said.get("logits", ()), strict=False):
                 logits = np.frombuffer(data, np.float32)  # to where a worker of this machine has them
                 self.logits[worker.index][begin : begin + len(logits)] = logits

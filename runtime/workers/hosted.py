@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -179,11 +179,11 @@ class Hosted:
         """The rows of a step, as they were sent."""
         return with_hidden(unpack_rows(data), hidden, activation_dtype(self._plan.precision))
 
-    def far_logits(self, logits: Sequence[Logits]) -> list[memoryview]:
+    def far_logits(self, logits: Callable[[], Sequence[Logits]]) -> list[memoryview]:
         """Logits that are to be sent, as the head does not see this worker's; none where it does."""
         if not self._is_far:
             return []
-        return [self._logits[each.begin : each.end].data for each in logits]
+        return [self._logits[each.begin : each.end].data for each in logits()]
 
     def release_memory(self) -> None:
         """Give back scratch, and what engines have their own copy of."""

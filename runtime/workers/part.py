@@ -21,6 +21,7 @@ from blockzoo.runtime.exec.executor import Executor, Hidden
 from blockzoo.runtime.exec.rows import Rows
 from blockzoo.runtime.exec.step_arrays import make_buffers
 from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.workers.wire import pack_json
 
 Inbox = dict[tuple[int, int], list[bytes]]
 """Rows that have come, by the call that made them and the call that takes them."""
@@ -150,6 +151,7 @@ class _Share:
         takers: by call, who takes its rows elsewhere.
         logits: where they begin, a row's size, and whose they are by place in the layout.
         num_rows: of all calls.
+        said: what was said last, where nothing went along, and of which order of the batch (`PartStep.said`).
     """
 
     def __init__(self, executor: PartExecutor, layout: StepLayout) -> None:
@@ -174,21 +176,17 @@ class _Share:
             if any(rows is output for output in outputs)
         ]
         self.num_rows = sum(calls[index].num_rows for index in self.calls)
+        self.said: tuple[Sequence[int], bytes] = (), b""
 
 
 class PartStep:
-    """A micro-batch under way on one worker.
-
-    Attributes:
-        num_calls, num_call_rows: calls that it makes here, and their rows.
-    """
+    """A micro-batch under way on one worker."""
 
     def __init__(
         self, executor: PartExecutor, layout: StepLayout, share: _Share, order: Sequence[int]
     ) -> None:
         self._executor, self._layout, self._share, self._order = executor, layout, share, order
         self._pending = deque(share.calls)
-        self.num_calls, self.num_call_rows = len(share.calls), share.num_rows
         self._kept: list[Hidden] = []
 
     @property
@@ -238,3 +236,23 @@ class PartStep:
     def hidden(self) -> list[Hidden]:
         """Hidden states that left spans here and are kept."""
         return [each._replace(member=self._order[each.member]) for each in self._kept]
+
+    def said(self) -> tuple[bytes, list[np.ndarray]]:
+        """What was done here, as JSON, and arrays that go along. Most steps say what the one before said."""
+        scores, hidden = self.scores(), self.hidden()
+        arrays = [*scores.values(), *(each.rows for each in hidden)]
+        order, said = self._share.said
+        if arrays or order != self._order:
+            said = pack_json(
+                {
+                    "logits": self.logits(),
+                    "calls": len(self._share.calls),
+                    "rows": self._share.num_rows,
+                    "scores": list(scores),
+                    "hidden": [(each.member, each.entry) for each in hidden],
+                    "frames": len(arrays),
+                }
+            )
+        if not arrays:
+            self._share.said = self._order, said
+        return said, arrays

@@ -14,8 +14,9 @@ head -> worker   step     (step, micro-batch, family), rows as integers, hidden 
                  ping
 worker -> head   ready, failed   once, when it has loaded
                  loaded          spans, and what is wrong with some
-                 done, error     of each micro-batch; with attention received, hidden states that are kept,
-                                 and logits, where the head is on another machine
+                 done            (step, micro-batch, 0), what was done, as JSON; with attention received,
+                                 hidden states that are kept, and logits, where the head is elsewhere
+                 error           of a micro-batch
                  kv              what was asked of pages
                  took            how many pages have come
                  pong
@@ -28,7 +29,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,14 +76,20 @@ def unpack_rows(data: bytes) -> list[Rows]:
     short."""
     ints = np.frombuffer(data, np.int32)
     count = int(ints[0])
-    fields = ints[1 : 1 + _FIELDS * count].reshape(count, _FIELDS)
-    sizes = np.concatenate([fields[:, 0], fields[:, 1] * fields[:, 2]])
-    ends = 1 + _FIELDS * count + np.cumsum(sizes)
-    if int(ends[-1]) != ints.size:
-        raise ValueError(f"{ints.size} integers of a step; {ends[-1]} expected")
-    bounds = [1 + _FIELDS * count, *ends.tolist()]
-    pieces = [ints[begin:end] for begin, end in pairwise(bounds)]
-    return list(map(_rows, fields.tolist(), pieces[:count], pieces[count:]))
+    ids = 1 + _FIELDS * count
+    fields = ints[1:ids].tolist()
+    members = [fields[begin : begin + _FIELDS] for begin in range(0, len(fields), _FIELDS)]
+    tables = ids + sum(fields[::_FIELDS])
+    expected = tables + sum(layers * columns for _, layers, columns, *_ in members)
+    if len(members) != count or expected != ints.size:
+        raise ValueError(f"{ints.size} integers of a step; {expected} expected")
+    batch = []
+    for member in members:  # few operations of numpy: their code is cold, as a step has read all weights
+        num_tokens, layers, columns, *_ = member
+        pages = ints[tables : tables + layers * columns]
+        batch.append(_rows(member, ints[ids : ids + num_tokens], pages))
+        ids, tables = ids + num_tokens, tables + layers * columns
+    return batch
 
 
 def _rows(fields: list[int], token_ids: np.ndarray, pages: np.ndarray) -> Rows:
@@ -124,6 +131,18 @@ def attach(said: dict[str, Any], frames: list[bytes]) -> list[bytes]:
     if count:
         said["frames"] = frames[:count]
     return frames[count:]
+
+
+def unpack_done(which: bytes, said: bytes) -> dict[str, Any]:
+    """What a worker says of a micro-batch that it has done: which, and what, as it says in most steps."""
+    step, micro, _ = STEP.unpack(which)
+    return {**_known(said), "step": step, "micro": micro}
+
+
+@lru_cache(256)
+def _known(said: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said)
+    return found
 
 
 def pack_json(value: Any) -> bytes:

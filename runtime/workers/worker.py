@@ -74,7 +74,9 @@ class Worker:
             self._poller.register(descriptor, zmq.POLLIN)
 
     def _tell(self, kind: bytes, what: Any, more: Sequence[Frame] = ()) -> None:
-        frames: list[Frame] = [kind, pack_json(what), *more]
+        self._say([kind, pack_json(what), *more])
+
+    def _say(self, frames: Sequence[Frame]) -> None:
         if self._to_head is None or not self._to_head.send(frames):
             self._head.send_multipart(frames)
 
@@ -233,13 +235,9 @@ class Worker:
         if part.is_done:
             del self._running[micro]
             self._came.pop((self._step, micro), None)
-            logits, scores, hidden = part.logits(), part.scores(), part.hidden()
-            done = {"step": self._step, "micro": micro, "logits": logits}
-            done |= {"calls": part.num_calls, "rows": part.num_call_rows}
-            done |= {"scores": list(scores), "hidden": [(each.member, each.entry) for each in hidden]}
-            arrays = [*scores.values(), *(each.rows for each in hidden)]
-            done["frames"] = len(arrays)
-            self._tell(b"done", done, [*_frames(arrays), *self._hosted.far_logits(logits)])
+            said, arrays = part.said()
+            more = [*_frames(arrays), *self._hosted.far_logits(part.logits)]
+            self._say([b"done", STEP.pack(self._step, micro, 0), said, *more])
 
     def _fail(self, micro: int, error: Exception) -> None:
         """Give up the step; the head decides what becomes of it."""
