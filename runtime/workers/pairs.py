@@ -22,6 +22,7 @@ MOST_BYTES = 192 << 10
 _MOST_ENDS = 128  # that come with a message
 _COUNT = struct.Struct("<i")  # of frames, before their lengths
 _FD = array("i").itemsize
+_SPACE = socket.CMSG_SPACE(_MOST_ENDS * _FD)
 
 
 class Message(NamedTuple):
@@ -71,9 +72,8 @@ class Pair:
 
     def receive(self) -> Message | None:
         """What has come; None: nobody has the other end any more. Raises BlockingIOError: nothing has."""
-        space = socket.CMSG_SPACE(_MOST_ENDS * _FD)
         try:
-            size, along, _, _ = self._socket.recvmsg_into([self._buffer], space, socket.MSG_DONTWAIT)
+            size, along, _, _ = self._socket.recvmsg_into([self._buffer], _SPACE, socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise
         except OSError:  # also where this end has been closed
@@ -86,6 +86,8 @@ class Pair:
         for length in lengths:
             frames.append(bytes(self._view[begin : begin + length]))
             begin += length
+        if not along:
+            return Message(frames, [])
         rights = array("i")
         for _, _, data in along:
             rights.frombytes(data[: len(data) - len(data) % _FD])
