@@ -131,8 +131,7 @@ class EngineConfig:
         strict: refuse to start where some model of the zoo cannot be served, instead of leaving it out.
         workers: processes over which the blocks are spread, each with num_threads (None: as many as there
             are processors, which they have in turn); None: the blocks are in this process. With workers, the
-            backend is openvino, and documents are not published; where models come or go, other workers take
-            the place of all.
+            backend is openvino; where models come or go, other workers take the place of all.
         move_spans_every_s: how often the rates of models are looked at, and spans moved to other workers
             where that pays; 0: they stay where they are.
         worker_memory_bytes: that the weights in each and the whole KV pool may take; None: what is available.
@@ -248,8 +247,6 @@ class EngineConfig:
             )
         if self.backend not in (None, "openvino"):
             raise InvalidRequestError(f"backend is {self.backend!r}; workers have openvino: leave one out")
-        if self.kv_cache_dir is not None:
-            raise InvalidRequestError("kv_cache_dir is set; it does not work over workers yet: leave one out")
 
     def _check_interface(self) -> None:
         if self.worker_interface is None:

@@ -56,7 +56,8 @@ class DocumentFiles:
                 found.append((segment, len(path), contents))
         for segment, first, (keys, values) in found:
             pages = seq.page_table[segment.first_layer : segment.end_layer, first : seq.num_pages]
-            executor.kv.write(pages, keys[:, first:], values[:, first:])
+            contents = keys[:, first:], values[:, first:]
+            executor.kv.fill(seq.chain_index, segment.first_layer, pages, *contents)
         seq.num_computed = seq.num_tokens
         seq.cache.commit(seq)
         return True

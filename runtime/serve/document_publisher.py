@@ -25,7 +25,7 @@ from blockzoo.runtime.api.errors import (
     PromptTooLongError,
     RequestError,
 )
-from blockzoo.runtime.exec.interface import StepExecutor
+from blockzoo.runtime.exec.interface import KVLostError, StepExecutor
 from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.kv.published_pages import Publication, PublishStats
 from blockzoo.runtime.kv.sequence import TokenSequence
@@ -134,6 +134,7 @@ class DocumentPublisher:
             InvalidRequestError: the name is in use, the text empty, caching off, or there is no room left.
             UnknownModelError, PromptTooLongError.
             OverloadedError: running requests hold the pages that it needs now.
+            KVLostError: a worker was lost meanwhile.
         """
         start = time.monotonic()
         if not self._config.prefix_caching:
@@ -192,12 +193,22 @@ class DocumentPublisher:
         """Bring one document in line with the models served now, where there is one that is not.
 
         It is published for those that came, and withdrawn where only models used it that have gone.
+
+        Raises KVLostError: a worker was lost meanwhile.
         """
         served = self._zoo().models
         for name, entry in self._published.items():
             if entry.models is not served:
                 self._bring_in_line(name, entry, served)
                 return
+
+    def forget_all(self) -> None:
+        """The KV of all is gone, or about to go: they are computed or loaded anew (`follow`), one after the
+        other; until then requests compute what they need of them."""
+        for entry in self._published.values():
+            for place in entry.places.values():
+                place.withdraw()
+            entry.places, entry.models = {}, {}
 
     def _bring_in_line(self, name: str, entry: _Entry, served: Mapping[str, LoadedModel]) -> None:
         missing: dict[str, str] = {}
@@ -210,6 +221,9 @@ class DocumentPublisher:
                 if key not in places:
                     known = key in entry.places
                     places[key] = entry.places.pop(key) if known else self._publish_in_chain(name, task)
+            except KVLostError:
+                entry.places |= places
+                raise
             except Exception as error:  # requests to that model compute it themselves
                 if not isinstance(error, RequestError):
                     traceback.print_exc()

@@ -90,6 +90,7 @@ def choose_moves(
     sequences: Iterable[TokenSequence],
     moves: Mapping[int, LayerMoves],
     sent: Collection[Node] = (),
+    published: Iterable[Node] = (),
 ) -> KVMoves:
     """What becomes of pages.
 
@@ -98,13 +99,19 @@ def choose_moves(
         sequences: that hold pages of it.
         moves: by chain index, of all chains with layers that move.
         sent: nodes whose pages are there already.
+        published: nodes that are, parents first: they go along, whatever that costs.
     """
     found = KVMoves()
-    for seq in sorted(sequences, key=lambda seq: -seq.num_computed):
-        own = moves.get(seq.chain_index)
-        if own is not None and not _goes_along(seq, own, found, sent):
-            found.anew.append(seq)
     by_segment = {segment: own for own in moves.values() for segment in own.segments}
+    for node in published:
+        own = by_segment.get(node.tree.segment)
+        which = np.zeros(0, np.int64) if own is None else own.within(node.tree.segment)
+        if own is not None and which.size:
+            found.nodes[node] = _pages_of(node, own, which)
+    for seq in sorted(sequences, key=lambda seq: -seq.num_computed):
+        moved = moves.get(seq.chain_index)
+        if moved is not None and not _goes_along(seq, moved, found, sent):
+            found.anew.append(seq)
     _choose_cached(tree, by_segment, found, sent)
     return found
 

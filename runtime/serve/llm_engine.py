@@ -125,6 +125,7 @@ class LLMEngine:
             )
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._watch_after = 0.0
+        self._due: list[RequestOutput] = []  # that no step has given yet
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
         self.placement = None if self.config.workers is None else self._live_placement()
 
@@ -291,13 +292,18 @@ class LLMEngine:
     def publish(self, name: str, text: str, models: Sequence[str] | None = None) -> PublishedDocument:
         """Compute or load a document's KV, for some models (all), for every scope: `DocumentPublisher`.
 
-        Raises InvalidRequestError too where the engines are in workers, with which pages may be lost.
+        Where a worker is lost meanwhile, it begins anew, once. Raises RequestError: one is lost again.
         """
-        if self.config.workers is not None:
-            raise InvalidRequestError("documents cannot be published over workers yet")
         with self._between.held():
             self._draft_models.forget_all()
-            return self._publisher.publish(name, text, models)
+            try:
+                try:
+                    return self._publisher.publish(name, text, models)
+                except KVLostError as error:
+                    self._due += self._begin_anew(error)
+                return self._publisher.publish(name, text, models)
+            except KVLostError as error:
+                raise RequestError(f"document {name!r} is not published: {error}") from error
 
     def withdraw(self, name: str) -> None:
         """End the publication of a document. Raises InvalidRequestError."""
@@ -318,7 +324,13 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests) or self._publisher.is_behind
+        return bool(self._requests or self._due) or self._documents_wait
+
+    @property
+    def _documents_wait(self) -> bool:
+        """Whether some are to be computed for models that came, or anew; not at once where workers, in which
+        all KV is, did not start."""
+        return self._publisher.is_behind and time.monotonic() >= self._watch_after
 
     def step(self) -> list[RequestOutput]:
         """Run one step; what it added to each request, one output per request at most.
@@ -330,10 +342,13 @@ class LLMEngine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        if self._publisher.is_behind:
+        outputs, self._due = [*self._due, *self._expired()], []
+        if self._documents_wait:
             self._draft_models.forget_all()
-            self._publisher.follow()
-        outputs = self._expired()
+            try:
+                self._publisher.follow()
+            except KVLostError as error:
+                return outputs + self._begin_anew(error)
         scheduled = self._scheduler.schedule()
         outputs += [
             self._finish(self._requests[failed.seq.request_id], "error", failed.message)
@@ -363,6 +378,8 @@ class LLMEngine:
         running = self._scheduler.running
         for seq in running:
             self._scheduler.put_back(seq)
+        self._draft_models.forget_all()
+        self._publisher.forget_all()
         for cache in self._zoo.caches.values():
             cache.forget_all()
         try:
@@ -613,6 +630,8 @@ class LLMEngine:
             if self._publisher.is_behind and not old.chain_index.keys() <= new.chain_index.keys():
                 raise StillUsedError  # documents may lie in chains that are about to go
             self._draft_models.forget_all()
+            if new.workers is not old.workers:
+                self._publisher.forget_all()
             take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
             for family in old.caches.keys() - new.caches.keys():
                 self._recorder.on_cache_gone(old.caches[family])
@@ -652,7 +671,7 @@ class LLMEngine:
             try:
                 self._zoo.workers.group.check()
             except KVLostError as error:
-                self._begin_anew(error)
+                self._due += self._begin_anew(error)
 
     def close(self) -> None:
         """End the workers, where there are some; nothing runs any more."""

@@ -218,7 +218,7 @@ class _Move:
                 moves[index] = LayerMoves(chain.segments, layers, after[layers], page_s, token_s)
         cache = zoo.caches[family]
         running = [seq for seq in self._mover.scheduler.running if seq.cache is cache]
-        return choose_moves(cache.tree, running, moves, self._sent)
+        return choose_moves(cache.tree, running, moves, self._sent, cache.published.pins())
 
     def _seconds(self, family: Family, pages: Pages) -> float:
         """That pages are thought to be on the wire."""

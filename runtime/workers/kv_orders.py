@@ -4,7 +4,7 @@ borrow   (chain, tokens, layers), then int32: positions, slots, shift, pages [la
          pages [layers, tokens] that take them; of the layers that are here
 values   int32 [2, n]: pages, slots in them; answered by V, float32 [n, kv_heads, head_dim]
 read     pages int32 [n]; answered by their K, their V
-write    pages int32 [n], their K, their V
+write    pages int32 [n], their K, their V; answered by nothing, once it is done
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pack_borrow(chain: int, borrowed: Borrowed, targets: np.ndarray) -> bytes:
 
 
 def obey(kv: KVTensors, kind: bytes, frames: Sequence[bytes]) -> list[np.ndarray] | None:
-    """Do what a message says; what is to be answered, if anything is."""
+    """Do what a message says; what is to be answered, None where nobody waits for that."""
     ints = np.frombuffer(frames[0], np.int32)
     if kind == b"borrow":
         _borrow(kv, ints)
@@ -41,6 +41,7 @@ def obey(kv: KVTensors, kind: bytes, frames: Sequence[bytes]) -> list[np.ndarray
         return list(kv.read(ints))
     else:
         write(kv, frames)
+        return []
     return None
 
 

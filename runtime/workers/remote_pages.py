@@ -119,8 +119,10 @@ class RemotePages(KVTensors):
         contents = [each.reshape(wanted.size, *self.page_shape) for each in (keys, values)]
         for worker, mine in _by_worker(owners):
             for piece in _pieces(mine):
-                parts = [np.ascontiguousarray(each[piece]).data for each in contents]
-                self._send(worker, b"write", self._group.next_step(), wanted.ravel()[piece], *parts)
+                step, parts = self._group.next_step(), [each[piece].data for each in contents]
+                self._send(worker, b"write", step, wanted.ravel()[piece], *parts)
+                for _ in self._answers(step, [worker]):  # so that no more than this is under way
+                    pass
 
     def _send(self, worker: int, kind: bytes, step: int, ints: np.ndarray, *more: memoryview) -> None:
         which = STEP.pack(step, 0, self._number)

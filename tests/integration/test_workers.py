@@ -232,7 +232,6 @@ def test_a_zoo_that_does_not_fit_one_worker(demo_zoo: Path, local: LLMEngine) ->
         ({"workers": 65}, "at most 64"),
         ({"worker_memory_bytes": 1 << 30}, "set both"),
         ({"workers": 2, "backend": "reference"}, "leave one out"),
-        ({"workers": 2, "kv_cache_dir": "kv"}, "kv_cache_dir is set"),
         ({"ray_address": "10.0.0.1:6379"}, "set both"),
         ({"workers": 2, "ray_address": "10.0.0.1:6379"}, "needs num_threads"),
         ({"workers": 2, "worker_interface": "0.0.0.0"}, "of one interface"),
@@ -283,8 +282,3 @@ def test_models_come_and_go(demo_family: dict[str, Path], tmp_path: Path, local:
         assert answers(engine, jobs) == answers(local, jobs)
     finally:
         engine.close()
-
-
-def test_what_is_not_supported_over_workers_says_so(spread: LLMEngine) -> None:
-    with pytest.raises(InvalidRequestError, match="over workers"):
-        spread.publish("handbook", "words")
