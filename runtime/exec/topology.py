@@ -120,6 +120,10 @@ class Topology:
     surrogate_of_model: Mapping[str, int]
     """Of those that have one, its chain; these stand behind all others."""
 
+    def models_of_surrogates(self) -> dict[int, int]:
+        """By chain of a surrogate, the model's in whose pages it runs."""
+        return {index: self.chain_of_model[name] for name, index in self.surrogate_of_model.items()}
+
     def chain_ids(self, chain: ChainPlan) -> tuple[str, ...]:
         """The block ids of a chain, from embed to head."""
         return chain.embed_id, *(i for use in chain.uses for i in self.spans[use.span].block_ids)

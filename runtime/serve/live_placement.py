@@ -11,6 +11,7 @@ from blockzoo.runtime.exec.topology import Topology
 from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.over_workers import Workers
 from blockzoo.runtime.serve.search_apart import adapt_apart
+from blockzoo.runtime.serve.span_groups import with_others
 from blockzoo.runtime.serve.span_moves import Moved, MoveError, SpanMover, check_owners
 from blockzoo.zoo.placement import PlacementError, judge, moves
 
@@ -91,7 +92,7 @@ class LivePlacement:
             return None
         found = moves(task, best)
         homes = {int(move.span): move.worker for move in found}
-        kv_seconds = _kv_seconds(zoo, workers, homes)
+        kv_seconds = _kv_seconds(zoo, workers, with_others(homes, workers.leaders))
         spared = stays.cost - best.cost - kv_seconds / HORIZON_S
         if not homes or spared < LEAST_GAIN * stays.cost:
             return None
@@ -136,9 +137,14 @@ def span_names(topology: Topology) -> list[str]:
     """Spans in words, each another: "3: layers 6-8 of base, notes"."""
     users: list[list[str]] = [[] for _ in topology.spans]
     places: list[str] = ["" for _ in topology.spans]
-    for model, index in sorted(topology.chain_of_model.items()):
+    chains = sorted(topology.chain_of_model.items())
+    known = {use.span for _, index in chains for use in topology.chains[index].uses}
+    guessing = [(f"the surrogate of {n}", index) for n, index in sorted(topology.surrogate_of_model.items())]
+    for model, index in (*chains, *guessing):
         for use in topology.chains[index].uses:
             count, first = topology.spans[use.span].num_layers, int(use.first_layer)
+            if index in topology.surrogate_of_model.values() and use.span in known:
+                continue
             users[use.span].append(model)
             last = first + count - 1
             places[use.span] = (

@@ -69,10 +69,8 @@ class Making:
 
     @property
     def with_surrogates(self) -> bool:
-        """Whether surrogates of models are loaded; where steps are recorded, they are of no use, and they are
-        not spread over workers."""
-        here = self.config.workers is None and not self.maker.arrays.records
-        return self.config.speculate == "auto" and here
+        """Whether surrogates of models are loaded; where steps are recorded, they are of no use."""
+        return self.config.speculate == "auto" and not self.maker.arrays.records
 
     def plan(self, manifest: Manifest, known: Iterable[Span] = ()) -> Topology:
         """The topology of a manifest, as the configuration wants it."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from blockzoo.engines import kv_pages
@@ -17,6 +18,7 @@ from blockzoo.runtime.exec.rows import RowChecks
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.memory import engine_bytes
+from blockzoo.runtime.serve.span_groups import leaders
 from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.group import WorkerGroup
 from blockzoo.runtime.workers.meeting import Links, MachineFacts
@@ -43,7 +45,8 @@ class Workers:
     """What runs the steps of a zoo.
 
     Attributes:
-        task: by which spans were placed, all models asked as often.
+        task: by which spans were placed, those that stay together as one; all models asked as often.
+        leaders: by span, its name in the task (`span_groups`).
         rates: tokens a second by model.
         page_bytes: of each family.
         link_byte_s: [from][to] seconds of a byte of K and V between workers, as last measured.
@@ -52,6 +55,7 @@ class Workers:
     group: WorkerGroup
     executors: Mapping[Family, DistributedExecutor]
     task: Task
+    leaders: tuple[int, ...]
     rates: Rates
     page_bytes: Mapping[Family, int]
     link_byte_s: list[list[float]]
@@ -129,7 +133,8 @@ def start_workers(
     except BaseException:
         group.close()
         raise
-    models = {index: manifest.models[name] for name, index in topology.chain_of_model.items()}
+    chains = (*topology.chain_of_model.items(), *topology.surrogate_of_model.items())
+    models = {index: manifest.models[name] for name, index in chains}
     plan = WorkerPlan(
         zoo.resolve(),
         manifest,
@@ -174,7 +179,7 @@ def start_workers(
         for family in num_pages
     }
     links = [list(row) for row in group.links.byte_s]
-    return Workers(group, executors, task, rates, page_bytes, links)
+    return Workers(group, executors, task, leaders(topology), rates, page_bytes, links)
 
 
 def _processes(config: EngineConfig) -> Processes:
@@ -208,7 +213,7 @@ def _homes(
             f"{[worker.num_bytes for worker in task.workers]} bytes of weights beside the KV pool of "
             f"{kv_bytes}: {error}, give them more memory, or lower kv_cache_bytes"
         ) from error
-    return tuple(min(plan.homes[str(index)]) for index in range(len(topology.spans)))
+    return tuple(min(plan.homes[str(leader)]) for leader in leaders(topology))
 
 
 def _asked(task: Task, rates: Mapping[str, float]) -> Task:
@@ -234,12 +239,15 @@ def placement_task(
 ) -> Task:
     """What is to be placed, over workers as they were found: all models are taken to be asked as often."""
     itemsize = activation_dtype(maker.precision).itemsize
-    spans = {}
+    first = leaders(topology)
+    spans: dict[str, Span] = {}
     for index, span in enumerate(topology.spans):
         size = engine_bytes((blocks[i] for i in span.block_ids), itemsize)
-        spans[str(index)] = Span(size, _seconds([blocks[i] for i in span.block_ids], manifest, itemsize))
+        seconds = _seconds([blocks[i] for i in span.block_ids], manifest, itemsize)
+        known = spans.get(str(first[index]), Span(0, 0.0))
+        spans[str(first[index])] = Span(known.num_bytes + size, max(known.seconds, seconds))
     ways = {
-        name: tuple(str(use.span) for use in topology.chains[index].uses)
+        name: tuple(str(span) for span, _ in groupby(first[use.span] for use in topology.chains[index].uses))
         for name, index in topology.chain_of_model.items()
     }
     workers = _workers(config, kv_bytes, facts)

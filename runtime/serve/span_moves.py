@@ -29,6 +29,7 @@ from blockzoo.runtime.serve.kv_moves import KVMoves, LayerMoves, Pages, choose_m
 from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.over_workers import Workers
 from blockzoo.runtime.serve.scheduler import Scheduler
+from blockzoo.runtime.serve.span_groups import ApartError, with_others
 from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.processes import UnloadableError
 
@@ -88,7 +89,7 @@ class SpanMover:
         self.stop = Event()
 
     def move(self, homes: Mapping[int, int]) -> Moved:
-        """Move spans, by index, to workers.
+        """Move spans, by index, to workers, with those that stay together with them.
 
         Raises:
             MoveError: they stay where they are.
@@ -96,7 +97,10 @@ class SpanMover:
         workers, start = self.zoo().workers, time.monotonic()
         if workers is None:
             raise MoveError("the engines are in this process")
-        move = _Move(self, workers, homes)
+        try:
+            move = _Move(self, workers, with_others(homes, workers.leaders))
+        except ApartError as error:
+            raise MoveError(str(error)) from error
         try:
             self.between.run(move.begin)
             while not self.between.run(move.has_loaded):
@@ -213,7 +217,8 @@ class _Move:
                 token_s = self._mover.token_seconds(name)
                 if token_s is None:
                     spans = self._workers.task.spans
-                    token_s = sum(spans[str(use.span)].seconds for use in chain.uses)
+                    first = self._workers.leaders
+                    token_s = sum(spans[str(first[use.span])].seconds for use in chain.uses)
                 page_s = self._workers.page_bytes[family] * link
                 moves[index] = LayerMoves(chain.segments, layers, after[layers], page_s, token_s)
         cache = zoo.caches[family]

@@ -118,8 +118,10 @@ class DistributedExecutor:
     # ---- spans that move
 
     def layer_homes(self, chain: int, homes: Sequence[int] | None = None) -> np.ndarray:
-        """The worker of each layer of a chain, int8 [num_layers]: now, or with other homes of spans."""
-        return _layer_homes(self.chains[chain], self._group.plan, homes)
+        """The worker of each layer of a chain, int8 [num_layers], of a surrogate those of its model: now, or
+        with other homes of spans."""
+        surrogates = self._group.plan.topology.models_of_surrogates()
+        return _layer_homes(self.chains[surrogates.get(chain, chain)], self._group.plan, homes)
 
     def owners(self, pages: np.ndarray) -> np.ndarray:
         """The workers in which pages have been written last, int8; -1: in none."""

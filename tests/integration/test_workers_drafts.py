@@ -1,0 +1,134 @@
+"""Guesses over workers: those of surrogates, in the pages of their models, and those of other models."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from over_workers import SETTINGS, group_of
+from quiet import words
+from test_surrogates import drafted, with_surrogates, without
+
+from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
+from blockzoo.runtime.serve.live_placement import span_names
+from blockzoo.runtime.serve.span_groups import leaders
+from blockzoo.runtime.serve.span_moves import MoveError
+from blockzoo.zoo.manifest import Manifest, SurrogateRecord
+
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+MODELS = ("base", "notes", "solver", "twin")
+
+
+@pytest.fixture(scope="module")
+def zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Surrogates that leave layers out or have another model's blocks; a model that guesses for its twin."""
+    models = Manifest.load(demo_zoo / "manifest.json").models
+    last = len(models["base"].chain) - 1
+    borrowed = {
+        at: key if at >= last - 2 else models["base"].chain[at]
+        for at, key in enumerate(models["solver"].chain)
+    }
+    surrogates = {
+        "base": without(models["base"], 3, 4),
+        "notes": without(models["notes"], 3, 4, 6),
+        "solver": borrowed,
+    }
+    folder = with_surrogates(demo_zoo, tmp_path_factory.mktemp("guessing") / "zoo", surrogates)
+    manifest = Manifest.load(folder / "manifest.json")
+    found = SurrogateRecord("base", "base", {}, (0.9,), 0.3, 1.5, 1, "built-in")
+    manifest.models["twin"] = replace(manifest.models["base"], surrogate=found)
+    kept = {name: manifest.models[name] for name in MODELS}
+    (folder / "manifest.json").write_text(replace(manifest, models=kept).to_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(zoo: Path) -> Iterator[LLMEngine]:
+    engine = LLMEngine(zoo, EngineConfig(workers=2, speculate="auto", **SETTINGS))
+    yield engine
+    engine.close()
+
+
+Answers = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_zoo: Path) -> Answers:
+    quiet = LLMEngine(demo_zoo, EngineConfig(speculate="off", **SETTINGS))
+    found: Answers = {model: [] for model in MODELS}
+    for number, model in enumerate(MODELS):
+        quiet.add_request(model, model.replace("twin", "base"), words(30, number), GREEDY)
+    while quiet.has_unfinished():
+        for output in quiet.step():
+            found[output.request_id] += output.token_ids
+    return found
+
+
+def answers(engine: LLMEngine, at: int = -1, what: Callable[[], None] = lambda: None) -> Answers:
+    """Of all models at once; `what` is called before step number `at`."""
+    found: Answers = {model: [] for model in MODELS}
+    for number, model in enumerate(MODELS):
+        engine.add_request(model, model, words(30, number), GREEDY)
+    for step in range(1000):
+        if step == at:
+            what()
+        for output in engine.step():
+            assert output.error is None, output.error
+            found[output.request_id] += output.token_ids
+        engine.check_integrity()
+        if not engine.has_unfinished():
+            break
+    assert engine.metrics().pages_used == 0
+    return found
+
+
+def test_answers_are_those_without_guesses(spread: LLMEngine, expected: Answers, dice: random.Random) -> None:
+    before = drafted(spread)
+    assert answers(spread) == expected
+    tried, true = (after - each for after, each in zip(drafted(spread), before, strict=True))
+    assert 0 < true < tried, "wrong guesses and right ones were tried"
+    counts = spread.metrics().drafted_tokens_total
+    assert all(counts[model, "surrogate"] for model in MODELS)
+
+
+def test_what_writes_the_same_pages_is_in_one_worker(spread: LLMEngine) -> None:
+    topology, homes = group_of(spread).plan.topology, group_of(spread).plan.homes
+    first = leaders(topology)
+    apart = [span for span in range(len(homes)) if first[span] != span]
+    assert apart, "the surrogate of solver has blocks of base"
+    assert all(homes[span] == homes[first[span]] for span in apart)
+    assert len(set(homes)) == 2
+    assert all(" of " in name for name in span_names(topology))
+
+
+def test_they_move_together(spread: LLMEngine, expected: Answers, dice: random.Random) -> None:
+    group = group_of(spread)
+    first = leaders(group.plan.topology)
+    span = next(span for span in range(len(first)) if first[span] != span)
+    assert spread.placement is not None
+    with pytest.raises(MoveError, match=f"stays with span {first[span]}"):
+        spread.placement.move({first[span]: 0, span: 1})
+    worker = 1 - group.plan.homes[span]
+
+    def move() -> None:
+        assert spread.placement is not None
+        assert spread.placement.move({span: worker}).homes[first[span]] == worker
+
+    assert answers(spread, 8, move) == expected
+    assert group.plan.homes[span] == group.plan.homes[first[span]] == worker
+
+
+def test_a_killed_worker_loses_no_request(spread: LLMEngine, expected: Answers, dice: random.Random) -> None:
+    def kill() -> None:
+        pid = group_of(spread).pids[1]
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+    restarts = group_of(spread).num_restarts
+    assert answers(spread, 8, kill) == expected
+    assert group_of(spread).num_restarts == restarts + 1
