@@ -103,6 +103,16 @@ def test_every_selector_answers_as_in_one_process(
         check_alike(found[1], found[0])
 
 
+def test_a_guard_holds_back_what_moves_as_in_one_process(local: LLMEngine, spread: LLMEngine) -> None:
+    expected = answers(local, [("base", PROMPT, "off")])
+    for engine in (local, spread):
+        engine.configure_reuse(ReuseConfig(recompute=0.3, guard=0.0))
+        answers(engine, [("base", DONOR, "exact")], "guard")
+        before = engine.metrics().approximate_guard_fallbacks_total
+        check_alike(answers(engine, [("base", PROMPT, "approx")], "guard"), expected)
+        assert engine.metrics().approximate_guard_fallbacks_total == before + 1
+
+
 def test_a_killed_worker_takes_donors_along(local: LLMEngine, spread: LLMEngine) -> None:
     """What took KV over is computed anew, in full; then there are donors again."""
     for engine in (local, spread):
