@@ -35,7 +35,7 @@ COUNTERS = {
     "copied_pages_total": "Pages of which a part was copied, as they begin alike",
     "approximate_tokens_total": "Prompt tokens whose KV was taken from equal words behind other ones",
     "approximate_declined_total": "Approximate requests computed exactly: no settings were near enough",
-    "approximate_guarded_total": "Times that a guard looked at what approximate reuse did to a first token",
+    "approximate_guarded_total": "Times that a guard looked how sure a first token was over approximate KV",
     "approximate_guard_fallbacks_total": "Those in which the prompt was computed in full before that token",
     "document_hit_tokens_total": "Prompt tokens whose KV was found in published documents",
     "document_loads_total": "Chains of published documents whose KV came from disk",

@@ -135,8 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-guard",
         type=float,
         metavar="NATS",
-        help="with --kv-recompute: compute a prompt in full after all where computing that share anew moves "
-        "the distribution of its first token by so much (default: no guard)",
+        help="of approximate reuse: compute a prompt in full after all where the likeliest first token leads "
+        "the second by less than that in log-probability, for all models (default: as for --kv-recompute; "
+        "without a calibration 0, none)",
     )
     engine.add_argument(
         "--speculate",
@@ -296,14 +297,15 @@ def _approximate(args: argparse.Namespace) -> dict[str, float] | None:
     """Settings of approximate reuse, None: of `EngineConfig` itself. Raises InvalidRequestError."""
     from blockzoo.runtime.api.errors import InvalidRequestError
 
-    if args.kv_recompute is None:
-        if args.kv_guard is not None:
-            raise InvalidRequestError("--kv-guard goes with --kv-recompute: add it")
+    settings = {"recompute": args.kv_recompute, "guard": args.kv_guard}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if not settings:
         return {} if args.kv_reuse == "on-request" else None
     if args.kv_reuse not in ("on-request", "approx"):
-        raise InvalidRequestError("--kv-recompute is about --kv-reuse on-request or approx: add one of them")
-    guard = {} if args.kv_guard is None else {"guard": args.kv_guard}
-    return {"recompute": args.kv_recompute, **guard}
+        raise InvalidRequestError(
+            "--kv-recompute and --kv-guard are about --kv-reuse on-request or approx: add one of them"
+        )
+    return settings
 
 
 def _check_weights(args: argparse.Namespace, tenants: tuple[str, ...]) -> None:

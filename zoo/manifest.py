@@ -294,7 +294,7 @@ class ReuseSettings:
     head: int
     edit: int
     refresh: int
-    guard: float | None = field(default=None, metadata={"added": True})
+    guard: float = field(default=0.0, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,8 +534,7 @@ class Manifest:
         chosen = None if model.reuse is None else model.reuse.settings
         if chosen is not None and not (
             all(0 <= share <= 1 for share in (chosen.recompute, chosen.edit_recompute, chosen.pointed))
-            and min(chosen.head, chosen.edit, chosen.refresh) >= 0
-            and (chosen.guard is None or (chosen.guard >= 0 and 0 < chosen.recompute < 1))
+            and min(chosen.head, chosen.edit, chosen.refresh, chosen.guard) >= 0
         ):
             raise ManifestError(f"{here}.reuse.settings: {chosen} are out of range; calibrate it again")
         specs = chain_specs(model.config)

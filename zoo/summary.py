@@ -196,9 +196,9 @@ def reuse_texts(model: ModelRecord) -> list[str]:
 
 def reuse_settings_text(settings: ReuseSettings) -> str:
     """Settings in a few words."""
+    guard = f", all where the first token leads by less than {settings.guard:.2g}" if settings.guard else ""
     if settings.recompute == 1:
-        return f"behind edits alone: {settings.edit_recompute:.0%}, right behind each"
-    guard = "" if settings.guard is None else f", all where that moves the token {settings.guard:.2g} nats"
+        return f"behind edits alone: {settings.edit_recompute:.0%}, right behind each{guard}"
     if settings.selector == "head-of-run":
         return f"heads of runs, {settings.recompute:.0%}{guard}"
     beside = f", {settings.refresh} beside each token" if settings.refresh else ""

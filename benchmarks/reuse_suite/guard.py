@@ -2,11 +2,11 @@
 
     python -m benchmarks.reuse_suite.guard ZOO RECORDS [--samples N] [--seed S] [--out DIR]
 
-Every side runs along the full prefill's answer with a guard that looks and holds nothing back, alone, in
-turns with the full prefill, timed by what the process has of the processor. RECORDS (JSON lines) keeps what
-it saw and what went wrong; a run goes on where one before has ended. Then a threshold is chosen on every
-other sample of the tasks that settings may be chosen on, the highest that catches so many of their wrong
-first tokens (`--catch`), and judged on the others, and on tasks that are held out.
+Every side runs along the full prefill's answer without a guard, alone, in turns with the full prefill, timed
+by what the process has of the processor. RECORDS (JSON lines) keeps how sure it was and what went wrong; a
+run goes on where one before has ended. Then a threshold is chosen on every other sample of the tasks that
+settings may be chosen on, the lowest that catches so many of their wrong first tokens (`--catch`), and judged
+on the others, and on tasks that are held out. What it holds back costs a full prefill more, and agrees.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,15 @@ from benchmarks.reuse_suite.tasks import TASKS, Sample
 from benchmarks.reuse_suite.texts import CHARACTERS, Messages
 from blockzoo.build.calibrate.follower import Follower, Run, agreement
 from blockzoo.runtime import EngineConfig, LLMEngine
+from blockzoo.runtime.approx.state import margin
 
 CHOSEN_ON = ("facts in one", "facts in two", "examples", "gist")
 HELD = ("tables", "source files")
 ALL = TASKS | HELD_OUT
 ANSWER_TOKENS = 8
 Record = dict[str, Any]
-"""Of a side on a sample: `task`, `number`, `side`; `moved`, nats; `agrees`, of each token; `margin`, nats
-between the two likeliest first tokens; `cost`, processor time to the first token, in full prefills'."""
+"""Of a side on a sample: `task`, `number`, `side`; `margin`, by how much its likeliest first token leads, in
+nats; `agrees`, of each token; `cost`, processor time to the first token, in full prefills'."""
 
 
 def main() -> None:
@@ -117,15 +117,12 @@ def _records(
     full = go(Run(prompt))
     records = []
     for side in sides:
-        config = replace(SIDES[side], guard=math.inf)
-        along = go(Run(prompt, "approx", config, full.tokens), len(full.tokens))
-        second, first = np.sort(along.logits[0])[-2:].tolist()
+        along = go(Run(prompt, "approx", SIDES[side], full.tokens), len(full.tokens))
         records.append(
             {
                 "side": side,
-                "moved": along.moved,
                 "agrees": agreement(full, along).tolist(),
-                "margin": first - second,
+                "margin": margin(along.logits[0]),
                 "computed": along.recomputed,
                 "cost": along.first_s / full.first_s,
             }
@@ -149,18 +146,18 @@ def judged(records: Sequence[Record], catch: float) -> dict[str, Any]:
     found = {name: summary(group, guard) for name, group in groups.items() if group}
     tasks = {task: [record for record in records if record["task"] == task] for task in (*CHOSEN_ON, *HELD)}
     found |= {task: summary(group, guard) for task, group in tasks.items() if group}
-    return {"guard": float(f"{guard:.3g}"), "groups": found}
+    return {"guard": guard, "groups": found}
 
 
 def threshold(records: Sequence[Record], catch: float) -> float:
-    """The highest that holds back at least so many of those whose first token is wrong; 0 without any."""
-    wrong = sorted((r["moved"] for r in records if not r["agrees"][0]), reverse=True)
-    return wrong[math.ceil(catch * len(wrong)) - 1] if wrong else 0.0
+    """The lowest, in hundredths, that holds back so many of those with a wrong first token; 0 without any."""
+    wrong = sorted(record["margin"] for record in records if not record["agrees"][0])
+    return math.floor(100 * wrong[math.ceil(catch * len(wrong)) - 1] + 1) / 100 if wrong else 0.0
 
 
 def summary(records: Sequence[Record], guard: float) -> dict[str, Any]:
     """Shares, with and without the guard."""
-    back = np.array([record["moved"] >= guard for record in records])
+    back = np.array([record["margin"] < guard for record in records])
     first = np.array([not record["agrees"][0] for record in records])
     some = np.array([not all(record["agrees"]) for record in records])
     cost = np.array([record["cost"] for record in records])
@@ -179,8 +176,8 @@ def summary(records: Sequence[Record], guard: float) -> dict[str, Any]:
         "of these caught too": share(back, some),
         "false alarms (first token right)": share(back, ~first),
         "false alarms (all right)": share(back, ~some),
-        "area (first token)": area([r["moved"] for r in records], first),
-        "area (some token)": area([r["moved"] for r in records], some),
+        "area (first token)": area([-r["margin"] for r in records], first),
+        "area (some token)": area([-r["margin"] for r in records], some),
         "equal top tokens": round(float(np.concatenate(agrees).mean()), 4),
         "equal top tokens, guarded": round(float(np.concatenate(guarded).mean()), 4),
         "cost": round(float(cost.mean()), 3),

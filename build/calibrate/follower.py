@@ -28,7 +28,6 @@ class Run:
         logits: float32 [tokens, vocab].
         recomputed: share of the prompt's tokens that were computed; 1 where nothing was taken over.
         reuses: whether KV was taken over approximately.
-        moved: what a guard went by that held nothing back; None: none looked.
         first_s: seconds to the first token, where it ran alone.
     """
 
@@ -41,7 +40,6 @@ class Run:
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     recomputed: float = 1.0
     reuses: bool = False
-    moved: float | None = None
     first_s: float = 0.0
 
 
@@ -115,7 +113,7 @@ def _note_reuse(run: Run, request: Request, approx: Any) -> None:
     spared = seq.num_cached
     if approx is not None:
         spared += int(approx.reused.sum())
-        run.reuses, run.moved = True, approx.moved
+        run.reuses = True
     run.recomputed = 1 - spared / seq.prompt_len
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from blockzoo.build.calibrate.prompts import BUILT_IN, Case, built_in, read_prom
 from blockzoo.build.calibrate.yardstick import Bf16
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.approx.config import ReuseConfig
+from blockzoo.runtime.approx.state import margin
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import ReusePoint, ReuseRecord, ReuseSettings
 from blockzoo.zoo.store import Zoo
@@ -48,14 +48,14 @@ class Tried:
         agrees, kl: of each token of the answer.
         computed: share of the prompt's tokens.
         costs: time to the first token, a full prefill's being 1; None where nothing was taken over.
-        moved: what a guard would go by; None where none would look.
+        margins: what a guard would go by (`margin`); None where nothing was taken over.
     """
 
     agrees: list[np.ndarray] = field(default_factory=list)
     kl: list[np.ndarray] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     costs: list[float | None] = field(default_factory=list)
-    moved: list[float | None] = field(default_factory=list)
+    margins: list[float | None] = field(default_factory=list)
 
     def add(self, full: Run, run: Run) -> None:
         """What one prompt gave."""
@@ -63,7 +63,7 @@ class Tried:
         self.kl.append(divergence(full.logits, run.logits))
         self.computed.append(run.recomputed)
         self.costs.append(run.first_s / full.first_s if run.reuses else None)
-        self.moved.append(run.moved)
+        self.margins.append(margin(run.logits[0]) if run.reuses else None)
 
     def point(self, settings: ReuseSettings) -> ReusePoint:
         """All of it, as these settings gave it."""
@@ -77,7 +77,7 @@ class Tried:
         What is held back is computed in full after all, so the mean of the times counts.
         """
         fit, rest = self._every_other(0), self._every_other(1)
-        for guard in sorted({moved for moved in fit.moved if moved is not None}, reverse=True):
+        for guard in sorted({lead for lead in fit.margins if lead is not None}):
             if np.concatenate(fit._held_back(guard).agrees).mean() >= least:
                 guarded = rest._held_back(guard)
                 costs = [cost for cost in guarded.costs if cost is not None]
@@ -100,15 +100,15 @@ class Tried:
     def _held_back(self, guard: float) -> Tried:
         """As if a guard had looked: what it holds back agrees, and is computed once more, in full."""
         found = Tried()
-        for agrees, kl, computed, cost, moved in zip(
-            self.agrees, self.kl, self.computed, self.costs, self.moved, strict=True
+        for agrees, kl, computed, cost, lead in zip(
+            self.agrees, self.kl, self.computed, self.costs, self.margins, strict=True
         ):
-            back = moved is not None and moved >= guard
+            back = lead is not None and lead < guard
             found.agrees.append(agrees | back)
             found.kl.append(kl * (not back))
             found.computed.append(computed + back)
             found.costs.append(None if cost is None else cost + back)
-            found.moved.append(moved)
+            found.margins.append(lead)
         return found
 
 
@@ -226,8 +226,6 @@ class _Search:
         runs = []
         for settings in CANDIDATES:
             config = ReuseConfig(**asdict(settings))
-            if config.selector == "query" and config.recompute < 1:
-                config = replace(config, guard=math.inf)  # which only looks
             run = Run(prompt, "approx", config, full.tokens)
             runs.append(self._run(run, len(full.tokens), scope))
         if case.known is None:

@@ -47,11 +47,10 @@ class ReuseConfig:
             tokens. "token".
         min_share: of the tokens to compute; a prompt with fewer matched is computed in full.
         max_deviation: mean deviation of V at the last check layer, relative to V; beyond it all is computed.
-        guard: where the next token's distribution moves by so many nats or more from the look at what was
-            taken over to the pass after it (`FirstPass.moved`), all is computed anew before a token is
-            chosen, and the request goes on as an exact one; 0: always, inf: never. Such a look then comes
-            first with "head-of-run" and "random" too; selectors that look at deviations see no next token,
-            and have `max_deviation`. Behind edits alone nothing is looked at. None: there is no guard.
+        guard: where a sequence that took something over is so unsure of its next token that the likeliest one
+            leads the second by less than that, in nats, all is computed anew before one is chosen, and it
+            goes on as an exact one. Asked once, of the model's own distribution, whatever is chosen from it.
+            0: never, inf: always.
         negligible: deviation of V, relative to V. Tokens with less are not computed anew by the selectors
             that look at deviations, and a queue in which several in a row showed less is given up.
         window: tokens of a window. Runs of 2 * window - 1 are always found, shorter than window never.
@@ -71,7 +70,7 @@ class ReuseConfig:
     unit: Unit = "line"
     min_share: float = 0.3
     max_deviation: float = 0.5
-    guard: float | None = None
+    guard: float = 0.0
     negligible: float = 0.0
     window: int = 16
     max_donors: int = 1024
@@ -81,7 +80,7 @@ class ReuseConfig:
         for name in ("recompute", "edit_recompute", "pointed", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
-        least = dict.fromkeys(("refresh", "head", "edit", "max_deviation", "negligible"), 0)
+        least = dict.fromkeys(("refresh", "head", "edit", "max_deviation", "guard", "negligible"), 0)
         least |= dict.fromkeys(("max_donors", "check_layers", "rounds"), 1) | {"window": 2}
         for name, low in least.items():
             if not getattr(self, name) >= low:
@@ -89,19 +88,6 @@ class ReuseConfig:
         for name, kind in (("selector", Selector), ("refresh_order", RefreshOrder), ("unit", Unit)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(get_args(kind))}")
-        if self.guard is not None:
-            self._check_guard(self.guard)
-
-    def _check_guard(self, guard: float) -> None:
-        if not guard >= 0:
-            raise ValueError(f"guard is {guard}; expected nats, at least 0")
-        if self.uses_check:
-            raise ValueError(f"guard is {guard}, which {self.selector!r} does not have: use max_deviation")
-        if not 0 < self.recompute < 1:
-            raise ValueError(
-                f"guard is {guard} with recompute {self.recompute:g}; expected recompute between 0 and 1: it "
-                "compares what texts behind other texts give before and after some of them is computed anew"
-            )
 
     def check_serves(self, other: ReuseConfig) -> None:
         """Whether engines that were made for this serve another configuration too.
@@ -131,12 +117,6 @@ class ReuseConfig:
         return self.selector in ("query", "importance*deviation") or self.refresh_order == "importance"
 
     @property
-    def is_blind(self) -> bool:
-        """Whether what is computed anew does not depend on what was taken over."""
-        return self.recompute == 0 or self.selector in ("head-of-run", "random")
-
-    @property
     def looks_first(self) -> bool:
         """Whether what was taken over must be looked at before it is decided what is computed anew."""
-        looks = self.uses_check or self.selector == "query" or self.guard is not None
-        return looks and self.recompute > 0
+        return (self.uses_check or self.selector == "query") and self.recompute > 0

@@ -1,6 +1,6 @@
 """A first pass over KV taken over from elsewhere, after which it is decided what is computed anew.
 
-Three kinds (`ReuseConfig.selector`):
+Two kinds (`ReuseConfig.selector`):
 
     query      the unmatched tokens run through all layers over what was taken. What matched tokens draw the
                attention of the last of them (the question) tells which lines (or pages, or tokens) matter for
@@ -8,9 +8,6 @@ Three kinds (`ReuseConfig.selector`):
     deviation  everything runs through the check layers. How far V at the last of them is from what was taken
                tells which tokens were changed by the words before them. The others leave; what is chosen goes
                on from the hidden states that leave the check layers.
-    the others only with a guard: the unmatched tokens run as for "query", and nothing is chosen by it.
-
-A guard compares what comes next after the first look and after the last pass.
 
 Ints and numpy only, but for the hidden states, which it passes on unseen.
 """
@@ -53,9 +50,6 @@ class FirstPass:
         importance: float32 [num_tokens], attention received, as shares of one row and layer sum.
         old_values: V of matched tokens at the last check layer as it was taken, float32 [n, heads, head_dim].
         hidden: rows [num_tokens - start, hidden] that leave the check layers.
-        moved: what a guard goes by: Kullback-Leibler divergence, in nats, of the next token's distribution in
-            the first look from that after the last pass; of the model's own, whatever is chosen from it. None
-            where there is no guard, and before that pass.
     """
 
     def __init__(
@@ -75,8 +69,6 @@ class FirstPass:
         self.importance = np.zeros(matched.size, np.float32)
         self.old_values: np.ndarray | None = None
         self.hidden: Array | None = None
-        self.moved: float | None = None
-        self._seen: np.ndarray | None = None  # log-probabilities in the first look, float32 [vocab]
         self._round = 1
         tail = int(np.flatnonzero(matched)[-1]) + 1
         self._question = max(tail, matched.size - QUESTION_TOKENS)
@@ -96,27 +88,13 @@ class FirstPass:
         """Whether rows enter behind the check layers now."""
         return self.config.uses_check and self.done
 
-    @property
-    def gives_logits(self) -> bool:
-        """Whether the last token's are wanted."""
-        return self.done or (self.config.guard is not None and self._seen is None)
-
-    def add_logits(self, logits: np.ndarray) -> None:
-        """Those of the last token, float32 [vocab], after a pass."""
-        log_probs = logits - logits.max()
-        log_probs -= np.log(np.exp(log_probs).sum())
-        if self._seen is None:
-            self._seen = log_probs
-        else:
-            self.moved = max(float(np.exp(log_probs) @ (log_probs - self._seen)), 0.0)  # nan stays
-
     def first_reused(self) -> np.ndarray:
         """bool [num_tokens]: what does not run in the first pass."""
         return np.zeros_like(self.matched) if self.config.uses_check else self.matched
 
     def window(self, start: int, end: int) -> int:
         """How many of the last of rows [start, end) look."""
-        if self.done or self.config.selector not in ("query", "importance*deviation"):
+        if self.done or self.config.selector == "deviation":
             return 0
         if self._round > 1 and self.matched[start:end].any():  # chosen in an earlier round
             return end - start
@@ -157,7 +135,7 @@ class FirstPass:
         config = self.config
         if not config.uses_check:
             budget = ceil(self._budget * self._round / config.rounds)
-            self.done = self._round == config.rounds or config.selector != "query"
+            self.done = self._round == config.rounds
             self._round += 1
             return self._highest(self._pointed(), budget)
         self.done = True

@@ -45,8 +45,8 @@ class ApproximateKV:
         reused: tokens that do not run: they keep KV that was computed behind other words.
         borrowed: None once it is copied.
         first_pass: None once what it chose is computed.
+        is_guarded: a guard still has to look at the next token.
         importance: float32 [num_tokens], attention received; None where nobody asks.
-        moved: what the guard went by (`FirstPass.moved`); None: there is none, or it has not looked yet.
         stale: int64 [n], positions to refresh while decoding, the next first.
         num_refreshing: of `stale`, in this step.
         refreshed: int64 [n], in the last step.
@@ -58,7 +58,7 @@ class ApproximateKV:
         "config",
         "first_pass",
         "importance",
-        "moved",
+        "is_guarded",
         "num_refreshing",
         "refreshed",
         "reused",
@@ -73,7 +73,7 @@ class ApproximateKV:
         self.importance = np.zeros(reused.size, np.float32) if first_pass is None else first_pass.importance
         self.stale = self.refreshed = np.empty(0, np.int64)
         self.num_refreshing = 0
-        self.moved: float | None = None
+        self.is_guarded = config.guard > 0
         self._num_calm = 0  # refreshed in a row with negligible deviations
 
     # ---- which tokens run
@@ -156,3 +156,9 @@ class ApproximateKV:
         self._num_calm = self._num_calm + negligible.size if negligible.all() else 0
         if self._num_calm >= _CALM_TOKENS:
             self.stale = self.stale[:0]
+
+
+def margin(logits: np.ndarray) -> float:
+    """By how much the likeliest token leads the second, in nats; of float32 [vocab]."""
+    second, first = np.partition(logits, -2)[-2:].tolist()
+    return float(first - second)

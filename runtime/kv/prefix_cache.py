@@ -283,13 +283,14 @@ class KVCache:
         self._drop_copies(seq)
         return borrowed
 
-    def guard(self, seq: TokenSequence, moved: float) -> bool:
-        """Whether the next token of `seq` moved too far (`ReuseConfig.guard`), so that nothing that was taken
+    def guard(self, seq: TokenSequence, margin: float) -> bool:
+        """Whether `seq` is too unsure of its next token (`ReuseConfig.guard`), so that nothing that was taken
         over counts any more: it goes on as an exact sequence, from the first page that has some of it."""
         assert seq.approx is not None, f"{seq} has taken nothing over"
-        limit, stale = seq.approx.config.guard, np.flatnonzero(seq.approx.reused)
+        stale = np.flatnonzero(seq.approx.reused)
+        seq.approx.is_guarded = False
         self.approximate_guarded += 1
-        if limit is None or moved < limit or not stale.size:  # what is no number went too far
+        if margin >= seq.approx.config.guard or not stale.size:  # what is no number is unsure
             return False
         self.approximate_guard_fallbacks += 1
         seq.num_computed = int(stale[0]) // PAGE_TOKENS * PAGE_TOKENS

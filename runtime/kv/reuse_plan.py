@@ -88,15 +88,12 @@ class ReusePlanner:
         if edits_alone:  # what leans on them stands right behind them: nothing is looked for, nor refreshed
             config = replace(config, refresh=0)
             reused = taken = matched & ~anew
+        elif config.looks_first:
+            taken = matched
+            first_pass = FirstPass(config, matched, anew, start, seq.line_ends(), budget)
+            reused = first_pass.first_reused()
         else:
-            if config.is_blind:
-                anew |= matched & ~reused_positions(runs, shares, seq.num_tokens, config)
-                budget = 0  # for what is seen
-            reused = taken = matched & ~anew
-            if config.looks_first:
-                taken = matched
-                first_pass = FirstPass(config, matched, anew, start, seq.line_ends(), budget)
-                reused = first_pass.first_reused()
+            reused = taken = reused_positions(runs, shares, seq.num_tokens, config) & ~anew
         parts = [self._borrowed(run, donor, trees, taken) for run, donor in found]
         borrowed = Borrowed(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
         if not borrowed.positions.size:

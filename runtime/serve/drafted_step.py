@@ -45,9 +45,9 @@ class DraftedStep:
 
 def may_draft(request: Request) -> bool:
     """Whether tokens may run behind the last one: not while approximate KV is being refreshed, as what is
-    refreshed when would change, and with it the answer."""
+    refreshed when would change, and with it the answer; nor before a guard has looked at what follows."""
     seq, approx = request.seq, request.seq.approx
-    calm = approx is None or (approx.first_pass is None and not approx.stale.size)
+    calm = approx is None or not (approx.first_pass or approx.is_guarded or approx.stale.size)
     ends = seq.num_uncomputed == 1 and not seq.lacks_prompt_logits  # a prompt may come token by token
     return request.params.speculate and calm and ends and num_left(request) > 0
 

@@ -101,7 +101,7 @@ class Metrics:
             of each request.
         approximate_declined_total: requests for approximate reuse that were computed exactly, as no settings
             were near enough for their model when it was calibrated.
-        approximate_guarded_total: times that a guard looked at what approximate reuse did to a first token.
+        approximate_guarded_total: times that a guard looked how sure a first token was over approximate KV.
         approximate_guard_fallbacks_total: those of them in which all was computed in full before that token.
         generated_tokens_total: tokens generated, also of requests that still run.
         drafted_tokens_total: tokens that were guessed and run, by model and drafter.

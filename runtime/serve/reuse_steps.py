@@ -2,8 +2,8 @@
 
 before(seq)   K and V arrive in the sequence's pages
 rows(...)     which attention a part reports, where it leaves and enters the chain
-after(seq)    a first pass has ended: what is computed anew is chosen, at last whether that is enough (the
-              guard); the queue is put in order
+after(seq)    a first pass has ended: what is computed anew is chosen; the guard has looked; the queue is put
+              in order
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from blockzoo.engines.arrays import Array
 from blockzoo.runtime.approx.first_pass import FirstPass, RowsLike, relative_deviation
+from blockzoo.runtime.approx.state import margin
 from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.kv.sequence import Part, TokenSequence
 
@@ -75,24 +76,21 @@ class ReuseSteps:
     def after(self, seq: TokenSequence, kv: KVTensors, logits: np.ndarray | None = None) -> None:
         """Go on to the next pass where one has ended; put the queue in order.
 
-        `logits`, float32 [vocab], of the last token where there is a guard. What it holds back then lacks
-        tokens again.
+        `logits`, float32 [vocab], of the last token where a guard is to look at it. A sequence that it holds
+        back lacks tokens then.
         """
         approx, old = seq.approx, self._old_values.pop(seq, None)
         if approx is None:
             return
         first_pass = approx.first_pass
         if first_pass is not None and seq.num_computed >= seq.num_tokens:
-            if logits is not None:
-                first_pass.add_logits(logits)
             if first_pass.done:
                 approx.first_pass = None
-                approx.moved = first_pass.moved
-                if approx.moved is not None and seq.cache.guard(seq, approx.moved):
-                    return
             else:
                 seq.num_computed = approx.conclude(lambda: _checked_values(seq, first_pass, kv))
                 seq.num_computed = seq.end_after(0)
+        if logits is not None and seq.cache.guard(seq, margin(logits)):
+            return
         if old is not None:
             deviation = relative_deviation(old, kv.values(seq.page_table, approx.refreshed))
             approx.give_up_when_calm(deviation)

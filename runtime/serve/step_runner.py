@@ -123,7 +123,7 @@ class StepRunner:
     ) -> dict[int, np.ndarray]:
         """The logits, float32 [vocab], of sequences that a guard looks at, by index."""
         approx = ((index, item.seq.approx) for index, item in enumerate(items))
-        guarded = {index for index, a in approx if a and a.first_pass and a.config.guard is not None}
+        guarded = {index for index, each in approx if each is not None and each.is_guarded}
         return {
             owners[member][0]: row
             for logits, members in step.logits
@@ -226,7 +226,7 @@ class StepRunner:
             part.start,
             seq.page_table,
             num_logits=max(
-                part.end == seq.num_tokens and (first_pass is None or first_pass.gives_logits),
+                part.end == seq.num_tokens and (first_pass is None or first_pass.done),
                 seq.num_prompt_logits(part.end),
             ),
             entry=entry,

@@ -62,32 +62,32 @@ def test_the_cheapest_that_is_near_enough() -> None:
 
 
 def tried(*prompts: tuple[float | None, float]) -> Tried:
-    """Of (moved, share of ten tokens that agree): a fifth is computed, in a quarter of the time."""
+    """Of (margin, share of ten tokens that agree): a fifth is computed, in a quarter of the time."""
     found = Tried()
-    for moved, agreement in prompts:
+    for lead, agreement in prompts:
         found.agrees.append(np.arange(10) < 10 * agreement)
         found.kl.append(np.full(10, 1 - agreement))
         found.computed.append(0.2)
         found.costs.append(0.25)
-        found.moved.append(moved)
+        found.margins.append(lead)
     return found
 
 
 def test_a_guard_is_chosen_on_every_other_prompt_and_judged_on_the_rest() -> None:
-    fit = [(0.1, 1.0), (0.9, 0.5), (0.2, 1.0), (0.4, 0.8), (None, 1.0), (0.05, 0.9)]
-    rest = [(0.5, 0.0), (0.3, 0.6), (0.1, 1.0), (0.01, 1.0), (None, 1.0), (0.2, 1.0)]
+    fit = [(9.0, 1.0), (0.1, 0.5), (5.0, 1.0), (2.0, 0.8), (None, 1.0), (4.0, 0.9)]
+    rest = [(3.0, 0.0), (4.0, 0.6), (9.0, 1.0), (7.0, 1.0), (None, 1.0), (5.0, 1.0)]
     both = tried(*(prompt for pair in zip(fit, rest, strict=True) for prompt in pair))
-    point = both.guarded(CANDIDATES[0], 0.98)  # without 0.9 and 0.4
+    point = both.guarded(CANDIDATES[0], 0.98)  # without 0.1 and 2.0
     assert point is not None
-    assert point.settings == replace(CANDIDATES[0], guard=0.4)
-    assert point.agreement == pytest.approx(5.6 / 6, abs=1e-3)  # of the rest, 0.5 alone is held back
+    assert point.settings == replace(CANDIDATES[0], guard=4.0)
+    assert point.agreement == pytest.approx(5.6 / 6, abs=1e-3)  # of the rest, 3.0 alone is held back
     assert point.kl == pytest.approx(0.4 / 6, abs=1e-3)
     assert point.computed == pytest.approx(0.2 + 1 / 6, abs=1e-3)
     assert point.speedup == pytest.approx(1 / (0.25 + 1 / 6), abs=1e-2)
     assert choose([point], 0.93, 1.5) == point.settings
     assert choose([point], 0.95, 1.5) is None
-    assert tried((None, 0.5), (0.3, 1.0)).guarded(CANDIDATES[0], 0.98) is None  # nobody looked there
-    assert tried((0.3, 0.5)).guarded(CANDIDATES[0], 0.98) is None  # nothing to judge it on
+    assert tried((None, 0.5), (0.3, 1.0)).guarded(CANDIDATES[0], 0.98) is None  # nothing is taken over there
+    assert tried((0.3, 1.0)).guarded(CANDIDATES[0], 0.98) is None  # nothing to judge it on
 
 
 def test_where_only_a_guard_keeps_a_model_near_that_is_shown(zoo: Path, tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_where_only_a_guard_keeps_a_model_near_that_is_shown(zoo: Path, tmp_path
     path = tmp_path / "two.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     record = calibrate(zoo, ["base"], path, agreement=1.0, speedup=1.0)["base"]
-    guarded = [each for each in record.curve if each.settings.guard is not None]
-    unguarded = {replace(each.settings, guard=None) for each in guarded}
+    guarded = [each for each in record.curve if each.settings.guard]
+    unguarded = {replace(each.settings, guard=0.0) for each in guarded}
     assert unguarded <= set(CANDIDATES)
     for each in record.curve[: len(CANDIDATES)]:
         if each.agreement >= record.bf16_agreement:
@@ -166,7 +166,7 @@ def test_what_cannot_be_calibrated(zoo: Path, prompts: Path, tmp_path: Path) -> 
 
 def test_settings_out_of_range_are_refused(zoo: Path) -> None:
     manifest = Manifest.load(zoo / "manifest.json")
-    for wrong in ({"recompute": 7.0}, {"guard": -1.0}, {"guard": 0.1, "recompute": 1.0}):
+    for wrong in ({"recompute": 7.0}, {"guard": -1.0}):
         bad = replace(CANDIDATES[0], **wrong)
         record = ReuseRecord(bad, 0.99, 1.5, 1.0, 0.0, (), 1, 1, "built-in")
         models = manifest.models | {"base": replace(manifest.models["base"], reuse=record)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -103,10 +104,10 @@ def test_every_selector_answers_as_in_one_process(
         check_alike(found[1], found[0])
 
 
-def test_a_guard_holds_back_what_moves_as_in_one_process(local: LLMEngine, spread: LLMEngine) -> None:
+def test_a_guard_holds_back_as_in_one_process(local: LLMEngine, spread: LLMEngine) -> None:
     expected = answers(local, [("base", PROMPT, "off")])
     for engine in (local, spread):
-        engine.configure_reuse(ReuseConfig(recompute=0.3, guard=0.0))
+        engine.configure_reuse(ReuseConfig(recompute=0.3, guard=math.inf))
         answers(engine, [("base", DONOR, "exact")], "guard")
         before = engine.metrics().approximate_guard_fallbacks_total
         check_alike(answers(engine, [("base", PROMPT, "approx")], "guard"), expected)
