@@ -90,6 +90,7 @@ def test_a_guard_is_chosen_on_every_other_prompt_and_judged_on_the_rest() -> Non
     assert tried((0.3, 1.0)).guarded(CANDIDATES[0], 0.98) is None  # nothing to judge it on
 
 
+@pytest.mark.slow
 def test_where_only_a_guard_keeps_a_model_near_that_is_shown(zoo: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"{i} {PROMPT}", "known": [KNOWN]} for i in range(2)]
     path = tmp_path / "two.jsonl"

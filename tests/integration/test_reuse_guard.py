@@ -153,6 +153,7 @@ def test_whatever_is_composed_what_is_held_back_is_a_full_prefill(
             assert logprobs == pytest.approx(expected[1], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_under_pressure_all_that_is_held_back_is_exact(demo_zoo: Path, exact: LLMEngine) -> None:
     """Beside others, preempted, cancelled."""
     reuse = replace(SHARED, guard=math.inf)
