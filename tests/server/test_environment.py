@@ -83,7 +83,7 @@ def test_a_bad_setting_is_one_line(tmp_path, capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from blockzoo.server_config.serve import build_parser; build_parser().format_help(); "
+        "import sys; from blockzoo.server_config import arguments; arguments.build_parser().format_help(); "
         "print(sorted({'numpy', 'openvino', 'tokenizers', 'tritonclient'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -14,8 +14,9 @@ from blockzoo.runtime.kv.prefix_cache import KVCache
 from blockzoo.runtime.serve.config import SchedulerConfig
 from blockzoo.runtime.serve.metrics import MetricsRecorder
 from blockzoo.runtime.serve.scheduler import Scheduler
+from blockzoo.server_config.arguments import build_parser
 from blockzoo.server_config.replicas import local_ray
-from blockzoo.server_config.serve import build_parser, main
+from blockzoo.server_config.serve import main
 
 SERVER = Path(local_ray.__file__).parents[1]
 
