@@ -23,7 +23,7 @@ from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, pro
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
 from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
-from blockzoo.runtime.exec.interface import StepExecutor
+from blockzoo.runtime.exec.interface import KVLostError, StepExecutor
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.sampling.guided import NUM_STYLES
 from blockzoo.runtime.serve.draft_models import DraftModels
@@ -157,6 +157,8 @@ class Speculation:
         seconds: list[float] = []
         try:
             found, seconds = drafts(requests)
+        except KVLostError:
+            raise
         except Exception:  # a bug of ours: it takes nothing from the requests
             traceback.print_exc()
         for request, tokens in zip(requests, found, strict=True):
