@@ -88,7 +88,7 @@ def test_every_selector_answers_as_in_one_process(
             refresh_order=("importance", "position")[number],
             negligible=(1e-3, 0.0)[number],
             min_share=0.0,
-            guard=None if number or "deviation" in selector else 1e-9,
+            guard=(0.5, 0.0)[number],
         )
         known, prompt = composed(rng)
         found = []

@@ -21,8 +21,11 @@ def documents(tmp_path_factory):
     return file
 
 
-def test_documents_are_published_and_kept_for_the_next_start(serve_zoo, demo_zoo, documents, tmp_path):
-    options = ("--publish", str(documents), "--kv-cache-dir", str(tmp_path), "--threads", "1")
+@pytest.mark.parametrize("workers", [(), pytest.param(("--workers", "2"), marks=pytest.mark.slow)])
+def test_documents_are_published_and_kept_for_the_next_start(
+    serve_zoo, demo_zoo, documents, tmp_path, workers
+):
+    options = ("--publish", str(documents), "--kv-cache-dir", str(tmp_path), "--threads", "1", *workers)
     first = serve_zoo(demo_zoo, *options)
     answers = {}
     for tenant in ("base", "solver", "notes"):
