@@ -76,6 +76,7 @@ def test_every_scope_starts_behind_a_document(spread: LLMEngine, local: LLMEngin
     assert elsewhere[0][2] == pytest.approx(elsewhere[1][2], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_on_disk_serves_one_process_and_many(
     spread: LLMEngine, local: LLMEngine, demo_zoo: Path, folder: Path
 ) -> None:
@@ -91,7 +92,7 @@ def test_what_is_on_disk_serves_one_process_and_many(
     check_answers(spread, local, size_of(spread, DOCUMENT))
 
 
-@pytest.mark.parametrize("disk", [True, False])
+@pytest.mark.parametrize("disk", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_documents_come_again_after_a_worker(
     spread: LLMEngine, local: LLMEngine, folder: Path, disk: bool
 ) -> None:
@@ -116,6 +117,7 @@ def test_documents_come_again_after_a_worker(
     assert (found, tokens) == (size_of(spread, DOCUMENT), expected)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_lost_while_a_document_is_published(spread: LLMEngine, local: LLMEngine) -> None:
     pid = group_of(spread).pids[1]
     os.kill(pid, signal.SIGKILL)

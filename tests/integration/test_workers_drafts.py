@@ -20,6 +20,8 @@ from blockzoo.runtime.serve.span_groups import leaders
 from blockzoo.runtime.serve.span_moves import MoveError
 from blockzoo.zoo.manifest import Manifest, SurrogateRecord
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 MODELS = ("base", "notes", "solver", "twin")
 

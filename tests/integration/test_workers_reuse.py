@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from over_workers import SETTINGS, group_of
 from quiet import words
-from test_approximate import approximated, composed
+from test_approximate import approximated, composed, some_of
 
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.approx.config import ReuseConfig, Selector
@@ -67,7 +67,7 @@ def check_alike(found: list[Answer], expected: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("least_rows", [128, pytest.param(24, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", some_of(SELECTORS, "query", "importance*deviation"))
 def test_every_selector_answers_as_in_one_process(
     local: LLMEngine,
     spread: LLMEngine,
@@ -176,6 +176,7 @@ def test_donors_move_along(local: LLMEngine, spread: LLMEngine) -> None:
     check_alike(found[1], found[0])
 
 
+@pytest.mark.slow
 def test_what_takes_over_as_spans_move_is_computed_anew(local: LLMEngine, spread: LLMEngine) -> None:
     spread.configure_reuse(ReuseConfig(recompute=0.3, refresh=2))
     answers(spread, [("base", DONOR, "exact")], "early")
@@ -197,7 +198,7 @@ def test_what_takes_over_as_spans_move_is_computed_anew(local: LLMEngine, spread
     assert len(tokens) == 12
 
 
-@pytest.mark.parametrize("how", ["exact", "approx"])
+@pytest.mark.parametrize("how", [pytest.param("exact", marks=pytest.mark.slow), "approx"])
 def test_prompts_begin_where_models_part(local: LLMEngine, spread: LLMEngine, how: str) -> None:
     """What another model has run enters above; what stands behind may be taken over approximately."""
     head = words(70, 50)
@@ -214,6 +215,7 @@ def test_prompts_begin_where_models_part(local: LLMEngine, spread: LLMEngine, ho
     check_alike(found[1], found[0])
 
 
+@pytest.mark.slow
 def test_values_come_from_the_workers(local: LLMEngine, spread: LLMEngine) -> None:
     """V of tokens in all layers, as both have them."""
     found = []
