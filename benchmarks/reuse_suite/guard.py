@@ -37,6 +37,7 @@ CHOSEN_ON = ("facts in one", "facts in two", "examples", "gist")
 HELD = ("tables", "source files")
 ALL = TASKS | HELD_OUT
 ANSWER_TOKENS = 8
+CURVE = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 Record = dict[str, Any]
 """Of a side on a sample: `task`, `number`, `side`; `margin`, by how much its likeliest first token leads, in
 nats; `agrees`, of each token; `cost`, processor time to the first token, in full prefills'."""
@@ -146,7 +147,8 @@ def judged(records: Sequence[Record], catch: float) -> dict[str, Any]:
     found = {name: summary(group, guard) for name, group in groups.items() if group}
     tasks = {task: [record for record in records if record["task"] == task] for task in (*CHOSEN_ON, *HELD)}
     found |= {task: summary(group, guard) for task, group in tasks.items() if group}
-    return {"guard": guard, "groups": found}
+    curve = {f"{each:g}": summary(records, each) for each in CURVE}
+    return {"guard": guard, "groups": found, "all, by guard": curve}
 
 
 def threshold(records: Sequence[Record], catch: float) -> float:
@@ -198,10 +200,13 @@ def area(signs: Sequence[float], wrong: np.ndarray) -> float | None:
 def show(results: dict[str, dict[str, Any]]) -> None:
     """The tables."""
     for side, found in results.items():
-        groups = found["groups"]
-        names = list(next(iter(groups.values())))
-        rows = [(name, *("" if g[name] is None else g[name] for g in groups.values())) for name in names]
-        print_table(f"{side}, guard {found['guard']} nats", ("", *groups), rows)
+        for title, groups in (
+            (f"{side}, guard {found['guard']} nats", found["groups"]),
+            (f"{side}, all samples, by guard", found["all, by guard"]),
+        ):
+            names = list(next(iter(groups.values())))
+            rows = [(name, *("" if g[name] is None else g[name] for g in groups.values())) for name in names]
+            print_table(title, ("", *groups), rows)
 
 
 if __name__ == "__main__":
