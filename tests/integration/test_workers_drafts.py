@@ -134,3 +134,33 @@ def test_a_killed_worker_loses_no_request(spread: LLMEngine, expected: Answers, 
     restarts = group_of(spread).num_restarts
     assert answers(spread, 8, kill) == expected
     assert group_of(spread).num_restarts == restarts + 1
+
+
+def test_surrogates_come_and_go(
+    demo_zoo: Path, tmp_path: Path, expected: Answers, dice: random.Random
+) -> None:
+    """Under a request whose surrogate goes."""
+    models = Manifest.load(demo_zoo / "manifest.json").models
+    path = with_surrogates(demo_zoo, tmp_path / "zoo", {"base": without(models["base"], 5, 6)})
+    after = with_surrogates(
+        demo_zoo,
+        tmp_path / "after",
+        {"base": without(models["base"], 3), "notes": without(models["notes"], 8)},
+    )
+    engine = LLMEngine(path, EngineConfig(workers=2, speculate="auto", **SETTINGS))
+    try:
+        engine.add_request("base", "base", words(30, 0), GREEDY)
+        tokens = [token for _ in range(3) for output in engine.step() for token in output.token_ids]
+        (after / "manifest.json").replace(path / "manifest.json")
+        assert engine.reload().replaced == ("base", "notes")
+        while engine.has_unfinished():
+            tokens += [token for output in engine.step() for token in output.token_ids]
+        assert tokens == expected["base"]
+        before = drafted(engine)[0]
+        engine.add_request("notes", "notes", words(30, 1), GREEDY)
+        while engine.has_unfinished():
+            engine.step()
+            engine.check_integrity()
+        assert drafted(engine)[0] > before
+    finally:
+        engine.close()
