@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutpu
 from blockzoo.runtime.workers import distributed, processes
 from blockzoo.runtime.workers import group as groups
 from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.pairs import Pair
 
 pytestmark = pytest.mark.slow
 
@@ -178,13 +179,14 @@ def test_links_that_take_their_time(
     links: list[SlowLink] = []
     tell = WorkerGroup.send
 
-    def send(self: WorkerGroup, worker: int, *frames: bytes) -> None:
+    def send(self: WorkerGroup, worker: int, *frames: bytes, ends: Sequence[Pair] = ()) -> None:
         if frames[0] == b"peers":
             if not links:
                 links.extend(
                     SlowLink(each.address or "", 0.002 * (1 + i)) for i, each in enumerate(self._workers)
                 )
-            frames = (b"peers", groups.pack_json([link.address for link in links]))
+            told = {"addresses": [link.address for link in links], "pairs": []}
+            frames = (b"peers", groups.pack_json(told))
         tell(self, worker, *frames)
 
     monkeypatch.setattr(WorkerGroup, "send", send)
