@@ -15,7 +15,7 @@ Only ints and arrays here: the executor binds the arrays to engines and runs the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,12 @@ class SeqShape(NamedTuple):
     keeps_hidden: bool = False  # what enters the chain's later entries is kept
     exit: int | None = None  # the first of its chain's span uses that does not run; what enters it is kept
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a last token, and drafted ones behind it, of each of which the logits are wanted."""
+        whole = not self.entry and not self.keeps_hidden and self.exit is None
+        return whole and self.num_tokens == self.num_logits
+
 
 class _Range(NamedTuple):
     """Neighbouring sequences: their sequence, token-row and logit-row index ranges."""
@@ -59,7 +65,7 @@ class _Group:
 
 
 class StepLayout:
-    """The calls of all steps with one sequence of `SeqShape`s; array contents change, shapes do not.
+    """The calls of all steps of one `layout_key`; array contents change, shapes do not.
 
     Args:
         shapes: one per sequence, ordered as by `batch_order`.
@@ -78,26 +84,41 @@ class StepLayout:
         buffers: Buffers,
         device: Arrays,
     ) -> None:
-        self.shapes = tuple(shapes)
         self._spans, self._chains, self._buffers, self._device = spans, chains, buffers, device
         self._constants: dict[bytes, Array] = {}
-        counts = np.array([shape.num_tokens for shape in shapes])
+        self._begins_of: dict[tuple[int, ...], tuple[np.ndarray, Array]] = {}  # by sequences; host, device
+        self._note_shapes(shapes)
+        counts = [shape.num_tokens for shape in shapes]
         entries = np.array([shape.table_len for shape in shapes])
-        self._num_logits = np.array([shape.num_logits for shape in shapes], np.int32)
         num_layers = max(chains[shape.chain].num_layers for shape in shapes)
-        sizes = int(counts.sum()), len(shapes), (num_layers, int(entries.sum()))
+        sizes = sum(counts), len(shapes), (num_layers, int(entries.sum()))
         self._flat = np.zeros(StepArrays.size(*sizes), np.int32)
         self._device_flat = device.mirror(self._flat)
         self.arrays = StepArrays.over(self._flat, *sizes)
         self.device_arrays = StepArrays.over(self._device_flat, *sizes)
-        self.seq_begins = _begins(counts)  # [S + 1], first token row of each sequence
         self.table_begins = _begins(entries)  # [S + 1], first page-table entry of each sequence
-        self._kept_begins = _begins(self._num_logits)
         self.logits: list[tuple[Array, list[int]]] = []  # float32 [n, vocab] and whose rows they are
         self._logits_used = 0
         self._groups = self._make_groups()
         self.calls = self._make_calls()
         self.graph = CallGraph(self.calls, [len(span.block_ids) for span in spans])
+
+    def fit(self, shapes: Sequence[SeqShape]) -> None:
+        """Be the layout of other shapes of the same key: only what is written into arrays changes."""
+        if tuple(shapes) == self.shapes:
+            return
+        self._note_shapes(shapes)
+        for seqs, (host, begins) in self._begins_of.items():
+            host[...] = self._row_begins(seqs)
+            self._device.upload(host, begins)
+        self.logits = [(rows, self._repeated(np.unique(owners))) for rows, owners in self.logits]
+
+    def _note_shapes(self, shapes: Sequence[SeqShape]) -> None:
+        self.shapes = tuple(shapes)
+        self._num_logits = np.array([shape.num_logits for shape in shapes], np.int32)
+        self._kept_begins = _begins(self._num_logits)
+        # [S + 1], first token row of each sequence
+        self.seq_begins = _begins(np.array([shape.num_tokens for shape in shapes]))
 
     @property
     def num_rows(self) -> int:
@@ -213,6 +234,7 @@ class StepLayout:
     ) -> None:
         arrays, buffers, binds = self.device_arrays, self._buffers, call.binds
         binds["max_context_len"] = arrays.max_context_len
+        seqs = tuple(i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop))
         layers = range(call.first_layer, call.first_layer + num_layers)
         if joined is not None:
             entries = self._entries(joined)
@@ -232,11 +254,22 @@ class StepLayout:
                 binds[f"block_indices.{i}"] = self._private(call, parts)
         if self._spans[call.span].scores:
             binds["score_windows"] = windows
-            call.scored = tuple(i for g in groups for i in range(g.range.seqs.start, g.range.seqs.stop))
-        shapes = [shape for group in groups for shape in self.shapes[group.range.seqs]]
-        counts, entries_of = [s.num_tokens for s in shapes], [s.table_len for s in shapes]
-        binds["subsequence_begins"] = self._constant(_begins(np.array(counts)))
-        binds["block_indices_begins"] = self._constant(_begins(np.array(entries_of)))
+            call.scored = seqs
+        if seqs not in self._begins_of:
+            begins = self._row_begins(seqs)
+            self._begins_of[seqs] = begins, self._device.mirror(begins)
+        binds["subsequence_begins"] = self._begins_of[seqs][1]
+        entries_of = np.array([self.shapes[i].table_len for i in seqs])
+        binds["block_indices_begins"] = self._constant(_begins(entries_of))
+
+    def _row_begins(self, seqs: Sequence[int]) -> np.ndarray:
+        """[len(seqs) + 1], where the rows of each begin among those of all these."""
+        return _begins(np.array([self.shapes[seq].num_tokens for seq in seqs]))
+
+    def _repeated(self, seqs: np.ndarray) -> list[int]:
+        """Each of these sequences as often as it has logits."""
+        found: list[int] = np.repeat(seqs, self._num_logits[seqs]).tolist()
+        return found
 
     def _constant(self, values: np.ndarray) -> Array:
         """An array of ints that no step changes, on the device; equal ones are one."""
@@ -301,7 +334,7 @@ class StepLayout:
 
     def _bind_logits(self, call: Call, groups: list[_Group]) -> None:
         places = np.concatenate([np.arange(g.range.seqs.start, g.range.seqs.stop) for g in groups])
-        seqs = np.repeat(places, self._num_logits[places]).tolist()
+        seqs = self._repeated(places)
         vocab = self._chains[groups[0].chain].vocab_size
         count = max(1, len(seqs))  # a span that ends a prefill chunk without logits still has one row
         begin = self._logits_used
@@ -310,6 +343,17 @@ class StepLayout:
         call.binds["logits"] = rows
         if seqs:
             self.logits.append((rows, seqs))
+
+
+def layout_key(shapes: Sequence[SeqShape]) -> Hashable:
+    """Steps of equal keys have one layout, `StepLayout.fit`: of a chain whose sequences decode it does not
+    matter whose drafted rows are how many, as long as these are as many in all."""
+    if not all(shape.is_plain for shape in shapes):
+        return tuple(shapes)
+    rows: dict[int, int] = defaultdict(int)
+    for shape in shapes:
+        rows[shape.chain] += shape.num_tokens
+    return tuple(rows.items()), tuple((shape.chain, shape.table_len) for shape in shapes)
 
 
 def batch_order(kinds: Sequence[tuple[int, int, bool]]) -> list[int]:

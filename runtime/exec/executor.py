@@ -7,7 +7,7 @@ engines on what is bound already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from blockzoo.engines.arrays import Array, Arrays
 from blockzoo.engines.base import Embedding, Engine
 from blockzoo.runtime.exec.adapters import AdapterInputs, Pairs
-from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
+from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order, layout_key
 from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.kv_tensors import KVTensors
 from blockzoo.runtime.exec.parallel_calls import CallRunner
@@ -126,7 +126,7 @@ class Executor:
             self._buffers = before._buffers
         else:
             self._buffers = make_buffers(family, arrays, max_tokens, max_logits, vocab)
-        self._layouts: dict[tuple[SeqShape, ...], tuple[StepLayout, Program, Stamps]] = {}
+        self._layouts: dict[Hashable, tuple[StepLayout, Program, Stamps]] = {}
         self._runner: CallRunner = CallRunner(arrays.call_threads) if before is None else before._runner
         self._bound_call: dict[int, Call] = {}  # by span, the call that its engine is bound to
         self._most_rows = 0  # of a step since scratch was given back
@@ -258,7 +258,9 @@ class Executor:
             )
             for rows, length in zip(batch, lens, strict=True)
         )
-        kept = self._layouts.pop(shapes, None)
+        # what is recorded may depend on more than on keys
+        key = shapes if self._device.records else layout_key(shapes)
+        kept = self._layouts.pop(key, None)
         if kept is None or kept[2] != self._stamps(kept[0]):
             layout = StepLayout(shapes, self.chains, self._spans, self._buffers, self._device)
             if self.adapters is not None:
@@ -270,7 +272,8 @@ class Executor:
             kept = layout, program, self._stamps(layout)
             while len(self._layouts) >= (_KEPT_RECORDINGS if self._device.records else _KEPT_LAYOUTS):
                 self._layouts.pop(next(iter(self._layouts)))
-        self._layouts[shapes] = kept  # the last one used is the last to go
+        self._layouts[key] = kept  # the last one used is the last to go
+        kept[0].fit(shapes)
         return kept[:2]
 
     def _stamps(self, layout: StepLayout) -> Stamps:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockzoo.engines.arrays import HostArrays
-from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order
+from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order, layout_key
 from blockzoo.runtime.exec.calls import Call, CallGraph
 from blockzoo.runtime.exec.step_arrays import Buffers
 from blockzoo.runtime.exec.topology import Topology, plan_topology
@@ -385,6 +385,30 @@ def test_a_steady_decode_of_neighbours_copies_nothing() -> None:
     assert len(layout.calls) == 5  # lower layers, three times the upper, head
     assert [call.num_rows for call in layout.calls] == [6, 2, 2, 2, 6]
     assert not any(call.copies_in or call.copies_out for call in layout.calls)
+
+
+def test_a_layout_fits_drafts_that_are_shared_out_otherwise() -> None:
+    topology = topology_of({"x": "e a1 f1 a2 f2 h", "y": "e a1 f1 a3 f3 h"})
+
+    def laid_out(counts: list[int]) -> tuple[list[SeqShape], StepLayout]:
+        shapes = [SeqShape(i // 3, n, 8, n) for i, n in enumerate(counts)]
+        return shapes, StepLayout(shapes, topology.chains, topology.spans, _buffers(32, 16), HOST)
+
+    _, layout = laid_out([1, 4, 2, 1, 1, 3])
+    wanted, fresh = laid_out([2, 2, 3, 3, 1, 1])
+    assert layout_key(layout.shapes) == layout_key(wanted)
+    bound = [dict(call.binds) for call in layout.calls]
+    layout.fit(wanted)
+    assert layout.seq_begins.tolist() == fresh.seq_begins.tolist()
+    assert [owners for _, owners in layout.logits] == [owners for _, owners in fresh.logits]
+    for call, before, expected in zip(layout.calls, bound, fresh.calls, strict=True):
+        assert all(call.binds[name] is array for name, array in before.items()), "nothing is bound anew"
+        for name in call.binds.keys() & {"subsequence_begins", "block_indices_begins", "rows"}:
+            assert call.binds[name].tolist() == expected.binds[name].tolist()
+    for others in ([2, 2, 3, 3, 1, 2], [2, 2, 2, 4, 1, 1]):
+        assert layout_key(laid_out(others)[0]) != layout_key(wanted), "of each chain as many rows in all"
+    prompts = [SeqShape(0, n, 8, 1) for n in (3, 4)]
+    assert layout_key(prompts) != layout_key(prompts[::-1])
 
 
 @pytest.mark.parametrize("wants", [(False, False, False), (True, False, True)])
