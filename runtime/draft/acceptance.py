@@ -1,4 +1,4 @@
-"""How often guesses come true: of a request, leaning on what is known of its tenant, and of all."""
+"""How often guesses come true: of a request, leaning on what is known of its tenant."""
 
 from __future__ import annotations
 

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-_FIRST = 8.0  # steps, before anything was won
-_MOST = 8.0  # that are kept: what was won long ago pays for nothing now
+from collections import OrderedDict
+from collections.abc import Collection
+
+_FIRST = 6.0  # steps, before anything was won
+_MOST = 16.0  # that are kept: what was won long ago pays for nothing now
 _MOST_OWED = 6.0
 _MOST_LOST = 6.0  # by one step; more was the machine's doing
 _EARNED = 0.01  # by every step: so much of the time may be lost
+_MOST_TENANTS = 1024
 _BY_REQUEST = 0.5  # the same by requests, shared by those that run together
 
 
 class Balance:
-    """Of the steps of one executor; its unit is a step without drafts."""
+    """Of one tenant; its unit is a step without drafts."""
 
     def __init__(self) -> None:
         self._steps = _FIRST
 
     @property
-    def at_stake(self) -> float:
-        """What the next try may cost, should it win nothing."""
-        return max(self._steps, 0.0)
+    def steps(self) -> float:
+        """What is left; negative: what is owed."""
+        return self._steps
 
     def welcome(self, share: float) -> None:
-        """Requests came, so large a share of those that run: what they are like is not known."""
+        """Requests came, so large a share of the tenant's that run: what they are like is not known."""
         self._steps = min(self._steps + _BY_REQUEST * share, _MOST)
 
     def observe(self, won: float) -> None:
         """A step ran that was worth so many more than it took, or fewer."""
         self._steps = min(max(self._steps + max(won, -_MOST_LOST) + _EARNED, -_MOST_OWED), _MOST)
+
+
+class Balances:
+    """Of the tenants of one executor. What one may win is bounded, so that few who win much do not slow down
+    all others for long; most of them must win."""
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[str, Balance] = OrderedDict()
+
+    def of(self, tenant: str) -> Balance:
+        """A tenant's; those that were seen longest ago are forgotten."""
+        balance = self._tenants.pop(tenant, None) or Balance()
+        self._tenants[tenant] = balance
+        while len(self._tenants) > _MOST_TENANTS:
+            self._tenants.popitem(last=False)
+        return balance
+
+    def at_stake(self, tenants: Collection[str]) -> float:
+        """What the next step of some tenants may cost, should it win nothing: the mean of theirs."""
+        return sum(self.of(tenant).steps for tenant in tenants) / len(tenants)

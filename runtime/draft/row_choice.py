@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ _STEADY_STEPS = 8.0  # for which another shape is hoped to be of use, before it 
 _STEADY_NEWS = 0.25  # what a shape's steps weigh for that
 _MARGIN = 1.1  # hoped for of drafts
 _NEWS = 0.4  # what a step's hopes weigh among those before
-_SLOWEST = 0.97  # of its speed without drafts that a tenant may have for those of others
-_TENANT_NEWS = 0.05  # what a step weighs for that
 _NONE = StepKind(0, 0)
 
 
@@ -39,13 +36,11 @@ class Hopes(NamedTuple):
     """Of one sequence of a step.
 
     Attributes:
-        tenant: whose it is.
         chances: of its guesses, that they come true with all before them.
         may_draft: whether it may have drafted rows.
         surrogate: the same of what a surrogate would guess; empty where there is none.
     """
 
-    tenant: str
     chances: Sequence[float]
     may_draft: bool = True
     surrogate: Sequence[float] = ()
@@ -65,7 +60,7 @@ class RowChoice:
     """Of the steps of one executor.
 
     A number of rows is kept as long as another one is not worth its new shape, so hopes count over some
-    steps. Where several tenants run, none of them is to be slowed down for what others hope for.
+    steps.
     """
 
     def __init__(self, cost: StepCost | None = None) -> None:
@@ -75,7 +70,6 @@ class RowChoice:
         self._steady = _STEADY_STEPS  # how long shapes with drafted rows are kept, about
         self._hoped_for: StepKind = _NONE
         self._hopes: dict[Option, float] = {}  # tokens a step
-        self._shares: dict[tuple[Option, str], float] = {}  # of them by tenant, without those it gets anyway
         self._num_hoped = 0  # steps that these are of
 
     def choose(
@@ -96,30 +90,24 @@ class RowChoice:
             at_stake: what it may cost if it wins nothing, and shapes change twice for it, likewise.
         """
         if kind != self._hoped_for:
-            self._hoped_for, self._hopes, self._shares, self._num_hoped = kind, {}, {}, 0
+            self._hoped_for, self._hopes, self._num_hoped = kind, {}, 0
         if not self._cost.knows(kind, 0):
             return Option(0)  # what others are compared with
         self._num_hoped += 1
         drafting = sum(each.may_draft for each in sequences)
-        tokens = Counter(each.tenant for each in sequences)
-        ordered: dict[int, list[tuple[float, str]]] = {}  # guesses by runs
+        ordered: dict[int, list[float]] = {}  # chances by runs
         best, most = Option(0), 0.0
         longest = (1 + at_stake) * self._cost.seconds(kind, 0)
         new_shape = self._cost.new_shape_seconds(kind)
         for option in self._options(sequences, min(spare, drafting * MOST_DRAFTED)):
             if option.runs not in ordered:
                 ordered[option.runs] = sorted(
-                    ((chance, each.tenant) for each in sequences for chance in each.within(option.runs)),
-                    reverse=True,
+                    (chance for each in sequences for chance in each.within(option.runs)), reverse=True
                 )
-            hope = self._hope(option, tokens, ordered[option.runs][: option.rows])
+            hope = self._hope(option, len(sequences) + sum(ordered[option.runs][: option.rows]))
             seconds = self._seconds(kind, option, run_cost)
             is_new = kind == self._last[0] and option.rows != self._last[1]
             if option.rows and seconds + 2 * new_shape * is_new > longest:
-                continue
-            relative = self._cost.seconds(kind, 0) / seconds
-            is_known = option.rows > 0 and self._cost.knows(kind, option.rows)  # else a try tells
-            if is_known and self._slowest(option, tokens) * relative < _SLOWEST:
                 continue
             if is_new:
                 seconds += new_shape / min(self._steady, _STEADY_STEPS)
@@ -151,25 +139,10 @@ class RowChoice:
             options += [Option(drafting * length, length) for length in fitting]
         return options
 
-    def _hope(self, option: Option, tokens: Counter[str], guesses: Sequence[tuple[float, str]]) -> float:
-        """Tokens that a step gives whose drafted rows are the likeliest of these guesses; it is noted."""
-        hope = sum(tokens.values()) + sum(chance for chance, _ in guesses)
-        hope = self._hopes[option] = (1 - _NEWS) * self._hopes.get(option, hope) + _NEWS * hope
-        if len(tokens) > 1 and option.rows:
-            shares = dict.fromkeys(tokens, 0.0)
-            for chance, tenant in guesses:
-                shares[tenant] += chance
-            news = max(_TENANT_NEWS, 1 / self._num_hoped)
-            for tenant, share in shares.items():
-                known = self._shares.get((option, tenant), share)
-                self._shares[option, tenant] = (1 - news) * known + news * share
+    def _hope(self, option: Option, tokens: float) -> float:
+        """Tokens that are hoped for of such a step, now and a little before."""
+        hope = self._hopes[option] = (1 - _NEWS) * self._hopes.get(option, tokens) + _NEWS * tokens
         return hope
-
-    def _slowest(self, option: Option, tokens: Counter[str]) -> float:
-        """Tokens a step of the tenant that gains the least, relative to a step without drafts."""
-        if len(tokens) < 2:
-            return math.inf
-        return min(1 + self._shares[option, tenant] / count for tenant, count in tokens.items())
 
     @property
     def last_drafted(self) -> int:

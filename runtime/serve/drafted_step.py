@@ -28,19 +28,17 @@ class DraftedStep:
     planning: float = 0.0
     seconds: float = 0.0
     is_priced: bool = False
-    _generated: int = field(init=False)
+    _generated: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._generated = self._num_generated
+        self._generated = tuple(request.num_generated for request in self.requests)
 
-    @property
-    def _num_generated(self) -> int:
-        return sum(request.num_generated for request in self.requests)
-
-    @property
-    def gain(self) -> float:
-        """What has come for each request, beyond the token that comes anyway."""
-        return (self._num_generated - self._generated) / len(self.requests) - 1
+    def gains(self) -> dict[str, float]:
+        """By tenant, what has come for each of its requests beyond the token that comes anyway."""
+        found: dict[str, list[int]] = {}
+        for request, before in zip(self.requests, self._generated, strict=True):
+            found.setdefault(request.seq.tenant, []).append(request.num_generated - before - 1)
+        return {tenant: sum(more) / len(more) for tenant, more in found.items()}
 
 
 def may_draft(request: Request) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
-from blockzoo.runtime.draft.balance import Balance
+from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.forced import ForcedTokens
 from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
@@ -69,7 +69,7 @@ class Speculation:
         self._drafters: tuple[Drafter, ...] = (*own, self._answers)
         self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
         self._choices: dict[Family, RowChoice] = {}
-        self._balances: dict[Family, Balance] = {}
+        self._balances: dict[Family, Balances] = {}
         self._planned: dict[Family, DraftedStep] = {}
         self._done: dict[Family, DraftedStep] = {}  # the last, until it is known what it gave
         self._idle: dict[Family, int] = {}  # steps in a row without drafted rows
@@ -95,12 +95,15 @@ class Speculation:
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
         step = self._planned[family] = DraftedStep(kind, running)
-        balance = self._balances.setdefault(family, Balance())
-        balance.welcome(sum(request.acceptance is None for request in asking) / len(running))
+        balances = self._balances.setdefault(family, Balances())
         for request in asking:
-            self._of(request)  # from now on it is known
-        if balance.at_stake:
-            self._draft(family, step, asking, scheduler, executor)
+            if request.acceptance is None:
+                tenant = request.seq.tenant
+                balances.of(tenant).welcome(1 / sum(other.seq.tenant == tenant for other in running))
+                self._of(request)  # from now on it is known
+        at_stake = balances.at_stake({request.seq.tenant for request in running})
+        if at_stake > 0:
+            self._draft(family, step, asking, scheduler, executor, at_stake)
         step.planning = time.perf_counter() - start
 
     def _draft(
@@ -110,6 +113,7 @@ class Speculation:
         asking: Sequence[Request],
         scheduler: Scheduler,
         executor: StepExecutor,
+        at_stake: float,
     ) -> None:
         """Add guesses where they pay."""
         idle = self._idle[family] = self._idle.get(family, 0) + 1
@@ -121,7 +125,6 @@ class Speculation:
         hopes = [self._hopes(request) for request in running]
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
-        at_stake = self._balances[family].at_stake
         option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0), at_stake)
         if option.rows:
             self._idle[family] = 0
@@ -148,7 +151,7 @@ class Speculation:
         if surrogate is not None and may_draft(request) and request.sampler.guide is None:
             places = kinds(surrogate, min(MOST_DRAFTED, num_left(request)))
             ahead = chances([Guess(0, kind) for kind in places], rate)
-        return Hopes(request.seq.tenant, chances(request.guesses, rate), may_draft(request), ahead)
+        return Hopes(chances(request.guesses, rate), may_draft(request), ahead)
 
     @staticmethod
     def _ask(requests: Sequence[Request], drafts: Drafts, scheduler: Scheduler) -> list[float]:
@@ -196,8 +199,9 @@ class Speculation:
         step = self._done.pop(family, None)
         bare = None if step is None else self._choices[family].bare_seconds(step.kind)
         if step is not None and bare is not None:
-            won = step.gain - (step.seconds / bare - 1 if step.is_priced else 0.0) - step.planning / bare
-            self._balances[family].observe(won)
+            cost = (step.seconds / bare - 1 if step.is_priced else 0.0) + step.planning / bare
+            for tenant, gain in step.gains().items():
+                self._balances[family].of(tenant).observe(gain - cost)
 
     def judge(self, request: Request, token_ids: Sequence[int]) -> None:
         """Note what came in the place of a request's guesses: tokens of which all but the last had been

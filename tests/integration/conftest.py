@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blockzoo.runtime.draft.balance import Balance
+from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 
 sys.path.insert(0, str(Path(__file__).parent))  # for onnx_device
@@ -130,5 +130,5 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return Option(drafting * runs, runs) if drafting * runs <= spare else Option(0)
 
     monkeypatch.setattr(RowChoice, "choose", choose)
-    monkeypatch.setattr(Balance, "at_stake", 1.0)
+    monkeypatch.setattr(Balances, "at_stake", lambda *_: 1.0)
     return rng

@@ -13,7 +13,7 @@ from quiet import ask, words
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
-from blockzoo.runtime.draft.balance import Balance
+from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.row_choice import Option, RowChoice
 from blockzoo.zoo.manifest import Manifest, SurrogateRecord
 
@@ -129,7 +129,7 @@ def test_pages_are_given_back_before_anybody_is_preempted(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RowChoice, "choose", lambda *_: Option(3, 3))
-    monkeypatch.setattr(Balance, "at_stake", 1.0)
+    monkeypatch.setattr(Balances, "at_stake", lambda *_: 1.0)
     engine = engine_of(guessed_by(zoo, tmp_path / "zoo", {"notes": "base"}))
     cache = engine._zoo.caches[engine._zoo.models["base"].chain.family]
     long = replace(GREEDY, max_tokens=400)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from blockzoo.runtime.draft.balance import Balance
+from blockzoo.runtime.draft.balance import Balance, Balances
 
 
 def lost(steps: int, price: float, requests_every: int) -> float:
@@ -13,7 +13,7 @@ def lost(steps: int, price: float, requests_every: int) -> float:
     for step in range(steps):
         if step % requests_every == 0:
             balance.welcome(1.0)
-        won = -price if balance.at_stake else 0.0
+        won = -price if balance.steps > 0 else 0.0
         balance.observe(won)
         total -= won
     return total
@@ -28,8 +28,8 @@ def test_what_wins_nothing_costs_a_share_of_the_time() -> None:
 def test_what_wins_goes_on() -> None:
     balance, drafted, rng = Balance(), 0, np.random.default_rng(0)
     for _ in range(1000):
-        drafted += balance.at_stake > 0
-        balance.observe(rng.choice([-0.3, 0.5]) if balance.at_stake else 0.0)
+        drafted += balance.steps > 0
+        balance.observe(rng.choice([-0.3, 0.5]) if balance.steps > 0 else 0.0)
     assert drafted > 950
 
 
@@ -38,7 +38,7 @@ def test_a_hiccup_is_forgiven() -> None:
     balance.observe(-1000.0)
     for _ in range(700):
         balance.observe(0.0)
-    assert balance.at_stake
+    assert balance.steps > 0
 
 
 def test_old_wins_pay_for_little() -> None:
@@ -46,7 +46,24 @@ def test_old_wins_pay_for_little() -> None:
     for _ in range(1000):
         balance.observe(3.0)
     steps = 0
-    while balance.at_stake:
+    while balance.steps > 0:
         balance.observe(-0.5)
         steps += 1
-    assert steps < 20
+    assert steps < 40
+
+
+def drafted_steps(gains: list[float], price: float) -> int:
+    """Of 1000 steps of some tenants, those with drafts: each gives them so much for such a price."""
+    balances, drafted = Balances(), 0
+    tenants = dict(zip("abcdefgh", gains, strict=False))
+    for _ in range(1000):
+        tries = balances.at_stake(tenants) > 0
+        drafted += tries
+        for tenant, gain in tenants.items():
+            balances.of(tenant).observe(gain - price if tries else 0.0)
+    return drafted
+
+
+def test_few_who_win_do_not_slow_down_the_others() -> None:
+    assert drafted_steps([15.0] + 7 * [0.0], 0.4) < 100
+    assert drafted_steps(7 * [2.0] + [0.0], 0.4) == 1000, "one that does not is outweighed"

@@ -34,7 +34,7 @@ def run(
     """Drafted rows by step, and how much faster than without: tokens a second, as they are hoped for."""
     rng, chosen, spent, tokens = np.random.default_rng(0), [], 0.0, 0.0
     for _ in range(steps):
-        drafted = choice.choose(kind, [Hopes("t", chances)] * kind.rows, spare=100).rows
+        drafted = choice.choose(kind, [Hopes(chances)] * kind.rows, spare=100).rows
         is_new = not chosen or chosen[-1] != drafted
         took = (seconds(kind.rows + drafted) + is_new * new_shape) * np.exp(noise * rng.standard_normal())
         choice.observe(kind, drafted, took)
@@ -93,7 +93,7 @@ def test_a_new_shape_must_pay() -> None:
     """Guesses now and then are no reason to change the shape of steps twice for each."""
     choice, switches, last = RowChoice(), 0, 0
     for step in range(400):
-        drafted = choice.choose(LONE, [Hopes("t", likely(0.7) if step % 10 == 0 else [])], spare=100).rows
+        drafted = choice.choose(LONE, [Hopes(likely(0.7) if step % 10 == 0 else [])], spare=100).rows
         switches += drafted != last
         choice.observe(LONE, drafted, dear(1 + drafted) + (drafted != last) * 0.05)
         last = drafted
@@ -110,26 +110,9 @@ def test_costs_are_learnt_and_follow_a_machine_that_slows_down() -> None:
             assert abs(cost.seconds(LONE, drafted) / (factor * dear(1 + drafted)) - 1) < 0.1
 
 
-def chosen_for(sequences: list[Hopes], seconds: Callable[[int], float], steps: int = 60) -> int:
-    choice, kind = RowChoice(), StepKind(len(sequences), 1)
-    for _ in range(steps):
-        drafted = choice.choose(kind, sequences, spare=100).rows
-        choice.observe(kind, drafted, seconds(kind.rows + drafted))
-    return drafted
-
-
-def test_no_tenant_is_slowed_down_for_another() -> None:
-    eager = [Hopes(name, likely(0.95)) for name in "abc"]
-    assert chosen_for(eager, dear) > 0
-    for without in (Hopes("d", []), Hopes("d", [], may_draft=False)):
-        assert chosen_for([*eager, without], dear) == 0
-        assert chosen_for([*eager, without], free) > 0, "free rows slow nobody down"
-    assert chosen_for([eager[0], Hopes("a", [])], dear) > 0, "one's own may be"
-
-
 def with_surrogate(rate: float, cost: float, guessed: float = 0.0, steps: int = 60) -> tuple[Option, float]:
     """What is chosen in the end, of a surrogate whose runs cost so much of a step, and tokens a second."""
-    choice, hopes = RowChoice(), Hopes("t", likely(guessed), surrogate=likely(rate))
+    choice, hopes = RowChoice(), Hopes(likely(guessed), surrogate=likely(rate))
     spent, tokens = 0.0, 0.0
     for _ in range(steps):
         option = choice.choose(LONE, [hopes], spare=100, run_cost=0.4)
@@ -159,8 +142,8 @@ def test_guesses_that_cost_nothing_come_first() -> None:
 
 
 def test_a_sequence_takes_the_better_of_both() -> None:
-    hopes = Hopes("t", likely(0.5), surrogate=likely(0.9))
+    hopes = Hopes(likely(0.5), surrogate=likely(0.9))
     assert hopes.prefers_surrogate(3)
     assert list(hopes.within(3)) == likely(0.9)[:3]
-    assert list(Hopes("t", likely(0.95), surrogate=likely(0.9)).within(3)) == likely(0.95)[:3]
+    assert list(Hopes(likely(0.95), surrogate=likely(0.9)).within(3)) == likely(0.95)[:3]
     assert hopes.within(0) == likely(0.5)

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.delayed_span import delay_last_span
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
-from blockzoo.runtime.draft.balance import Balance
+from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 from blockzoo.runtime.serve.speculation import Speculation
@@ -111,7 +111,7 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> random.Random:
         return Option(rng.randint(0, min(spare, 15 * sum(each.may_draft for each in sequences))))
 
     monkeypatch.setattr(RowChoice, "choose", choose)
-    monkeypatch.setattr(Balance, "at_stake", 1.0)
+    monkeypatch.setattr(Balances, "at_stake", lambda *_: 1.0)
     return rng
 
 
