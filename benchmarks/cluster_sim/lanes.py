@@ -197,7 +197,7 @@ class Lane:
         for seq, _ in items:
             left = len(self.requests[seq.request_id].answer) - (seq.num_tokens - seq.prompt_len) - 1
             chances = [self._chance(seq) ** (i + 1) for i in range(min(MOST_DRAFTED, left))]
-            hopes.append(Hopes(seq.tenant, chances, left > 0))
+            hopes.append(Hopes(chances, left > 0))
         rows = self._choice.choose(kind, hopes, self.scheduler.spare_rows).rows
         likeliest = sorted(
             ((chance, index) for index, hope in enumerate(hopes) for chance in hope.chances), reverse=True

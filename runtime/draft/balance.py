@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
-_FIRST = 6.0  # steps, before anything was won
+_FIRST = 4.0  # steps, before anything was won
 _MOST = 16.0  # that are kept: what was won long ago pays for nothing now
 _MOST_OWED = 6.0
 _MOST_LOST = 6.0  # by one step; more was the machine's doing

@@ -32,11 +32,11 @@ class StepKind(NamedTuple):
 class _Costs:
     """Of one kind of step."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_shape: float) -> None:
         self.logs: dict[int, float] = {}  # of seconds, by drafted rows
         self.counts: dict[int, int] = {}
         self.steps_since_bare = 0
-        self.new_shape = _NEW_SHAPE
+        self.new_shape = new_shape
         self.run: float | None = None  # of surrogates, relative to a step without drafted rows
 
 
@@ -47,6 +47,7 @@ class StepCost:
         self._kinds: OrderedDict[StepKind, _Costs] = OrderedDict()
         self._curves: dict[int, tuple[list[int], list[float]]] = {}  # by chains: rows and seconds of steps
         self._steps_to_curves = 0
+        self._new_shape = _NEW_SHAPE  # as last learnt, of any kind
 
     def knows(self, kind: StepKind, drafted: int) -> bool:
         """Whether such a step was seen, in the shape of the one before."""
@@ -92,8 +93,11 @@ class StepCost:
             if costs.logs:
                 more = (seconds - math.exp(expected)) / math.exp(self._log(kind, costs, 0))
                 costs.new_shape += _NEWS * (min(max(more, 0.0), 4.0) - costs.new_shape)
+                self._new_shape = costs.new_shape
             return
         count = costs.counts[drafted] = costs.counts.get(drafted, 0) + 1
+        if count == 1:
+            self._steps_to_curves = 0
         if not costs.logs:
             costs.logs[drafted] = math.log(seconds)
             return
@@ -107,7 +111,7 @@ class StepCost:
         costs.logs[drafted] += max(_NEWS, 1 / count) * own * surprise
 
     def _of(self, kind: StepKind) -> _Costs:
-        costs = self._kinds.pop(kind, None) or _Costs()
+        costs = self._kinds.pop(kind, None) or _Costs(self._new_shape)
         self._kinds[kind] = costs
         while len(self._kinds) > _KEPT:
             self._kinds.popitem(last=False)
@@ -126,7 +130,7 @@ class StepCost:
 
     def _rows_cost(self, chains: int, rows: int) -> float:
         """Of a step of so many rows, in some unit: along the line through the nearest that are known."""
-        known, seconds = self._curves.get(chains, ([], []))
+        known, seconds = self._curves.get(chains) or self._curves.get(1, ([], []))
         if len(known) < 2:
             return _FREE_ROWS + rows
         above = min(max(bisect_left(known, rows), 1), len(known) - 1)

@@ -170,6 +170,10 @@ class Executor:
         result = self._run([self._padding(chain)])
         return all(bool(np.isfinite(logits).all()) for logits, _ in result.logits)
 
+    def run_padding(self, chain: int, counts: Sequence[int]) -> None:
+        """Run tokens through a chain that nobody reads, so many of each of some sequences, a page at most."""
+        self._run([self._padding(chain, count) for count in counts])
+
     def release_memory(self) -> None:
         """Give back the engines' scratch if a step was large enough for that to be worth it."""
         if self._most_rows > _SMALL_STEP:
@@ -227,10 +231,10 @@ class Executor:
             padded += [rows for _, rows in items] + [self._padding(chain)] * missing
         return indices, padded
 
-    def _padding(self, chain: int) -> Rows:
-        """A row that nobody reads: one token in the page beyond those that sequences have."""
+    def _padding(self, chain: int, count: int = 1) -> Rows:
+        """Rows that nobody reads: tokens in the page beyond those that sequences have."""
         table = np.full((self.chains[chain].num_layers, 1), self._num_pages, np.int32)
-        return Rows(chain, np.zeros(1, np.int32), 0, table, 1)
+        return Rows(chain, np.zeros(count, np.int32), 0, table, count)
 
     def _make_pool(self, family: Family) -> dict[str, Array]:
         shape = (self._num_pages + 1, family.num_kv_heads, family.head_dim)

@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.sampling.sampler import SampledToken, Sampler
 from blockzoo.runtime.serve.between_steps import BetweenSteps
 from blockzoo.runtime.serve.change_over import StillUsedError, bring_up_to_date, change_over
-from blockzoo.runtime.serve.config import EngineConfig
+from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.document_publisher import DocumentPublisher, PublishedDocument
 from blockzoo.runtime.serve.draft_models import DraftModels
 from blockzoo.runtime.serve.loaded import LoadedZoo
@@ -123,11 +124,24 @@ class LLMEngine:
             self._speculation = Speculation(
                 self._recorder.on_drafted, maker.arrays.records, models=self._draft_models
             )
+            if not maker.arrays.records:  # there each shape is dear, and sequences alone speculate
+                self._learn_costs(self._speculation)
         self._check = Sparing(lambda: self.check_integrity(), _CHECK_SHARE)
         self._watch_after = 0.0
         self._due: list[RequestOutput] = []  # that no step has given yet
         self._publisher = DocumentPublisher(lambda: self._zoo, self.config, self._runner)
         self.placement = None if self.config.workers is None else self._live_placement()
+
+    def _learn_costs(self, speculation: Speculation) -> None:
+        """See what steps cost here, each family's by one of its models."""
+        topology, config = self._zoo.topology, self.config
+        max_rows = min(config.max_num_batched_tokens, config.max_num_seqs + MAX_PROMPT_LOGITS)
+        for family, executor in self._zoo.local_executors.items():
+            of_models = set(topology.chain_of_model.values())
+            own = [index for index in of_models if topology.chains[index].family == family]
+            chain = min(own, key=lambda index: len(topology.chains[index].adapters))
+            run = partial(executor.run_padding, chain)
+            speculation.learn_costs(family, run, config.max_num_seqs, max_rows)
 
     @property
     def _zoo(self) -> LoadedZoo:

@@ -2,7 +2,7 @@
 
     plan(...)      drafters guess, or surrogates where that pays; as many guesses as pay run as further rows
                    of their sequences
-    observe(...)   what the step cost
+    observe(...)   what the step cost; learn_costs(...) the same of some before there are requests
     judge(...)     which guesses came true, those that did not run too: that costs nothing
 
 Answers do not depend on it (`Sampler.follow`), only when their tokens come.
@@ -34,10 +34,11 @@ from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, gr
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
 _MOST_TENANTS = 1024
-_PATIENCE, _EVERY = (
-    8,
-    4,
-)  # after so many steps for which no guess is worth a row, guesses are made every so many
+# after so many steps for which no guess is worth a row, guesses are made every so many
+_PATIENCE, _EVERY = 8, 4
+_LEARNT = ((1, 0), (1, 3), (1, 15), (8, 0), (8, 24))  # sequences, drafted rows: steps that run at first
+_LEARNT_TIMES = 3
+_SLOW_S = 0.1  # a step, of which they would take too long
 
 Drafts = Callable[[Sequence[Request]], tuple[list[list[int]], list[float]]]
 """As many tokens as each request has drafted ones, or fewer where they cannot be had; seconds of the runs."""
@@ -73,6 +74,34 @@ class Speculation:
         self._planned: dict[Family, DraftedStep] = {}
         self._done: dict[Family, DraftedStep] = {}  # the last, until it is known what it gave
         self._idle: dict[Family, int] = {}  # steps in a row without drafted rows
+
+    def learn_costs(
+        self, family: Family, run: Callable[[Sequence[int]], object], max_seqs: int, max_rows: int
+    ) -> None:
+        """See what steps of an executor take, with drafted rows and without: some 25 steps, where these are
+        not slow.
+
+        Args:
+            run: a step of so many rows of each of some sequences.
+            max_seqs, max_rows: of a step at most.
+        """
+        choice = self._choices.setdefault(family, RowChoice())
+        wanted = [each for each in _LEARNT if each[0] <= max_seqs and sum(each) <= max_rows]
+
+        def seconds(seqs: int, drafted: int) -> float:
+            start = time.monotonic()
+            run([1 + drafted // seqs] * seqs)
+            return time.monotonic() - start
+
+        seconds(1, 0)
+        if seconds(1, 0) > _SLOW_S:
+            return
+        for seqs, drafted in wanted:
+            seconds(seqs, drafted)  # kernels are made
+        for seqs, drafted in wanted:
+            for _ in range(_LEARNT_TIMES):
+                choice.observe(StepKind(seqs, 1), drafted, seconds(seqs, drafted))
+        choice.skip()
 
     def plan(
         self,
