@@ -13,6 +13,9 @@ _EARNED = 0.01  # by every step: so much of the time may be lost
 _MOST_TENANTS = 1024
 _BY_REQUEST = 0.5  # the same by requests, shared by those that run together
 
+Tenant = tuple[str, str]
+"""A model, and a tenant of it."""
+
 
 class Balance:
     """Of one tenant; its unit is a step without drafts."""
@@ -39,9 +42,9 @@ class Balances:
     all others for long; most of them must win."""
 
     def __init__(self) -> None:
-        self._tenants: OrderedDict[str, Balance] = OrderedDict()
+        self._tenants: OrderedDict[Tenant, Balance] = OrderedDict()
 
-    def of(self, tenant: str) -> Balance:
+    def of(self, tenant: Tenant) -> Balance:
         """A tenant's; those that were seen longest ago are forgotten."""
         balance = self._tenants.pop(tenant, None) or Balance()
         self._tenants[tenant] = balance
@@ -49,6 +52,11 @@ class Balances:
             self._tenants.popitem(last=False)
         return balance
 
-    def at_stake(self, tenants: Collection[str]) -> float:
+    def keep(self, models: Collection[str]) -> None:
+        """Forget the tenants of any other model."""
+        for tenant in [tenant for tenant in self._tenants if tenant[0] not in models]:
+            del self._tenants[tenant]
+
+    def at_stake(self, tenants: Collection[Tenant]) -> float:
         """What the next step of some tenants may cost, should it win nothing: the mean of theirs."""
         return sum(self.of(tenant).steps for tenant in tenants) / len(tenants)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from blockzoo.runtime.draft.balance import Tenant
 from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option
 from blockzoo.runtime.draft.step_cost import StepKind
 from blockzoo.runtime.serve.request_builder import Request
@@ -33,12 +34,17 @@ class DraftedStep:
     def __post_init__(self) -> None:
         self._generated = tuple(request.num_generated for request in self.requests)
 
-    def gains(self) -> dict[str, float]:
+    def gains(self) -> dict[Tenant, float]:
         """By tenant, what has come for each of its requests beyond the token that comes anyway."""
-        found: dict[str, list[int]] = {}
+        found: dict[Tenant, list[int]] = {}
         for request, before in zip(self.requests, self._generated, strict=True):
-            found.setdefault(request.seq.tenant, []).append(request.num_generated - before - 1)
+            found.setdefault(tenant_of(request), []).append(request.num_generated - before - 1)
         return {tenant: sum(more) / len(more) for tenant, more in found.items()}
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Whose a request is."""
+    return request.model.name, request.seq.tenant
 
 
 def may_draft(request: Request) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
-from blockzoo.runtime.draft.balance import Balances
+from blockzoo.runtime.draft.balance import Balances, Tenant
 from blockzoo.runtime.draft.forced import ForcedTokens
 from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
@@ -27,7 +27,14 @@ from blockzoo.runtime.exec.interface import KVLostError, StepExecutor
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.sampling.guided import NUM_STYLES
 from blockzoo.runtime.serve.draft_models import DraftModels
-from blockzoo.runtime.serve.drafted_step import DraftedStep, may_draft, num_left, scope_of, shared_out
+from blockzoo.runtime.serve.drafted_step import (
+    DraftedStep,
+    may_draft,
+    num_left,
+    scope_of,
+    shared_out,
+    tenant_of,
+)
 from blockzoo.runtime.serve.request_builder import Request
 from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, greedy_drafts, kinds
@@ -68,7 +75,7 @@ class Speculation:
         self._answers = AnswerLookup()
         own = _own_drafters() if drafters is None else tuple(drafters)
         self._drafters: tuple[Drafter, ...] = (*own, self._answers)
-        self._tenants: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()  # by model, tenant
+        self._tenants: OrderedDict[Tenant, Acceptance] = OrderedDict()
         self._choices: dict[Family, RowChoice] = {}
         self._balances: dict[Family, Balances] = {}
         self._planned: dict[Family, DraftedStep] = {}
@@ -127,10 +134,10 @@ class Speculation:
         balances = self._balances.setdefault(family, Balances())
         for request in asking:
             if request.acceptance is None:
-                tenant = request.seq.tenant
-                balances.of(tenant).welcome(1 / sum(other.seq.tenant == tenant for other in running))
+                tenant = tenant_of(request)
+                balances.of(tenant).welcome(1 / sum(tenant_of(other) == tenant for other in running))
                 self._of(request)  # from now on it is known
-        at_stake = balances.at_stake({request.seq.tenant for request in running})
+        at_stake = balances.at_stake(set(map(tenant_of, running)))
         if at_stake > 0:
             self._draft(family, step, asking, scheduler, executor, at_stake)
         step.planning = time.perf_counter() - start
@@ -265,6 +272,8 @@ class Speculation:
         self._answers.keep(lambda scope: scope[1] in models)
         for key in [key for key in self._tenants if key[0] not in models]:
             del self._tenants[key]
+        for balances in self._balances.values():
+            balances.keep(models)
 
     def _guess(self, request: Request) -> None:
         seq = request.seq
@@ -281,7 +290,7 @@ class Speculation:
 
     def _of(self, request: Request) -> Acceptance:
         if request.acceptance is None:
-            key = request.model.name, request.seq.tenant
+            key = tenant_of(request)
             first = first_rates(request.model.surrogate)
             tenant = self._tenants.pop(key, None) or Acceptance(first=first)
             self._tenants[key] = tenant

@@ -55,7 +55,7 @@ def test_old_wins_pay_for_little() -> None:
 def drafted_steps(gains: list[float], price: float) -> int:
     """Of 1000 steps of some tenants, those with drafts: each gives them so much for such a price."""
     balances, drafted = Balances(), 0
-    tenants = dict(zip("abcdefgh", gains, strict=False))
+    tenants = {("model", name): gain for name, gain in zip("abcdefgh", gains, strict=False)}
     for _ in range(1000):
         tries = balances.at_stake(tenants) > 0
         drafted += tries

@@ -1,4 +1,4 @@
-"""Answers that are known, run through `Speculation` by a clock of its own: steps take what they are said to."""
+"""Answers that are known, run through `Speculation` by a clock of its own: steps take what is said."""
 
 from __future__ import annotations
 
