@@ -29,8 +29,10 @@ class Balance:
         return self._steps
 
     def welcome(self, share: float) -> None:
-        """Requests came, so large a share of the tenant's that run: what they are like is not known."""
-        self._steps = min(self._steps + _BY_REQUEST * share, _MOST)
+        """Requests came, so large a share of the tenant's that run: what they are like is not known, and
+        what others won does not pay for them."""
+        more = max(self._steps - _FIRST, 0.0)
+        self._steps = min(self._steps - share * more + _BY_REQUEST * share, _MOST)
 
     def observe(self, won: float) -> None:
         """A step ran that was worth so many more than it took, or fewer."""

@@ -13,6 +13,7 @@ MOST_DRAFTED = 15
 _LENGTHS = (3, 7, MOST_DRAFTED)  # drafts of a sequence that are tried; few, as each is another shape
 _FEWEST = 3  # drafted rows of a step
 _TRY_AFTER = 32  # steps of a kind, in which no guess was worth what rows are thought to cost
+_BARE_AFTER = 64  # steps with drafts; what steps take without them is believed for no longer
 _STEADY_STEPS = 8.0  # for which another shape is hoped to be of use, before it is known
 _STEADY_NEWS = 0.25  # what a shape's steps weigh for that
 _MARGIN = 1.1  # hoped for of drafts
@@ -91,7 +92,7 @@ class RowChoice:
         """
         if kind != self._hoped_for:
             self._hoped_for, self._hopes, self._num_hoped = kind, {}, 0
-        if not self._cost.knows(kind, 0):
+        if not self._cost.knows(kind, 0) or self._cost.steps_since_bare(kind) >= _BARE_AFTER:
             return Option(0)  # what others are compared with
         self._num_hoped += 1
         drafting = sum(each.may_draft for each in sequences)

@@ -16,6 +16,7 @@ _KEPT = 128  # kinds of steps
 _NEWS = 0.3  # what a step weighs among those before, at least
 _MOST_NEWS = 0.7  # of a surprise that is believed, in logarithms
 _MOST_FIRST_NEWS = 1.5  # of the first of a number of drafted rows: what was hoped for may be far off
+_BARE_NEWS = 0.7  # what a step without drafts weighs, long after the last one
 _FRESH_STEPS = 16.0  # since a step without drafts, within which surprises are those of drafted rows
 _NEW_SHAPE = 1.5  # cost of another shape before it is known, in steps
 _FREE_ROWS = 16.0  # before anything is known: rows that cost as much as what each step costs
@@ -53,6 +54,10 @@ class StepCost:
         """Whether such a step was seen, in the shape of the one before."""
         return drafted in self._of(kind).logs
 
+    def steps_since_bare(self, kind: StepKind) -> int:
+        """Steps of a kind since one told what they take without drafted rows."""
+        return self._of(kind).steps_since_bare
+
     def seconds(self, kind: StepKind, drafted: int) -> float:
         """Of a step in the shape of the one before; 1 without drafted rows, where nothing was seen."""
         return math.exp(self._log(kind, self._of(kind), drafted))
@@ -79,15 +84,15 @@ class StepCost:
     def observe(self, kind: StepKind, drafted: int, seconds: float, is_new_shape: bool) -> None:
         """A step took so long.
 
-        What surprises shortly after a step without drafts is what drafted rows cost; else the machine may be
-        faster or slower than it was.
+        What surprises shortly after a step without drafts is what drafted rows cost, and in such a step long
+        after the last one what that itself costs; else the machine may be faster or slower than it was.
         """
         self._steps_to_curves -= 1
         if self._steps_to_curves <= 0:
             self._steps_to_curves = _CURVE_STEPS
             self._draw_curves()
         costs = self._of(kind)
-        costs.steps_since_bare = costs.steps_since_bare + 1 if drafted else 0
+        costs.steps_since_bare += drafted > 0
         expected = self._log(kind, costs, drafted)
         if is_new_shape:
             if costs.logs:
@@ -103,12 +108,16 @@ class StepCost:
             return
         most = _MOST_FIRST_NEWS if count == 1 else _MOST_NEWS
         surprise = max(-most, min(math.log(seconds) - expected, most))
-        fresh = 1.0 if count == 1 else math.exp(-costs.steps_since_bare / _FRESH_STEPS)
-        own = fresh if drafted else 0.0
+        fresh = math.exp(-costs.steps_since_bare / _FRESH_STEPS)
+        if drafted:
+            own, news = (1.0 if count == 1 else fresh), max(_NEWS, 1 / count)
+        else:  # long after the last one it has not taken part in what the others told
+            own, news = 1 - fresh, _BARE_NEWS
+            costs.steps_since_bare = 0
         everywhere = _NEWS * (1 - own) * surprise
         costs.logs.setdefault(drafted, expected)
         costs.logs = {rows: log + everywhere for rows, log in costs.logs.items()}
-        costs.logs[drafted] += max(_NEWS, 1 / count) * own * surprise
+        costs.logs[drafted] += news * own * surprise
 
     def _of(self, kind: StepKind) -> _Costs:
         costs = self._kinds.pop(kind, None) or _Costs(self._new_shape)

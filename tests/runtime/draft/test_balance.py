@@ -52,6 +52,15 @@ def test_old_wins_pay_for_little() -> None:
     assert steps < 40
 
 
+def test_what_one_request_won_pays_for_no_other() -> None:
+    new, won = Balance(), Balance()
+    for _ in range(1000):
+        won.observe(3.0)
+    for balance in (new, won):
+        balance.welcome(1.0)
+    assert won.steps == new.steps
+
+
 def drafted_steps(gains: list[float], price: float) -> int:
     """Of 1000 steps of some tenants, those with drafts: each gives them so much for such a price."""
     balances, drafted = Balances(), 0

@@ -125,6 +125,15 @@ def with_surrogate(rate: float, cost: float, guessed: float = 0.0, steps: int = 
     return option, tokens / spent * free(1)
 
 
+def test_steps_without_drafts_are_seen_again() -> None:
+    """What they take may have become less, when drafts look better than they are."""
+    choice = RowChoice()
+    run(choice, LONE, [0.9], lambda rows: 0.04 if rows == 1 else 0.03)
+    chosen, _ = run(choice, LONE, [0.3], lambda rows: 0.02 if rows == 1 else 0.03, steps=400)
+    assert chosen[0] > 0
+    assert not any(chosen[-300:])
+
+
 def test_a_surrogate_runs_where_that_pays() -> None:
     option, gain = with_surrogate(0.85, cost=0.35)
     assert option == Option(3, 3)
