@@ -132,6 +132,13 @@ class AdapterInputs:
             return ()
         return tuple(bank.version(self._chains[chain].adapters) for chain, _ in call.parts)
 
+    def follow(
+        self, chains: Sequence[ChainPlan], spans: Sequence[Span], specs: Sequence[Sequence[BlockSpec]]
+    ) -> None:
+        """Have the spans of a topology with other copies (`with_copies`): of one that is run here before and
+        after, nothing changes."""
+        self._chains, self._spans, self._specs = chains, spans, specs
+
     def forget_others(self, spans: Collection[int]) -> None:
         """Drop what is in place in other spans: they are run here no more."""
         self._banks = {key: bank for key, bank in self._banks.items() if key[0] in spans}

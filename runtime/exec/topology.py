@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -102,6 +102,13 @@ class ChainPlan:
     layer_keys: tuple[str, ...] = ()
 
 
+class Copy(NamedTuple):
+    """A span once more, for some chains: so that they go through another worker there."""
+
+    span: int
+    chains: tuple[int, ...]
+
+
 class _Surrogate(NamedTuple):
     """What tells surrogates apart."""
 
@@ -119,6 +126,14 @@ class Topology:
     chain_of_model: Mapping[str, int]
     surrogate_of_model: Mapping[str, int]
     """Of those that have one, its chain; these stand behind all others."""
+    copies: tuple[Copy, ...] = ()
+    """The last of the spans (`with_copies`)."""
+
+    @property
+    def originals(self) -> tuple[int, ...]:
+        """By span, itself, or which it is a copy of."""
+        first = len(self.spans) - len(self.copies)
+        return *range(first), *(copy.span for copy in self.copies)
 
     def models_of_surrogates(self) -> dict[int, int]:
         """By chain of a surrogate, the model's in whose pages it runs."""
@@ -211,6 +226,50 @@ def plan_topology(
             name: len(variants) + i for i, other in enumerate(others) for name in stand_ins[other]
         },
     )
+
+
+def with_copies(topology: Topology, copies: Sequence[Copy], blocks: Mapping[str, BlockRecord]) -> Topology:
+    """A topology with these copies of spans, in the place of those that it has.
+
+    Chains, and spans that are no copies, keep their numbers; copies follow, as they are given. Chains that go
+    through different copies share no KV from there on, as it lies in different workers.
+
+    Args:
+        topology: planned from a manifest.
+        copies: of spans that are none; each chain is in one of a span's at most, else it goes through the
+            span itself.
+        blocks: of the manifest.
+    """
+    originals = topology.originals
+    first = len(topology.spans) - len(topology.copies)
+    taken = {(chain, copy.span): first + i for i, copy in enumerate(copies) for chain in copy.chains}
+    uses = [
+        tuple(replace(use, span=taken.get((i, s := originals[use.span]), s)) for use in chain.uses)
+        for i, chain in enumerate(topology.chains)
+    ]
+    models = topology.models_of_surrogates()
+    variants = {}
+    for index, chain in enumerate(topology.chains):
+        if index not in models:
+            steps = dict(chain.adapters)
+            for use in uses[index]:
+                if use.span >= first:  # K and V are others from here on, as with another adapter
+                    steps[use.position] = f"{steps.get(use.position, '')} copy {use.span - first}"
+            variants[index] = Variant(topology.chain_ids(chain), tuple(sorted(steps.items())))
+    segments = plan_segments(list(variants.values()), blocks)
+    chains: list[ChainPlan] = []
+    for index, chain in enumerate(topology.chains):
+        if index in models:  # they stand behind all others
+            model = chains[models[index]]
+            found = replace(chain, segments=model.segments, layer_keys=model.layer_keys)
+        else:
+            variant = variants[index]
+            found = _chain_plan(variant, uses[index], *segments[variant], blocks, None)
+        chains.append(
+            replace(found, uses=uses[index], adapters=chain.adapters, check=chain.check, key=chain.key)
+        )
+    spans = (*topology.spans[:first], *(topology.spans[copy.span] for copy in copies))
+    return replace(topology, spans=spans, chains=tuple(chains), copies=tuple(copies))
 
 
 def _uses(

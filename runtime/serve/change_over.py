@@ -55,6 +55,7 @@ def change_over(
         _share_out_pages(old, new, make, requests)
     if new.workers is not old.workers:
         _forget_all(old, requests, scheduler)
+    _begin_anew(new, requests, scheduler)
     for family in old.caches.keys() & new.caches.keys():
         _reshape(family, old.topology, new, requests, scheduler)
     for request in requests:
@@ -93,6 +94,16 @@ def _forget_all(old: LoadedZoo, requests: Collection[Request], scheduler: Schedu
         cache.forget_all()
 
 
+def _begin_anew(new: LoadedZoo, requests: Collection[Request], scheduler: Scheduler) -> None:
+    """Chains that go through other copies of spans than before have K and V elsewhere (`with_copies`): what
+    runs of them begins anew, from its tokens."""
+    keys = {chain.key: chain.layer_keys for chain in new.topology.chains}
+    for request in requests:
+        if request.model.chain.layer_keys != keys[request.model.chain.key]:
+            scheduler.put_back(request.seq)
+            bring_up_to_date(request, new)
+
+
 def _take_over_adapters(old: LoadedZoo, new: LoadedZoo, requests: Collection[Request]) -> None:
     held: dict[str, Pairs] = {}
     running = {request.model.chain_index for request in requests}
@@ -111,7 +122,11 @@ def _reshape(
     after = [chain for chain in new.topology.chains if chain.family == family]
     segments = {chain.key: chain.segments for chain in after}
     chains = {chain.segments: segments[chain.key] for chain in before if chain.key in segments}
-    sequences = [request.seq for request in requests if request.model.chain.family == family]
+    sequences = [
+        request.seq
+        for request in requests
+        if request.model.chain.family == family and request.seq.segments in chains
+    ]
     parts = parts_of(before, after)
     for seq in sequences:
         now = chains[seq.segments]

@@ -644,7 +644,7 @@ class LLMEngine:
             if self._publisher.is_behind and not old.chain_index.keys() <= new.chain_index.keys():
                 raise StillUsedError  # documents may lie in chains that are about to go
             self._draft_models.forget_all()
-            if new.workers is not old.workers:
+            if new.workers is not old.workers or new.topology.copies != old.topology.copies:
                 self._publisher.forget_all()
             take(change_over(old, new, self._make, list(self._requests.values()), self._scheduler))
             for family in old.caches.keys() - new.caches.keys():
@@ -669,6 +669,7 @@ class LLMEngine:
             self._scheduler,
             self._pace.seconds_per_token,
             self._draft_models.forget_all,
+            self._served.take_copies,
         )
         return LivePlacement(mover, self._recorder.on_spans_moved)
 

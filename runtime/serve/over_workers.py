@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.group import WorkerGroup
 from blockzoo.runtime.workers.meeting import Links, MachineFacts
 from blockzoo.runtime.workers.processes import LocalProcesses, Processes, WorkerStartError
-from blockzoo.runtime.workers.settings import WorkerPlan
+from blockzoo.runtime.workers.settings import NOWHERE, WorkerPlan
 from blockzoo.runtime.workers.sockets import LOOPBACK
 from blockzoo.zoo.blocks import Block, HeadSpec
 from blockzoo.zoo.manifest import Manifest
@@ -46,7 +46,7 @@ class Workers:
 
     Attributes:
         task: by which spans were placed, those that stay together as one; all models asked as often.
-        leaders: by span, its name in the task (`span_groups`).
+        leaders: by span that is no copy, its name in the task (`span_groups`).
         rates: tokens a second by model.
         page_bytes: of each family.
         link_byte_s: [from][to] seconds of a byte of K and V between workers, as last measured.
@@ -63,15 +63,31 @@ class Workers:
     @property
     def routes(self) -> dict[str, tuple[int, ...]]:
         """By model, the worker of each of its spans, as `adapt` takes them."""
-        homes = self.group.plan.homes
-        return {name: tuple(homes[int(s)] for s in c.spans) for name, c in self.task.chains.items()}
+        plan, found = self.group.plan, {}
+        originals = plan.topology.originals
+        for name in self.task.chains:
+            uses = plan.topology.chains[plan.topology.chain_of_model[name]].uses
+            runs = groupby(uses, key=lambda use: self.leaders[originals[use.span]])
+            found[name] = tuple(plan.homes[next(run).span] for _, run in runs)
+        return found
 
     def task_now(self, rates: Mapping[str, float]) -> Task:
         """The task at other rates, given where spans are."""
-        held = {str(span): frozenset({home}) for span, home in enumerate(self.group.plan.homes)}
-        task = replace(_asked(self.task, rates), held=held)
+        plan = self.group.plan
+        held: dict[str, set[int]] = defaultdict(set)
+        for span, home in zip(plan.topology.originals, plan.homes, strict=True):
+            if home != NOWHERE:
+                held[str(self.leaders[span])].add(home)
+        homes = {span: frozenset(workers) for span, workers in held.items()}
+        task = replace(_asked(self.task, rates), held=homes)
         busiest = max(judge(task, self.routes).loads)
         return _busier(task, min(1.0, _MOST_LOAD / busiest))
+
+    def go_over(self, homes: Sequence[int], topology: Topology) -> None:
+        """Between two steps: to other copies of spans, and by span its worker."""
+        self.group.go_over(homes, topology)
+        for executor in self.executors.values():
+            executor.follow(topology.chains)
 
     def recover(self) -> list[int]:
         """Start again what is lost, over pages that hold nothing; which they were.
@@ -200,13 +216,13 @@ def num_threads(config: EngineConfig) -> int:
 def _homes(
     task: Task, topology: Topology, config: EngineConfig, kv_bytes: int, rates: Rates | None
 ) -> tuple[int, ...]:
-    """By span index, its worker. Each span has one, as the pages of its layers have."""
+    """By span index, its worker."""
     if rates is not None:
         task = _asked(task, rates.per_second(time.monotonic()))
         busy = sum(c.rate * sum(task.spans[span].seconds for span in c.spans) for c in task.chains.values())
         task = _busier(task, _BUSY * sum(worker.speed for worker in task.workers) / busy)
     try:
-        plan = place(task)
+        plan = place(replace(task, copies=False))  # they come as rates tell what for
     except PlacementError as error:
         raise InvalidRequestError(
             f"the zoo does not fit in {config.workers} workers, which have room for "
@@ -264,7 +280,7 @@ def placement_task(
         ],
         byte_s=[[_LOAD_BYTE_S] * len(workers) for _ in workers],
         head=min(range(len(workers)), key=lambda index: _told(links.head_s[index])),
-        copies=False,
+        copies=min(worker.speed for worker in workers) >= 1,  # of two that have cores in turn, one waits
     )
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from blockzoo.engines.base import activation_dtype
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.adapters import AdapterUnavailableError
 from blockzoo.runtime.exec.segments import Variant
-from blockzoo.runtime.exec.topology import Family, Topology
+from blockzoo.runtime.exec.topology import Copy, Family, Topology, with_copies
 from blockzoo.runtime.serve.change_over import NoRoomError, StillUsedError
 from blockzoo.runtime.serve.loaded import LoadedZoo, UnsoundError
 from blockzoo.runtime.serve.making import Making, check_all
@@ -31,6 +32,9 @@ from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import StoreError, ZooError
 from blockzoo.zoo.manifest import Manifest, ModelRecord
 from blockzoo.zoo.store import Zoo
+
+if TYPE_CHECKING:
+    from blockzoo.runtime.serve.over_workers import Workers
 
 _LOG = logging.getLogger(__name__)
 _STILL_USED = (
@@ -289,6 +293,30 @@ class ServedZoo:
 
     def _tokenizer(self, zoo: Zoo, files: ModelFiles, name: str) -> Tokenizer:
         return self._tokenizers.setdefault(zoo.tokenizer_dir(name), files.tokenizer(name))
+
+    # ---- spans get copies
+
+    def take_copies(self, workers: Workers, copies: Sequence[Copy], homes: Sequence[int]) -> bool:
+        """Have workers go over to other copies of spans (`with_copies`), and homes; thread-safe.
+
+        Returns False where other workers serve by now; nothing has changed.
+        """
+        with self._lock:
+            old = self.current
+            if old.workers is not workers:
+                return False
+            topology = with_copies(old.topology, copies, old.manifest.blocks)
+            models = {
+                name: replace(model, chain=topology.chains[model.chain_index])
+                for name, model in old.models.items()
+            }
+
+            def take(loaded: LoadedZoo) -> None:
+                workers.go_over(homes, topology)
+                self.current = loaded
+
+            self._change(old, replace(old, topology=topology, models=models), take)
+            return True
 
     def _change_to(self, new: LoadedZoo) -> None:
         """Change over, and let go of what was. Raises as `change_over`."""

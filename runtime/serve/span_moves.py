@@ -19,8 +19,7 @@ from threading import Event
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.runtime.exec.interface import KVLostError
-from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.exec.topology import Copy, Family
 from blockzoo.runtime.kv.nodes import Node
 from blockzoo.runtime.kv.pool import IntegrityError
 from blockzoo.runtime.kv.sequence import Segment, TokenSequence
@@ -29,18 +28,14 @@ from blockzoo.runtime.serve.kv_moves import KVMoves, LayerMoves, Pages, choose_m
 from blockzoo.runtime.serve.loaded import LoadedZoo
 from blockzoo.runtime.serve.over_workers import Workers
 from blockzoo.runtime.serve.scheduler import Scheduler
-from blockzoo.runtime.serve.span_groups import ApartError, with_others
+from blockzoo.runtime.serve.span_copies import check_room, hosts_for, wanted_ways
+from blockzoo.runtime.serve.span_groups import ApartError, leaders, with_others
+from blockzoo.runtime.serve.span_loading import MoveError, SpanLoading
 from blockzoo.runtime.workers.distributed import DistributedExecutor
-from blockzoo.runtime.workers.processes import UnloadableError
+from blockzoo.runtime.workers.settings import NOWHERE
 
-_LOOK_EVERY_S = 0.05
-_MOST_LOADING_S = 600.0
 _AHEAD_S = 0.02  # for which pages are sent between two steps, before all stands still for the rest
 _LEAST_MEASURED = 1 << 20  # bytes over a link that tell how fast it is
-
-
-class MoveError(RuntimeError):
-    """Spans stay where they are; why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +60,25 @@ class Moved:
     dropped: int
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What having models go through other copies of spans came to.
+
+    Attributes:
+        homes: by span, the worker that has got it.
+        given_up: those that no model goes through any more: copies, or what there were copies of.
+        load_seconds: as of `Moved`.
+        anew: sequences that are computed anew.
+    """
+
+    homes: Mapping[int, int]
+    given_up: Sequence[int]
+    load_seconds: float
+    anew: int
+
+
 class SpanMover:
-    """Moves spans of an engine's workers; from any thread, one at a time.
+    """Moves and copies spans of an engine's workers; from any thread, one at a time.
 
     Args:
         between: where its state may be changed.
@@ -74,6 +86,7 @@ class SpanMover:
         scheduler: of the requests.
         token_seconds: that a token of a model's prompt takes; None: not known.
         before: is called before routes change, to let go of pages that the scheduler does not know of.
+        take_copies: puts copies of spans in the place of those that there are (`ServedZoo.take_copies`).
     """
 
     def __init__(
@@ -83,9 +96,10 @@ class SpanMover:
         scheduler: Scheduler,
         token_seconds: Callable[[str], float | None],
         before: Callable[[], None],
+        take_copies: Callable[[Workers, Sequence[Copy], Sequence[int]], bool],
     ) -> None:
         self.between, self.zoo, self.scheduler = between, zoo, scheduler
-        self.token_seconds, self.before = token_seconds, before
+        self.token_seconds, self.before, self._take_copies = token_seconds, before, take_copies
         self.stop = Event()
 
     def move(self, homes: Mapping[int, int]) -> Moved:
@@ -94,71 +108,74 @@ class SpanMover:
         Raises:
             MoveError: they stay where they are.
         """
-        workers, start = self.zoo().workers, time.monotonic()
-        if workers is None:
-            raise MoveError("the engines are in this process")
+        workers = self._workers()
+        plan = workers.group.plan
+        if any(plan.homes[span] == NOWHERE for span in homes):
+            raise MoveError(f"of spans {sorted(homes)}, one is a copy that was given up")
         try:
-            move = _Move(self, workers, with_others(homes, workers.leaders))
+            homes = with_others(homes, leaders(plan.topology))
         except ApartError as error:
             raise MoveError(str(error)) from error
-        try:
-            self.between.run(move.begin)
-            while not self.between.run(move.has_loaded):
-                if time.monotonic() - start > _MOST_LOADING_S:
-                    raise MoveError(f"a worker had not compiled its spans after {_MOST_LOADING_S:g} s")
-                self.stop.wait(_LOOK_EVERY_S)
-            load_seconds = time.monotonic() - start
+        loading = self._load(workers, homes, range(len(plan.homes)))
+        move = _Move(self, workers, homes, loading)
+
+        def go_over(load_seconds: float) -> Moved:
             while self.between.run(move.send_ahead):
                 self.stop.wait(_AHEAD_S)  # steps have as much time as sending
             return self.between.run(partial(move.go_over, load_seconds))
-        except UnloadableError as error:
-            self.between.run(move.unload)
-            raise MoveError(f"spans {error.problems} cannot be loaded") from error
-        except KVLostError as error:  # who steps next starts it again
-            raise MoveError(f"{error}") from error
+
+        return loading.once_loaded(go_over)
+
+    def route(self, wanted: Mapping[str, Mapping[int, int]]) -> Routed:
+        """Have models go through some workers in some spans, by index. A worker that does not have the span
+        gets a copy of it; what no model goes through any more is given up. What runs of these models is
+        computed anew.
+
+        Raises:
+            MoveError: all stays as it is.
+        """
+        workers = self._workers()
+        plan = workers.group.plan
+        changed = wanted_ways(workers, wanted)
+        hosts = hosts_for(plan.topology, plan.homes, changed)
+        coming = hosts.coming(plan.homes)
+        check_room(workers, hosts, coming.values())
+        loading = self._load(workers, coming, hosts.originals)
+
+        def go_over(load_seconds: float) -> Routed:
+            chains = {chain for chain, _ in changed}
+            anew = self.between.run(lambda: sum(s.chain_index in chains for s in self.scheduler.running))
+            loading.check()
+            if not self._take_copies(workers, hosts.copies, hosts.homes):
+                loading.check()
+            return Routed(coming, hosts.given_up(plan.homes), load_seconds, anew)
+
+        return loading.once_loaded(go_over)
+
+    def _load(self, workers: Workers, homes: Mapping[int, int], originals: Sequence[int]) -> SpanLoading:
+        return SpanLoading(self.between, self.zoo, self.stop, workers, homes, originals)
+
+    def _workers(self) -> Workers:
+        workers = self.zoo().workers
+        if workers is None:
+            raise MoveError("the engines are in this process")
+        return workers
 
 
 class _Move:
     """A move under way. Its methods are called between steps, and raise MoveError where it must end."""
 
-    def __init__(self, mover: SpanMover, workers: Workers, homes: Mapping[int, int]) -> None:
-        self._mover, self._workers, self._homes = mover, workers, homes
-        self._restarts = workers.group.num_restarts
-        self._targets: dict[int, list[int]] = defaultdict(list)
-        for span, worker in homes.items():
-            self._targets[worker].append(span)
+    def __init__(
+        self, mover: SpanMover, workers: Workers, homes: Mapping[int, int], loading: SpanLoading
+    ) -> None:
+        self._mover, self._workers, self._homes, self._loading = mover, workers, homes, loading
         self._ahead: list[tuple[Family, Node, Pages]] | None = None  # to be sent before all stands still
         self._sent: set[Node] = set()
         self._num_bytes = 0
 
-    def _check(self) -> None:
-        if self._mover.zoo().workers is not self._workers:
-            raise MoveError("the zoo has changed meanwhile, and other workers serve it")
-        if self._workers.group.num_restarts != self._restarts:
-            raise MoveError("a worker was lost meanwhile, and started again")
-        if self._mover.stop.is_set():
-            raise MoveError("the engine is closed")
-
-    def begin(self) -> None:
-        """Have workers load what comes to them."""
-        self._check()
-        for worker, spans in self._targets.items():
-            self._workers.group.load(worker, spans)
-
-    def unload(self) -> None:
-        """Have workers let go of what they have loaded."""
-        self._check()
-        for worker in self._targets:
-            self._workers.group.load(worker, [])
-
-    def has_loaded(self) -> bool:
-        """Whether they have."""
-        self._check()
-        return self._workers.group.has_loaded(self._targets)
-
     def send_ahead(self) -> bool:
         """Send some of the pages that are never written again; whether there are more."""
-        self._check()
+        self._loading.check()
         executors = self._workers.executors
         if self._ahead is None:
             self._ahead = [
@@ -180,7 +197,7 @@ class _Move:
 
     def go_over(self, load_seconds: float) -> Moved:
         """Send what is left, and have all workers go over to the new homes."""
-        self._check()
+        self._loading.check()
         start, workers, mover = time.monotonic(), self._workers, self._mover
         mover.before()
         found = {family: self._choose(family) for family in workers.executors}
@@ -217,8 +234,8 @@ class _Move:
                 token_s = self._mover.token_seconds(name)
                 if token_s is None:
                     spans = self._workers.task.spans
-                    first = self._workers.leaders
-                    token_s = sum(spans[str(first[use.span])].seconds for use in chain.uses)
+                    first, originals = self._workers.leaders, zoo.topology.originals
+                    token_s = sum(spans[str(first[originals[use.span]])].seconds for use in chain.uses)
                 page_s = self._workers.page_bytes[family] * link
                 moves[index] = LayerMoves(chain.segments, layers, after[layers], page_s, token_s)
         cache = zoo.caches[family]

@@ -165,6 +165,11 @@ class DistributedExecutor:
         self._follow_homes()
         self._take(self._group.next_step(), pages, workers)
 
+    def follow(self, chains: Sequence[ChainPlan]) -> None:
+        """The group has gone over to other copies of spans: chains are as they go now."""
+        self.chains = self._check.chains = tuple(chains)
+        self._follow_homes()
+
     def _follow_homes(self) -> None:
         self._routes: dict[tuple[int, int, int | None], frozenset[int]] = {}
         self._layer_homes = {index: self.layer_homes(index) for index in self._mine}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import zmq
 
 from blockzoo.runtime.exec.interface import KVLostError
+from blockzoo.runtime.exec.topology import Topology
 from blockzoo.runtime.workers.logits_memory import LogitsMemory
 from blockzoo.runtime.workers.meeting import Host, Meeting
 from blockzoo.runtime.workers.pairs import Pair, pairs_among
@@ -131,11 +132,12 @@ class WorkerGroup:
 
     # ---- spans that move
 
-    def load(self, worker: int, spans: Sequence[int]) -> None:
-        """Have a worker get spans ready, beside the steps that it runs."""
+    def load(self, worker: int, spans: Mapping[int, int]) -> None:
+        """Have a worker get spans ready, beside the steps that it runs: by index, the span of now that it is
+        or will be a copy of."""
         self._workers[worker].loading = True
         self._workers[worker].unloadable = {}
-        self.send(worker, b"load", pack_json(list(spans)))
+        self.send(worker, b"load", pack_json(list(spans.items())))
 
     def has_loaded(self, workers: Iterable[int]) -> bool:
         """Whether all have what they were told to `load`.
@@ -153,10 +155,12 @@ class WorkerGroup:
             raise UnloadableError(problems)
         return not any(worker.loading for worker in waited)
 
-    def go_over(self, homes: Sequence[int]) -> None:
-        """Between two steps: by span, the worker that has it from now on."""
-        self.plan = replace(self.plan, homes=tuple(homes))
-        told = pack_json(list(homes))
+    def go_over(self, homes: Sequence[int], topology: Topology | None = None) -> None:
+        """Between two steps: by span, the worker that has it from now on; and the topology where it has other
+        copies of spans from now on."""
+        topology = self.plan.topology if topology is None else topology
+        self.plan = replace(self.plan, homes=tuple(homes), topology=topology)
+        told = pack_json({"homes": homes, "copies": topology.copies})
         for index in range(len(self._workers)):
             self.send(index, b"homes", told)
 

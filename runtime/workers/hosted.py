@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +12,11 @@ from blockzoo.engines.choose import make_engines
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.rows import Rows
-from blockzoo.runtime.exec.topology import ChainPlan
+from blockzoo.runtime.exec.topology import ChainPlan, Copy, Topology, with_copies
 from blockzoo.runtime.workers.part import Logits, PartExecutor
 from blockzoo.runtime.workers.settings import WorkerSettings
 from blockzoo.runtime.workers.wire import unpack_rows, with_hidden
-from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.blocks import Block, BlockSpec
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.rope import RopeConfig
 from blockzoo.zoo.store import Zoo
@@ -48,7 +48,7 @@ class Hosted:
         self._blocks: dict[str, Block] = {}
         mine = self._spans_here()
         self._maker.expect(len(mine))
-        self._engines = self._compile(mine)
+        self._engines = self._compile({index: index for index in mine})
         self._embeddings = self._embed(mine)
         self._coming: dict[int, Engine] = {}
         self._inputs = self._adapter_inputs(zoo)
@@ -74,11 +74,12 @@ class Hosted:
             self._blocks[block_id] = self._zoo.read_block(block_id)
         return self._blocks[block_id]
 
-    def _compile(self, spans: Collection[int]) -> dict[int, Engine]:
+    def _compile(self, spans: Mapping[int, int]) -> dict[int, Engine]:
+        """Engines by index, of the spans that these are or are copies of."""
         engines: dict[int, Engine] = {}
         problems: dict[int, str] = {}
-        for index in sorted(spans):
-            span = self._plan.topology.spans[index]
+        for index, original in sorted(spans.items()):
+            span = self._plan.topology.spans[original]
             try:
                 blocks = [self._block(block_id) for block_id in span.block_ids]
                 engines[index] = self._maker.span(
@@ -95,40 +96,47 @@ class Hosted:
         mine = {chain.embed_id for chain in self._chains if chain.uses[0].span in spans}
         return {key: self._maker.embedding(self._block(key)) for key in sorted(mine)}
 
-    def load(self, spans: Collection[int]) -> dict[int, str]:
+    def load(self, spans: Mapping[int, int]) -> dict[int, str]:
         """Have spans ready for `take`, beside the steps that other threads run; those that cannot be had, and
-        why. What was ready before is dropped."""
+        why. What was ready before is dropped. `spans`: by index, which of now it is or will be a copy of."""
         self._coming = {}
         try:
-            engines = self._compile(set(spans) - self._engines.keys())
+            engines = self._compile({i: span for i, span in spans.items() if i not in self._engines})
             for engine in engines.values():
                 first_run(engine, self._maker.arrays)  # it packs its weights now, and not under a request
-            self._embed(spans)  # their blocks are at hand then
+            self._embed(spans.values())  # their blocks are at hand then
             self._coming = engines
         except SpanError as error:
             return error.problems
-        for index in spans:
-            for block_id in self._plan.topology.spans[index].block_ids:
+        for original in spans.values():
+            for block_id in self._plan.topology.spans[original].block_ids:
                 self._block(block_id).drop_pages()
         return {}
 
-    def take(self, homes: Sequence[int]) -> None:
-        """Between two steps, go over to other homes: with what is ready (`load`), without what is elsewhere.
+    def take(self, homes: Sequence[int], copies: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Between two steps, go over to other homes and copies: with what is ready (`load`), without what is
+        elsewhere.
 
         Raises SpanError: spans that were not ready cannot be had.
         """
-        self._plan = replace(self._plan, homes=tuple(homes))
+        wanted = tuple(Copy(span, tuple(chains)) for span, chains in copies)
+        topology = self._plan.topology
+        if wanted != topology.copies:
+            topology = with_copies(topology, wanted, self._plan.manifest.blocks)
+            self._inputs.follow(topology.chains, topology.spans, self._specs(topology))
+        self._plan = replace(self._plan, homes=tuple(homes), topology=topology)
         mine = self._spans_here()
         ready, self._coming = self._coming, {}
         self._engines = {i: e for i, e in {**ready, **self._engines}.items() if i in mine}
-        self._engines |= self._compile(mine - self._engines.keys())
+        self._engines |= self._compile({index: index for index in mine - self._engines.keys()})
         self._embeddings = self._embed(mine)
         used = {i for index in mine for i in self._plan.topology.spans[index].block_ids}
         used |= self._embeddings.keys()
         self._blocks = {key: block for key, block in list(self._blocks.items()) if key in used}
         self._inputs.forget_others(mine)
         for (number, _), executor in self._places.items():
-            executor.host(self._engines_of(number), self._embeddings, self._plan.homes)
+            engines = self._engines_of(number)
+            executor.host(topology.chains, topology.spans, engines, self._embeddings, self._plan.homes)
 
     def _engines_of(self, number: int) -> dict[int, Engine]:
         """Those here that a family's chains use."""
@@ -139,9 +147,11 @@ class Hosted:
     def _adapter_inputs(self, zoo: Zoo) -> AdapterInputs:
         topology = self._plan.topology
         cache = AdapterCache(zoo.read_adapter, self._maker.arrays, self._plan.adapter_bytes)
+        return AdapterInputs(cache, topology.chains, topology.spans, self._specs(topology))
+
+    def _specs(self, topology: Topology) -> list[list[BlockSpec]]:
         blocks = self._plan.manifest.blocks
-        specs = [[blocks[block_id].spec for block_id in span.block_ids] for span in topology.spans]
-        return AdapterInputs(cache, topology.chains, topology.spans, specs)
+        return [[blocks[block_id].spec for block_id in span.block_ids] for span in topology.spans]
 
     def executor(self, number: int, micro: int) -> PartExecutor:
         """Of a family, by its number, and the place of a micro-batch; the first place has the pool of all."""

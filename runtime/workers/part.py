@@ -20,7 +20,7 @@ from blockzoo.runtime.exec.calls import Call
 from blockzoo.runtime.exec.executor import Executor, Hidden
 from blockzoo.runtime.exec.rows import Rows
 from blockzoo.runtime.exec.step_arrays import make_buffers
-from blockzoo.runtime.exec.topology import Family
+from blockzoo.runtime.exec.topology import ChainPlan, Family, Span
 from blockzoo.runtime.workers.wire import pack_json
 
 Inbox = dict[tuple[int, int], list[bytes]]
@@ -87,9 +87,17 @@ class PartExecutor(Executor):
         self._shares: WeakKeyDictionary[StepLayout, _Share] = WeakKeyDictionary()
 
     def host(
-        self, engines: Mapping[int, Engine], embeddings: Mapping[str, Embedding], homes: Sequence[int]
+        self,
+        chains: Sequence[ChainPlan],
+        spans: Sequence[Span],
+        engines: Mapping[int, Engine],
+        embeddings: Mapping[str, Embedding],
+        homes: Sequence[int],
     ) -> None:
         """Between two steps, have other spans of the family than before."""
+        if tuple(chains) != self.chains:
+            self.chains, self._spans = tuple(chains), spans
+            self._layouts.clear()
         for index, engine in engines.items():
             if self._engines.get(index) is not engine:
                 self._bind_pool(engine)

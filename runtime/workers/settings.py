@@ -14,6 +14,8 @@ from blockzoo.runtime.workers.sockets import Keys
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.rope import RopeConfig
 
+NOWHERE = -1
+"""In the place of a worker."""
 MOST_MICRO_BATCHES = 8
 """Of a step that are under way at once: each has buffers of its own."""
 
@@ -26,7 +28,7 @@ class WorkerPlan:
         zoo: its folder.
         manifest: of the models that are served.
         topology: planned from it.
-        homes: by span index, the worker that has it.
+        homes: by span index, the worker that has it; NOWHERE: no chain goes through it.
         num_pages: of each family's pool. A worker has room for all of them: which of them layers of its own
             use is known only as they are used.
         ropes: by chain index, its rotary embedding and the positions that are prepared.

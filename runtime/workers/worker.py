@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,9 +132,9 @@ class Worker:
 
     def _obey(self, kind: bytes, frames: list[bytes]) -> None:
         if kind == b"load":
-            threading.Thread(target=self._load, args=(unpack_json(frames[0]),), daemon=True).start()
+            threading.Thread(target=self._load, args=(dict(unpack_json(frames[0])),), daemon=True).start()
         elif kind == b"homes":
-            self._hosted.take(unpack_json(frames[0]))
+            self._hosted.take(**unpack_json(frames[0]))
         elif kind == b"release":
             self._hosted.release_memory()
         else:
@@ -165,7 +165,7 @@ class Worker:
         count = kv_orders.write(self._hosted.executor(family, 0).kv, frames)
         self._tell(b"took", {"step": step, "pages": count})
 
-    def _load(self, spans: list[int]) -> None:
+    def _load(self, spans: Mapping[int, int]) -> None:
         """From a thread of its own, while calls run here."""
         try:
             problems = self._hosted.load(spans)
@@ -174,7 +174,7 @@ class Worker:
             problems = dict.fromkeys(spans, str(error))
         socket = self._sockets.connect(zmq.DEALER, self._member.head, self._member.identity + LOADER)
         socket.linger = -1
-        socket.send_multipart([b"loaded", pack_json({"spans": spans, "problems": problems})])
+        socket.send_multipart([b"loaded", pack_json({"problems": problems})])
         socket.close()
 
     def _go_on_to(self, step: int) -> None:

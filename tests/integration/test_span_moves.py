@@ -17,7 +17,8 @@ from over_workers import SETTINGS, group_of, over_two
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.serve import span_moves
-from blockzoo.runtime.serve.span_moves import Moved, MoveError
+from blockzoo.runtime.serve.span_loading import MoveError
+from blockzoo.runtime.serve.span_moves import Moved
 from blockzoo.runtime.workers.group import WorkerGroup
 
 MOST_TOKENS = 24

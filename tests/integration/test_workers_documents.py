@@ -167,3 +167,24 @@ def test_models_that_come_get_the_documents(
         assert tokens == ask(local, QUESTION, documents=[DOCUMENT], kv_reuse="off")[1]
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_documents_come_again_where_spans_get_copies(spread: LLMEngine, local: LLMEngine) -> None:
+    spread.publish("doc", DOCUMENT)
+    topology, homes = spread._zoo.topology, group_of(spread).plan.homes
+    span = topology.chains[topology.chain_of_model["base"]].uses[1].span
+    expected = ask(local, QUESTION, documents=[DOCUMENT], kv_reuse="off")[1]
+    assert spread.placement is not None
+    for number, worker in enumerate((1 - homes[span], homes[span])):
+        spread.placement.route({"solver": {span: worker}})
+        assert ask(spread, QUESTION, scope=f"first {number}", documents=[DOCUMENT])[1] == expected
+        while spread.has_unfinished():
+            spread.step()
+        assert not spread._publisher.is_behind
+        found, tokens, _ = ask(spread, QUESTION, scope=f"then {number}", documents=[DOCUMENT])
+        assert (found, tokens) == (size_of(spread, DOCUMENT), expected)
+        how = {"documents": ["# more words\n", DOCUMENT], "kv_reuse": "approx", "scope": f"red {number}"}
+        assert ask(spread, QUESTION, "solver", **how)[1]
+        spread.check_integrity()
+    assert spread._zoo.topology == topology

@@ -17,7 +17,7 @@ from test_surrogates import drafted, with_surrogates, without
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.serve.live_placement import span_names
 from blockzoo.runtime.serve.span_groups import leaders
-from blockzoo.runtime.serve.span_moves import MoveError
+from blockzoo.runtime.serve.span_loading import MoveError
 from blockzoo.zoo.manifest import Manifest, SurrogateRecord
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,26 @@ def test_they_move_together(spread: LLMEngine, expected: Answers, dice: random.R
 
     assert answers(spread, 8, move) == expected
     assert group.plan.homes[span] == group.plan.homes[first[span]] == worker
+
+
+def test_a_copy_is_for_surrogates_too(spread: LLMEngine, expected: Answers, dice: random.Random) -> None:
+    """Of a span for which the surrogate of solver has other blocks."""
+    topology, homes = spread._zoo.topology, group_of(spread).plan.homes
+    first = leaders(topology)
+    uses = topology.chains[topology.chain_of_model["solver"]].uses
+    own = next(use.span for use in uses if first.count(first[use.span]) > 1)
+    home = homes[own]
+
+    def route(worker: int) -> None:
+        assert spread.placement is not None
+        spread.placement.route({"solver": {own: worker}})
+
+    assert answers(spread, 8, lambda: route(1 - home)) == expected
+    copied = spread._zoo.topology
+    for index in (copied.chain_of_model["solver"], copied.surrogate_of_model["solver"]):
+        assert any(1 - home == group_of(spread).plan.homes[use.span] for use in copied.chains[index].uses)
+    assert answers(spread, 8, lambda: route(home)) == expected
+    assert group_of(spread).plan.homes[own] == home
 
 
 def test_a_killed_worker_loses_no_request(spread: LLMEngine, expected: Answers, dice: random.Random) -> None:

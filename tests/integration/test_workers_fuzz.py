@@ -19,7 +19,7 @@ from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.serve.span_groups import leaders
-from blockzoo.runtime.serve.span_moves import MoveError
+from blockzoo.runtime.serve.span_loading import MoveError
 from blockzoo.runtime.workers import distributed
 
 pytestmark = pytest.mark.slow

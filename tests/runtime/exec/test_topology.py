@@ -14,7 +14,7 @@ from blockzoo.engines.arrays import HostArrays
 from blockzoo.runtime.exec.batch import SeqShape, StepLayout, batch_order, layout_key
 from blockzoo.runtime.exec.calls import Call, CallGraph
 from blockzoo.runtime.exec.step_arrays import Buffers
-from blockzoo.runtime.exec.topology import Topology, plan_topology
+from blockzoo.runtime.exec.topology import Copy, Topology, plan_topology, with_copies
 from blockzoo.zoo.blocks import AttnSpec, BlockSpec, EmbedSpec, FfnSpec, HeadSpec
 from blockzoo.zoo.manifest import BlockRecord, Manifest, ModelRecord
 from blockzoo.zoo.model_config import ModelConfig
@@ -34,8 +34,14 @@ def topology_of(
     chains: dict[str, str], max_span_layers: int | None = None, check_layers: int | None = None
 ) -> Topology:
     """Chains as words of block ids whose first letter is the kind: "e a1 f1 h"."""
+    models = {name: _model(tuple(chain.split())) for name, chain in chains.items()}
+    manifest = Manifest(models=models, blocks=blocks_of(chains))
+    return plan_topology(manifest, max_span_layers, check_layers=check_layers)
+
+
+def blocks_of(chains: dict[str, str]) -> dict[str, BlockRecord]:
     ids = {block for chain in chains.values() for block in chain.split()}
-    blocks = {
+    return {
         i: BlockRecord(
             spec=SPECS[i[0]],
             dtype="f32",
@@ -47,8 +53,6 @@ def topology_of(
         )
         for i in ids
     }
-    models = {name: _model(tuple(chain.split())) for name, chain in chains.items()}
-    return plan_topology(Manifest(models=models, blocks=blocks), max_span_layers, check_layers=check_layers)
 
 
 def _model(chain: tuple[str, ...]) -> ModelRecord:
@@ -124,10 +128,11 @@ def test_tokens_enter_where_chains_part() -> None:
     assert [s.boundary for s in own] == [""]
 
 
+THREE = {"x": "e a1 f1 a2 f2 a3 f3 h", "y": "e a1 f1 a2 f2 a4 f4 h", "z": "e a1 f1 a5 f5 h"}
+
+
 def test_each_set_of_sharers_has_its_boundary() -> None:
-    topology = topology_of(
-        {"x": "e a1 f1 a2 f2 a3 f3 h", "y": "e a1 f1 a2 f2 a4 f4 h", "z": "e a1 f1 a5 f5 h"}
-    )
+    topology = topology_of(THREE)
     assert entries_of(topology, "x") == ["a1", "a2", "a3"]
     assert entries_of(topology, "y") == ["a1", "a2", "a4"]
     assert entries_of(topology, "z") == ["a1", "a5"]
@@ -135,6 +140,28 @@ def test_each_set_of_sharers_has_its_boundary() -> None:
     assert x[1] == y[1]
     assert x[1].boundary == z[1].boundary
     assert x[2].boundary == y[2].boundary != x[1].boundary
+
+
+def test_chains_part_where_one_goes_through_a_copy() -> None:
+    topology = topology_of(THREE)
+    x, y, z = (topology.chain_of_model[name] for name in "xyz")
+    blocks = blocks_of(THREE)
+    span = topology.chains[x].uses[1].span
+    assert topology.chains[y].uses[1].span == span
+    found = with_copies(topology, [Copy(span, (y,)), Copy(0, ())], blocks)
+    assert [found.spans[i].block_ids for i in (-2, -1)] == [topology.spans[i].block_ids for i in (span, 0)]
+    assert found.originals == (*range(len(topology.spans)), span, 0)
+    assert found.chains[y].uses[1].span == len(topology.spans)
+    assert found.chains[x].uses == topology.chains[x].uses
+    assert found.chains[x].layer_keys == topology.chains[x].layer_keys
+    common = [a == b for a, b in zip(found.chains[x].layer_keys, found.chains[y].layer_keys, strict=True)]
+    assert common == [True, False, False]
+    segments = [[(s.first_layer, s.end_layer) for s in found.chains[i].segments] for i in (x, y, z)]
+    assert segments == [[(0, 1), (1, 3)], [(0, 1), (1, 3)], [(0, 1), (1, 2)]]
+    assert entries_of(found, "y") == ["a1", "a2"]
+    assert [found.chains[i].key for i in (x, y, z)] == [topology.chains[i].key for i in (x, y, z)]
+    assert with_copies(found, [Copy(span, (y,))], blocks) == with_copies(topology, [Copy(span, (y,))], blocks)
+    assert with_copies(found, (), blocks) == topology
 
 
 def test_late_rows_do_not_part_the_rows_below() -> None:
