@@ -117,7 +117,7 @@ class PartExecutor(Executor):
         self._scores = {}
         self._gather(layout)
         share = self._shares.get(layout)
-        if share is None:
+        if share is None or share.shapes is not layout.shapes:  # logits are others'
             share = self._shares[layout] = _Share(self, layout)
         return PartStep(self, layout, share, order)
 
@@ -151,9 +151,10 @@ class PartExecutor(Executor):
 
 
 class _Share:
-    """What a worker does of all steps with one layout.
+    """What a worker does of all steps with one layout, as it fits some shapes.
 
     Attributes:
+        shapes: these.
         calls: their numbers, in order.
         sources: by call, the calls elsewhere whose rows it takes, and where these go.
         takers: by call, who takes its rows elsewhere.
@@ -164,6 +165,7 @@ class _Share:
 
     def __init__(self, executor: PartExecutor, layout: StepLayout) -> None:
         homes, me, calls = executor.homes, executor.me, layout.calls
+        self.shapes = layout.shapes
         self.calls = [index for index, call in enumerate(calls) if homes[call.span] == me]
         self.sources: dict[int, dict[int, list[np.ndarray]]] = {index: {} for index in self.calls}
         self.takers: dict[int, list[Passing]] = defaultdict(list)
