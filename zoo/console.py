@@ -5,7 +5,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TextIO
 
 P = ParamSpec("P")
 READER_GONE = 141  # as the shell reports a process that SIGPIPE ended
@@ -22,11 +22,13 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             finally:
                 if sys.stdout is not None:  # as it is where it was closed before the start
                     sys.stdout.flush()  # here, not when Python ends
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit) as ended:
             ours = [file for file in (sys.stdout, sys.stderr) if file is not None]
-            gone = [file for file in ours if _reader_is_gone(file.fileno())]
+            if isinstance(ended, SystemExit):  # argparse keeps to itself that nobody reads its help
+                ours = [] if ended.code else ours[:1]
+            gone = [file for file in ours if _reader_is_gone(file)]
             if not gone:
-                raise  # another pipe
+                raise  # another pipe, or none
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for file in gone:
                 os.dup2(nowhere, file.fileno())  # for what is in the buffer still
@@ -36,7 +38,11 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
     return run
 
 
-def _reader_is_gone(descriptor: int) -> bool:
+def _reader_is_gone(file: TextIO) -> bool:
+    try:
+        descriptor = file.fileno()
+    except OSError:  # it is no file of the system's
+        return False
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -284,6 +284,8 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the tests may have been started without
+
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

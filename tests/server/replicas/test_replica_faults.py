@@ -54,7 +54,7 @@ def whole(served, model: str, prompt: str, told: Told) -> Told:
 def test_a_killed_replica_loses_only_what_had_begun_and_says_so(serve_replicas, demo_zoo) -> None:
     served = serve_replicas(demo_zoo, "--replicas=2", "--threads=1", "--max-num-seqs=3")
     prompts = [f"{number} parties agree that" for number in range(24)]
-    llm = LLM(str(demo_zoo), kv_cache_bytes=32 << 20, num_threads=1)
+    llm = LLM(str(demo_zoo), kv_cache_bytes=32 << 20, num_threads=1, precision="f32")
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     expected = [answer.text for answer in llm.generate("base", prompts, params)]
     del llm
