@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection
+
+from blockzoo.runtime.draft.tenants import ByTenant, Tenant
 
 _FIRST = 4.0  # steps, before anything was won
 _MOST = 16.0  # that are kept: what was won long ago pays for nothing now
 _MOST_OWED = 6.0
 _MOST_LOST = 6.0  # by one step; more was the machine's doing
 _EARNED = 0.01  # by every step: so much of the time may be lost
-_MOST_TENANTS = 1024
 _BY_REQUEST = 0.5  # the same by requests, shared by those that run together
-
-Tenant = tuple[str, str]
-"""A model, and a tenant of it."""
 
 
 class Balance:
@@ -44,20 +41,15 @@ class Balances:
     all others for long; most of them must win."""
 
     def __init__(self) -> None:
-        self._tenants: OrderedDict[Tenant, Balance] = OrderedDict()
+        self._tenants: ByTenant[Balance] = ByTenant()
 
     def of(self, tenant: Tenant) -> Balance:
-        """A tenant's; those that were seen longest ago are forgotten."""
-        balance = self._tenants.pop(tenant, None) or Balance()
-        self._tenants[tenant] = balance
-        while len(self._tenants) > _MOST_TENANTS:
-            self._tenants.popitem(last=False)
-        return balance
+        """A tenant's."""
+        return self._tenants.of(tenant, Balance)
 
     def keep(self, models: Collection[str]) -> None:
         """Forget the tenants of any other model."""
-        for tenant in [tenant for tenant in self._tenants if tenant[0] not in models]:
-            del self._tenants[tenant]
+        self._tenants.keep(models)
 
     def at_stake(self, tenants: Collection[Tenant]) -> float:
         """What the next step of some tenants may cost, should it win nothing: the mean of theirs."""

@@ -109,6 +109,11 @@ class Copy(NamedTuple):
     chains: tuple[int, ...]
 
 
+def originals(num_spans: int, copies: Sequence[Copy]) -> tuple[int, ...]:
+    """By span, itself, or which it is a copy of; copies are the last of the spans."""
+    return *range(num_spans - len(copies)), *(copy.span for copy in copies)
+
+
 class _Surrogate(NamedTuple):
     """What tells surrogates apart."""
 
@@ -132,8 +137,7 @@ class Topology:
     @property
     def originals(self) -> tuple[int, ...]:
         """By span, itself, or which it is a copy of."""
-        first = len(self.spans) - len(self.copies)
-        return *range(first), *(copy.span for copy in self.copies)
+        return originals(len(self.spans), self.copies)
 
     def models_of_surrogates(self) -> dict[int, int]:
         """By chain of a surrogate, the model's in whose pages it runs."""
@@ -240,11 +244,11 @@ def with_copies(topology: Topology, copies: Sequence[Copy], blocks: Mapping[str,
             span itself.
         blocks: of the manifest.
     """
-    originals = topology.originals
+    known = topology.originals
     first = len(topology.spans) - len(topology.copies)
     taken = {(chain, copy.span): first + i for i, copy in enumerate(copies) for chain in copy.chains}
     uses = [
-        tuple(replace(use, span=taken.get((i, s := originals[use.span]), s)) for use in chain.uses)
+        tuple(replace(use, span=taken.get((i, s := known[use.span]), s)) for use in chain.uses)
         for i, chain in enumerate(topology.chains)
     ]
     models = topology.models_of_surrogates()

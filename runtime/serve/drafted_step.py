@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from blockzoo.runtime.draft.balance import Tenant
 from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, Option
 from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.draft.tenants import Tenant
 from blockzoo.runtime.serve.request_builder import Request
 
 

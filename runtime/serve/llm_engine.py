@@ -136,8 +136,8 @@ class LLMEngine:
         """See what steps cost here, each family's by one of its models."""
         topology, config = self._zoo.topology, self.config
         max_rows = min(config.max_num_batched_tokens, config.max_num_seqs + MAX_PROMPT_LOGITS)
+        of_models = set(topology.chain_of_model.values())
         for family, executor in self._zoo.local_executors.items():
-            of_models = set(topology.chain_of_model.values())
             own = [index for index in of_models if topology.chains[index].family == family]
             chain = min(own, key=lambda index: len(topology.chains[index].adapters))
             run = partial(executor.run_padding, chain)

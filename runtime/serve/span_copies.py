@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from blockzoo.runtime.exec.topology import Copy, Topology
+from blockzoo.runtime.exec.topology import Copy, Topology, originals
 from blockzoo.runtime.serve.over_workers import Workers
 from blockzoo.runtime.serve.span_loading import MoveError
 from blockzoo.runtime.workers.settings import NOWHERE
@@ -30,7 +30,7 @@ class Hosts:
     @property
     def originals(self) -> tuple[int, ...]:
         """As of a topology."""
-        return *range(len(self.homes) - len(self.copies)), *(copy.span for copy in self.copies)
+        return originals(len(self.homes), self.copies)
 
     def coming(self, before: Sequence[int]) -> dict[int, int]:
         """By span, the worker that gets it, given the homes of before."""
@@ -45,9 +45,9 @@ class Hosts:
 
 def ways(topology: Topology, homes: Sequence[int]) -> dict[tuple[int, int], int]:
     """Those of all chains."""
-    originals = topology.originals
+    known = topology.originals
     return {
-        (index, originals[use.span]): homes[use.span]
+        (index, known[use.span]): homes[use.span]
         for index, chain in enumerate(topology.chains)
         for use in chain.uses
     }
@@ -59,11 +59,11 @@ def of_model(topology: Topology, first: Sequence[int], model: str, span: int) ->
     of the spans that are no copies."""
     chain = topology.chain_of_model[model]
     together = [chain, *(s for s, m in topology.models_of_surrogates().items() if m == chain)]
-    originals = topology.originals
+    known = topology.originals
     return [
         (index, original)
         for index in together
-        for original in (originals[use.span] for use in topology.chains[index].uses)
+        for original in (known[use.span] for use in topology.chains[index].uses)
         if first[original] == first[span]
     ]
 
@@ -130,5 +130,5 @@ def hosts_for(topology: Topology, homes: Sequence[int], wanted: Ways) -> Hosts:
 
 def _known(topology: Topology, homes: Sequence[int], span: int, worker: int) -> int | None:
     """The span or the copy of it that a worker has."""
-    originals = topology.originals
-    return next((i for i, home in enumerate(homes) if home == worker and originals[i] == span), None)
+    known = topology.originals
+    return next((i for i, home in enumerate(homes) if home == worker and known[i] == span), None)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from blockzoo.runtime.draft.acceptance import Acceptance
-from blockzoo.runtime.draft.balance import Balances, Tenant
+from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.forced import ForcedTokens
 from blockzoo.runtime.draft.guesses import Context, Drafter, Guess, chances, propose
 from blockzoo.runtime.draft.lookup import AnswerLookup, PromptLookup
 from blockzoo.runtime.draft.row_choice import MOST_DRAFTED, Hopes, RowChoice
 from blockzoo.runtime.draft.step_cost import StepKind
+from blockzoo.runtime.draft.tenants import ByTenant
 from blockzoo.runtime.exec.interface import KVLostError, StepExecutor
 from blockzoo.runtime.exec.topology import Family
 from blockzoo.runtime.sampling.guided import NUM_STYLES
@@ -40,7 +41,6 @@ from blockzoo.runtime.serve.scheduler import Scheduled, Scheduler
 from blockzoo.runtime.serve.surrogate_drafts import NAME, Asked, first_rates, greedy_drafts, kinds
 
 _OF_REQUEST = 64  # guesses of a kind that a request remembers, about
-_MOST_TENANTS = 1024
 # after so many steps for which no guess is worth a row, guesses are made every so many
 _PATIENCE, _EVERY = 8, 4
 _LEARNT = ((1, 0), (1, 3), (1, 15), (8, 0), (8, 24))  # sequences, drafted rows: steps that run at first
@@ -75,7 +75,7 @@ class Speculation:
         self._answers = AnswerLookup()
         own = _own_drafters() if drafters is None else tuple(drafters)
         self._drafters: tuple[Drafter, ...] = (*own, self._answers)
-        self._tenants: OrderedDict[Tenant, Acceptance] = OrderedDict()
+        self._tenants: ByTenant[Acceptance] = ByTenant()
         self._choices: dict[Family, RowChoice] = {}
         self._balances: dict[Family, Balances] = {}
         self._planned: dict[Family, DraftedStep] = {}
@@ -270,8 +270,7 @@ class Speculation:
     def keep(self, models: Collection[str]) -> None:
         """Forget what was learnt of any other model."""
         self._answers.keep(lambda scope: scope[1] in models)
-        for key in [key for key in self._tenants if key[0] not in models]:
-            del self._tenants[key]
+        self._tenants.keep(models)
         for balances in self._balances.values():
             balances.keep(models)
 
@@ -290,13 +289,9 @@ class Speculation:
 
     def _of(self, request: Request) -> Acceptance:
         if request.acceptance is None:
-            key = tenant_of(request)
             first = first_rates(request.model.surrogate)
-            tenant = self._tenants.pop(key, None) or Acceptance(first=first)
-            self._tenants[key] = tenant
+            tenant = self._tenants.of(tenant_of(request), lambda: Acceptance(first=first))
             tenant.fade(NAME)
-            while len(self._tenants) > _MOST_TENANTS:
-                self._tenants.popitem(last=False)
             request.acceptance = Acceptance(tenant, _OF_REQUEST)
         return request.acceptance
 

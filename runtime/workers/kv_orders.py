@@ -1,5 +1,6 @@
 """What the head asks of pages that lie in workers, as messages, and how a worker does it.
 
+copy     pages int32 [2, n]: from, to
 borrow   (chain, tokens, layers), then int32: positions, slots, shift, pages [layers, tokens] that hold them,
          pages [layers, tokens] that take them; of the layers that are here
 values   int32 [2, n]: pages, slots in them; answered by V, float32 [n, kv_heads, head_dim]
@@ -17,7 +18,7 @@ from blockzoo.engines.base import PAGE_TOKENS
 from blockzoo.runtime.approx.state import Borrowed
 from blockzoo.runtime.exec.kv_tensors import KVTensors
 
-KINDS = frozenset({b"borrow", b"values", b"read", b"write"})
+KINDS = frozenset({b"copy", b"borrow", b"values", b"read", b"write"})
 _HEADER = 3  # integers of `borrow` before its arrays
 
 
@@ -32,7 +33,9 @@ def pack_borrow(chain: int, borrowed: Borrowed, targets: np.ndarray) -> bytes:
 def obey(kv: KVTensors, kind: bytes, frames: Sequence[bytes]) -> list[np.ndarray] | None:
     """Do what a message says; what is to be answered, None where nobody waits for that."""
     ints = np.frombuffer(frames[0], np.int32)
-    if kind == b"borrow":
+    if kind == b"copy":
+        kv.copy(*ints.reshape(2, -1))
+    elif kind == b"borrow":
         _borrow(kv, ints)
     elif kind == b"values":
         pages, slots = ints.reshape(2, -1)

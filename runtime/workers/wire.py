@@ -2,18 +2,18 @@
 head tells a worker comes by two ways (`pairs`), so it is numbered.
 
 head -> worker   step     (step, micro-batch, family), rows as integers, hidden states that enter late
-                 copy     (step, 0, family), pages int32 [2, n]: from, to
-                 borrow, values, read, write   of pages, as `kv_orders` has them
+                 copy, borrow, values, read, write   of pages, as `kv_orders` has them
                  discard  (step, 0, family), pages int32 [n]
-                 load     spans that it is to have ready, beside the steps
+                 load     spans that it is to have ready, beside the steps, and what each is or will be a
+                          copy of
                  expect   (step, 0, family): pages will come; answered by `took`, none yet
                  give     (step, worker that takes them, family), pages int32 [n]
-                 homes    by span, the worker that has it from now on
+                 homes    by span, the worker that has it from now on; the copies of spans
                  peers    the workers' addresses; which of them an end of a pair comes for, and these ends
                  release
                  ping
 worker -> head   ready, failed   once, when it has loaded
-                 loaded          spans, and what is wrong with some
+                 loaded          what is wrong with some of the spans
                  done            (step, micro-batch, 0), what was done, as JSON; with attention received,
                                  hidden states that are kept, and logits, where the head is elsewhere
                  error           of a micro-batch

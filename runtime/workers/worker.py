@@ -142,9 +142,6 @@ class Worker:
             self._go_on_to(step)
             if kind == b"step":
                 self._begin(micro, family, frames[1], frames[2:])
-            elif kind == b"copy":
-                source, destination = np.frombuffer(frames[1], np.int32).reshape(2, -1)
-                self._hosted.executor(family, 0).kv.copy(source, destination)
             elif kind in kv_orders.KINDS:
                 found = kv_orders.obey(self._hosted.executor(family, 0).kv, kind, frames[1:])
                 if found is not None:
