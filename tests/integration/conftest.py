@@ -6,12 +6,14 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from over_workers import SETTINGS, over_two
 
+from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
 
@@ -132,3 +134,16 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     monkeypatch.setattr(RowChoice, "choose", choose)
     monkeypatch.setattr(Balances, "at_stake", lambda *_: 1.0)
     return rng
+
+
+@pytest.fixture(scope="module")
+def local(demo_zoo: Path) -> LLMEngine:
+    """An engine in this process, as `over_two` makes them."""
+    return LLMEngine(demo_zoo, EngineConfig(**SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
+    """The same over two workers."""
+    with over_two(demo_zoo) as engine:
+        yield engine

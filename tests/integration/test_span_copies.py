@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +20,6 @@ from blockzoo.runtime.serve.span_loading import MoveError
 from blockzoo.runtime.serve.span_moves import Routed
 from blockzoo.runtime.workers.settings import NOWHERE
 from blockzoo.zoo.manifest import Manifest
-
-
-@pytest.fixture(scope="module")
-def local(demo_zoo: Path) -> LLMEngine:
-    return LLMEngine(demo_zoo, EngineConfig(**SETTINGS))
-
-
-@pytest.fixture(scope="module")
-def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    with over_two(demo_zoo) as engine:
-        yield engine
 
 
 def spans_of(engine: LLMEngine, model: str) -> list[int]:

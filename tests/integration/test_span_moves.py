@@ -62,19 +62,8 @@ def run(
     return found
 
 
-@pytest.fixture(scope="module")
-def local(demo_zoo: Path) -> LLMEngine:
-    return LLMEngine(demo_zoo, EngineConfig(**SETTINGS))
-
-
 @pytest.fixture
 def fresh(demo_zoo: Path) -> Iterator[LLMEngine]:
-    with over_two(demo_zoo) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
     with over_two(demo_zoo) as engine:
         yield engine
 

@@ -35,21 +35,25 @@ def without(model: ModelRecord, *positions: int) -> dict[int, str]:
     return {at: key for at, key in enumerate(model.chain) if at not in positions}
 
 
-@pytest.fixture(scope="module")
-def zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Surrogates that leave layers out, parts of layers, and that have another model's blocks."""
-    models = Manifest.load(demo_zoo / "manifest.json").models
+def surrogates_of(models: Mapping[str, ModelRecord]) -> dict[str, dict[int, str]]:
+    """Of the demo's models: two leave layers out, one has another model's blocks."""
     last = len(models["base"].chain) - 1
     borrowed = {
         at: key if at >= last - 2 else models["base"].chain[at]
         for at, key in enumerate(models["solver"].chain)
     }
-    surrogates = {
+    return {
         "base": without(models["base"], 3, 4),
         "notes": without(models["notes"], 3, 4, 6),
-        "notes-merged": without(models["notes-merged"], 5, 8),
         "solver": borrowed,
     }
+
+
+@pytest.fixture(scope="module")
+def zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Surrogates that leave layers out, parts of layers, and that have another model's blocks."""
+    models = Manifest.load(demo_zoo / "manifest.json").models
+    surrogates = surrogates_of(models) | {"notes-merged": without(models["notes-merged"], 5, 8)}
     return with_surrogates(demo_zoo, tmp_path_factory.mktemp("surrogates") / "zoo", surrogates)
 
 

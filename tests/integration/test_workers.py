@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zmq
-from over_workers import SETTINGS, group_of, over_two
+from over_workers import SETTINGS, group_of
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
@@ -55,17 +54,6 @@ def answers(
     engine.check_integrity()
     assert all(len(tokens) == max_tokens for tokens in found.values())
     return found
-
-
-@pytest.fixture(scope="module")
-def local(demo_zoo: Path) -> LLMEngine:
-    return LLMEngine(demo_zoo, EngineConfig(**SETTINGS))
-
-
-@pytest.fixture(scope="module")
-def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    with over_two(demo_zoo) as engine:
-        yield engine
 
 
 def test_chains_go_through_both_workers(spread: LLMEngine) -> None:

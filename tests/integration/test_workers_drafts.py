@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from over_workers import SETTINGS, group_of
 from quiet import words
-from test_surrogates import drafted, with_surrogates, without
+from test_surrogates import drafted, surrogates_of, with_surrogates, without
 
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.serve.live_placement import span_names
@@ -29,17 +29,7 @@ MODELS = ("base", "notes", "solver", "twin")
 @pytest.fixture(scope="module")
 def zoo(demo_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Surrogates that leave layers out or have another model's blocks; a model that guesses for its twin."""
-    models = Manifest.load(demo_zoo / "manifest.json").models
-    last = len(models["base"].chain) - 1
-    borrowed = {
-        at: key if at >= last - 2 else models["base"].chain[at]
-        for at, key in enumerate(models["solver"].chain)
-    }
-    surrogates = {
-        "base": without(models["base"], 3, 4),
-        "notes": without(models["notes"], 3, 4, 6),
-        "solver": borrowed,
-    }
+    surrogates = surrogates_of(Manifest.load(demo_zoo / "manifest.json").models)
     folder = with_surrogates(demo_zoo, tmp_path_factory.mktemp("guessing") / "zoo", surrogates)
     manifest = Manifest.load(folder / "manifest.json")
     found = SurrogateRecord("base", "base", {}, (0.9,), 0.3, 1.5, 1, "built-in")
