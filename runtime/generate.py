@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockzoo.runtime.api.request import CHAT_TOKENS, SamplingParams
-from blockzoo.zoo.console import command
+from blockzoo.zoo.console import add_backend_arguments, command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,23 +45,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend, --device, --precision, --int8-activations, --kv-precision."""
-    parser.add_argument(
-        "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
-    )
-    parser.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
-    parser.add_argument("--precision", choices=("f32", "bf16"), help="default: what the CPU does best")
-    parser.add_argument(
-        "--int8-activations",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="round activations to 8 bits where weights are quantized (default: where that is faster)",
-    )
-    parser.add_argument(
-        "--kv-precision",
-        choices=("u8", "auto"),
-        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more than by bf16",
-    )
+    """Those of `add_backend_arguments`, and --speculate."""
+    add_backend_arguments(parser)
     parser.add_argument(
         "--speculate",
         choices=("auto", "off"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from blockzoo.server_config.replicas.arguments import add_replica_arguments
+from blockzoo.zoo.console import add_backend_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,23 +79,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
-    )
-    engine.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
-    engine.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
-    engine.add_argument(
-        "--int8-activations",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="round activations to 8 bits where weights are quantized (default: where that is faster)",
-    )
-    engine.add_argument(
-        "--kv-precision",
-        choices=("u8", "auto"),
-        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more by that than by "
-        "bf16 (default: in the precision)",
-    )
+    add_backend_arguments(engine)
     engine.add_argument("--kv-cache-gb", type=_amount, metavar="GB", help="size of the KV pool (default 2)")
     engine.add_argument(
         "--enable-lora",

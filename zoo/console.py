@@ -1,5 +1,6 @@
 """What the console commands have in common."""
 
+import argparse
 import functools
 import os
 import select
@@ -46,3 +47,24 @@ def _reader_is_gone(file: TextIO) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
+    """--backend, --device, --precision, --int8-activations, --kv-precision, to a parser or a group."""
+    parser.add_argument(
+        "--backend", choices=("openvino", "reference", "tensorrt"), help="what computes (default: openvino)"
+    )
+    parser.add_argument("--device", help="of the other backends: cpu, cuda or cuda:<n>")
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
+    parser.add_argument(
+        "--int8-activations",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="round activations to 8 bits where weights are quantized (default: where that is faster)",
+    )
+    parser.add_argument(
+        "--kv-precision",
+        choices=("u8", "auto"),
+        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more by that than by "
+        "bf16 (default: in the precision)",
+    )
