@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import pytest
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.api.request import GuidedDecoding
+from blockzoo.runtime.serve import speculation
+from blockzoo.runtime.serve.speculation import Speculation
 from blockzoo.runtime.workers import logits_memory
 from blockzoo.zoo.demo.tasks import facts
 
@@ -53,6 +56,17 @@ def far(demo_zoo: Path) -> Iterator[LLMEngine]:
     engine.close()
 
 
+@pytest.fixture
+def equal_steps(far: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of the far workers take as long as their links do, however busy this machine is."""
+    observe = Speculation.observe
+    monkeypatch.setattr(
+        Speculation, "observe", lambda self, family, items, _: observe(self, family, items, 2 * AWAY_S)
+    )
+    monkeypatch.setattr(speculation, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(far, "_speculation", Speculation(far._recorder.on_drafted))
+
+
 def answer(engine: LLMEngine, prompt: str, **params: Any) -> tuple[list[int], int, float]:
     """Tokens; decode steps, and their seconds."""
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, **params)
@@ -67,6 +81,7 @@ def answer(engine: LLMEngine, prompt: str, **params: Any) -> tuple[list[int], in
     return found, steps, time.monotonic() - start
 
 
+@pytest.mark.usefixtures("equal_steps")
 def test_guesses_spare_waits_for_a_far_worker(local: LLMEngine, far: LLMEngine) -> None:
     expected, *_ = answer(local, QUOTES, ignore_eos=True, speculate=False)
     found, steps, seconds = answer(far, QUOTES, ignore_eos=True, speculate=False)
@@ -100,6 +115,7 @@ def test_sampled_tokens_and_all_tenants(local: LLMEngine, far: LLMEngine) -> Non
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("equal_steps")
 def test_forced_tokens_over_workers(local: LLMEngine, far: LLMEngine) -> None:
     guided = GuidedDecoding("json_schema", json.dumps(SCHEMA))
     expected, *_ = answer(local, "The names:", guided=guided, speculate=False)
