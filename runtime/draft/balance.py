@@ -11,6 +11,8 @@ _MOST = 16.0  # that are kept: what was won long ago pays for nothing now
 _MOST_OWED = 6.0
 _MOST_LOST = 6.0  # by one step; more was the machine's doing
 _EARNED = 0.01  # by every step: so much of the time may be lost
+_TRUST, _HOPED = 0.5, 4.0  # in what is hoped for, at first, as if so many tokens had been
+_REMEMBERED = 0.95  # of them, from step to step
 _BY_REQUEST = 0.5  # the same by requests, shared by those that run together
 
 
@@ -19,6 +21,7 @@ class Balance:
 
     def __init__(self) -> None:
         self._steps = _FIRST
+        self._hoped, self._came = _HOPED, _TRUST * _HOPED
 
     @property
     def steps(self) -> float:
@@ -30,6 +33,16 @@ class Balance:
         what others won does not pay for them."""
         more = max(self._steps - _FIRST, 0.0)
         self._steps = min(self._steps - share * more + _BY_REQUEST * share, _MOST)
+
+    @property
+    def trust(self) -> float:
+        """The share of what was hoped for that came, 1 at most."""
+        return min(self._came / self._hoped, 1.0)
+
+    def hear(self, hoped: float, came: float) -> None:
+        """Of a step's guesses so many were hoped to come true, and so many did."""
+        self._hoped = _REMEMBERED * self._hoped + hoped
+        self._came = _REMEMBERED * self._came + came
 
     def observe(self, won: float) -> None:
         """A step ran that was worth so many more than it took, or fewer."""
@@ -54,3 +67,7 @@ class Balances:
     def at_stake(self, tenants: Collection[Tenant]) -> float:
         """What the next step of some tenants may cost, should it win nothing: the mean of theirs."""
         return sum(self.of(tenant).steps for tenant in tenants) / len(tenants)
+
+    def trust(self, tenants: Collection[Tenant]) -> float:
+        """The share of what is hoped for that is to be counted on: the mean of theirs."""
+        return sum(self.of(tenant).trust for tenant in tenants) / len(tenants)

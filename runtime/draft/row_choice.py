@@ -80,6 +80,7 @@ class RowChoice:
         spare: int,
         run_cost: float = 1.0,
         at_stake: float = math.inf,
+        trust: float = 0.0,
     ) -> Option:
         """What the next step is to be.
 
@@ -88,7 +89,8 @@ class RowChoice:
             sequences: all that get a token.
             spare: rows that there is room for.
             run_cost: of a run of the surrogates, relative to a step without drafts, before one was seen.
-            at_stake: what it may cost if it wins nothing, and shapes change twice for it, likewise.
+            at_stake: what it may cost, and shapes change twice for it, likewise, if it wins no more than
+            trust: this share of what is hoped for.
         """
         if kind != self._hoped_for:
             self._hoped_for, self._hopes, self._num_hoped = kind, {}, 0
@@ -98,7 +100,8 @@ class RowChoice:
         drafting = sum(each.may_draft for each in sequences)
         ordered: dict[int, list[float]] = {}  # chances by runs
         best, most = Option(0), 0.0
-        longest = (1 + at_stake) * self._cost.seconds(kind, 0)
+        bare = self._cost.seconds(kind, 0)
+        longest = (1 + at_stake) * bare
         new_shape = self._cost.new_shape_seconds(kind)
         for option in self._options(sequences, min(spare, drafting * MOST_DRAFTED)):
             if option.runs not in ordered:
@@ -108,7 +111,8 @@ class RowChoice:
             hope = self._hope(option, len(sequences) + sum(ordered[option.runs][: option.rows]))
             seconds = self._seconds(kind, option, run_cost)
             is_new = kind == self._last[0] and option.rows != self._last[1]
-            if option.rows and seconds + 2 * new_shape * is_new > longest:
+            sure = trust * (hope / len(sequences) - 1) * bare
+            if option.rows and seconds + 2 * new_shape * is_new > longest + sure:
                 continue
             if is_new:
                 seconds += new_shape / min(self._steady, _STEADY_STEPS)

@@ -19,6 +19,7 @@ class DraftedStep:
         requests: all that get a token.
         planning: seconds for guesses, runs of surrogates among them.
         seconds: of the step itself.
+        hoped: of the drafted rows of each of the requests, how many were hoped to come true.
         is_priced: whether drafts have to do with what it took: it had some, or the step before, so that its
             shape is another one.
     """
@@ -28,18 +29,24 @@ class DraftedStep:
     drafted: int = 0
     planning: float = 0.0
     seconds: float = 0.0
+    hoped: Sequence[float] = ()
     is_priced: bool = False
     _generated: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self._generated = tuple(request.num_generated for request in self.requests)
 
-    def gains(self) -> dict[Tenant, float]:
-        """By tenant, what has come for each of its requests beyond the token that comes anyway."""
-        found: dict[Tenant, list[int]] = {}
-        for request, before in zip(self.requests, self._generated, strict=True):
-            found.setdefault(tenant_of(request), []).append(request.num_generated - before - 1)
-        return {tenant: sum(more) / len(more) for tenant, more in found.items()}
+    def gains(self) -> dict[Tenant, tuple[float, float]]:
+        """By tenant, of each of its requests: what was hoped for, and what has come, beyond the token that
+        comes anyway."""
+        found: dict[Tenant, list[tuple[float, int]]] = {}
+        hoped = self.hoped or [0.0] * len(self.requests)
+        for request, before, hope in zip(self.requests, self._generated, hoped, strict=True):
+            found.setdefault(tenant_of(request), []).append((hope, request.num_generated - before - 1))
+        return {
+            tenant: (sum(hope for hope, _ in each) / len(each), sum(came for _, came in each) / len(each))
+            for tenant, each in found.items()
+        }
 
 
 def tenant_of(request: Request) -> Tenant:

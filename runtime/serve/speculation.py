@@ -126,20 +126,18 @@ class Speculation:
             return  # beside prompts no row is free, and their shapes are new anyway
         running = [requests[item.seq.request_id] for item in items]
         asking = [request for request in running if may_draft(request)]
-        if not asking or (self._lone_only and len(items) > 1):
-            return
         refreshed = sum(item.seq.approx.num_refreshing for item in items if item.seq.approx is not None)
         kind = StepKind(len(items) + refreshed, len({item.seq.chain_index for item in items}))
-        step = self._planned[family] = DraftedStep(kind, running)
+        step = self._planned[family] = DraftedStep(kind, running if asking else ())
+        if not asking or (self._lone_only and len(items) > 1):
+            return  # it tells what steps without drafts take
         balances = self._balances.setdefault(family, Balances())
         for request in asking:
             if request.acceptance is None:
                 tenant = tenant_of(request)
                 balances.of(tenant).welcome(1 / sum(tenant_of(other) == tenant for other in running))
                 self._of(request)  # from now on it is known
-        at_stake = balances.at_stake(set(map(tenant_of, running)))
-        if at_stake > 0:
-            self._draft(family, step, asking, scheduler, executor, at_stake)
+        self._draft(family, step, asking, scheduler, executor, balances)
         step.planning = time.perf_counter() - start
 
     def _draft(
@@ -149,9 +147,11 @@ class Speculation:
         asking: Sequence[Request],
         scheduler: Scheduler,
         executor: StepExecutor,
-        at_stake: float,
+        balances: Balances,
     ) -> None:
         """Add guesses where they pay."""
+        tenants = set(map(tenant_of, step.requests))
+        at_stake = balances.at_stake(tenants)
         idle = self._idle[family] = self._idle.get(family, 0) + 1
         if idle > _PATIENCE and idle % _EVERY:
             return  # to guess takes time too, the more the more run
@@ -161,12 +161,23 @@ class Speculation:
         hopes = [self._hopes(request) for request in running]
         costs = [r.model.surrogate.cost for r in asking if r.model.surrogate is not None]
         choice = self._choices.setdefault(family, RowChoice())
-        option = choice.choose(kind, hopes, scheduler.spare_rows, max(costs, default=1.0), at_stake)
+        option = choice.choose(
+            kind,
+            hopes,
+            scheduler.spare_rows,
+            max(costs, default=1.0),
+            at_stake,
+            balances.trust(tenants),
+        )
         if option.rows:
             self._idle[family] = 0
+        counts = shared_out(option, hopes)
+        step.hoped = [
+            sum(each.within(option.runs)[:count]) for each, count in zip(hopes, counts, strict=True)
+        ]
         by_chain: list[Request] = []
         by_model: list[Request] = []
-        for request, each, count in zip(running, hopes, shared_out(option, hopes), strict=True):
+        for request, each, count in zip(running, hopes, counts, strict=True):
             if count:
                 scheduler.draft(request.seq, self._drafted(request, count))
                 if request.seq.drafted and option.runs and each.prefers_surrogate(option.runs):
@@ -236,8 +247,11 @@ class Speculation:
         bare = None if step is None else self._choices[family].bare_seconds(step.kind)
         if step is not None and bare is not None:
             cost = (step.seconds / bare - 1 if step.is_priced else 0.0) + step.planning / bare
-            for tenant, gain in step.gains().items():
-                self._balances[family].of(tenant).observe(gain - cost)
+            for tenant, (hoped, came) in step.gains().items():
+                balance = self._balances[family].of(tenant)
+                balance.observe(came - cost)
+                if step.drafted:
+                    balance.hear(hoped, came)
 
     def judge(self, request: Request, token_ids: Sequence[int]) -> None:
         """Note what came in the place of a request's guesses: tokens of which all but the last had been

@@ -76,3 +76,37 @@ def drafted_steps(gains: list[float], price: float) -> int:
 def test_few_who_win_do_not_slow_down_the_others() -> None:
     assert drafted_steps([15.0] + 7 * [0.0], 0.4) < 100
     assert drafted_steps(7 * [2.0] + [0.0], 0.4) == 1000, "one that does not is outweighed"
+
+
+def tries(balance: Balance, hoped: float, came: float, price: float, steps: int = 1000) -> int:
+    """How often someone tries who goes by what is left, and by the hopes that may be counted on."""
+    count = 0
+    for _ in range(steps):
+        does = balance.steps + balance.trust * hoped > price
+        count += does
+        balance.observe(came - price if does else 0.0)
+        if does:
+            balance.hear(hoped, came)
+    return count
+
+
+def test_hopes_count_as_far_as_they_came_true() -> None:
+    owing = Balance()
+    owing.observe(-2.0 - owing.steps)
+    assert tries(owing, hoped=4.0, came=0.0, price=0.5) < 30, "few, and those are earned by other steps"
+    owing = Balance()
+    owing.observe(-1.0 - owing.steps)
+    assert tries(owing, hoped=4.0, came=3.0, price=0.5) == 1000
+    owing.observe(-100.0)
+    assert owing.steps < 11
+    assert tries(Balance(), hoped=0.0, came=0.0, price=0.5) < 30
+
+
+def test_more_than_was_hoped_for_is_no_reason_to_hope_for_more() -> None:
+    balance = Balance()
+    for _ in range(100):
+        balance.hear(1.0, 5.0)
+    assert balance.trust == 1.0
+    for _ in range(100):
+        balance.hear(1.0, 0.0)
+    assert balance.trust < 0.1

@@ -156,3 +156,17 @@ def test_a_sequence_takes_the_better_of_both() -> None:
     assert list(hopes.within(3)) == likely(0.9)[:3]
     assert list(Hopes(likely(0.95), surrogate=likely(0.9)).within(3)) == likely(0.95)[:3]
     assert hopes.within(0) == likely(0.5)
+
+
+def test_hopes_that_are_counted_on_stand_in_for_what_is_at_stake() -> None:
+    choice = RowChoice()
+    run(choice, LONE, likely(0.9), free)
+    choice.observe(LONE, 0, free(1))
+    for at_stake, trust, drafts in [
+        (5.0, 0.0, True),
+        (-0.5, 0.0, False),
+        (-0.5, 0.7, True),
+        (-0.5, 0.01, False),
+    ]:
+        option = choice.choose(LONE, [Hopes(likely(0.9))], 100, 1.0, at_stake, trust)
+        assert (option.rows > 0) == drafts, (at_stake, trust)
