@@ -146,7 +146,9 @@ class Bench:
         return time.perf_counter() - start, list(found.values())
 
 
-def measured(engine: LLMEngine, groups: list[list[Ask]], args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    engine: LLMEngine, case: str, groups: list[list[Ask]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Both sides of one case in turn."""
     bench, rounds = Bench(engine, args.tokens), itertools.count()
     answers: dict[str, list[list[tuple[int, ...]]]] = {"off": [], "auto": []}
@@ -154,7 +156,7 @@ def measured(engine: LLMEngine, groups: list[list[Ask]], args: argparse.Namespac
 
     def side(name: str) -> Callable[[], list[float]]:
         def turn() -> list[float]:
-            scope, total, said = f"round {next(rounds)}", 0.0, []
+            scope, total, said = f"{case}, round {next(rounds)}", 0.0, []
             for number, group in enumerate(groups):
                 own = scope if group[0].schema else f"{scope}, {number}"  # records follow each other
                 seconds, tokens = bench.run(group, own, name == "auto")
@@ -216,7 +218,7 @@ def main() -> None:
     del args.zoo, args.cases  # where it lay is nobody's business
     results: dict[str, Any] = {}
     for name, groups in chosen.items():
-        results[name] = measured(engine, groups, args)
+        results[name] = measured(engine, name, groups, args)
         print(
             name,
             *(results[name][key] for key in ("speedup", "equal_answers", "drafted_accepted")),

@@ -99,6 +99,9 @@ def _serve(args: argparse.Namespace) -> int:
         folder = Path(temporary)
         repository, control_dir = folder / "models", folder / "control"
         control_dir.mkdir()
+        if args.workers is not None and args.ray_address is None:
+            engine["worker_folder"] = str(folder / "workers")  # the next engine goes on with them
+            (folder / "workers").mkdir()
         zoo = str(Path(args.zoo).resolve())
         settings = ServerSettings(zoo, engine, args.drain_seconds, str(control_dir), publish, endpoints.grpc)
         secret = secrets.token_urlsafe(32)

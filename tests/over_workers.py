@@ -61,3 +61,16 @@ def group_of(engine: LLMEngine) -> WorkerGroup:
     """Its workers."""
     assert engine._zoo.workers is not None
     return engine._zoo.workers.group
+
+
+def running(pids: list[int]) -> list[int]:
+    """Those of some processes that have not ended."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":  # whoever is to reap it may not be there
+            found.append(pid)
+    return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Literal, get_args
 
 from blockzoo.engines.choose import Backend
@@ -141,6 +142,8 @@ class EngineConfig:
             are processes of this machine.
         worker_interface: IPv4 address of this machine, on which the head of workers listens; they listen on
             those of theirs that lead there. None: loopback.
+        worker_folder: of this user alone, in which workers wait for another engine of these settings when
+            this one ends without closing them (`docs/cluster.md`); None: they end with it.
         worker_delays_ms: for tests and benchmarks: by worker, how far away it is taken to be from the head,
             one way. What goes over its links is held up for so long; None: nothing is.
     """
@@ -180,6 +183,7 @@ class EngineConfig:
     move_spans_every_s: float = 30.0
     ray_address: str | None = None
     worker_interface: str | None = None
+    worker_folder: str | None = None
     worker_delays_ms: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -230,7 +234,7 @@ class EngineConfig:
 
     def _check_workers(self) -> None:
         if self.workers is None:
-            others = "memory_bytes", "cores", "interface", "delays_ms"
+            others = "memory_bytes", "cores", "interface", "folder", "delays_ms"
             for name in ("ray_address", *(f"worker_{other}" for other in others)):
                 if getattr(self, name) is not None:
                     raise InvalidRequestError(f"{name} is set and workers is not: set both, or none")
@@ -240,6 +244,11 @@ class EngineConfig:
         if self.ray_address is not None and self.num_threads is None:
             raise InvalidRequestError("ray_address needs num_threads: how many of Ray's CPUs a worker takes")
         self._check_interface()
+        if self.worker_folder is not None:
+            if self.ray_address is not None or self.worker_delays_ms is not None:
+                raise InvalidRequestError("worker_folder is for workers of this machine: leave it out")
+            if not Path(self.worker_folder).is_dir():
+                raise InvalidRequestError(f"worker_folder is {self.worker_folder!r}; expected a folder")
         delays = self.worker_delays_ms
         if delays is not None and (len(delays) != self.workers or not all(0 <= ms < 1e4 for ms in delays)):
             raise InvalidRequestError(

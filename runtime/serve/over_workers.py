@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, defaultdict
@@ -21,15 +22,17 @@ from blockzoo.runtime.serve.memory import engine_bytes
 from blockzoo.runtime.serve.span_groups import leaders
 from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.runtime.workers.head_line import Held
 from blockzoo.runtime.workers.meeting import Links, MachineFacts
 from blockzoo.runtime.workers.processes import LocalProcesses, Processes, WorkerStartError
-from blockzoo.runtime.workers.settings import NOWHERE, WorkerPlan
+from blockzoo.runtime.workers.settings import NOWHERE, EngineKind, WorkerPlan
 from blockzoo.runtime.workers.sockets import LOOPBACK
 from blockzoo.zoo.blocks import Block, HeadSpec
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, judge, place
 from blockzoo.zoo.rates import Rates
 
+_LOG = logging.getLogger(__name__)
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
 _HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
 _STARTS = 3  # that are tried in the place of a worker that is lost
@@ -138,30 +141,35 @@ def start_workers(
         WorkerStartError, UnloadableError.
     """
     count = config.workers or 1
+    adopted: tuple[int, ...] | None = None
+    if processes is None:
+        processes = _processes(config)
+        if isinstance(processes, LocalProcesses):
+            adopted = _adopt(processes, topology, engine_kind(zoo, maker, config), count)
     group = WorkerGroup(
-        _processes(config) if processes is None else processes,
+        processes,
         tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count),
         config.worker_interface or LOOPBACK,
     )
     try:
-        task = placement_task(manifest, topology, blocks, maker, config, kv_bytes, group.facts, group.links)
-        homes = _homes(task, topology, config, kv_bytes, rates)
+        facts = group.facts
+        if adopted is not None:  # what they have is there for them
+            held = engine_bytes(_all_blocks(topology, blocks), activation_dtype(maker.precision).itemsize)
+            facts = [replace(each, memory=each.memory + held) for each in facts]
+        task = placement_task(manifest, topology, blocks, maker, config, kv_bytes, facts, group.links)
+        homes = _homes(task, topology, config, kv_bytes, rates) if adopted is None else adopted
     except BaseException:
         group.close()
         raise
     chains = (*topology.chain_of_model.items(), *topology.surrogate_of_model.items())
     models = {index: manifest.models[name] for name, index in chains}
     plan = WorkerPlan(
-        zoo.resolve(),
         manifest,
         topology,
         homes,
         dict(num_pages),
         {index: (model.config.rope, len(rope_tables[index][0])) for index, model in models.items()},
-        maker.precision,
-        bool(getattr(maker, "int8_activations", False)),
-        "u8" if maker.kv_precision == "u8" else None,
-        num_threads(config),
+        engine_kind(zoo, maker, config),
         config.max_num_batched_tokens,
         config.max_num_seqs,
         MAX_PROMPT_LOGITS,
@@ -198,10 +206,56 @@ def start_workers(
     return Workers(group, executors, task, leaders(topology), rates, page_bytes, links)
 
 
+def engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineKind:
+    """Of the engines in workers."""
+    return EngineKind(
+        zoo.resolve(),
+        maker.precision,
+        bool(getattr(maker, "int8_activations", False)),
+        "u8" if maker.kv_precision == "u8" else None,
+        num_threads(config),
+    )
+
+
+def _adopt(
+    processes: LocalProcesses, topology: Topology, kind: EngineKind, count: int
+) -> tuple[int, ...] | None:
+    """Take the workers that an engine before has left, where they have all that is needed: by span index, the
+    one that has it. Else they end; None."""
+    found: list[tuple[int, ...]] = []
+
+    def choose(left: Sequence[Held]) -> list[Held]:
+        by_index = {held.worker: held for held in left if held.kind == kind}
+        homes = _held_homes(topology, by_index) if by_index.keys() == set(range(count)) else None
+        if homes is None:
+            return []
+        found.append(homes)
+        return list(by_index.values())
+
+    if not processes.adopt(choose):
+        return None
+    _LOG.warning("%d workers of an engine that has ended go on, with the spans that they have", count)
+    return found[0]
+
+
+def _held_homes(topology: Topology, held: Mapping[int, Held]) -> tuple[int, ...] | None:
+    """By span index, the worker that has it, and those that stay together; None: some span is nowhere."""
+    first = leaders(topology)
+    holders: dict[int, set[int]] = {}
+    for leader, span in zip(first, topology.spans, strict=True):
+        found = {index for index, each in held.items() if span in each.spans}
+        holders[leader] = holders.get(leader, found) & found
+    return tuple(min(holders[leader]) for leader in first) if all(holders.values()) else None
+
+
+def _all_blocks(topology: Topology, blocks: Mapping[str, Block]) -> list[Block]:
+    return [blocks[block_id] for span in topology.spans for block_id in span.block_ids]
+
+
 def _processes(config: EngineConfig) -> Processes:
     """Where workers are started. Raises WorkerStartError: on a Ray that cannot be used."""
     if config.ray_address is None:
-        return LocalProcesses()
+        return LocalProcesses(None if config.worker_folder is None else Path(config.worker_folder))
     from blockzoo.runtime.workers.on_ray import RayProcesses  # it is imported where it is asked for alone
 
     count, threads = config.workers or 1, num_threads(config)

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from blockzoo.engines.base import Embedding, Engine, activation_dtype
+from blockzoo.engines.base import Embedding, Engine, EngineMaker, activation_dtype
 from blockzoo.engines.choose import make_engines
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.rows import Rows
-from blockzoo.runtime.exec.topology import ChainPlan, Copy, Topology, with_copies
+from blockzoo.runtime.exec.topology import ChainPlan, Copy, Span, Topology, with_copies
+from blockzoo.runtime.workers.head_line import Held
 from blockzoo.runtime.workers.part import Logits, PartExecutor
-from blockzoo.runtime.workers.settings import WorkerSettings
+from blockzoo.runtime.workers.settings import EngineKind, WorkerSettings
 from blockzoo.runtime.workers.wire import unpack_rows, with_hidden
 from blockzoo.zoo.blocks import Block, BlockSpec
 from blockzoo.zoo.errors import ZooError
@@ -31,24 +32,29 @@ class SpanError(Exception):
 
 
 class Hosted:
-    """What a worker has of a zoo."""
+    """What a worker has of a zoo.
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    Args:
+        before: what it had for another head; its engines stay where they fit.
+
+    Raises:
+        SpanError: spans cannot be had.
+    """
+
+    def __init__(self, settings: WorkerSettings, before: Hosted | None = None) -> None:
         plan = settings.plan
         self._settings, self._plan = settings, plan
-        zoo = Zoo(plan.zoo, plan.manifest)
-        self._maker = make_engines(
-            "openvino",
-            plan.precision,
-            num_threads=plan.num_threads,
-            int8_activations=plan.int8_activations,
-            kv_precision=plan.kv_precision,
-        )
+        zoo = Zoo(plan.kind.zoo, plan.manifest)
+        if before is not None and before._plan.kind != plan.kind:
+            before = None
+        self._maker: EngineMaker = _maker(plan.kind) if before is None else before._maker
         self._zoo = zoo
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[str, Block] = {} if before is None else before._blocks
+        self._known = {} if before is None else before._by_span()
         mine = self._spans_here()
         self._maker.expect(len(mine))
         self._engines = self._compile({index: index for index in mine})
+        self._known = {}
         self._embeddings = self._embed(mine)
         self._coming: dict[int, Engine] = {}
         self._inputs = self._adapter_inputs(zoo)
@@ -57,6 +63,16 @@ class Hosted:
         self._logits = np.empty(plan.num_logits, np.float32) if memory is None else memory
         self._is_far = memory is None
         self._places: dict[tuple[int, int], PartExecutor] = {}  # by family's number, micro-batch
+
+    def forget_pages(self) -> Held:
+        """The head is gone, and what it had in pages with it; what is left."""
+        self._places.clear()
+        self._coming = {}
+        return Held(self._settings.index, self._plan.kind, frozenset(self._by_span()))
+
+    def _by_span(self) -> dict[Span, Engine]:
+        spans = self._plan.topology.spans
+        return {spans[index]: engine for index, engine in self._engines.items()}
 
     @property
     def _chains(self) -> Sequence[ChainPlan]:
@@ -80,6 +96,9 @@ class Hosted:
         problems: dict[int, str] = {}
         for index, original in sorted(spans.items()):
             span = self._plan.topology.spans[original]
+            if span in self._known:
+                engines[index] = self._known[span]
+                continue
             try:
                 blocks = [self._block(block_id) for block_id in span.block_ids]
                 engines[index] = self._maker.span(
@@ -187,7 +206,7 @@ class Hosted:
 
     def rows_of(self, data: bytes, hidden: Sequence[bytes]) -> list[Rows]:
         """The rows of a step, as they were sent."""
-        return with_hidden(unpack_rows(data), hidden, activation_dtype(self._plan.precision))
+        return with_hidden(unpack_rows(data), hidden, activation_dtype(self._plan.kind.precision))
 
     def far_logits(self, logits: Callable[[], Sequence[Logits]]) -> list[memoryview]:
         """Logits that are to be sent, as the head does not see this worker's; none where it does."""
@@ -201,3 +220,13 @@ class Hosted:
             executor.release_memory()
         for block in list(self._blocks.values()):  # one may come meanwhile
             block.drop_pages()
+
+
+def _maker(kind: EngineKind) -> EngineMaker:
+    return make_engines(
+        "openvino",
+        kind.precision,
+        num_threads=kind.num_threads,
+        int8_activations=kind.int8_activations,
+        kv_precision=kind.kv_precision,
+    )

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
+from blockzoo.runtime.workers.adoption import AdoptedProcess, HeadFolder, Orphans
+from blockzoo.runtime.workers.head_line import Held
 from blockzoo.runtime.workers.pairs import Pair
 
 _MODULE = "blockzoo.runtime.workers.worker_process"
@@ -59,13 +63,20 @@ class Processes(Protocol):
 
 
 class LocalProcess:
-    """A child of this process, told through its standard input, which it reads to the end of the head."""
+    """A child of this process, told through its standard input, which it reads to the end of the head.
 
-    def __init__(self) -> None:
+    Args:
+        path: where it waits for another head then; None: it ends.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
         self._pair, theirs = Pair.new()
         descriptor = theirs.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, str(descriptor)], stdin=subprocess.PIPE, pass_fds=[descriptor]
+            [sys.executable, "-m", _MODULE, str(descriptor), *([] if path is None else [str(path)])],
+            stdin=subprocess.PIPE,
+            pass_fds=[descriptor],
+            start_new_session=path is not None,  # a signal to all processes of the head's is not for it
         )
         theirs.close()
 
@@ -107,8 +118,31 @@ class LocalProcess:
 
 
 class LocalProcesses:
-    """Starts processes on this machine."""
+    """Starts processes on this machine.
 
-    def start(self, index: int) -> LocalProcess:
+    Args:
+        folder: where they wait for another head when this one ends without closing them; None: they end.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._home = None if folder is None else HeadFolder(folder)
+        self._adopted: dict[int, AdoptedProcess] = {}
+
+    def adopt(self, choose: Callable[[Sequence[Held]], Sequence[Held]]) -> bool:
+        """Look for those that another head has left, which `choose` takes or leaves: they are what is started
+        next. Those that are left end; whether any were taken."""
+        if self._folder is None or self._home is None:
+            return False
+        orphans = Orphans(self._folder)
+        chosen = choose([orphan.held for orphan in orphans.found])
+        taken = {orphan.held.worker: orphan for orphan in orphans.found if orphan.held in chosen}
+        self._adopted = orphans.adopt(taken, self._home)
+        return bool(self._adopted)
+
+    def start(self, index: int) -> WorkerProcess:
         """See `Processes`."""
-        return LocalProcess()
+        adopted = self._adopted.pop(index, None)
+        if adopted is not None:
+            return adopted
+        return LocalProcess(None if self._home is None else self._home.next_path())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from blockzoo.engines.base import Precision
 from blockzoo.engines.kv_pages import KVChoice
@@ -20,33 +21,43 @@ MOST_MICRO_BATCHES = 8
 """Of a step that are under way at once: each has buffers of its own."""
 
 
+class EngineKind(NamedTuple):
+    """What engines are made from and how: of one kind, those of equal spans are equal.
+
+    Attributes:
+        zoo: its folder.
+        precision, int8_activations, kv_precision, num_threads: see `OpenVINOEngines`.
+    """
+
+    zoo: Path
+    precision: Precision
+    int8_activations: bool
+    kv_precision: KVChoice | None
+    num_threads: int
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
     """What all workers agree on.
 
     Attributes:
-        zoo: its folder.
         manifest: of the models that are served.
         topology: planned from it.
         homes: by span index, the worker that has it; NOWHERE: no chain goes through it.
         num_pages: of each family's pool. A worker has room for all of them: which of them layers of its own
             use is known only as they are used.
         ropes: by chain index, its rotary embedding and the positions that are prepared.
-        precision, int8_activations, kv_precision, num_threads: see `OpenVINOEngines`.
+        kind: of their engines.
         max_tokens, max_seqs, max_more_logits: see `Executor`.
         adapter_bytes: of `AdapterCache`, in each worker.
     """
 
-    zoo: Path
     manifest: Manifest
     topology: Topology
     homes: tuple[int, ...]
     num_pages: Mapping[Family, int]
     ropes: Mapping[int, tuple[RopeConfig, int]]
-    precision: Precision
-    int8_activations: bool
-    kv_precision: KVChoice | None
-    num_threads: int
+    kind: EngineKind
     max_tokens: int
     max_seqs: int
     max_more_logits: int

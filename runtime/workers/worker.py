@@ -37,15 +37,29 @@ from blockzoo.runtime.workers.wire import (
 
 
 class Worker:
-    """Takes messages, and runs what can be run."""
+    """Takes messages, and runs what can be run.
 
-    def __init__(self, settings: WorkerSettings, hosted: Hosted, sockets: Sockets, pair: Pair | None) -> None:
+    Args:
+        pair: this process's end of one with the head.
+        bell: descriptor that can be read once the head is gone.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        hosted: Hosted,
+        sockets: Sockets,
+        pair: Pair | None = None,
+        bell: int | None = None,
+    ) -> None:
         self._me, self._hosted, self._sockets = settings.index, hosted, sockets
         self._member = member = settings.member
         self._head = sockets.connect(zmq.DEALER, member.head, member.identity, member.to_head_s)
         self._inward, self.address = sockets.listen(zmq.PULL, own_address(member.head))
         self._outward: dict[int, tuple[str, zmq.Socket[bytes]]] = {}  # by worker
         self._to_head = None if member.to_head_s else pair
+        self._bell, self._has_head = bell, True
+        self._loading: threading.Thread | None = None
         self._pairs: dict[int, Pair] = {}  # by worker
         self._num_heard, self._early = 0, dict[int, tuple[list[bytes], list[Pair]]]()
         self._watch()
@@ -54,19 +68,24 @@ class Worker:
         self._came: dict[tuple[int, int], Inbox] = {}  # by step, micro-batch
 
     def run(self) -> None:
-        """Never returns."""
+        """Until the head is gone."""
         # by ZeroMQ, so that what comes that way afterwards finds the way
         self._head.send_multipart([b"ready", pack_json({"address": self.address})])
-        while True:
+        while self._has_head:
             self._take_in(None if self._next() is None else 0)
             micro = self._next()
             if micro is not None:
                 self._run_call(micro)
+        if self._loading is not None:
+            self._loading.join()
+        for pair in self._by_descriptor.values():
+            pair.close()
 
     def _watch(self) -> None:
         """Look for messages where they may come from now."""
         self._poller = zmq.Poller()
-        for source in (self._head, self._inward):
+        bell = [] if self._bell is None else [self._bell]
+        for source in (self._head, self._inward, *bell):
             self._poller.register(source, zmq.POLLIN)
         pairs = [*([] if self._to_head is None else [self._to_head]), *self._pairs.values()]
         self._by_descriptor = {pair.fileno(): pair for pair in pairs}
@@ -89,6 +108,9 @@ class Worker:
         """All that has come; waits for something where `timeout` is None."""
         while events := dict(self._poller.poll(timeout)):
             timeout = 0
+            if self._bell in events:
+                self._has_head = False
+                return
             pairs = [self._by_descriptor[source] for source in events if source in self._by_descriptor]
             for pair in pairs:  # which the first may replace
                 self._take_from(pair)
@@ -132,7 +154,9 @@ class Worker:
 
     def _obey(self, kind: bytes, frames: list[bytes]) -> None:
         if kind == b"load":
-            threading.Thread(target=self._load, args=(dict(unpack_json(frames[0])),), daemon=True).start()
+            spans = dict(unpack_json(frames[0]))
+            self._loading = threading.Thread(target=self._load, args=(spans,), daemon=True)
+            self._loading.start()
         elif kind == b"homes":
             self._hosted.take(**unpack_json(frames[0]))
         elif kind == b"release":
