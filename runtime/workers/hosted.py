@@ -66,6 +66,9 @@ class Hosted:
 
     def forget_pages(self) -> Held:
         """The head is gone, and what it had in pages with it; what is left."""
+        for number, family in enumerate(self._plan.families):  # engines are bound to their memory
+            pages = np.arange(self._plan.num_pages[family], dtype=np.int32)
+            self.executor(number, 0).discard(pages)
         self._places.clear()
         self._coming = {}
         return Held(self._settings.index, self._plan.kind, frozenset(self._by_span()))
