@@ -1,10 +1,12 @@
 """What quantized weights cost a real model: SmolLM2-135M-Instruct in bf16, int8, int4 and auto.
 
-    python -m benchmarks.quantization [--weights int8 int4 auto] [--max-kl 0.02] [--texts 0]
+    python -m benchmarks.quantization [--weights int8 int4 auto] [--max-kl 0.02] [--texts 0] [--dtype bf16]
 
-Every side follows the answers that the f32 model gives greedily to chats, token by token: how often its own
-likeliest token is that of the f32 model, and how far its distributions are (KL, in nats). Bytes are those of
-the model's blocks in the zoo. Nothing is timed. With --texts 0 matrices are rounded to nearest.
+The file is in Q4_1, a grid that int4 and auto keep. With --dtype bf16 its values are rounded to bf16 first,
+which leaves none, as in most checkpoints: what is measured then is rounding. Every side follows the answers
+that the f32 model gives greedily to chats, token by token: how often its own likeliest token is that of the
+f32 model, and how far its distributions are (KL, in nats). Bytes are those of the model's blocks in the zoo.
+Nothing is timed. With --texts 0 matrices are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from benchmarks.smollm2 import NotAvailableError, smollm2
 from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.likeness import divergence, log_probabilities, perplexity
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.quantized_models import MAX_KL
 from blockzoo.engines.base import EngineError, EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
@@ -40,6 +43,8 @@ ASKED = (
     *("Explain what a database index is.", "Who was Marie Curie?", "Write the first lines of a fairy tale."),
 )
 MODEL = "chat"
+NUM_TOKENS = 48
+"""Of an answer, at most."""
 
 
 def main() -> None:
@@ -78,11 +83,7 @@ def main() -> None:
             for name, r in results.items()
         ],
     )
-    print(
-        save_report(
-            f"quantization{_texts(args)}", args, machine, {"num_tokens": num_tokens, "sides": results}
-        )
-    )
+    print(save_report(_report(args), args, machine, {"num_tokens": num_tokens, "sides": results}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,26 +91,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", nargs="+", choices=("int8", "int4", "auto"), default=["int8", "int4", "auto"]
     )
-    parser.add_argument("--max-kl", type=float, default=0.02, help="of auto (0.02)")
+    parser.add_argument("--max-kl", type=float, default=MAX_KL["auto"], help=f"of auto ({MAX_KL['auto']})")
     parser.add_argument(
         "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
     )
-    parser.add_argument("--max-tokens", type=int, default=48, help="of an answer (48)")
+    parser.add_argument("--dtype", choices=("bf16",), help="that weights are converted to first (none)")
+    parser.add_argument("--max-tokens", type=int, default=NUM_TOKENS, help=f"of an answer ({NUM_TOKENS})")
     parser.add_argument("--chats", type=int, default=len(ASKED), help=f"how many of them (all {len(ASKED)})")
     return parser
 
 
-def _texts(args: argparse.Namespace) -> str:
-    return "" if args.texts == NUM_TEXTS else f"-{args.texts}-texts"
+def _how(args: argparse.Namespace) -> str:
+    given = f"-from-{args.dtype}" if args.dtype else ""
+    return given if args.texts == NUM_TEXTS else f"{given}-{args.texts}-texts"
+
+
+def _report(args: argparse.Namespace) -> str:
+    bound = f"-{args.max_kl:g}" if "auto" in args.weights and args.max_kl != MAX_KL["auto"] else ""
+    length = "" if args.max_tokens == NUM_TOKENS else f"-{args.max_tokens}-tokens"
+    return f"quantization{_how(args)}{bound}{length}"
 
 
 def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
     """The model's zoo in `weights`, compiled where it is not there yet."""
     how = f"-{args.max_kl:g}" if weights == "auto" else ""
-    how += _texts(args) if weights in ("int8", "int4", "auto") else ""
+    how += _how(args) if weights in ("int8", "int4", "auto") else ""
     path = args.workdir / f"quantization-{weights}{how}"
     options = CompileOptions(
-        dtype="bf16" if weights == "bf16" else None,
+        dtype="bf16" if weights == "bf16" else None if weights == "given" else args.dtype,
         weights=weights if weights in ("int8", "int4", "auto") else None,  # type: ignore[arg-type]
         max_kl=args.max_kl if weights == "auto" else 10.0,
         verify=False,

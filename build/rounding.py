@@ -24,6 +24,8 @@ values, those of a coarser grid (GGUF's Q4_1, Q4_K) lie nearly on one of these."
 _DAMPING = 0.01  # of the mean of the Gram matrix' diagonal, added to it
 _CAUTION = 0.5  # the same for corrections, which are not of a rounding's size
 _BATCH = 128  # columns whose errors are passed on together
+_ROWS = 64  # that are looked at together for a grid
+_EXACT = 2.0**-21  # of a group's largest value: what float32 makes of a scale, an integer and an offset
 
 
 def rounded(
@@ -62,10 +64,17 @@ def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndar
 
 
 def on_its_grid(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | None:
-    """The matrix exactly, where its values lie on a grid of groups of 32 already: as i8 what GGUF's Q8_0 and
-    Q4_0 stand for, as i4 what Q4_0 does. None for any other."""
+    """The matrix, where its values lie on a grid of groups of 32 already: as i8 what GGUF's Q8_0 and Q4_0
+    stand for, as i4 what Q4_0 does, exactly; as i4 with offsets what Q4_1 and Q4_K do, but for the rounding
+    of float32. None for any other."""
     if weight.shape[1] % GROUP:
         return None
+    found = _on_multiples(weight, dtype)
+    return _between_ends(weight) if found is None and dtype == "i4" else found
+
+
+def _on_multiples(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | None:
+    """Exactly, where the values of each group are multiples of a scale."""
     groups = weight.reshape(len(weight), -1, GROUP)
     # of Q8_0 the largest value is 127 times the scale, of Q4_0 the one of the largest magnitude -8 times
     for top, limits in ((127, LIMITS["i8"]), (-8, LIMITS["i4"])):
@@ -87,6 +96,38 @@ def on_its_grid(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | None
         else:
             return BlockTensor(dtype, pack_i4(integers) if dtype == "i4" else integers, scales)
     return None
+
+
+def _between_ends(weight: np.ndarray) -> BlockTensor | None:
+    """As i4 with offsets, where the values of each group are 16 at most, equally far apart."""
+    parts = []
+    for i in range(0, len(weight), _ROWS):  # few at a time: the first ones tell for most matrices
+        part = _lines(weight[i : i + _ROWS].reshape(-1, GROUP))
+        if part is None:
+            return None
+        parts.append(part)
+    integers, scales, offsets = (np.concatenate(each) for each in zip(*parts, strict=True))
+    packed = pack_i4(integers.reshape(weight.shape))
+    return BlockTensor("i4", packed, scales.reshape(len(weight), -1), offsets.reshape(len(weight), -1))
+
+
+def _lines(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Of float32 [groups, 32]: integers from -8 to 7, scales, offsets; None where one is on no such line."""
+    low, high = groups.min(axis=1), groups.max(axis=1)
+    integers, scales, offsets = np.zeros(groups.shape, np.int8), np.ones_like(low), low.copy()
+    left = np.flatnonzero(high > low)
+    for steps in range(15, 0, -1):  # between the least value and the largest
+        if not len(left):
+            break
+        apart = (high[left] - low[left]) / np.float32(steps)
+        q = np.rint((groups[left] - low[left, None]) / apart[:, None])
+        error = np.abs(low[left, None] + q * apart[:, None] - groups[left]).max(axis=1)
+        fits = error <= _EXACT * np.abs(groups[left]).max(axis=1)
+        at = left[fits]
+        integers[at], scales[at] = q[fits] - 8, apart[fits]
+        offsets[at] += 8 * apart[fits]
+        left = left[~fits]
+    return None if len(left) else (integers, scales, offsets)
 
 
 def _scales(

@@ -26,15 +26,15 @@ def block_id(
     }
     digest = hashlib.sha256(canonical_json(described))
     for tensor in tensors.values():
-        for array in (tensor.data, tensor.scales):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for array in tensor.arrays:
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _described(name: str, tensor: BlockTensor) -> list[Any]:
     groups = [] if tensor.scales is None else [tensor.scales.shape[1]]
-    return [name, tensor.dtype, list(tensor.shape), *groups]
+    offsets = [] if tensor.offsets is None else ["offsets"]
+    return [name, tensor.dtype, list(tensor.shape), *groups, *offsets]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,8 +1,9 @@
-"""Quantized matrices: integers of 8 or 4 bits, each worth its group's scale. No zero points.
+"""Quantized matrices: integers of 8 or 4 bits, each worth its group's scale.
 
 A row of [out, in] is cut into groups of equal length; the value of integer q of row r and group g is
-q * scales[r, g]. One group a row is "per output channel". Integers of 4 bits lie two in a byte, the one of
-the even column in the low half: as OpenVINO's i4 and ONNX' int4 have it.
+q * scales[r, g], and where the matrix has offsets, q * scales[r, g] + offsets[r, g]. One group a row is "per
+output channel". Integers of 4 bits lie two in a byte, the one of the even column in the low half: as
+OpenVINO's i4 and ONNX' int4 have it.
 """
 
 from typing import Literal
@@ -33,9 +34,11 @@ def unpack_i4(packed: np.ndarray) -> np.ndarray:
     return out
 
 
-def dequantized(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantized(integers: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
     """int8 [out, in] and float32 [out, groups] -> float32 [out, in]."""
     rows, columns = integers.shape
     grouped = integers.reshape(rows, scales.shape[1], -1).astype(np.float32)
     grouped *= scales[:, :, None]
+    if offsets is not None:
+        grouped += offsets[:, :, None]
     return grouped.reshape(rows, columns)

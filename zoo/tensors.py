@@ -22,7 +22,10 @@ _NUMPY: dict[str, type] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float
 _NUMPY |= {"i8": np.int8, "i4": np.uint8}
 _SAFETENSORS: dict[str, Dtype] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _QUANTIZED: dict[str, QuantizedDtype] = {"I8": "i8", "U8": "i4"}
-_SCALES = ".scales"  # behind the name of a quantized tensor: that of its scales
+_SCALES, _OFFSETS = (
+    ".scales",
+    ".offsets",
+)  # behind the name of a quantized tensor: those of what belongs to it
 _CHUNK = 1 << 22  # elements looked at in one go: temporaries stay in the cache, not in gigabytes
 
 
@@ -51,12 +54,13 @@ class BlockTensor:
     """One weight tensor; `data` is C-contiguous, bf16 as its uint16 bit pattern (numpy has no bf16).
 
     A quantized matrix (see `packing`) has int8 [out, in], or of i4 uint8 [out, in / 2], and `scales`, float32
-    [out, groups].
+    [out, groups]; it may have `offsets`, as the scales.
     """
 
     dtype: StoredDtype
     data: np.ndarray
     scales: np.ndarray | None = None
+    offsets: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,8 +82,19 @@ class BlockTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values, with scales where there are any."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of the values, with scales and offsets where there are any."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The data, and the scales and offsets where there are any."""
+        return tuple(each for each in (self.data, self.scales, self.offsets) if each is not None)
+
+    @property
+    def kind(self) -> tuple[str, int | None, bool]:
+        """What matrices have in common that may be stacked as they are."""
+        groups = None if self.scales is None else self.scales.shape[1]
+        return self.dtype, groups, self.offsets is not None
 
     @property
     def integers(self) -> np.ndarray:
@@ -89,20 +104,19 @@ class BlockTensor:
     def to_f32(self) -> np.ndarray:
         """The values in float32, exactly; a copy except where the tensor is f32 already."""
         if self.scales is not None:
-            return dequantized(self.integers, self.scales)
+            return dequantized(self.integers, self.scales, self.offsets)
         if self.dtype == "bf16":
             return bf16_to_f32(self.data)
         return self.data.astype(np.float32, copy=False)
 
     def rows(self, index: np.ndarray | slice) -> "BlockTensor":
         """Some rows: a copy, or of a slice a view."""
-        scales = None if self.scales is None else self.scales[index]
-        return BlockTensor(self.dtype, self.data[index], scales)
+        return BlockTensor(self.dtype, *(array[index] for array in self.arrays))
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         if self.scales is not None:
-            return bool(np.isfinite(self.scales).all())
+            return all(bool(np.isfinite(array).all()) for array in self.arrays[1:])
         for part in _chunks(self.data):
             if self.dtype == "bf16":
                 if bool(np.any((part & np.uint16(0x7F80)) == np.uint16(0x7F80))):
@@ -122,20 +136,15 @@ def stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if len({(part.dtype, None if part.scales is None else part.scales.shape[1]) for part in parts}) > 1:
+    if len({part.kind for part in parts}) > 1:
         return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
-    scales = [part.scales for part in parts if part.scales is not None]
-    data = np.concatenate([part.data for part in parts])
-    return BlockTensor(first.dtype, data, np.concatenate(scales) if scales else None)
+    arrays = zip(*(part.arrays for part in parts), strict=True)
+    return BlockTensor(first.dtype, *(np.concatenate(each) for each in arrays))
 
 
 def runs_of_a_type(parts: Sequence[BlockTensor]) -> list[list[BlockTensor]]:
-    """Neighbours of one dtype, and with as many columns to a scale, together."""
-
-    def kind(tensor: BlockTensor) -> tuple[str, int | None]:
-        return tensor.dtype, None if tensor.scales is None else tensor.scales.shape[1]
-
-    return [list(run) for _, run in groupby(parts, kind)]
+    """Neighbours of one kind together: dtype, columns to a scale, with offsets or without."""
+    return [list(run) for _, run in groupby(parts, lambda tensor: tensor.kind)]
 
 
 def from_f32(values: np.ndarray, dtype: Dtype) -> BlockTensor:
@@ -206,7 +215,12 @@ class TensorFile:
         fits = data.ndim == 2 and scales.dtype == "f32" and scales.data.ndim == 2
         if not fits or len(scales.data) != len(data) or not _divides(scales.shape[1], tensor.shape[1]):
             raise ValueError(f"the scales of {name} are {scales.dtype} {list(scales.shape)}")
-        return tensor
+        if name + _OFFSETS not in self._header:
+            return tensor
+        offsets = self.tensor(name + _OFFSETS)
+        if offsets.dtype != "f32" or offsets.shape != scales.shape:
+            raise ValueError(f"the offsets of {name} are {offsets.dtype} {list(offsets.shape)}")
+        return BlockTensor(dtype, data, scales.data, offsets.data)
 
     def octets(self, name: str) -> np.ndarray:
         """A tensor of bytes that its reader knows the meaning of, uint8, zero-copy. Raises ValueError for a
@@ -251,6 +265,7 @@ def _file_header(
     names: dict[str, str] = {dtype: name for name, dtype in (_SAFETENSORS | _QUANTIZED).items()}
     arrays = {name: (names[tensor.dtype], tensor.data) for name, tensor in tensors.items()}
     arrays |= {name + _SCALES: ("F32", t.scales) for name, t in tensors.items() if t.scales is not None}
+    arrays |= {name + _OFFSETS: ("F32", t.offsets) for name, t in tensors.items() if t.offsets is not None}
     order = sorted(arrays, key=lambda name: -arrays[name][1].itemsize)  # stable
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

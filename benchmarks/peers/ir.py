@@ -24,7 +24,7 @@ from openvino import Model, PartialShape, Tensor, Type
 from openvino.op import Constant, Parameter
 
 from blockzoo.build.rounding import rounded
-from blockzoo.engines.openvino.graphs import openvino_tensor
+from blockzoo.engines.openvino.weights import openvino_tensor
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
 from blockzoo.zoo.tensors import BlockTensor
 

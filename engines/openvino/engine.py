@@ -15,7 +15,8 @@ from blockzoo.engines.base import PAGE_TOKENS, EngineError, Precision, SpanSpec
 from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.kv_pages import KVPrecision, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
-from blockzoo.engines.openvino.graphs import build_span, openvino_tensor
+from blockzoo.engines.openvino.graphs import build_span
+from blockzoo.engines.openvino.weights import openvino_tensor
 from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.store import Zoo
 
@@ -193,7 +194,7 @@ class OpenVINOEngines:
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         try:
-            model = build_span(blocks, spec, self.precision)
+            model = build_span(blocks, spec, self.precision, self.int8_activations)
             compiled = self._core.compile_model(model, "CPU", self._properties)
         except RuntimeError as error:
             kinds = "-".join(block.spec.kind for block in blocks)

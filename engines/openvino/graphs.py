@@ -1,73 +1,31 @@
 """OpenVINO graphs of spans: blocks -> one `openvino.Model` around the paged attention operator.
 
-Weights are constants over the blocks' memory-mapped files (no copy); the CPU plugin packs them at
-the first inference. All layers of a span write to one KV pool through one pair of cache parameters.
+All layers of a span write to one KV pool through one pair of cache parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino.opset15 as op
-from numpy.lib.stride_tricks import as_strided
-from openvino import Model, PartialShape, Tensor, Type
-from openvino.op import Constant, Parameter, _PagedAttentionExtension
+from openvino import Model, PartialShape, Type
+from openvino.op import Parameter, _PagedAttentionExtension
 
 from blockzoo.engines.base import Precision, SpanSpec
-from blockzoo.engines.openvino.tiles import products
+from blockzoo.engines.openvino.tiles import products as adapted_products
+from blockzoo.engines.openvino.weights import TYPES, Node, constant, products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
-from blockzoo.zoo.tensors import runs_of_a_type
-
-Node = Any  # ov.Node or ov.Output: the opset functions take both
-
-_TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
-_TYPES |= {"u8": Type.u8, "i8": Type.i8, "i4": Type.i4}
 
 
-def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision) -> Model:
-    """The graph of consecutive blocks; inputs and outputs are named as in `engines.base.Engine`."""
-    return _SpanBuilder(spec, precision).build(blocks)
+def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision, rounds: bool = False) -> Model:
+    """The graph of consecutive blocks; inputs and outputs are named as in `engines.base.Engine`.
 
-
-def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
-    """A zero-copy ov.Tensor over a C-contiguous array; bf16 and f16 data are given by their bits.
-
-    The caller keeps the returned wrapper alive as long as an engine may use the memory.
+    `rounds`: whether activations are to be rounded to 8 bits where weights are quantized.
     """
-    # this constructor, unlike the one with shared_memory, takes read-only memory too
-    return Tensor(array.view(np.int16) if dtype == "bf16" else array, list(array.shape), _TYPES[dtype])
-
-
-def _const(value: object, dtype: Any = np.int64) -> Node:
-    return op.constant(np.array(value, dtype=dtype))
-
-
-def _weight(tensor: BlockTensor, copy: bool = False) -> Node:
-    """The tensor as f32 in the graph: a constant in its stored type, marked as a weight to unpack."""
-    if tensor.scales is not None:
-        return _quantized_weight(tensor, tensor.scales, copy)
-    constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=not copy)
-    if tensor.dtype == "f32":
-        return constant
-    unpacked = op.convert(constant, "f32")
-    unpacked.get_rt_info()["decompression_0"] = ""
-    return unpacked
-
-
-def _quantized_weight(tensor: BlockTensor, scales: np.ndarray, copy: bool) -> Node:
-    """The pattern that the CPU plugin turns into a product with packed weights: no copy of the values."""
-    rows, columns = tensor.shape
-    groups = scales.shape[1]
-    shape = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
-    packed = Tensor(tensor.data, shape, _TYPES[tensor.dtype])
-    integers = op.convert(Constant(packed, shared_memory=not copy), "f32")
-    scale = Tensor(scales, [*shape[:-1], 1], Type.f32)
-    values = op.multiply(integers, Constant(scale, shared_memory=not copy))
-    return values if groups == 1 else op.reshape(values, _const([rows, columns]), False)
+    return _SpanBuilder(spec, precision, rounds).build(blocks)
 
 
 def _vector(tensor: BlockTensor) -> Node:
@@ -75,60 +33,28 @@ def _vector(tensor: BlockTensor) -> Node:
     return op.constant(np.ascontiguousarray(tensor.to_f32()))
 
 
-def _stacked_products(x: Node, parts: Sequence[BlockTensor]) -> Node:
-    """The products with matrices of equal width side by side; those of one type in one go."""
-    products = [op.matmul(x, _stacked_weight(run), False, True) for run in runs_of_a_type(parts)]
-    return products[0] if len(products) == 1 else op.concat(products, -1)
-
-
-def _stacked_weight(parts: Sequence[BlockTensor]) -> Node:
-    """Matrices of equal width and type on top of each other: one multiplication instead of three.
-
-    A zoo file holds them side by side, so that this is a view; anything else is copied together.
-    """
-    first = parts[0]
-    data, is_view = _on_top_of_each_other([part.data for part in parts])
-    if first.scales is None:
-        return _weight(BlockTensor(first.dtype, data), copy=not is_view)
-    scales, are_views = _on_top_of_each_other([part.scales for part in parts if part.scales is not None])
-    return _weight(BlockTensor(first.dtype, data, scales), copy=not (is_view and are_views))
-
-
-def _on_top_of_each_other(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
-    """Arrays of equal width as one, and whether it is a view."""
-    ends = [part.ctypes.data + part.nbytes for part in parts]
-    if [part.ctypes.data for part in parts[1:]] == ends[:-1]:
-        return as_strided(parts[0], (sum(map(len, parts)), parts[0].shape[1])), True
-    return np.concatenate(parts), False
-
-
-def _linear(x: Node, weight: Node, bias: BlockTensor | None) -> Node:
-    y = op.matmul(x, weight, False, True)
-    return y if bias is None else op.add(y, _vector(bias))
-
-
 def _rms_norm(x: Node, weight: BlockTensor, eps: float) -> Node:
-    mean = op.reduce_mean(op.power(x, _const(2.0, np.float32)), _const([-1]), keep_dims=True)
-    scale = op.divide(_const(1.0, np.float32), op.sqrt(op.add(mean, _const(eps, np.float32))))
+    mean = op.reduce_mean(op.power(x, constant(2.0, np.float32)), constant([-1]), keep_dims=True)
+    scale = op.divide(constant(1.0, np.float32), op.sqrt(op.add(mean, constant(eps, np.float32))))
     return op.multiply(op.multiply(x, scale), _vector(weight))
 
 
 def _rotate(x: Node, cos: Node, sin: Node, head_dim: int) -> Node:
     """Rotary embedding in the half-split layout; this exact pattern is fused by the CPU plugin."""
     half = head_dim // 2
-    low = op.slice(x, _const([0]), _const([half]), _const([1]), _const([3]))
-    high = op.slice(x, _const([half]), _const([2**31 - 1]), _const([1]), _const([3]))
-    rotated = op.concat([op.multiply(high, _const(-1.0, np.float32)), low], -1)
+    low = op.slice(x, constant([0]), constant([half]), constant([1]), constant([3]))
+    high = op.slice(x, constant([half]), constant([2**31 - 1]), constant([1]), constant([3]))
+    rotated = op.concat([op.multiply(high, constant(-1.0, np.float32)), low], -1)
     return op.add(op.multiply(x, cos), op.multiply(rotated, sin))
 
 
 class _SpanBuilder:
-    def __init__(self, spec: SpanSpec, precision: Precision) -> None:
-        self._spec = spec
-        self._dtype = _TYPES[precision]
+    def __init__(self, spec: SpanSpec, precision: Precision, rounds: bool) -> None:
+        self._spec, self._rounds = spec, rounds
+        self._dtype = TYPES[precision]
         self._params: list[Parameter] = []
         self._rows: Node | None = None
-        self._lora = {product.name: product for product in products(spec)}
+        self._lora = {product.name: product for product in adapted_products(spec)}
         self._adapted = {index for index, _ in spec.lora}  # blocks
         self._lora_inputs: dict[str, Node] = {}
         self._dropped = False
@@ -181,7 +107,7 @@ class _SpanBuilder:
     def _keep_rows(self, x: Node) -> Node:
         """Let the other rows leave."""
         self._dropped = True
-        return op.gather(x, self._rows, _const(0))
+        return op.gather(x, self._rows, constant(0))
 
     def _lora_input(self, name: str) -> Node:
         """`lora_rows` or `lora_back`, or those of the rows that stay once the others have left."""
@@ -195,7 +121,7 @@ class _SpanBuilder:
         """The rows of x that adapters work on, for `_add_lora`, [tiles, rows, features]."""
         if index not in self._adapted:
             return x
-        return op.gather(x, self._lora_input("rows"), _const(0))
+        return op.gather(x, self._lora_input("rows"), constant(0))
 
     def _add_lora(self, y: Node, x: Node, index: int, name: str) -> Node:
         """y, the outputs of a product, with what the adapters add, given the adapted rows of its input."""
@@ -211,12 +137,13 @@ class _SpanBuilder:
             )
         )
         delta = op.matmul(op.multiply(op.matmul(x, a, False, False), mask), b, False, False)
-        rows = op.reshape(delta, _const([-1, product.width]), False)
-        return op.add(y, op.gather(rows, self._lora_input("back"), _const(0)))
+        rows = op.reshape(delta, constant([-1, product.width]), False)
+        return op.add(y, op.gather(rows, self._lora_input("back"), constant(0)))
 
     def _project(self, x: Node, adapted: Node, block: Block, index: int, name: str) -> Node:
         """x W^T, with the bias and the adapters' part where there are any; `adapted`: see `_adapted_rows`."""
-        y = _linear(x, _weight(block.tensors[name]), block.tensors.get(f"{name}_bias"))
+        y, bias = products(x, [block.tensors[name]], self._rounds), block.tensors.get(f"{name}_bias")
+        y = y if bias is None else op.add(y, _vector(bias))
         return self._add_lora(y, adapted, index, name)
 
     def _attention_params(self, head_dim: int) -> None:
@@ -233,40 +160,40 @@ class _SpanBuilder:
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int, index: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        qkv = _stacked_products(normed, [t["q"], t["k"], t["v"]])
+        qkv = products(normed, [t["q"], t["k"], t["v"]], self._rounds)
         if spec.qkv_bias:
             biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
             qkv = op.add(qkv, op.constant(biases))
         qkv = self._add_lora(qkv, self._adapted_rows(normed, index), index, "qkv")
         kv_width = spec.num_kv_heads * spec.head_dim
-        sizes = _const([spec.num_heads * spec.head_dim, kv_width, kv_width])
-        q, k, v = op.variadic_split(qkv, _const(1), sizes).outputs()
+        sizes = constant([spec.num_heads * spec.head_dim, kv_width, kv_width])
+        q, k, v = op.variadic_split(qkv, constant(1), sizes).outputs()
         q = self._heads(q, spec, spec.num_heads, t.get("q_norm"))
         k = self._heads(k, spec, spec.num_kv_heads, t.get("k_norm"))
         attended = self._paged_attention(q, k, v, spec, layer)
         if self._spec.drops_rows and layer == len(self._spec.layers) - 1:
-            attended = op.gather(attended, self._rows, _const(0))
+            attended = op.gather(attended, self._rows, constant(0))
             x = self._keep_rows(x)
         return op.add(x, self._project(attended, self._adapted_rows(attended, index), block, index, "o"))
 
     def _heads(self, x: Node, spec: AttnSpec, heads: int, norm: BlockTensor | None) -> Node:
         """[T, heads * D] -> per-head norm where the model has one -> rotated -> [T, heads * D]."""
-        x = op.reshape(x, _const([-1, 1, heads, spec.head_dim]), False)
+        x = op.reshape(x, constant([-1, 1, heads, spec.head_dim]), False)
         if norm is not None:
             x = _rms_norm(x, norm, spec.rms_norm_eps)
-        x = op.transpose(x, _const([0, 2, 1, 3]))
+        x = op.transpose(x, constant([0, 2, 1, 3]))
         x = _rotate(x, self._meta["cos"], self._meta["sin"], spec.head_dim)
-        x = op.transpose(x, _const([0, 2, 1, 3]))
-        return op.reshape(x, _const([-1, heads * spec.head_dim]), False)
+        x = op.transpose(x, constant([0, 2, 1, 3]))
+        return op.reshape(x, constant([-1, heads * spec.head_dim]), False)
 
     def _paged_attention(self, q: Node, k: Node, v: Node, spec: AttnSpec, layer: int) -> Node:
         meta = self._meta
         page_ids = self._param(f"block_indices.{layer}", Type.i32, [-1])
         none_i32, none_f32 = (op.constant(np.zeros(0, dtype=d)) for d in (np.int32, np.float32))
-        zero = _const(0, np.int32)
+        zero = constant(0, np.int32)
         inputs = [q, k, v, meta["key_cache"], meta["value_cache"]]
         inputs += [meta["past_lens"], meta["subsequence_begins"], page_ids, meta["block_indices_begins"]]
-        inputs += [_const(spec.head_dim**-0.5, np.float32), _const(spec.sliding_window, np.int32)]
+        inputs += [constant(spec.head_dim**-0.5, np.float32), constant(spec.sliding_window, np.int32)]
         windows = meta.get("score_windows", none_i32)
         inputs += [none_f32, meta["max_context_len"], windows]  # alibi slopes, ., .
         inputs += [none_i32, none_i32, none_f32]  # cache rotation
@@ -292,4 +219,4 @@ class _SpanBuilder:
 
     def _head(self, x: Node, block: Block, spec: HeadSpec) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)
-        return op.matmul(normed, _weight(block.tensors["weight"]), False, True)
+        return products(normed, [block.tensors["weight"]], self._rounds)

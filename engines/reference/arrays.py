@@ -205,23 +205,27 @@ class PackedMatrix:
         self._dtype = dtype
         self._data = _copied(tensor.data).to(device)
         self._scales = _copied(tensor.scales).to(device)
+        self._offsets = None if tensor.offsets is None else _copied(tensor.offsets).to(device)
         self.shape = tensor.shape
 
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        return self._data.nbytes + self._scales.nbytes
+        return self._data.nbytes + self._scales.nbytes * (1 if self._offsets is None else 2)
 
     def dense(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The values [out, in], or those of some rows."""
-        data, scales = self._data, self._scales
+        data, scales, offsets = self._data, self._scales, self._offsets
         if rows is not None:
             data, scales = data.index_select(0, rows), scales.index_select(0, rows)
+            offsets = None if offsets is None else offsets.index_select(0, rows)
         if self._four_bits:
             # the sign of a nibble is that of the byte whose upper half it is
             low, high = (data << 4).view(torch.int8) >> 4, data.view(torch.int8) >> 4
             data = torch.stack([low, high], -1).flatten(1)
         grouped = data.view(*scales.shape, -1).to(torch.float32) * scales[:, :, None]
+        if offsets is not None:
+            grouped += offsets[:, :, None]
         return grouped.flatten(1).to(self._dtype)
 
 

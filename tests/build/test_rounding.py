@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from gguf_files import packed
 
 from blockzoo.build.rounding import corrected, on_its_grid, rounded
 from blockzoo.zoo.packing import LIMITS
@@ -76,7 +77,8 @@ def test_inputs_that_never_come_do_no_harm() -> None:
         ("Q4_0", "i4", True),
         ("Q4_0", "i8", True),
         ("Q8_0", "i4", False),
-        ("Q4_1", "i4", False),
+        ("Q4_1", "i8", False),
+        ("Q5_1", "i4", False),
     ],
 )
 def test_grids_of_gguf_files_are_kept(kind: str, dtype: str, kept: bool) -> None:
@@ -90,6 +92,22 @@ def test_grids_of_gguf_files_are_kept(kind: str, dtype: str, kept: bool) -> None
         assert found.dtype == dtype
         np.testing.assert_array_equal(found.to_f32(), values)
     assert on_its_grid(weight, dtype) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
+def test_grids_with_offsets_are_kept(kind: str) -> None:
+    weight = WEIGHT.copy()
+    weight[2, :32] = 0.25
+    weight[3, :32] = np.linspace(0.1, 0.1 + 1e-3, 32)
+    kind_id = gguf.GGMLQuantizationType[kind]
+    values = gguf.quants.dequantize(packed(weight, kind), kind_id).astype(np.float32)
+    found = on_its_grid(values, "i4")
+    assert found is not None
+    assert found.offsets is not None
+    groups, apart = values.reshape(40, -1, 32), found.to_f32().reshape(40, -1, 32)
+    assert (np.abs(apart - groups).max(axis=2) <= 5e-7 * np.abs(groups).max(axis=2)).all()
+    values[39, 255] *= 1.0001
+    assert on_its_grid(values, "i4") is None
 
 
 def test_what_inputs_lost_is_made_up_for() -> None:

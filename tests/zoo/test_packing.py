@@ -15,11 +15,15 @@ from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, stacked, wri
 RNG = np.random.default_rng(0)
 
 
-def quantized(dtype: str, rows: int = 6, columns: int = 64, groups: int = 2) -> BlockTensor:
+def quantized(
+    dtype: str, rows: int = 6, columns: int = 64, groups: int = 2, offsets: bool = False
+) -> BlockTensor:
     low, high = (-8, 8) if dtype == "i4" else (-127, 128)
     integers = RNG.integers(low, high, (rows, columns)).astype(np.int8)
     scales = RNG.standard_normal((rows, groups)).astype(np.float32)
-    return BlockTensor(dtype, pack_i4(integers) if dtype == "i4" else integers, scales)  # type: ignore[arg-type]
+    arrays = [pack_i4(integers) if dtype == "i4" else integers, scales]
+    arrays += [RNG.standard_normal((rows, groups)).astype(np.float32)] if offsets else []
+    return BlockTensor(dtype, *arrays)  # type: ignore[arg-type]
 
 
 def test_all_pairs_of_nibbles_come_back() -> None:
@@ -44,9 +48,26 @@ def test_values_are_integers_times_their_groups_scale(dtype: str, groups: int) -
     assert tensor.num_bytes == 6 * 64 // (2 if dtype == "i4" else 1) + 6 * groups * 4
 
 
+def test_offsets_are_added_to_the_values_of_their_group() -> None:
+    tensor = quantized("i4", offsets=True)
+    assert tensor.scales is not None
+    assert tensor.offsets is not None
+    for row, column in ((0, 0), (3, 31), (5, 63)):
+        at = row, column // 32
+        expected = tensor.integers[row, column] * tensor.scales[at] + tensor.offsets[at]
+        assert tensor.to_f32()[row, column] == expected
+    np.testing.assert_array_equal(tensor.rows(slice(2, 4)).to_f32(), tensor.to_f32()[2:4])
+    assert tensor.num_bytes == 6 * 64 // 2 + 2 * 6 * 2 * 4
+    assert tensor.is_finite()
+    tensor.offsets[1, 1] = np.inf
+    assert not tensor.is_finite()
+
+
 @pytest.mark.parametrize("dtype", ["i8", "i4"])
-def test_files_keep_them(dtype: str, tmp_path: Path) -> None:
-    tensors = {"norm": from_f32(np.ones(5), "f32"), "q": quantized(dtype), "k": quantized(dtype)}
+@pytest.mark.parametrize("offsets", [False, True])
+def test_files_keep_them(dtype: str, offsets: bool, tmp_path: Path) -> None:
+    pair = {name: quantized(dtype, offsets=offsets) for name in ("q", "k")}
+    tensors = {"norm": from_f32(np.ones(5), "f32"), **pair}
     write_tensor_file(tmp_path / "a", tensors, {})
     file = TensorFile(tmp_path / "a")
     for name, tensor in tensors.items():
@@ -66,13 +87,22 @@ def test_scales_that_do_not_fit_are_refused(shape: tuple[int, ...], tmp_path: Pa
         TensorFile(tmp_path / "a").stored("q")
 
 
+@pytest.mark.parametrize("shape", [(5, 2), (6, 4), (6,)])
+def test_offsets_that_do_not_fit_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensor = quantized("i8")
+    off = BlockTensor("i8", tensor.data, tensor.scales, np.ones(shape, np.float32))
+    write_tensor_file(tmp_path / "a", {"q": off}, {})
+    with pytest.raises(ValueError, match="the offsets of q are f32"):
+        TensorFile(tmp_path / "a").stored("q")
+
+
 def test_missing_scales_are_refused(tmp_path: Path) -> None:
     write_tensor_file(tmp_path / "a", {"q": BlockTensor("i8", quantized("i8").data)}, {})
     with pytest.raises(KeyError):
         TensorFile(tmp_path / "a").stored("q")
 
 
-def test_an_id_tells_integers_scales_and_groups_apart() -> None:
+def test_an_id_tells_integers_scales_offsets_and_groups_apart() -> None:
     tensor = quantized("i8", groups=2)
     assert tensor.scales is not None
     spec = FfnSpec(64, 6, 1e-5, False)
@@ -81,6 +111,8 @@ def test_an_id_tells_integers_scales_and_groups_apart() -> None:
         BlockTensor("i8", tensor.data, tensor.scales * 2),
         BlockTensor("i8", tensor.data, tensor.scales.reshape(-1, 1)[:6]),
         BlockTensor("i8", -tensor.data, tensor.scales),
+        BlockTensor("i8", tensor.data, tensor.scales, tensor.scales),
+        BlockTensor("i8", tensor.data, tensor.scales, -tensor.scales),
         from_f32(tensor.to_f32(), "f32"),
     ]
     assert len({block_id(spec, {"gate": other}) for other in others}) == len(others)
@@ -91,6 +123,11 @@ def test_stacked_ones_stay_quantized_where_they_are_alike() -> None:
     both = stacked([a, b])
     assert both.dtype == "i4"
     np.testing.assert_array_equal(both.to_f32(), np.concatenate([a.to_f32(), b.to_f32()]))
+    c, d = quantized("i4", offsets=True), quantized("i4", rows=3, offsets=True)
+    both = stacked([c, d])
+    assert both.offsets is not None
+    np.testing.assert_array_equal(both.to_f32(), np.concatenate([c.to_f32(), d.to_f32()]))
+    assert stacked([a, c]).dtype == "f32"
     mixed = stacked([a, quantized("i8")])
     assert mixed.dtype == "f32"
     assert mixed.shape == (12, 64)

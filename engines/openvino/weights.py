@@ -1,0 +1,103 @@
+"""Products with weights in OpenVINO graphs: constants over the blocks' memory-mapped files (no copy), as they
+are stored; the CPU plugin packs them at the first inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino.opset15 as op
+from numpy.lib.stride_tricks import as_strided
+from openvino import Tensor, Type
+from openvino.op import Constant
+
+from blockzoo.zoo.blocks import BlockTensor
+from blockzoo.zoo.tensors import runs_of_a_type
+
+Node = Any  # ov.Node or ov.Output: the opset functions take both
+
+TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
+TYPES |= {"u8": Type.u8, "i8": Type.i8, "i4": Type.i4}
+
+
+def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """A zero-copy ov.Tensor over a C-contiguous array; bf16 and f16 data are given by their bits.
+
+    The caller keeps the returned wrapper alive as long as an engine may use the memory.
+    """
+    # this constructor, unlike the one with shared_memory, takes read-only memory too
+    return Tensor(array.view(np.int16) if dtype == "bf16" else array, list(array.shape), TYPES[dtype])
+
+
+def products(x: Node, parts: Sequence[BlockTensor], rounds: bool) -> Node:
+    """The products x W^T [rows, out] with matrices of equal width side by side; those of one type in one go.
+
+    Args:
+        x: [rows, in], f32 in the graph.
+        rounds: whether x is to be rounded to 8 bits where a matrix is quantized.
+    """
+    made = [_product(x, *_stacked(run), rounds) for run in runs_of_a_type(parts)]
+    return made[0] if len(made) == 1 else op.concat(made, -1)
+
+
+def _product(x: Node, tensor: BlockTensor, copy: bool, rounds: bool) -> Node:
+    offsets = tensor.offsets
+    if offsets is None or not rounds:
+        return op.matmul(x, _weight(tensor, offsets, copy), False, True)
+    # beside zero points x would not be rounded: so the offsets are multiplied with the sums of x by group
+    scaled = op.matmul(x, _weight(tensor, None, copy), False, True)
+    groups = op.reshape(x, constant([0, offsets.shape[1], -1]), True)
+    theirs = Constant(openvino_tensor(offsets, "f32"), shared_memory=not copy)
+    return op.add(scaled, op.matmul(op.reduce_sum(groups, constant([2]), False), theirs, False, True))
+
+
+def constant(value: object, dtype: Any = np.int64) -> Node:
+    """A small constant, copied into the graph."""
+    return op.constant(np.array(value, dtype=dtype))
+
+
+def _weight(tensor: BlockTensor, offsets: np.ndarray | None, copy: bool) -> Node:
+    """The tensor as f32 in the graph: a constant in its stored type, marked as a weight to unpack."""
+    if tensor.scales is not None:
+        return _quantized(tensor, tensor.scales, offsets, copy)
+    stored = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=not copy)
+    if tensor.dtype == "f32":
+        return stored
+    unpacked = op.convert(stored, "f32")
+    unpacked.get_rt_info()["decompression_0"] = ""
+    return unpacked
+
+
+def _quantized(tensor: BlockTensor, scales: np.ndarray, offsets: np.ndarray | None, copy: bool) -> Node:
+    """The pattern that the CPU plugin turns into a product with packed weights: no copy of the integers.
+
+    Offsets become zero points, which need not be integers: (q - zero) * scale.
+    """
+    rows, columns = tensor.shape
+    groups = scales.shape[1]
+    shape = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
+    one_each = [*shape[:-1], 1]
+    packed = Tensor(tensor.data, shape, TYPES[tensor.dtype])
+    values = op.convert(Constant(packed, shared_memory=not copy), "f32")
+    if offsets is not None:
+        zeros = np.where(scales == 0, np.float32(0), -offsets / np.where(scales == 0, np.float32(1), scales))
+        values = op.subtract(values, Constant(Tensor(zeros, one_each, Type.f32), shared_memory=False))
+    scale = Tensor(scales, one_each, Type.f32)
+    values = op.multiply(values, Constant(scale, shared_memory=not copy))
+    return values if groups == 1 else op.reshape(values, constant([rows, columns]), False)
+
+
+def _stacked(parts: Sequence[BlockTensor]) -> tuple[BlockTensor, bool]:
+    """Matrices of equal width and type on top of each other, and whether they had to be copied together: a
+    zoo file holds them side by side, so that this is a view."""
+    arrays = [_on_top_of_each_other(each) for each in zip(*(part.arrays for part in parts), strict=True)]
+    return BlockTensor(parts[0].dtype, *(array for array, _ in arrays)), not all(view for _, view in arrays)
+
+
+def _on_top_of_each_other(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
+    """Arrays of equal width as one, and whether it is a view."""
+    ends = [part.ctypes.data + part.nbytes for part in parts]
+    if [part.ctypes.data for part in parts[1:]] == ends[:-1]:
+        return as_strided(parts[0], (sum(map(len, parts)), parts[0].shape[1])), True
+    return np.concatenate(parts), False
