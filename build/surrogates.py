@@ -69,17 +69,17 @@ class Costs:
         self, read: Callable[[str], Block], blocks: Mapping[str, BlockRecord], maker: EngineMaker
     ) -> None:
         self._read, self._blocks, self._maker = read, blocks, maker
-        self._times: dict[tuple[str, int], float] = {}  # by plan and rows
+        self._times: dict[tuple[str, int, bool], float] = {}  # by plan and rows
 
-    def of(self, chain: Chain, rows: int) -> float:
-        """Of a step of a chain."""
-        return sum(self._block(key, rows) for position, key in chain.items() if position)
+    def of(self, chain: Chain, rows: int, drafts: bool = False) -> float:
+        """Of a step of a chain; `drafts`: it says what another one checks."""
+        return sum(self._block(key, rows, drafts) for position, key in chain.items() if position)
 
-    def _block(self, key: str, rows: int) -> float:
-        known = self._blocks[key].plan, rows
+    def _block(self, key: str, rows: int, drafts: bool) -> float:
+        known = self._blocks[key].plan, rows, drafts
         if known not in self._times:
             block = self._read(key)
-            self._times[known] = time_block(self._maker, block, rows, _TIMES)
+            self._times[known] = time_block(self._maker, block, rows, _TIMES, drafts)
             block.drop_pages()
         return self._times[known]
 
@@ -140,7 +140,7 @@ def search(
             tried = _without(chain, order[:count])
             if tried == model:
                 continue
-            cost, rates = costs.of(tried, 1) / one, trial.acceptance(tried)
+            cost, rates = costs.of(tried, 1, drafts=True) / one, trial.acceptance(tried)
             gain = speedup(rates, cost, lambda rows: costs.of(model, rows) / one)
             if best is None or gain > best.speedup:
                 best = Found(None, tried, rates, cost, gain, trial.num_guesses)

@@ -146,8 +146,10 @@ class EngineMaker(Protocol):
         drops_rows: bool = False,
         lora: Mapping[int, Sequence[str]] = {},
         scores: bool = False,
+        drafts: bool = False,
     ) -> Engine:
-        """Compile consecutive blocks into one engine; see `SpanSpec`. Raises EngineError."""
+        """Compile consecutive blocks into one engine; see `SpanSpec`. `drafts`: it guesses what
+        others check, so speed counts for more than the last digits. Raises EngineError."""
 
     def embedding(self, block: Block) -> Embedding:
         """The look-up of an embed block."""

@@ -82,7 +82,8 @@ class ProbeBlock:
         max_tokens: longest sequence that will be run.
         adapter: on the block.
         num_sequences: that go along together.
-        like: attention whose K and V this one reads and writes, as another's of the same shape.
+        like: the block of a model in whose place this one drafts; of attention, whose K and V it reads and
+            writes.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class ProbeBlock:
         like: ProbeBlock | None = None,
     ) -> None:
         self._arrays = engines.arrays
-        self._engine = engines.span([block], lora=lora_targets({0: [adapter.spec]} if adapter else {}))
+        lora = lora_targets({0: [adapter.spec]} if adapter else {})
+        self._engine = engines.span([block], lora=lora, drafts=like is not None)
         self._rank = adapter.spec.rank if adapter is not None else 0
         if adapter is not None:
             _bind_adapter(self._engine, 0, block, adapter, self._rank, engines)
@@ -241,8 +243,13 @@ def _bind_pages(engine: Engine, arrays: Arrays, count: int) -> None:
     engine.bind("max_context_len", arrays.mirror(np.array(count, np.int32)))
 
 
-def time_block(engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5) -> float:
-    """Median time of one block alone on `num_tokens` new tokens of one sequence, in microseconds."""
+def time_block(
+    engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5, drafts: bool = False
+) -> float:
+    """Median time of one block alone on `num_tokens` new tokens of one sequence, in microseconds.
+
+    `drafts`: see `EngineMaker.span`.
+    """
     rng = np.random.default_rng(0)
     spec, arrays = block.spec, engines.arrays
     if spec.kind == "embed":
@@ -250,7 +257,7 @@ def time_block(engines: EngineMaker, block: Block, num_tokens: int, repeats: int
         out = arrays.zeros((num_tokens, spec.hidden_size), "activation")
         ids = arrays.mirror(rng.integers(0, table.vocab_size, num_tokens, dtype=np.int32))
         return _median_us(lambda: table.lookup(ids, out), arrays.wait, repeats)
-    engine = engines.span([block])
+    engine = engines.span([block], drafts=drafts)
     values = rng.standard_normal((num_tokens, spec.hidden_size), dtype=np.float32)
     engine.bind("hidden", arrays.activations(values))
     if engine.spec.head:

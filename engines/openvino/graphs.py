@@ -20,12 +20,21 @@ from blockzoo.engines.openvino.weights import TYPES, Node, constant, products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 
-def build_span(blocks: Sequence[Block], spec: SpanSpec, precision: Precision, rounds: bool = False) -> Model:
+def build_span(
+    blocks: Sequence[Block],
+    spec: SpanSpec,
+    precision: Precision,
+    rounds: bool = False,
+    attends_in_bf16: bool = False,
+) -> Model:
     """The graph of consecutive blocks; inputs and outputs are named as in `engines.base.Engine`.
 
-    `rounds`: whether activations are to be rounded to 8 bits where weights are quantized.
+    Args:
+        precision: of hidden states, and of K and V where these are not in 8 bits.
+        rounds: whether activations are to be rounded to 8 bits where weights are quantized.
+        attends_in_bf16: whether that is where attention alone is computed in bf16, for the pages' sake.
     """
-    return _SpanBuilder(spec, precision, rounds).build(blocks)
+    return _SpanBuilder(spec, precision, rounds, attends_in_bf16).build(blocks)
 
 
 def _vector(tensor: BlockTensor) -> Node:
@@ -49,8 +58,8 @@ def _rotate(x: Node, cos: Node, sin: Node, head_dim: int) -> Node:
 
 
 class _SpanBuilder:
-    def __init__(self, spec: SpanSpec, precision: Precision, rounds: bool) -> None:
-        self._spec, self._rounds = spec, rounds
+    def __init__(self, spec: SpanSpec, precision: Precision, rounds: bool, attends_in_bf16: bool) -> None:
+        self._spec, self._rounds, self._attends_in_bf16 = spec, rounds, attends_in_bf16
         self._dtype = TYPES[precision]
         self._params: list[Parameter] = []
         self._rows: Node | None = None
@@ -191,6 +200,8 @@ class _SpanBuilder:
         page_ids = self._param(f"block_indices.{layer}", Type.i32, [-1])
         none_i32, none_f32 = (op.constant(np.zeros(0, dtype=d)) for d in (np.int32, np.float32))
         zero = constant(0, np.int32)
+        if self._attends_in_bf16:
+            q, k, v = (op.convert(each, "bf16") for each in (q, k, v))
         inputs = [q, k, v, meta["key_cache"], meta["value_cache"]]
         inputs += [meta["past_lens"], meta["subsequence_begins"], page_ids, meta["block_indices_begins"]]
         inputs += [constant(spec.head_dim**-0.5, np.float32), constant(spec.sliding_window, np.int32)]
@@ -207,7 +218,8 @@ class _SpanBuilder:
         info["k_head_size"] = info["v_head_size"] = spec.head_dim
         if self._spec.scores:
             self._scores.append(attention.output(1))
-        return attention.output(0)
+        attended = attention.output(0)
+        return op.convert(attended, "f32") if self._attends_in_bf16 else attended
 
     def _ffn(self, x: Node, block: Block, spec: FfnSpec, index: int) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)

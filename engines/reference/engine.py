@@ -179,6 +179,7 @@ class ReferenceEngines:
         drops_rows: bool = False,
         lora: Mapping[int, Sequence[str]] = {},
         scores: bool = False,
+        drafts: bool = False,
     ) -> ReferenceEngine:
         """Put consecutive blocks (no embed) on the device; blocks that are there already are shared."""
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))

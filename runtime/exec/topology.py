@@ -49,6 +49,7 @@ class Span:
         drops_rows: rows whose logits nobody needs leave here (see `engines.base.SpanSpec`).
         lora: by index of a block in the span, the projections that some chain has adapters on.
         scores: whether its engine tells how much attention each token received.
+        drafts: whether surrogates alone go through it.
     """
 
     block_ids: tuple[str, ...]
@@ -56,6 +57,7 @@ class Span:
     drops_rows: bool
     lora: Lora = ()
     scores: bool = False
+    drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ def plan_topology(
     limits = Limits(max_span_layers, check_layers)
     runs = {path: cut(path, all_paths, manifest.blocks, limits) for path in all_paths}
     drops = dropping_runs(runs, manifest.blocks)
+    of_models = {run for path in paths.values() for run in runs[path]}
     spans = sorted({run for path_runs in runs.values() for run in path_runs})
     index = {run: i for i, run in enumerate(spans)}
     variants.sort(key=lambda variant: ([index[run] for run in runs[paths[variant]]], variant.adapters))
@@ -221,6 +224,7 @@ def plan_topology(
                 run in drops,
                 lora.get(run, ()),
                 scores and layers > 0,
+                run not in of_models,
             )
             for run in spans
         ),

@@ -129,6 +129,7 @@ class Making:
                         drops_rows=span.drops_rows,
                         lora=dict(span.lora),
                         scores=span.scores,
+                        drafts=span.drafts,
                     )
                     if runs_once:
                         first_run(engine, self.maker.arrays)

@@ -105,7 +105,11 @@ class Hosted:
             try:
                 blocks = [self._block(block_id) for block_id in span.block_ids]
                 engines[index] = self._maker.span(
-                    blocks, drops_rows=span.drops_rows, lora=dict(span.lora), scores=span.scores
+                    blocks,
+                    drops_rows=span.drops_rows,
+                    lora=dict(span.lora),
+                    scores=span.scores,
+                    drafts=span.drafts,
                 )
             except (RuntimeError, ZooError, KeyError) as error:  # an EngineError; KeyError: no such block
                 problems[index] = str(error)

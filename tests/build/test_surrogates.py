@@ -75,7 +75,7 @@ def test_the_search_leaves_out_what_is_missed_least() -> None:
             return (max(0.0, 1 - lost),) * num_drafted
 
     class Costs:
-        def of(self, chain: dict[int, str], rows: int) -> float:
+        def of(self, chain: dict[int, str], rows: int, drafts: bool = False) -> float:
             return float(len(chain))
 
     found = search(Trial(), Costs(), chain, None, leaves_out=True)  # type: ignore[arg-type]

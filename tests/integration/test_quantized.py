@@ -174,6 +174,40 @@ def test_rounded_activations_are_near_and_the_default_for_quantized_zoos(
     assert "activations" not in LLMEngine(only, EngineConfig(precision="f32")).engine_facts
 
 
+class Drafting:
+    """A maker whose engines guess what others check."""
+
+    def __init__(self, maker: EngineMaker) -> None:
+        self._maker = maker
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._maker, name)
+
+    def span(self, *given: Any, **named: Any) -> Any:
+        return self._maker.span(*given, **named, drafts=True)
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no VNNI")
+@pytest.mark.parametrize("kv", [None, "u8"])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("weights", BASES)
+def test_drafts_round_activations_between_states_and_pages_of_the_others_kind(
+    weights: str, precision: Any, kv: Any, zoos: Any, oracles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockzoo.engines.openvino.engine.prefers_int8", lambda: True)
+    try:
+        maker = OpenVINOEngines(precision, kv_precision=kv)
+    except EngineError as error:
+        pytest.skip(str(error))
+    expected = logits_of(oracles[weights]["lora"], IDS)
+    exact, drafts = (probe(zoos[weights], "lora", each) for each in (maker, Drafting(maker)))
+    errors = [np.abs(found - expected).max() / np.abs(expected).max() for found in (exact, drafts)]
+    assert 1e-5 < errors[1] < 0.1
+    assert errors[0] < (1e-3 if precision == "f32" and kv is None else 0.1)
+    given = [probe(zoos[weights], "given", each) for each in (maker, Drafting(maker))]
+    np.testing.assert_array_equal(*given, err_msg="nothing is rounded where weights are not")
+
+
 def test_rounded_activations_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="rounded from f32, and precision bf16 was asked for"):
         OpenVINOEngines("bf16", int8_activations=True)
