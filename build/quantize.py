@@ -73,7 +73,7 @@ class Quantizer:
         blocks: dict[int, list[QuantizedDtype]] = {}
         for position, dtype in missing:
             inner = self._spec(position).kind in PROJECTIONS and self._draft.writer is not None
-            if inner and not self._is_kept(position, dtype):
+            if inner and not self.keeps(position, dtype):
                 blocks.setdefault(position, []).append(dtype)
             else:
                 self._store(position, dtype, None)
@@ -103,6 +103,14 @@ class Quantizer:
             chain[position] = found
         return tuple(chain)
 
+    def keeps(self, position: int, dtype: QuantizedDtype) -> bool:
+        """Whether the block there loses nothing, as all its matrices lie on a grid that can be kept."""
+        spec, block = self._spec(position), self._draft.zoo.read_block(self._record.chain[position])
+        return all(
+            _kept(block.tensors[name], dtype, _grid(dtype, name, block.tensors[name].shape[1])[0]) is not None
+            for name in matrix_names(spec)
+        )
+
     def _spec(self, position: int) -> BlockSpec:
         return self._draft.manifest.blocks[self._record.chain[position]].spec
 
@@ -118,14 +126,6 @@ class Quantizer:
         """The quantized embedding that a tied head takes its matrix from."""
         spec = self._spec(position)
         return self._find(0, "i8") if isinstance(spec, HeadSpec) and spec.tied else None
-
-    def _is_kept(self, position: int, dtype: QuantizedDtype) -> bool:
-        """Whether nothing is rounded there, as all matrices lie on a grid that can be kept."""
-        spec, block = self._spec(position), self._draft.zoo.read_block(self._record.chain[position])
-        return all(
-            _kept(block.tensors[name], dtype, _grid(dtype, name, block.tensors[name].shape[1])[0]) is not None
-            for name in matrix_names(spec)
-        )
 
     def _store(self, position: int, dtype: QuantizedDtype, met: Met | None) -> None:
         key, spec, tied_to = self._record.chain[position], self._spec(position), self._tied_to(position)

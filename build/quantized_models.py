@@ -133,6 +133,9 @@ class _Model:
         """As few bits of each block as the bound allows. Raises VerificationError for too little memory."""
         draft, chain, bound = self._draft, self._record.chain, _MARGIN * self._asked.max_kl
         eight, four = (uniform(draft, chain, dtype) for dtype in _BITS)
+        decided = self._decided(four)
+        free = [at for at in four if four[at] == "i4" and decided.get(at) != "i8"]
+        eight |= {at: "i4" for at in free if self._quantizer.keeps(at, "i4")}  # nothing is lost by it
         self._quantizer.make([eight, four])
         in_eight, in_four = (
             {at: key for at, key in enumerate(self._quantizer.chain(choice)) if at in choice}
@@ -143,12 +146,11 @@ class _Model:
         texts = self._text.judged()
         trial = Trial(draft.zoo.read_block, self._record, adapters, self._maker("f32"), texts)
         few = 1 + sum(total < _WEIGHED_BY for total in accumulate(len(text.tokens) for text in texts))
-        decided = self._decided(four)
         before = {**in_eight, **{at: in_four[at] for at in decided if decided[at] == "i4"}}
         if decided and trial.kl(before) > bound:  # too far for this model: it decides anew
             decided, before = {}, in_eight
         if trial.kl(before) <= bound:
-            steps: list[_Step] = [(at,) for at in four if four[at] == "i4" and at not in decided]
+            steps: list[_Step] = [(at,) for at in four if four[at] != eight[at] and at not in decided]
             after = in_four
         else:
             steps = self._steps_to_eight(eight)
@@ -172,8 +174,8 @@ class _Model:
         self._progress(f"weighing blocks of {self._source.name}", len(steps), len(steps))
         positions = {at for step in taken for at in step}
         if before:
-            return {at: "i4" if at in positions else decided.get(at, "i8") for at in eight}
-        return dict.fromkeys(positions, "i8")
+            return {at: "i4" if at in positions else decided.get(at, eight[at]) for at in eight}
+        return {at: eight[at] for at in positions}
 
     def _decided(self, wanted: Choice) -> dict[int, QuantizedDtype]:
         """What blocks are stored in that other models have too: a base and its LoRAs stay together."""

@@ -1,13 +1,13 @@
 """The held-out figures of the SmolLM2 family, asked of the runtime as it is shipped: base against fine-tune.
 
-    python -m benchmarks.smollm2_family.evaluate [ZOO | --weights int8|int4|auto]
+    python -m benchmarks.smollm2_family.evaluate [ZOO | --weights int8|int4|auto] [--tuned]
 
 Every model gets the same prompt (the trade's system line and the sample's text, by the chat template),
 answers greedily, and is judged by the same function. `base, told` has besides in its prompt what a fine-tune
 learnt instead: the form of the answer, the rules of the house, the meanings of the codes. ZOO is one that has
 `base`, such as `make demo` makes; all its models whose names begin with a trade's are asked, and so is a full
 fine-tune that is compiled into it as `minutes-full`. Without it the family is assembled and compiled first,
-in `--weights`, whose report is one of its own.
+in `--weights`, whose report is one of its own. --tuned leaves the base out.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ def answers(llm: LLM, model: str, asked: Sequence[samples.Sample], max_tokens: i
     return [completion.text for completion in llm.chat(model, chats, params, progress=False)]
 
 
-def figures(llm: LLM, name: str, count: int) -> dict[str, Any]:
-    """Share of right answers of the base and of every model of a trade, and their first answers."""
+def figures(llm: LLM, name: str, count: int, tuned: bool = False) -> dict[str, Any]:
+    """Share of right answers of the base and of every model of a trade, and their first answers.
+
+    `tuned`: without the base.
+    """
     trade = RECIPES[name].trade
     asked = samples.held_out(trade, count)
     told = [replace(sample, system=sample.system + trade.RULES) for sample in asked]
-    sides = {"base": ("base", asked), "base, told": ("base", told)}
+    sides = {} if tuned else {"base": ("base", asked), "base, told": ("base", told)}
     sides |= {model: (model, asked) for model in llm.models if model.split("-")[0] == name}
     found: dict[str, Any] = {"prompt": asked[0].user, "right": {}, "first answer": {}}
     for side, (model, prompts) in sides.items():
@@ -59,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("zoo", nargs="?", help="a zoo of the family")
     parser.add_argument("--samples", type=int, default=100, help="held-out samples of a trade (100)")
     parser.add_argument("--trades", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--tuned", action="store_true", help="the fine-tunes alone")
     parser.add_argument("--weights", choices=("int8", "int4", "auto"), help="of the family (as given)")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         del args.zoo  # where it lay is nobody's business
         results: dict[str, Any] = {}
         for name in args.trades:
-            results[name] = figures(llm, name, args.samples)
+            results[name] = figures(llm, name, args.samples, args.tuned)
             _show(name, results[name])
             path = save_report("smollm2_family", args, machine, results)  # as it grows: it takes minutes
     print(path)
