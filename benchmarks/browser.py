@@ -38,7 +38,7 @@ _FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 _FIRST_FD = 64  # of pipes, out of the way of 3 and 4, where Chromium expects them
-_ANSWER_S = 30.0
+_ANSWER_S = 120.0
 
 
 class BrowserError(Exception):
@@ -164,7 +164,7 @@ class Tab:
             raise BrowserError(f"{expression[:200]}: {_thrown(found['exceptionDetails'])}")
         return found["result"].get("value")
 
-    def wait_for(self, expression: str, timeout_s: float = 20.0) -> Any:
+    def wait_for(self, expression: str, timeout_s: float = 120.0) -> Any:
         """Ask until an expression is true; its value."""
         deadline = time.monotonic() + timeout_s
         while not (value := self.evaluate(expression)):

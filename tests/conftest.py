@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # for quiet and triton_tensors
+sys.path.insert(0, str(Path(__file__).parent))  # for patience, quiet and triton_tensors
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks; last: it has a folder "build"
 
 if not Path("/dev/nvidiactl").exists():
     # without a GPU Triton's kernels run in its interpreter, which must be chosen before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")  # a machine that has other work slows examples down
 
 DEMO_MODELS = ("base", "base-sharded", "notes", "notes-merged", "solver")
 
@@ -34,3 +39,14 @@ def demo_zoo(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     zoo = tmp_path_factory.mktemp("zoo") / "demo"
     compile_models(demo_family, zoo, CompileOptions(verify=False, profile=False))
     return zoo
+
+
+@pytest.fixture(scope="module")
+def steady_pace() -> Iterator[None]:
+    """Prompts of engines in this process are cut alike, however long steps take: so the same is in each step
+    every time, and the same dice are thrown."""
+    from blockzoo.runtime.serve.step_pace import StepPace
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepPace, "tokens_within", lambda *_: 1 << 30)
+        yield

@@ -49,7 +49,7 @@ class RunningRay:
 
     def stop(self) -> None:
         """End it, and all that runs on it."""
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=200)
 
 
 def is_there(pid: int) -> bool:

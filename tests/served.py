@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from patience import PATIENCE_S
+
+
+def free_port() -> int:
+    """Of loopback, and none that the system gives others who ask for any before it is taken."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)  # below those of Linux
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Served:
@@ -37,11 +50,11 @@ class Served:
         for reader in self._readers:
             reader.start()
 
-    def wait_until_told(self, timeout_s: float) -> None:
+    def wait_until_told(self, timeout_s: float = PATIENCE_S) -> None:
         """Until it has said how to ask."""
         self.wait_for(lambda: any("curl" in line for line in self.out), timeout_s)
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
         """Poll until the condition holds; its value."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
@@ -50,13 +63,13 @@ class Served:
             time.sleep(0.02)
         return value
 
-    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 40) -> int:
+    def stop(self, number: int | None = signal.SIGTERM, timeout: float = PATIENCE_S) -> int:
         """Send a signal (None: it was sent) and wait; the exit status."""
         if number is not None and self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(timeout)
         for reader in self._readers:
-            reader.join(5)
+            reader.join(PATIENCE_S)
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
         return status

@@ -14,13 +14,15 @@ from threading import Event
 from blockzoo.zoo.placement import PlacementError, Plan, Task, adapt
 
 MOST_SECONDS = 120.0
+NICENESS = 19
 _LOOK_EVERY_S = 0.2
 _MODULE = "blockzoo.runtime.serve.search_apart"
 
 
 def adapt_apart(task: Task, routes: Mapping[str, tuple[int, ...]], least_gain: float, stop: Event) -> Plan:
     """`adapt`. Raises PlacementError where there is no plan, or none was found in time, or before `stop`."""
-    process = subprocess.Popen([sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", _MODULE, str(NICENESS)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     given: bytes | None = pickle.dumps((task, dict(routes), least_gain))
     deadline = time.monotonic() + MOST_SECONDS
     with process:
@@ -44,7 +46,7 @@ def adapt_apart(task: Task, routes: Mapping[str, tuple[int, ...]], least_gain: f
 
 def main() -> None:
     """A task from standard input, a plan to standard output; both pickled, between processes of ours."""
-    os.nice(19)
+    os.nice(int(sys.argv[1]))
     seconds = int(MOST_SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # should nobody be there to end it
     task, routes, least_gain = pickle.load(sys.stdin.buffer)

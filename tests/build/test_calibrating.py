@@ -19,6 +19,7 @@ from blockzoo.zoo.errors import ManifestError
 from blockzoo.zoo.manifest import Manifest, ReusePoint, ReuseRecord
 from blockzoo.zoo.writer import ZooWriter
 
+pytestmark = pytest.mark.usefixtures("steady_pace")
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 TEXTS = [
     text[500:900] for text, _ in zip(standard_library_texts(10**6, held_out=True), range(4), strict=False)

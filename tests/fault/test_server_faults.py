@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S, wait_for
 
-HEALED_WITHIN_S = 30.0  # about 4 s on an idle machine
 TENANTS = ("base", "notes", "solver")
 
 
@@ -32,18 +32,27 @@ def long_request(max_tokens: int, **inputs) -> dict:
 
 def answers(server) -> bool:
     try:
-        return server.post("base", {"text_input": "x", "max_tokens": 2}, timeout=5)[0] == 200
+        return server.post("base", {"text_input": "x", "max_tokens": 2})[0] == 200
     except (OSError, http.client.HTTPException):
         return False
+
+
+@pytest.fixture(scope="module")
+def server(serve_zoo, demo_zoo):
+    """It is killed in parts, and ends with the last test that takes it."""
+    return serve_zoo(demo_zoo)
+
+
+def num_heals(server) -> int:
+    return sum("serving again" in line for line in server.err)
 
 
 @pytest.mark.parametrize(
     "victim", ["blockzoo", pytest.param("preprocessing", marks=pytest.mark.slow), "tritonserver"]
 )
-def test_a_killed_process_is_replaced(serve_zoo, demo_zoo, victim):
-    server = serve_zoo(demo_zoo)
-    before = server.generate("base", "def f(x):")
-    stream = server.open("blockzoo", long_request(400, model="base"))
+def test_a_killed_process_is_replaced(server, victim):
+    healed, before = num_heals(server), server.generate("base", "def f(x):")
+    stream = server.open("blockzoo", long_request(4000, model="base"))
     response = stream.getresponse()
     response.read1(10)
 
@@ -54,15 +63,13 @@ def test_a_killed_process_is_replaced(serve_zoo, demo_zoo, victim):
         with pytest.raises((OSError, http.client.HTTPException)):
             response.read()
     stream.close()
-    server.wait_for(lambda: any("serving again" in line for line in server.err), HEALED_WITHIN_S)
+    server.wait_for(lambda: num_heals(server) > healed)
     assert answers(server)
-    assert time.monotonic() - killed_at < HEALED_WITHIN_S
+    assert time.monotonic() - killed_at < PATIENCE_S  # about 4 s on an idle machine
     assert server.generate("base", "def f(x):")["text_output"] == before["text_output"]
 
     regions = server.shared_memory()
     assert len(regions) == 4, "one region per Python model, none of the killed server"
-    assert server.stop() == 0
-    assert server.shared_memory() == []
 
 
 @pytest.mark.slow
@@ -70,10 +77,7 @@ def test_a_server_killed_again_and_again_comes_back_each_time(serve_zoo, demo_zo
     server = serve_zoo(demo_zoo)
     for times in range(1, 5):
         os.kill(server.server_pid(), signal.SIGKILL)
-        server.wait_for(
-            lambda: sum("serving again" in line for line in server.err) == times,  # noqa: B023
-            HEALED_WITHIN_S,
-        )
+        server.wait_for(lambda: num_heals(server) == times)  # noqa: B023
         assert answers(server)
     assert any("restarting the server in 2 s" in line for line in server.err)
     os.kill(server.server_pid(), signal.SIGKILL)
@@ -82,8 +86,7 @@ def test_a_server_killed_again_and_again_comes_back_each_time(serve_zoo, demo_zo
     assert server.shared_memory() == []
 
 
-def test_sigterm_lets_streams_finish(serve_zoo, demo_zoo):
-    server = serve_zoo(demo_zoo)
+def test_sigterm_lets_streams_finish(server):
     streams = [
         server.open("blockzoo", long_request(300, model=tenant))
         if i % 2
@@ -113,7 +116,7 @@ def test_sigterm_lets_streams_finish(serve_zoo, demo_zoo):
 
 def test_requests_that_outlast_the_drain_time_are_told(serve_zoo, demo_zoo):
     server = serve_zoo(demo_zoo, "--drain-seconds", "0.2")
-    stream = server.open("blockzoo", long_request(500, model="base"))
+    stream = server.open("blockzoo", long_request(4000, model="base"))
     response = stream.getresponse()
     response.read1(10)
     server.process.send_signal(signal.SIGINT)
@@ -128,16 +131,14 @@ def test_a_killed_launcher_takes_its_server_along(serve_zoo, demo_zoo):
     server = serve_zoo(demo_zoo)
     processes = [server.server_pid(), server.model_pid("blockzoo"), server.model_pid("postprocessing")]
     server.process.kill()
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in processes) or server.shared_memory():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+    wait_for(lambda: not server.shared_memory())
     server.stop(None)
 
 
 CLIENT = """
 import json, sys, urllib.request
-body = {"text_input": "x", "model": "base", "stream": True, "max_tokens": 400,
+body = {"text_input": "x", "model": "base", "stream": True, "max_tokens": 1900,
         "sampling_parameters": '{"ignore_eos": true}'}
 url = f"http://127.0.0.1:{sys.argv[1]}/v2/models/blockzoo/generate_stream"
 with urllib.request.urlopen(url, json.dumps(body).encode()) as response:
@@ -164,7 +165,7 @@ def test_a_client_killed_in_mid_stream_frees_its_pages(small_server):
 
 
 def test_mixed_valid_invalid_and_vanishing_clients(small_server):
-    """Four clients for a few seconds; every valid answer is right, and nothing stays in use."""
+    """Four clients; every valid answer is right, and nothing stays in use."""
     server = small_server
     prompts = [(tenant, f"def f{i}(x):") for tenant in TENANTS for i in range(4)]
     expected = {job: server.generate(*job, 12)["text_output"] for job in prompts}
@@ -173,8 +174,7 @@ def test_mixed_valid_invalid_and_vanishing_clients(small_server):
 
     def client(seed: int) -> None:
         rng = random.Random(seed)
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
+        for _ in range(60):
             tenant, text = rng.choice(prompts)
             kind = rng.choice(list(counts))
             if kind == "valid":

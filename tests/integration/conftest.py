@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from over_workers import SETTINGS, over_two
+from patience import PATIENCE_S
 
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
+from blockzoo.runtime.serve import search_apart
+from blockzoo.runtime.workers import group
 
 sys.path.insert(0, str(Path(__file__).parent))  # for onnx_device
 
@@ -93,6 +96,11 @@ def architecture_zoo(tmp_path_factory: pytest.TempPathFactory, architectures: di
     return zoo
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _steady(steady_pace: None) -> None:
+    """In all tests here."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `architecture` once for each."""
     if "architecture" in metafunc.fixturenames:
@@ -136,6 +144,12 @@ def dice(monkeypatch: pytest.MonkeyPatch) -> random.Random:
     return rng
 
 
+@pytest.fixture
+def eager_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placements are searched for as eagerly as this machine's other work is done."""
+    monkeypatch.setattr(search_apart, "NICENESS", 0)
+
+
 @pytest.fixture(scope="module")
 def local(demo_zoo: Path) -> LLMEngine:
     """An engine in this process, as `over_two` makes them."""
@@ -144,6 +158,7 @@ def local(demo_zoo: Path) -> LLMEngine:
 
 @pytest.fixture(scope="module")
 def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    """The same over two workers."""
-    with over_two(demo_zoo) as engine:
+    """The same over two workers, who are not given up as this machine stands still for a while."""
+    with pytest.MonkeyPatch.context() as patch, over_two(demo_zoo) as engine:
+        patch.setattr(group, "SILENT_S", PATIENCE_S)
         yield engine

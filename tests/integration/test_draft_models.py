@@ -87,7 +87,9 @@ def test_a_model_that_guesses_for_its_twin_is_never_wrong(
     assert engine.metrics().pages_used == 0
 
 
-@pytest.mark.parametrize("pages", [16 << 20, 3 << 20], ids=["roomy", "tight"])
+@pytest.mark.parametrize(
+    "pages", [pytest.param(16 << 20, marks=pytest.mark.slow), 3 << 20], ids=["roomy", "tight"]
+)
 def test_answers_are_those_without_and_all_pages_come_back(
     zoo: Path, tmp_path: Path, dice: random.Random, pages: int
 ) -> None:

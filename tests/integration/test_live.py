@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -618,11 +619,11 @@ def test_models_come_and_go_beside_the_engine_thread(
             assert thread.reload().added == (name,)
             ask_for(f"{number} {name}", name, GREEDY)
         for _ in range(5):
-            assert ended.acquire(timeout=60)
+            assert ended.acquire(timeout=PATIENCE_S)
         add(tmp_path, folders, remove=("top",))
         thread.reload()
         ask_for("last", "base", GREEDY)
-        assert ended.acquire(timeout=60)
+        assert ended.acquire(timeout=PATIENCE_S)
     finally:
         thread.close()
     assert tokens(outputs.pop("stream")) == expected("base", params=LONG)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -159,7 +160,7 @@ def test_a_document_is_published_between_the_steps_of_others(demo_zoo: Path, col
         thread.publish("doc", DOCUMENT)
         with pytest.raises(InvalidRequestError, match="published already"):
             thread.publish("doc", DOCUMENT)
-        assert done.wait(30)
+        assert done.wait(PATIENCE_S)
         cold_engine.add_request("r", "base", QUESTION, params)
         expected = []
         while cold_engine.has_unfinished():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -236,21 +237,21 @@ def test_overlapping_reloads_serve_every_model_its_own_adapters(
         zoo = real(path)
         if not reading.is_set():  # the first one has seen the zoo as it is now, and is late
             reading.set()
-            assert slow.wait(30)
+            assert slow.wait(PATIENCE_S)
         return zoo
 
     monkeypatch.setattr("blockzoo.runtime.serve.reload.Zoo.open", read)
     found: list[Reloaded] = []
     threads = [threading.Thread(target=lambda: found.append(engine.reload())) for _ in range(4)]
     threads[0].start()
-    assert reading.wait(30)
+    assert reading.wait(PATIENCE_S)
     add(tmp_path, folders, "all", "middle", remove=("base",))
     for thread in threads[1:]:
         thread.start()
     time.sleep(0.1)  # they wait for the first
     slow.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert found[0] == Reloaded(added=("qv",))
     assert found[1:] == [Reloaded(added=("all", "middle"), removed=("base",))] * 3  # one for all who waited
     assert engine.models == ("all", "middle", "qv")

@@ -146,6 +146,7 @@ def test_what_cannot_be_copied_says_why(demo_zoo: Path, spread: LLMEngine) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager_search")
 def test_copies_follow_the_rates(demo_zoo: Path, local: LLMEngine, caplog: pytest.LogCaptureFixture) -> None:
     """Over a slow link two models part, and as one is asked alone the copies go."""
     config = EngineConfig(workers=2, worker_delays_ms=[0.0, 5.0], **SETTINGS)

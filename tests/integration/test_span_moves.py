@@ -8,7 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from over_workers import SETTINGS, group_of, over_two
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
-from blockzoo.runtime.serve import span_moves
+from blockzoo.runtime.serve import live_placement, span_moves
 from blockzoo.runtime.serve.span_loading import MoveError
 from blockzoo.runtime.serve.span_moves import Moved
 from blockzoo.runtime.workers.group import WorkerGroup
+from blockzoo.zoo.rates import Rates
 
 MOST_TOKENS = 24
 Jobs = list[tuple[str, list[int]]]
@@ -85,7 +88,9 @@ def test_all_tenants_answer_alike_whatever_moves(local: LLMEngine, spread: LLMEn
     """Every span goes to the other worker in the middle of streams, and one comes back."""
     jobs = jobs_of(local, (5, 40, 150))
     expected, before, moved = run(local, jobs), homes(spread), []
-    counted = spread.metrics()
+    counted, workers = spread.metrics(), spread._zoo.workers
+    assert workers is not None
+    workers.link_byte_s[:] = [[1e-9] * 2] * 2
 
     def between(step: int) -> None:
         if step == 6:
@@ -96,7 +101,7 @@ def test_all_tenants_answer_alike_whatever_moves(local: LLMEngine, spread: LLMEn
     assert run(spread, jobs, between) == expected
     assert moved[0].pages > 0
     assert moved[0].num_bytes > 0
-    assert not moved[0].anew, "over this link nothing is cheaper to compute"
+    assert not moved[0].anew, "over such a link nothing is cheaper to compute"
     hits = sum(spread.metrics().prefix_hit_tokens.values())
     assert run(spread, jobs) == expected  # from the cache, which has moved
     assert sum(spread.metrics().prefix_hit_tokens.values()) > hits
@@ -174,7 +179,31 @@ def test_many_moves_at_random_steps(demo_zoo: Path, local: LLMEngine, seed: int)
         engine.close()
 
 
-def test_spans_follow_the_rates(local: LLMEngine, fresh: LLMEngine, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def steps_that_take_as_long(fresh: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Workers, links and rates are what they are said to be, however busy this machine is; called before
+    a step, which takes 10 ms."""
+    workers, clock = fresh._zoo.workers, SimpleNamespace(now=0.0)
+    assert workers is not None
+    own = [replace(worker, speed=1.0) for worker in workers.task.workers]
+    task = replace(workers.task, workers=own, hop_s=[[0.0, 1e-4], [1e-4, 0.0]], head=0)
+    steady = replace(workers, task=task, rates=Rates(60.0, 0.0), link_byte_s=[[1e-9] * 2] * 2)
+    fresh._served.current = replace(fresh._zoo, workers=steady)
+    monkeypatch.setattr(live_placement, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def step() -> None:
+        clock.now += 0.01
+
+    return step
+
+
+@pytest.mark.usefixtures("eager_search")
+def test_spans_follow_the_rates(
+    local: LLMEngine,
+    fresh: LLMEngine,
+    steps_that_take_as_long: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """What is asked alone has its spans spread; then nothing pays any more."""
     placement = fresh.placement
     assert placement is not None
@@ -184,6 +213,7 @@ def test_spans_follow_the_rates(local: LLMEngine, fresh: LLMEngine, caplog: pyte
     moved = []
 
     def between(step: int) -> None:
+        steps_that_take_as_long()
         if step == 20:
             moved.append(placement.follow())
 
@@ -257,6 +287,7 @@ def test_spans_that_cannot_be_loaded_stay(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager_search")
 def test_an_engine_thread_follows_the_rates(demo_zoo: Path, local: LLMEngine) -> None:
     """In the middle of a stream, from a thread of its own."""
     prompt = jobs_of(local, (200,))[0][1]

@@ -69,7 +69,9 @@ def drafted(engine: LLMEngine) -> tuple[int, int]:
     return tried, sum(n for (_, who), n in metrics.accepted_tokens_total.items() if who == "surrogate")
 
 
-@pytest.mark.parametrize("pages", [16 << 20, 2 << 20], ids=["roomy", "tight"])
+@pytest.mark.parametrize(
+    "pages", [pytest.param(16 << 20, marks=pytest.mark.slow), 2 << 20], ids=["roomy", "tight"]
+)
 def test_answers_are_those_without(demo_zoo: Path, zoo: Path, dice: random.Random, pages: int) -> None:
     engine, quiet = LLMEngine(zoo, config(kv_cache_bytes=pages, max_num_seqs=6)), Quiet(demo_zoo)
     shared, found, aborted = words(40, 1), dict[str, Live](), set[str]()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zmq
 from over_workers import SETTINGS, group_of
+from patience import PATIENCE_S, wait_for
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
@@ -157,7 +158,7 @@ def test_a_killed_worker_loses_no_request(local: LLMEngine, spread: LLMEngine) -
     assert found == expected
     assert sorted(finished) == sorted(expected), "each ends once"
     assert group.num_restarts == before + 2
-    assert max(killed) < 20, "seconds until both serve again"
+    assert max(killed) < PATIENCE_S, "seconds until both serve again"
 
 
 def test_workers_end_with_their_head(demo_zoo: Path) -> None:
@@ -173,10 +174,7 @@ def test_workers_end_with_their_head(demo_zoo: Path) -> None:
         (pid,) = map(int, head.stdout.readline().split())
         head.kill()
         head.wait()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline, "a worker outlived its head"
-        time.sleep(0.02)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_strangers_cannot_take_part(spread: LLMEngine, local: LLMEngine) -> None:

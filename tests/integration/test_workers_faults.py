@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from over_workers import SETTINGS, group_of, over_two
+from patience import wait_for
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
@@ -115,13 +116,13 @@ def test_pages_that_hold_nothing_take_no_memory(demo_zoo: Path) -> None:
             engine.step()
         filled = resident(stays)
         os.kill(group_of(engine).pids[1], signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while not group_of(engine).num_restarts:
+
+        def started_again() -> bool:
             engine.watch()
-            assert time.monotonic() < deadline
-        while resident(stays) > (before + filled) // 2:
-            assert time.monotonic() < deadline, (before, filled, resident(stays))
-            time.sleep(0.05)
+            return bool(group_of(engine).num_restarts)
+
+        wait_for(started_again)
+        wait_for(lambda: resident(stays) <= (before + filled) // 2)
     finally:
         engine.close()
 
@@ -228,14 +229,10 @@ def test_a_worker_that_ends_while_nothing_runs_is_replaced(demo_zoo: Path) -> No
     try:
         group = group_of(thread.engine)
         os.kill(group.pids[0], signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while not group.num_restarts and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: group.num_restarts)
         outputs: list[RequestOutput] = []
         thread.submit("r", "base", list(range(2, 22)), GREEDY, outputs.append)
-        while not (outputs and outputs[-1].finished):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: outputs and outputs[-1].finished)
         assert outputs[-1].finish_reason == "length"
         assert group.num_restarts == 1
     finally:

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import wait_for
 from running_ray import ENVIRONMENT, RunningRay, is_there
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
@@ -73,13 +73,6 @@ def answers(engine: LLMEngine, at: int = 0, do: Callable[[], object] | None = No
     engine.check_integrity()
     assert sorted(finished) == sorted(found)
     return found
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def free_cpus() -> float:

@@ -23,8 +23,6 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprob
 LONG = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, logprobs=0)
 SELECTORS: list[Selector] = ["query", "head-of-run", "deviation", "importance*deviation", "random"]
 REUSE = ReuseConfig(selector="importance*deviation", recompute=0.3)
-STEADY = SETTINGS | {"max_step_seconds": None}
-"""Prompts are cut alike, however long steps take: what draws attention is weighed by the pieces."""
 DOCUMENT = words(150, 1)
 DONOR = words(20, 2) + DOCUMENT + words(30, 3)
 PROMPT = words(37, 4) + DOCUMENT + words(25, 5)
@@ -32,12 +30,12 @@ PROMPT = words(37, 4) + DOCUMENT + words(25, 5)
 
 @pytest.fixture(scope="module")
 def local(demo_zoo: Path) -> LLMEngine:
-    return LLMEngine(demo_zoo, EngineConfig(approximate=REUSE, **STEADY))
+    return LLMEngine(demo_zoo, EngineConfig(approximate=REUSE, **SETTINGS))
 
 
 @pytest.fixture(scope="module")
 def spread(demo_zoo: Path) -> Iterator[LLMEngine]:
-    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, approximate=REUSE, **STEADY))
+    engine = LLMEngine(demo_zoo, EngineConfig(workers=2, approximate=REUSE, **SETTINGS))
     yield engine
     engine.close()
 

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Served
-
-START_S = 60.0
+from patience import PATIENCE_S
+from served import Served, free_port
 
 
 class ServedZoo(Served):
     """A zoo-serve process and the simplest clients for it."""
 
     def __init__(self, zoo: Path, scratch: Path, *options: str) -> None:
-        ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "openai")]
-        super().__init__(zoo, *ports, *options, TMPDIR=str(scratch))
+        ports = [f"--{kind}-port={free_port()}" for kind in ("http", "grpc", "metrics")]
+        super().__init__(zoo, *ports, "--no-openai", *options, TMPDIR=str(scratch))
 
     def wait_until_serving(self) -> None:
-        self.wait_until_told(START_S)
+        self.wait_until_told()
         text = "".join(self.out)
         self.http_port = int(re.search(r"HTTP +http://127.0.0.1:(\d+)", text)[1])
         self.grpc = re.search(r"gRPC +(\S+)", text)[1]
@@ -35,7 +34,9 @@ class ServedZoo(Served):
 
     # ---- clients
 
-    def post(self, model: str, body: Any, endpoint: str = "generate", timeout: float = 30) -> tuple[int, Any]:
+    def post(
+        self, model: str, body: Any, endpoint: str = "generate", timeout: float = PATIENCE_S
+    ) -> tuple[int, Any]:
         """One HTTP request: status and JSON answer."""
         connection = self.open(model, body, endpoint, timeout)
         response = connection.getresponse()
@@ -44,7 +45,7 @@ class ServedZoo(Served):
         return response.status, json.loads(text)
 
     def open(
-        self, model: str, body: Any, endpoint: str = "generate_stream", timeout: float = 30
+        self, model: str, body: Any, endpoint: str = "generate_stream", timeout: float = PATIENCE_S
     ) -> http.client.HTTPConnection:
         """An HTTP request that is sent but not yet answered."""
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=timeout)
@@ -68,7 +69,7 @@ class ServedZoo(Served):
         assert status == 200, answer
         return answer
 
-    def stream(self, model: str, body: dict[str, Any], timeout: float = 30) -> list[dict[str, Any]]:
+    def stream(self, model: str, body: dict[str, Any], timeout: float = PATIENCE_S) -> list[dict[str, Any]]:
         """All events of a stream."""
         connection = self.open(model, {"stream": True, **body}, timeout=timeout)
         events = connection.getresponse().read().decode().split("\n\n")
@@ -81,7 +82,7 @@ class ServedZoo(Served):
         return {key: float(value) for key, value in samples if key.startswith("blockzoo_")}
 
     def metrics_text(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=PATIENCE_S)
         connection.request("GET", "/metrics", headers={"Connection": "close"})
         text = connection.getresponse().read().decode()
         connection.close()

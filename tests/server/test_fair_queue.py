@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
+from patience import PATIENCE_S, wait_for
 
 from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.server_config.fair_queue import FairQueue
@@ -21,15 +21,15 @@ class Held:
         self.done: list[str] = []
         self.gate = threading.Event()
         started = threading.Event()
-        self.queue.put("held", None, 0, lambda: (started.set(), self.gate.wait(10)))
-        assert started.wait(10)
+        self.queue.put("held", None, 0, lambda: (started.set(), self.gate.wait(PATIENCE_S)))
+        assert started.wait(PATIENCE_S)
 
     def put(self, model: str, scope: str | None, label: str, cost: int = 1) -> None:
         self.queue.put(model, scope, cost, lambda: self.done.append(label))
 
     def release(self) -> list[str]:
         self.gate.set()
-        assert self.queue.drain(10)
+        assert self.queue.drain(PATIENCE_S)
         return self.done
 
 
@@ -81,25 +81,19 @@ def test_a_flood_leaves_threads_to_a_newcomer():
     def work(label: str) -> None:
         with lock:
             running.append(label)
-        assert gate.wait(10)
-
-    def wait_until(count: int) -> None:
-        deadline = time.monotonic() + 10
-        while len(running) < count:
-            assert time.monotonic() < deadline, running
-            time.sleep(0.001)
+        assert gate.wait(PATIENCE_S)
 
     for _ in range(20):
         queue.put("flood", None, 1, lambda: work("flood"))
-    wait_until(4)
+    wait_for(lambda: len(running) == 4)
     for _ in range(5):
         queue.put("second", None, 1, lambda: work("second"))
-    wait_until(6)
+    wait_for(lambda: len(running) == 6)
     queue.put("third", None, 1, lambda: work("third"))
-    wait_until(7)
+    wait_for(lambda: len(running) == 7)
     assert sorted(running) == ["flood"] * 4 + ["second"] * 2 + ["third"]
     gate.set()
-    assert queue.drain(10)
+    assert queue.drain(PATIENCE_S)
     assert len(running) == 26
     queue.close()
 
@@ -117,9 +111,7 @@ def test_a_closed_queue_forgets_what_waits_and_takes_nothing(held):
     with pytest.raises(OverloadedError, match="shutting down"):
         held.put("a", None, "late")
     assert held.release() == []
-    deadline = time.monotonic() + 10
-    while any(thread.is_alive() for thread in held.queue._threads):
-        assert time.monotonic() < deadline
+    wait_for(lambda: not any(thread.is_alive() for thread in held.queue._threads))
 
 
 def test_drain_tells_that_time_ran_out(held):

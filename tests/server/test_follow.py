@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import threading
 import urllib.request
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S, wait_for
+from served import free_port
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.server_config.follow import Change, Follower
@@ -117,7 +118,7 @@ def test_nobody_waits_for_an_engine_that_compiles(zoo, tmp_path, monkeypatch):
 
     def reload() -> dict[str, Any]:
         asked.append(1)
-        assert compiled.wait(30)
+        assert compiled.wait(PATIENCE_S)
         return NOTHING | {"added": ["new"], "serving": ["base", "new"]}
 
     follower = Follower(ServerSettings(str(zoo)), tmp_path / "models", reload)
@@ -125,8 +126,7 @@ def test_nobody_waits_for_an_engine_that_compiles(zoo, tmp_path, monkeypatch):
     touch(zoo)
     assert [follower.follow() for _ in range(3)] == [None] * 3
     compiled.set()
-    while (change := follower.follow()) is None:
-        pass
+    change = wait_for(follower.follow)
     assert (change.tenants, change.messages, asked) == (("base", "new"), ("added new",), [1])
 
 
@@ -222,16 +222,14 @@ def test_a_server_that_starts_again_serves_what_the_zoo_holds(zoo, engine, tmp_p
 
 
 def openai_models(server) -> list[str]:
-    with urllib.request.urlopen(f"{server.openai}/v1/models", timeout=30) as answer:
+    with urllib.request.urlopen(f"{server.openai}/v1/models", timeout=PATIENCE_S) as answer:
         return [model["id"] for model in json.load(answer)["data"]]
 
 
 def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_path):
     zoo = tmp_path / "zoo"
     compile_models({"base": demo_family["base"]}, zoo, FAST)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    server = serve_zoo(zoo, "--precision", "f32", f"--openai-port={port}")
+    server = serve_zoo(zoo, f"--openai-port={free_port()}")
     prompt = "Note. The baker Tessa owns the jade lamp.\nQ: Who keeps the jade lamp?\nA:"
     alone = server.generate("base", prompt)["text_output"]
     long = {"text_input": "x", "max_tokens": 400, "sampling_parameters": '{"ignore_eos": true}'}
@@ -248,24 +246,24 @@ def test_tenants_come_and_go_on_a_running_server(serve_zoo, demo_family, tmp_pat
     for thread in streams:
         thread.start()
     compile_models({"notes": demo_family["notes"], "solver": demo_family["solver"]}, zoo, FAST)
-    server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
+    server.wait_for(lambda: server.post("notes", {"text_input": "x", "max_tokens": 1})[0] == 200)
     answer = server.generate("notes", prompt)["text_output"]
     assert answer != alone
     assert answer == server.generate("blockzoo", prompt, model="notes")["text_output"]
     server.wait_for(lambda: any("added notes, solver" in line for line in server.err))
-    server.wait_for(lambda: server.post("solver", {"text_input": "x", "max_tokens": 1})[0] == 200, 20)
+    server.wait_for(lambda: server.post("solver", {"text_input": "x", "max_tokens": 1})[0] == 200)
     assert server.generate("solver", prompt)["text_output"] != alone  # of the last layers its own
     server.wait_for(lambda: {*openai_models(server)} == {"base", "notes", "solver"})  # at most a second old
     compile_models({}, zoo, FAST, remove=["notes", "solver"])
     server.wait_for(lambda: any("removed notes, solver" in line for line in server.err))
     for name in ("notes", "solver"):
-        server.wait_for(lambda: server.post(name, {"text_input": "x", "max_tokens": 1})[0] == 404, 20)  # noqa: B023
+        server.wait_for(lambda: server.post(name, {"text_input": "x", "max_tokens": 1})[0] == 404)  # noqa: B023
     status, said = server.post("blockzoo", {"text_input": "x", "model": "notes", "max_tokens": 1})
     assert (status, "no model 'notes'" in said["error"]) == (400, True)
     assert server.generate("base", prompt)["text_output"] == alone
     over.set()
     for thread in streams:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert streamed
     assert all(streamed)  # each went on through it all, and said what it says when nothing changes
     assert not any("restarting the server" in line for line in server.err), server.err

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S, wait_for
 
 from blockzoo.runtime.api.errors import OverloadedError
 from blockzoo.runtime.api.request import RequestOutput
@@ -144,7 +145,7 @@ class ScriptedEngine:
     ) -> None:
         self.order.append(prompt)
         if self.gate is not None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(PATIENCE_S)
         if self.refusal is not None:
             raise self.refusal
         self.requests[request_id] = SimpleNamespace(
@@ -204,13 +205,6 @@ def front(engine: ScriptedEngine, triton: RecordingTriton, tmp_path: Path):
     yield front
     front.close(0)
     assert triton.logged == []
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened within 10 s"
-        time.sleep(0.002)
 
 
 def take(front, engine, *requests) -> None:
@@ -427,7 +421,7 @@ def test_requests_given_up_while_they_wait_never_reach_the_engine(front, engine)
     assert cancelled.sender.sent == []
     engine.gate.set()
     wait_for(lambda: len(engine.requests) == 1)
-    assert front._short.drain(10)
+    assert front._short.drain(PATIENCE_S)
     assert engine.order == ["busy"]
 
 
@@ -480,7 +474,7 @@ def test_a_front_thread_that_dies_ends_every_request(engine, triton, tmp_path, m
         request.on_output(None)
     wait_for(lambda: running.sender.final and waiting.sender.final)
     assert running.sender.sent[-1].error.message == "the server failed: it starts again"
-    front._thread.join(10)
+    front._thread.join(PATIENCE_S)
     late, probe = Request(text_input="z"), Request(health=True)
     front.handle(late)
     assert (late.sender.final, late.sender.sent[0].error.code) == (1, "UNAVAILABLE")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from patience import PATIENCE_S
 from triton_tensors import tensors
 from tritonclient.utils import InferenceServerException
 
@@ -34,7 +35,7 @@ class Bystander(threading.Thread):
         self.probes: list[tuple[int, float]] = []
         body = {"text_input": "def f", "stream": True, "max_tokens": self.TOKENS}
         body["sampling_parameters"] = '{"ignore_eos": true}'
-        self.connection = server.open("solver", body, timeout=120)
+        self.connection = server.open("solver", body)
         self.response = self.connection.getresponse()
         self.first = self.response.read1(10)
 
@@ -42,7 +43,7 @@ class Bystander(threading.Thread):
         while not self.over:
             asked = time.monotonic()
             for model in ("blockzoo", "blockzoo_unary", "preprocessing", "postprocessing"):
-                self.probes.append((self.server.post(model, {"health": True}, timeout=3)[0], asked))
+                self.probes.append((self.server.post(model, {"health": True})[0], asked))
             time.sleep(0.1)
 
     def finish(self) -> list[dict]:
@@ -54,7 +55,7 @@ class Bystander(threading.Thread):
 
 
 def attack(server, model: str, body: dict) -> tuple[int, dict]:
-    return server.post(model, body, timeout=60)
+    return server.post(model, body)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ OPERATORS_PATHS = [
 @pytest.mark.parametrize(("method", "path"), OPERATORS_PATHS)
 def test_what_is_the_operators_is_closed_over_http(server, method, path):
     for headers in ({}, {"locked": ""}, {"locked": "guess"}):
-        connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=PATIENCE_S)
         connection.request(method, f"/v2/{path}", "{}", {"Connection": "close", **headers})
         response = connection.getresponse()
         said = response.read().decode()
@@ -179,10 +180,18 @@ def test_what_is_the_operators_is_closed_over_grpc(server, ask):
         ask(client)
 
 
-def test_whoever_started_the_server_may_open_the_operators_protocols(serve_zoo, demo_zoo, monkeypatch):
-    monkeypatch.setenv("BLOCKZOO_OPERATOR_KEY", "known")
-    server = serve_zoo(demo_zoo, "--kv-cache-gb", "0.05")
-    with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+@pytest.fixture(scope="module")
+def small(serve_zoo, demo_zoo):
+    """On any ports, with a key for the operator, and full with two requests."""
+    any_ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCKZOO_OPERATOR_KEY", "known")
+        few = ("--max-num-seqs", "1", "--max-waiting", "1", "--kv-cache-gb", "0.05")
+        return serve_zoo(demo_zoo, *few, *any_ports)
+
+
+def test_whoever_started_the_server_may_open_the_operators_protocols(small):
+    with tritonclient.grpc.InferenceServerClient(small.grpc) as client:
         told = client.get_inference_statistics("base", headers={"triton-grpc-protocol-locked": "known"})
         assert told.model_stats[0].name == "base"
         with pytest.raises(InferenceServerException, match="This protocol is restricted"):
@@ -195,11 +204,11 @@ def test_what_clients_need_is_open(server):
         assert client.get_model_config("base", as_json=True)["config"]["name"] == "base"
         assert client.get_server_metadata().version
     assert any("server   tritonserver 2." in line for line in server.out)
+    assert server.openai is None  # it was left out
 
 
-def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
+def test_overload_says_so_where_triton_lets_it(small):
     """Its generate endpoint answers every error of a model with 400, its gRPC streams carry no status."""
-    small = serve_zoo(demo_zoo, "--max-num-seqs", "1", "--max-waiting", "1", "--kv-cache-gb", "0.05")
     values = {"text_input": "x", "model": "base", "max_tokens": 300}
     values["sampling_parameters"] = '{"ignore_eos": true}'
     client = tritonclient.grpc.InferenceServerClient(small.grpc)
@@ -223,4 +232,3 @@ def test_overload_says_so_where_triton_lets_it(serve_zoo, demo_zoo):
         assert set(said) == {"answered", f"503: {refusal}"}
         said = list(pool.map(lambda _: small.post("blockzoo", values), range(6)))
     assert {answer["error"] for status, answer in said if status != 200} == {refusal}
-    small.stop()

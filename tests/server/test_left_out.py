@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, SamplingParams
@@ -85,6 +86,6 @@ def test_what_is_whole_is_served_and_the_rest_is_named_everywhere(serve_zoo, dem
 def test_strict_does_not_start(zoo):
     ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics")]
     command = [sys.executable, "-m", "blockzoo.server_config.serve", str(zoo), "--strict", *ports]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert all(f"model {name}: " in done.stderr for name in WHY if name != "loud"), done.stderr

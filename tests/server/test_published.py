@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.server_config.serve import main
 
@@ -85,7 +86,7 @@ def test_what_cannot_be_published_ends_the_start(demo_zoo, documents):
     options = ["--publish", str(documents), "--published-kv-share", "0.0001", "--threads", "1"]
     ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "openai")]
     command = [sys.executable, "-m", "blockzoo.server_config.serve", str(demo_zoo), *options, *ports]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == 1
     assert "could not load blockzoo: InvalidRequestError: document 'parser' needs" in run.stderr
     assert "raise published_kv_share" in run.stderr

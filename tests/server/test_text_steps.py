@@ -7,12 +7,12 @@ import json
 import queue
 import shutil
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S, wait_for
 
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.text.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ _path = Path(__file__).with_name("test_front.py")
 _spec = importlib.util.spec_from_file_location("recording_triton", _path)
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
-RecordingTriton, Request, wait_for = _module.RecordingTriton, _module.Request, _module.wait_for
+RecordingTriton, Request = _module.RecordingTriton, _module.Request
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_health_is_answered_and_time_runs_while_texts_wait(step, monkeypatch):
 
     def slow(self, text, *args):
         seen.append(text)
-        assert gate.wait(10)
+        assert gate.wait(PATIENCE_S)
         return real(self, text, *args)
 
     monkeypatch.setattr(Tokenizer, "encode", slow)
@@ -173,14 +173,16 @@ def test_streams_whose_client_has_gone_are_told(tokenizers, triton, tmp_path):
 
     token("one")
     token("two", cancelled=True)
-    assert told.get(timeout=10) == "two"
+    assert told.get(timeout=PATIENCE_S) == "two"
     assert told.empty()
     nobody = Postprocessor(tokenizers, triton, AbandonedTeller(None).tell)
     nobody._look_at_client(SimpleNamespace(is_cancelled=lambda: True), b"three")
-    later = time.monotonic() + 10
-    while told.empty():  # a stream is looked at again, not at every token
-        assert time.monotonic() < later
+
+    def told_later() -> bool:  # a stream is looked at again, not at every token
         token("one", cancelled=True)
+        return not told.empty()
+
+    wait_for(told_later)
     assert told.get() == "one"
 
 

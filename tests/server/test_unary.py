@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from patience import PATIENCE_S, wait_for
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from blockzoo.server_config import unary
@@ -20,7 +21,7 @@ _path = Path(__file__).with_name("test_front.py")
 _spec = importlib.util.spec_from_file_location("recording_triton", _path)
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
-RecordingTriton, wait_for = _module.RecordingTriton, _module.wait_for
+RecordingTriton = _module.RecordingTriton
 
 
 class Request(_module.Request):
@@ -98,7 +99,7 @@ def front(engine, triton, demo_zoo, monkeypatch):
     made = UnaryFront(triton, demo_zoo, f"127.0.0.1:{engine.port}", 600.0)
     yield made
     engine.gate.set()
-    made.close(10)
+    made.close(PATIENCE_S)
     assert triton.logged == []
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from patience import PATIENCE_S, wait_for
 
+from blockzoo.server_config import beacon as beacons
 from blockzoo.server_config import watchdog
 from blockzoo.server_config.beacon import Beacon, BeaconReader
 from blockzoo.server_config.environment import ServerError
@@ -25,7 +26,7 @@ class Models:
 
     def answer(self, model: str, body: dict) -> tuple[int, object]:
         if model in self.silent:
-            self.release.wait(10)
+            self.release.wait(PATIENCE_S)
         if model in self.broken:
             return self.broken[model]
         echo = {name: value if isinstance(value, list) else [value] for name, value in body.items()}
@@ -52,8 +53,12 @@ def dog(models, monkeypatch):
         def log_message(self, *args: object) -> None:
             pass
 
-    monkeypatch.setattr(watchdog, "_PROBE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(watchdog, "_FIRST_INFERENCE_S", 0.2)
+    post = Watchdog._post
+
+    def impatient_with_the_silent(dog: Watchdog, model: str, body: dict, _: float) -> dict:
+        return post(dog, model, body, 0.02 if model in models.silent else PATIENCE_S)
+
+    monkeypatch.setattr(Watchdog, "_post", impatient_with_the_silent)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -96,7 +101,8 @@ def test_silence_is_a_problem_when_it_lasts(dog, models):
     assert dog.problem() is None
 
 
-def test_a_model_that_takes_requests_is_busy_and_not_silent(dog, models, tmp_path):
+def test_a_model_that_takes_requests_is_busy_and_not_silent(dog, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(beacons, "_EVERY_S", 0.01)
     dog._beacons = BeaconReader(tmp_path)
     models.silent.add("blockzoo")
     beacon = Beacon(str(tmp_path), "blockzoo")
@@ -122,13 +128,6 @@ def test_without_a_launcher_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Beacon(None, "blockzoo").taken += 1
     assert not list(tmp_path.iterdir())
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_self_test_sees_tensors_that_come_through_wrong(dog, models):

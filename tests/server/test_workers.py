@@ -41,16 +41,16 @@ def test_a_zoo_over_workers(serve_zoo, demo_zoo, demo_family, tmp_path) -> None:
     assert len(workers_of(server)) == 2
 
     compile_models({"late": demo_family["base-sharded"]}, zoo, CompileOptions(verify=False, profile=False))
-    server.wait_for(lambda: server.post("late", {"text_input": "The", "max_tokens": 1})[0] == 200, 20)
+    server.wait_for(lambda: server.post("late", {"text_input": "The", "max_tokens": 1})[0] == 200)
     texts = [server.generate(name, "The river")["text_output"] for name in ("late", "base")]
     assert texts[0] == texts[1]
 
     second = workers_of(server)
     assert not set(second) & set(first)
     os.kill(server.model_pid("blockzoo"), signal.SIGKILL)
-    server.wait_for(lambda: sum("serving again after" in line for line in server.err) == 2, 60)
+    server.wait_for(lambda: sum("serving again after" in line for line in server.err) == 2)
     assert not workers_of(server), "it goes on with those of the engine before"
     assert running(second) == second
     assert server.generate("late", "The river")["text_output"] == texts[0]
     assert server.stop() == 0
-    server.wait_for(lambda: not running(second), 20)
+    server.wait_for(lambda: not running(second))

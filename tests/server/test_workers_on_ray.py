@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 
 import pytest
 from over_workers import SERVED, check_streams_outlive
+from patience import wait_for
 from running_ray import ENVIRONMENT, RunningRay, is_there
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
@@ -37,7 +37,7 @@ def test_a_zoo_over_workers_of_a_ray(serve_zoo, demo_zoo, demo_family, tmp_path,
     assert len(set(second) & set(first)) == 1
 
     compile_models({"late": demo_family["base-sharded"]}, zoo, CompileOptions(verify=False, profile=False))
-    server.wait_for(lambda: server.post("late", {"text_input": "The", "max_tokens": 1})[0] == 200, 40)
+    server.wait_for(lambda: server.post("late", {"text_input": "The", "max_tokens": 1})[0] == 200)
     assert (
         server.generate("late", "The river")["text_output"]
         == server.generate("base", "The river")["text_output"]
@@ -46,10 +46,7 @@ def test_a_zoo_over_workers_of_a_ray(serve_zoo, demo_zoo, demo_family, tmp_path,
     assert not set(third) & set(second)
 
     assert server.stop() == 0
-    deadline = time.monotonic() + 20
-    while any(map(is_there, third)):
-        assert time.monotonic() < deadline, "workers outlived the server"
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(is_there, third)))
 
 
 def test_what_is_missing_is_said(demo_zoo, capsys, monkeypatch) -> None:

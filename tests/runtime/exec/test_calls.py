@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from blockzoo.runtime.exec.calls import FEW_ROWS, Call, CallGraph, Passed
 from blockzoo.runtime.exec.parallel_calls import CallRunner
@@ -115,7 +116,7 @@ def test_every_call_runs_once_behind_what_it_waits_for(
 
 def meeting(parties: int) -> tuple[Callable[[Call], None], list[int]]:
     """A run that returns only when so many run at the same time, and the threads that took part."""
-    everybody, threads = threading.Barrier(parties, timeout=30), list[int]()
+    everybody, threads = threading.Barrier(parties, timeout=PATIENCE_S), list[int]()
 
     def run(call: Call) -> None:
         everybody.wait()
@@ -138,19 +139,20 @@ def test_a_small_call_runs_beside_a_large_one_which_stays_with_the_caller() -> N
 
 
 def test_the_caller_takes_small_calls_when_nothing_else_is_left() -> None:
-    threads = []
+    both, threads = threading.Barrier(2, timeout=PATIENCE_S), set[int]()
 
     def run(call: Call) -> None:
-        threads.append(threading.get_ident())
-        time.sleep(0.01)
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            both.wait()
 
     CallRunner(2).run(graph(*(call(i, 1, i) for i in range(8))), run)
-    assert len(set(threads)) == 2
+    assert len(threads) == 2
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_is_raised_when_all_that_run_have_ended(failing: int) -> None:
-    both, ended = threading.Barrier(2, timeout=30), list[int]()
+    both, ended = threading.Barrier(2, timeout=PATIENCE_S), list[int]()
 
     def run(call: Call) -> None:
         if call.span < 2:

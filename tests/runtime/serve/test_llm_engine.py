@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from blockzoo.runtime import LLM, EngineConfig, EngineThread, LLMEngine, RequestOutput, SamplingParams
 from blockzoo.runtime.api.errors import (
@@ -23,6 +24,7 @@ from blockzoo.runtime.kv.sequence import TokenSequence
 from blockzoo.runtime.serve.step_pace import measured_pace
 from blockzoo.zoo.store import Zoo
 
+pytestmark = pytest.mark.usefixtures("steady_pace")
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 PROMPT = "def main(argv):\n    "
 CONFIG = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=8)
@@ -490,7 +492,7 @@ def test_many_callers_at_once(thread: EngineThread) -> None:
         caller.start()
     for caller in callers:
         caller.join()
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     assert len(sink.outputs) == 24
     assert all(text(sink.outputs[f"0-{i}"]) == text(sink.outputs[f"3-{i}"]) for i in range(6))
 
@@ -504,18 +506,18 @@ def test_what_is_wrong_is_raised_where_it_was_submitted(thread: EngineThread) ->
         thread.publish("doc", [5, 6])  # type: ignore[arg-type]
     sink = Sink(1)
     thread.submit("r", "base", PROMPT, GREEDY, sink)
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     ids = np.array(thread.engine.tokenizer("base").encode(PROMPT), np.uint16)
     again = Sink(1)
     thread.submit("s", "base", ids, GREEDY, again)
-    assert again.done.wait(60)
+    assert again.done.wait(PATIENCE_S)
     assert text(again.outputs["s"]) == text(sink.outputs["r"])
 
 
 def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:
     config = EngineConfig(precision="f32", kv_cache_bytes=16 << 20, max_num_seqs=1, max_waiting=2)
     thread = EngineThread(demo_zoo, config)
-    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    long = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
     sink = Sink(3)
     for i in range(3):
         thread.submit(str(i), "base", PROMPT, long, sink)
@@ -523,7 +525,7 @@ def test_a_full_queue_is_refused_at_once(demo_zoo: Path) -> None:
         thread.submit("3", "base", PROMPT, long, sink)
     for i in range(3):
         thread.abort(str(i))
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     assert {outputs[-1].finish_reason for outputs in sink.outputs.values()} <= {"abort", "length"}
     thread.close()
 
@@ -539,14 +541,14 @@ def test_a_full_queue_refuses_the_flood_alone(demo_zoo: Path) -> None:
         thread.submit("6", "base", PROMPT, long, sink)
     thread.submit("polite", "base-sharded", PROMPT, GREEDY, polite)
     thread.submit("keyed", "base", PROMPT, GREEDY, polite, tenant="a key")
-    assert polite.done.wait(60)
+    assert polite.done.wait(PATIENCE_S)
     assert {outputs[-1].finish_reason for outputs in polite.outputs.values()} == {"length"}
     metrics = thread.metrics()
     assert metrics.model_requests_refused_total == {"base": 1}
     assert metrics.model_requests_running.keys() == {"base", "base-sharded"}
     for i in range(6):
         thread.abort(str(i))
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     idle = {"base": 0, "base-sharded": 0}
     assert thread.metrics().model_requests_running == thread.metrics().model_requests_waiting == idle
     assert not thread._held
@@ -560,7 +562,7 @@ def test_a_callback_that_raises_loses_its_own_request_only(thread: EngineThread)
     sink = Sink(1)
     thread.submit("broken", "base", PROMPT, GREEDY, broken)
     thread.submit("good", "base", PROMPT, GREEDY, sink)
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     assert sink.outputs["good"][-1].finish_reason == "length"
 
 
@@ -568,7 +570,7 @@ def test_drain_finishes_what_runs_and_refuses_the_rest(thread: EngineThread) -> 
     sink = Sink(3)
     for i in range(3):
         thread.submit(str(i), "base", PROMPT, GREEDY, sink)
-    assert thread.drain(60)
+    assert thread.drain(PATIENCE_S)
     assert all(outputs[-1].finish_reason == "length" for outputs in sink.outputs.values())
     with pytest.raises(OverloadedError, match="shutting down"):
         thread.submit("late", "base", PROMPT, GREEDY, sink)
@@ -595,9 +597,9 @@ def test_a_dead_engine_thread_tells_everybody(demo_zoo: Path, monkeypatch: pytes
     monkeypatch.setattr(thread.engine, "step", die)
     sink = Sink(1)
     thread.submit("r", "base", PROMPT, GREEDY, sink)
-    assert sink.done.wait(60)
+    assert sink.done.wait(PATIENCE_S)
     assert sink.outputs["r"][-1].finished
-    thread._thread.join(60)  # its error must not reach whatever test comes next
+    thread._thread.join(PATIENCE_S)  # its error must not reach whatever test comes next
     assert not thread.alive
     with pytest.raises(RequestError, match="no more"):
         thread.submit("s", "base", PROMPT, GREEDY, sink)

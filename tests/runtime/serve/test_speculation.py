@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import delayed_span
 from benchmarks.delayed_span import delay_last_span
 from blockzoo.runtime import EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.request import GuidedDecoding
 from blockzoo.runtime.draft.balance import Balances
 from blockzoo.runtime.draft.guesses import Context, Guess, Kind
 from blockzoo.runtime.draft.row_choice import Hopes, Option, RowChoice
+from blockzoo.runtime.serve import llm_engine, speculation
 from blockzoo.runtime.serve.speculation import Speculation
 
+pytestmark = pytest.mark.usefixtures("steady_pace")
 NEAR = 2e-3  # log-probabilities, by rounding
 QUIET = EngineConfig(
     precision="f32", kv_cache_bytes=32 << 20, max_num_seqs=1, prefix_caching=False, speculate="off"
@@ -231,8 +234,28 @@ def test_a_prompt_of_which_one_token_runs_is_left_alone(
     assert_same(found["b"], alone(quiet, "base", prompt, ask("greedy", 4)))
 
 
-def test_guesses_hide_the_delay_of_a_far_span(demo_zoo: Path, quiet: LLMEngine) -> None:
+class Clock:
+    """A millisecond goes by as it is looked at, and what is slept, however busy this machine is."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def monotonic(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+    perf_counter = monotonic
+
+
+def test_guesses_hide_the_delay_of_a_far_span(
+    demo_zoo: Path, quiet: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A delay counts in what steps are learnt to cost, so drafts are long then; answers stay the same."""
+    clock = Clock()
+    for module in (delayed_span, llm_engine, speculation):
+        monkeypatch.setattr(module, "time", clock)
     engine = LLMEngine(
         demo_zoo, EngineConfig(precision="f32", kv_cache_bytes=16 << 20, speculate="auto", num_threads=1)
     )

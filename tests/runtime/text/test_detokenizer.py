@@ -196,7 +196,7 @@ any_tokens = st.lists(st.one_of(spelled, st.lists(any_token, max_size=8)), max_s
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(prompt=any_tokens, answer=any_tokens, skip=st.booleans())
 @pytest.mark.parametrize("kind", SPACED_DECODERS)
 def test_byte_fallback_gives_what_decoding_adds_to_the_prompt(kind, prompt, answer, skip):
@@ -206,7 +206,7 @@ def test_byte_fallback_gives_what_decoding_adds_to_the_prompt(kind, prompt, answ
     assert "".join(pushes) == behind(*texts)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=scripts, data=st.data())
 @pytest.mark.parametrize("kind", SPACED_DECODERS)
 def test_text_cut_anywhere_between_bytes_is_the_librarys_decoding(kind, text, data):
@@ -222,7 +222,7 @@ def test_text_cut_anywhere_between_bytes_is_the_librarys_decoding(kind, text, da
     assert pushes[-1] == ""
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(prompt=st.lists(st.integers(0, 360), max_size=12), answer=st.lists(st.integers(0, 360), max_size=30))
 def test_byte_level_gives_what_decoding_adds_to_the_prompt(tokenizer, prompt, answer):
     pushes, _ = run(tokenizer, answer, prompt)

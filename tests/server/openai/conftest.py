@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-import socket
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,8 @@ from typing import Any
 
 import openai
 import pytest
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+from patience import PATIENCE_S
+from served import free_port
 
 
 class Endpoint:
@@ -37,7 +33,7 @@ class Endpoint:
         path: str,
         body: Any = None,
         headers: dict[str, str] | None = None,
-        timeout: float = 30,
+        timeout: float = PATIENCE_S,
     ) -> http.client.HTTPConnection:
         """A request that is sent and not yet answered."""
         connection = http.client.HTTPConnection(self.address, timeout=timeout)

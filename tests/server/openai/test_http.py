@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, closing
 import h11
 import pytest
 import uvicorn
+from patience import PATIENCE_S
 
 from blockzoo.server_config.openai import http, server
 from blockzoo.server_config.openai.errors import ApiError
@@ -43,13 +44,13 @@ async def serving(app):
         listener.close()
 
 
-async def talk(port, data, timeout=5.0):
+async def talk(port, data):
     """What the server says to some bytes until it closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with closing(writer):
         writer.write(data)
         try:
-            return await asyncio.wait_for(reader.read(), timeout)
+            return await asyncio.wait_for(reader.read(), PATIENCE_S)
         except ConnectionResetError:
             return b""
 
@@ -105,7 +106,7 @@ def test_a_body_in_chunks_is_counted():
             with closing(writer):
                 for _ in range(9):
                     writer.write(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
-                return await asyncio.wait_for(reader.readline(), 5)
+                return await asyncio.wait_for(reader.readline(), PATIENCE_S)
 
     assert asyncio.run(main()).startswith(b"HTTP/1.1 413 ")
 
@@ -230,8 +231,8 @@ def test_a_client_that_does_not_read_is_cut_off_and_costs_no_memory(monkeypatch)
             client = socket.create_connection(("127.0.0.1", port))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            await asyncio.wait_for(ended.wait(), 5)
-            client.settimeout(5)
+            await asyncio.wait_for(ended.wait(), PATIENCE_S)
+            client.settimeout(PATIENCE_S)
             loop = asyncio.get_running_loop()
             with pytest.raises(ConnectionResetError):
                 await loop.run_in_executor(None, read_all, client)

@@ -309,14 +309,14 @@ def test_a_model_that_is_added_appears_and_goes(page, endpoint, zoo, demo_family
     page.wait_for(f"{names} === 'base,chat,solver'")
     choose(page, "solver")
     compile_models({"notes": demo_family["notes"]}, zoo, FAST)
-    page.wait_for(f"{names} === 'base,chat,notes,solver'", 40)
+    page.wait_for(f"{names} === 'base,chat,notes,solver'")
     assert page.evaluate("[...playground.chosen]") == ["solver"]
     assert page.evaluate("document.querySelectorAll('#map i.adapter').length") == 12
     choose(page, "notes")
     ask(page, "x", 4)
     page.wait_for("document.getElementById('asked').textContent === '1 answered'")
     compile_models({}, zoo, FAST, remove=["notes"])
-    page.wait_for(f"{names} === 'base,chat,solver'", 40)
+    page.wait_for(f"{names} === 'base,chat,solver'")
     assert page.evaluate("[...playground.chosen]") == []
 
 

@@ -65,7 +65,7 @@ def test_a_full_server_says_when_to_ask_again(endpoint):
 def test_a_dead_endpoint_is_started_again(endpoint):
     first = process_of(endpoint)
     os.kill(first, signal.SIGKILL)
-    endpoint.served.wait_for(lambda: process_of(endpoint) not in (None, first) and answers(endpoint), 30)
+    endpoint.served.wait_for(lambda: process_of(endpoint) not in (None, first) and answers(endpoint))
     assert (
         endpoint.client.completions.create(model="base", prompt="x", max_tokens=2).usage.completion_tokens
         == 2
@@ -76,7 +76,7 @@ def test_a_dead_endpoint_is_started_again(endpoint):
 
 
 def test_an_engine_that_dies_ends_streams_and_is_served_again(endpoint):
-    connection = endpoint.open("POST", "/v1/completions", {**BODY, "stream": True}, timeout=60)
+    connection = endpoint.open("POST", "/v1/completions", {**BODY, "stream": True})
     response = connection.getresponse()
     assert response.readline().startswith(b"data: {")
     assert response.readline() == b"\n"
@@ -91,21 +91,21 @@ def test_an_engine_that_dies_ends_streams_and_is_served_again(endpoint):
     statuses = set()
 
     def served_again() -> bool:
-        status, _, text = endpoint.ask("POST", "/v1/completions", {**BODY, "max_tokens": 2}, timeout=60)
+        status, _, text = endpoint.ask("POST", "/v1/completions", {**BODY, "max_tokens": 2})
         statuses.add(status)
         assert status == 200 or "error" in json.loads(text)
         return status == 200
 
-    endpoint.served.wait_for(served_again, 60)
+    endpoint.served.wait_for(served_again)
     assert statuses <= {200, 500, 503}
-    endpoint.served.wait_for(lambda: answers(endpoint), 30)
+    endpoint.served.wait_for(lambda: answers(endpoint))
 
 
 def test_running_answers_end_with_the_server_and_nothing_is_left(serve_openai, demo_zoo):
     endpoint = serve_openai(demo_zoo, "--drain-seconds", "20")
     pid = process_of(endpoint)
     body = {**BODY, "max_tokens": 300, "stream": True}
-    connection = endpoint.open("POST", "/v1/completions", body, timeout=60)
+    connection = endpoint.open("POST", "/v1/completions", body)
     response = connection.getresponse()
     response.readline()
     endpoint.served.process.send_signal(signal.SIGTERM)
@@ -116,10 +116,6 @@ def test_running_answers_end_with_the_server_and_nothing_is_left(serve_openai, d
     assert endpoint.served.stop(None) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-
-
-def test_it_is_left_out_where_it_is_not_wanted(serve_zoo, demo_zoo):
-    assert serve_zoo(demo_zoo, "--no-openai").openai is None
 
 
 def test_a_port_in_use_is_told_before_anything_starts(demo_zoo, capsys):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import openai
 import pytest
-from served import Served
+from patience import PATIENCE_S
+from served import Served, free_port
 
 START_S = 300.0  # Ray's processes, on a machine that has other work
 
@@ -24,8 +24,7 @@ class ServedReplicas(Served):
     """A zoo-serve process with replicas, and clients for it."""
 
     def __init__(self, zoo: Path, *options: str, key: str = "none", **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         own = (f"--openai-port={self.port}", "--kv-cache-gb=0.05", "--precision=f32")
         super().__init__(zoo, *own, *options, **environment)
         self.key = key
@@ -33,13 +32,13 @@ class ServedReplicas(Served):
 
     def client_of(self, key: str) -> openai.OpenAI:
         url = f"http://127.0.0.1:{self.port}/v1"
-        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE_S)
 
     def wait_until_serving(self) -> None:
         self.wait_until_told(START_S)
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
             headers = {"authorization": f"Bearer {self.key}"}
             headers |= {} if body is None else {"content-type": "application/json"}
@@ -90,7 +89,7 @@ class ServedReplicas(Served):
                     found.append((address, int(port, 16)))
         return found
 
-    def stop(self, number: int | None = signal.SIGTERM, timeout: float = 60) -> int:
+    def stop(self, number: int | None = signal.SIGTERM, timeout: float = PATIENCE_S) -> int:
         try:
             return super().stop(number, timeout)
         finally:

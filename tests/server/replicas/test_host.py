@@ -14,12 +14,12 @@ from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.server_config.openai.engine import Delta, EngineRequest
 from blockzoo.server_config.replicas.host import EngineHost, Refusal, ReplicaSettings
 
-KV = {"kv_cache_bytes": 32 << 20}
+SETTINGS = {"kv_cache_bytes": 32 << 20, "precision": "f32"}
 
 
 @pytest.fixture(scope="module")
 def host(demo_zoo):
-    host = EngineHost(ReplicaSettings(str(demo_zoo), {**KV, "max_num_seqs": 4, "max_waiting": 8}))
+    host = EngineHost(ReplicaSettings(str(demo_zoo), {**SETTINGS, "max_num_seqs": 4, "max_waiting": 8}))
     yield host
     host.close()
 
@@ -35,7 +35,7 @@ async def collect(host, request) -> list[Delta | Refusal]:
 
 
 def test_answers_are_those_of_the_runtime(host, demo_zoo) -> None:
-    llm = LLM(str(demo_zoo), **KV)
+    llm = LLM(str(demo_zoo), **SETTINGS)
     for model in ("base", "notes", "solver"):
         params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
         expected = llm.generate(model, ["The parties agree"], params)[0]
@@ -52,11 +52,11 @@ def test_answers_are_those_of_the_runtime(host, demo_zoo) -> None:
 
 
 def test_over_workers_too(demo_zoo) -> None:
-    settings = {**KV, "workers": 2, "num_threads": 1, "worker_cores": 1, "precision": "f32"}
+    settings = {**SETTINGS, "workers": 2, "num_threads": 1, "worker_cores": 1}
     spread = EngineHost(ReplicaSettings(str(demo_zoo), settings))
     pids = spread._engine.engine.worker_pids
     try:
-        here = LLM(str(demo_zoo), precision="f32", **KV)
+        here = LLM(str(demo_zoo), **SETTINGS)
         expected = here.generate("solver", ["The parties agree"], a_request().params)[0]
         items = asyncio.run(collect(spread, a_request("solver")))
         assert tuple(t for item in items for t in item.token_ids) == tuple(expected.token_ids)
@@ -93,7 +93,7 @@ def test_what_is_refused(host, request_, status, message) -> None:
 
 def test_a_full_queue_refuses_and_says_when(host) -> None:
     async def flood() -> list:
-        asked = [a_request(prompt=f"{number} is", max_tokens=60) for number in range(20)]
+        asked = [a_request(prompt=f"{number} is", max_tokens=150) for number in range(20)]
         return await asyncio.gather(*(collect(host, request) for request in asked))
 
     answers = asyncio.run(flood())
@@ -109,7 +109,7 @@ def test_closing_the_iterator_frees_the_request(host) -> None:
         async with aclosing(host.generate(a_request(max_tokens=200, ignore_eos=True), "left")) as items:
             async for _ in items:
                 break
-        for _ in range(200):
+        for _ in range(2400):
             if host.metrics().requests_running == 0:
                 return
             await asyncio.sleep(0.05)
@@ -156,7 +156,9 @@ def test_a_change_of_the_zoo(demo_family, tmp_path) -> None:
     zoo = tmp_path / "zoo"
     fast = CompileOptions(verify=False, profile=False)
     compile_models({"base": demo_family["base"]}, zoo, fast)
-    host = EngineHost(ReplicaSettings(str(zoo), {**KV, "adapter_cache_bytes": 1}))  # none stays in memory
+    host = EngineHost(
+        ReplicaSettings(str(zoo), {**SETTINGS, "adapter_cache_bytes": 1})
+    )  # none stays in memory
     try:
         before = host.state()
         assert before.models == before.warm == ("base",)
