@@ -19,7 +19,6 @@ from blockzoo.runtime.workers.head_line import Held, connect, peer_of
 from blockzoo.runtime.workers.pairs import Pair
 
 _ANSWER_S = 5.0  # that a worker has to say what it holds: its head has gone in the middle of a step, perhaps
-_LOOK_EVERY_S = 0.1
 _LOG = 2
 
 

@@ -10,21 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from head import SETTINGS, answer
 from over_workers import running
+from patience import PATIENCE_S, wait_for
 
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import EngineConfig, LLMEngine
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.workers import head_line
-
-LIMIT_S = 60.0
 
 
 class Head:
@@ -57,16 +55,9 @@ class Head:
 
     def close(self) -> str:
         """In good order; what it has logged."""
-        _, errors = self.process.communicate("close\n", LIMIT_S)
+        _, errors = self.process.communicate("close\n", PATIENCE_S)
         assert self.process.returncode == 0
         return errors
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +80,7 @@ def orphans(demo_zoo: Path, folder: Path, expected: dict[str, list[int]]) -> lis
     assert head.ask()["answers"] == expected
     pids: list[int] = head.ask("begin")["pids"]
     head.kill()
-    eventually(lambda: len(list(folder.glob("*/*.sock"))) == 2)
+    wait_for(lambda: len(list(folder.glob("*/*.sock"))) == 2)
     assert running(pids) == pids
     return pids
 
@@ -100,7 +91,7 @@ def test_the_next_head_goes_on_with_them_and_so_on(
     head = Head(demo_zoo, folder)
     assert head.ask() == {"pids": orphans, "answers": expected}
     head.kill()
-    eventually(lambda: len(list(folder.glob("*/*.sock"))) == 2)
+    wait_for(lambda: len(list(folder.glob("*/*.sock"))) == 2)
     head = Head(demo_zoo, folder)
     assert head.ask() == {"pids": orphans, "answers": expected}
     assert "2 workers of an engine that has ended go on" in head.close()
@@ -120,7 +111,7 @@ def test_one_that_is_lost_later_is_replaced(
     assert found["pids"][0] != orphans[0]
     assert found["pids"][1] == orphans[1]
     head.kill()
-    eventually(lambda: len(list(folder.glob("*/*.sock"))) == 2)
+    wait_for(lambda: len(list(folder.glob("*/*.sock"))) == 2)
     head = Head(demo_zoo, folder)
     assert head.ask() == found
     head.close()
@@ -146,7 +137,7 @@ def test_a_zoo_that_has_lost_models_fits(demo_zoo: Path, tmp_path: Path, folder:
     head = Head(zoo, folder)
     before = head.ask()
     head.kill()
-    eventually(lambda: len(list(folder.glob("*/*.sock"))) == 2)
+    wait_for(lambda: len(list(folder.glob("*/*.sock"))) == 2)
     compile_models({}, zoo, CompileOptions(verify=False, profile=False), remove=["base-sharded"])
     head = Head(zoo, folder)
     after = head.ask()
@@ -171,7 +162,7 @@ def test_all_begin_anew_where_one_is_missing(
 def test_they_end_with_the_folder(demo_zoo: Path, folder: Path, orphans: list[int]) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
-    eventually(lambda: not running(orphans))
+    wait_for(lambda: not running(orphans))
 
 
 @pytest.mark.slow
@@ -198,7 +189,7 @@ def test_nobody_waits_forever(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "1.sock")],
         input=pickle.dumps(held),
-        timeout=LIMIT_S,
+        timeout=PATIENCE_S,
         check=True,
     )
 
