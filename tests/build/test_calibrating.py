@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from blockzoo.build.calibrate import NothingKnownError, calibrate
 from blockzoo.build.calibrate.cli import main
+from blockzoo.build.calibrate.follower import Follower, Run
 from blockzoo.build.calibrate.search import CANDIDATES, Tried, choose
 from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.zoo.demo.corpus import standard_library_texts
@@ -47,6 +50,19 @@ def prompts(tmp_path: Path) -> Path:
 
 
 EDITED = "first words\n" + "\n".join(TEXTS).replace(TEXTS[0][:8], "Changed:", 1) + "\nQ:"
+
+
+@pytest.fixture
+def seconds_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first token takes as long as what of its prompt is computed, however busy this machine is."""
+    real = Follower.run
+
+    def run(self: Follower, model: str, runs: Sequence[Run], *more: Any) -> None:
+        real(self, model, runs, *more)
+        for each in runs:
+            each.first_s = each.recomputed
+
+    monkeypatch.setattr(Follower, "run", run)
 
 
 def point(index: int, agreement: float, speedup: float, computed: float) -> ReusePoint:
@@ -92,6 +108,7 @@ def test_a_guard_is_chosen_on_every_other_prompt_and_judged_on_the_rest() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("seconds_by_tokens")
 def test_where_only_a_guard_keeps_a_model_near_that_is_shown(zoo: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"{i} {PROMPT}", "known": [KNOWN]} for i in range(2)]
     path = tmp_path / "two.jsonl"
@@ -106,6 +123,7 @@ def test_where_only_a_guard_keeps_a_model_near_that_is_shown(zoo: Path, tmp_path
     assert Manifest.load(zoo / "manifest.json").models["base"].reuse == record
 
 
+@pytest.mark.usefixtures("seconds_by_tokens")
 def test_the_command_writes_what_requests_then_get(
     zoo: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
