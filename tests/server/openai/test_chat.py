@@ -129,9 +129,10 @@ def test_parts_developers_and_answers_to_go_on_from(endpoint, client, tokenizers
 
 
 def test_an_answer_is_as_long_as_the_model_allows_by_default(client):
-    messages = [{"role": "user", "content": "x"}]
+    messages = [{"role": "user", "content": "x " * 3700}]
     asked = {"model": "chat", "messages": messages, "temperature": 0, "extra_body": {"ignore_eos": True}}
     usage = client.chat.completions.create(**asked).usage
+    assert usage.completion_tokens > 100
     assert usage.total_tokens == 4096
 
 
