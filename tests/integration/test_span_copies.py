@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 from collections import Counter
@@ -163,7 +164,7 @@ def test_copies_follow_the_rates(demo_zoo: Path, local: LLMEngine, caplog: pytes
         assert placement.follow() is not None
         engine.check_integrity()
         assert engine._zoo.topology.copies
-        assert ": worker 1 for base" in caplog.text
+        assert re.search(": worker 1 for (base|solver)", caplog.text), "which of them goes there is a toss-up"
         assert run(engine, jobs) == run(local, jobs)
         held = len(engine.metrics().spans_held)
         alone = [("solver", prompt) for _, prompt in jobs_of(local, (220, 240))] * 2
