@@ -188,9 +188,10 @@ class Drafting:
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no VNNI")
-@pytest.mark.parametrize("kv", [None, "u8"])
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("weights", BASES)
+@pytest.mark.parametrize(
+    ("weights", "precision", "kv"),
+    [("int4", "f32", None), ("int4", "bf16", None), ("int4", "bf16", "u8"), ("int8", "bf16", None)],
+)
 def test_drafts_round_activations_between_states_and_pages_of_the_others_kind(
     weights: str, precision: Any, kv: Any, zoos: Any, oracles: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ def test_a_zoo_that_has_lost_models_fits(demo_zoo: Path, tmp_path: Path, folder:
     head.close()
 
 
+@pytest.mark.slow
 def test_all_begin_anew_where_one_is_missing(
     demo_zoo: Path, folder: Path, orphans: list[int], expected: dict[str, list[int]]
 ) -> None:
