@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter, defaultdict
@@ -17,12 +16,12 @@ from blockzoo.engines.base import EngineMaker, activation_dtype
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.exec.rows import RowChecks
 from blockzoo.runtime.exec.topology import Family, Topology
+from blockzoo.runtime.serve.adopted_workers import adopt
 from blockzoo.runtime.serve.config import MAX_PROMPT_LOGITS, EngineConfig
 from blockzoo.runtime.serve.memory import engine_bytes
 from blockzoo.runtime.serve.span_groups import leaders
 from blockzoo.runtime.workers.distributed import DistributedExecutor
 from blockzoo.runtime.workers.group import WorkerGroup
-from blockzoo.runtime.workers.head_line import Held
 from blockzoo.runtime.workers.meeting import Links, MachineFacts
 from blockzoo.runtime.workers.processes import LocalProcesses, Processes, WorkerStartError
 from blockzoo.runtime.workers.settings import NOWHERE, EngineKind, WorkerPlan
@@ -32,7 +31,6 @@ from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.placement import Chain, PlacementError, Span, Task, Worker, judge, place
 from blockzoo.zoo.rates import Rates
 
-_LOG = logging.getLogger(__name__)
 _BUSY = 0.5  # share of the time for which workers are taken to be busy
 _HEAD_SHARE = 0.5  # of tokens that need logits: as many are generated as are read
 _STARTS = 3  # that are tried in the place of a worker that is lost
@@ -145,7 +143,7 @@ def start_workers(
     if processes is None:
         processes = _processes(config)
         if isinstance(processes, LocalProcesses):
-            adopted = _adopt(processes, topology, engine_kind(zoo, maker, config), count)
+            adopted = adopt(processes, topology, engine_kind(zoo, maker, config), count)
     group = WorkerGroup(
         processes,
         tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count),
@@ -215,37 +213,6 @@ def engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineKi
         "u8" if maker.kv_precision == "u8" else None,
         num_threads(config),
     )
-
-
-def _adopt(
-    processes: LocalProcesses, topology: Topology, kind: EngineKind, count: int
-) -> tuple[int, ...] | None:
-    """Take the workers that an engine before has left, where they have all that is needed: by span index, the
-    one that has it. Else they end; None."""
-    found: list[tuple[int, ...]] = []
-
-    def choose(left: Sequence[Held]) -> list[Held]:
-        by_index = {held.worker: held for held in left if held.kind == kind}
-        homes = _held_homes(topology, by_index) if by_index.keys() == set(range(count)) else None
-        if homes is None:
-            return []
-        found.append(homes)
-        return list(by_index.values())
-
-    if not processes.adopt(choose):
-        return None
-    _LOG.warning("%d workers of an engine that has ended go on, with the spans that they have", count)
-    return found[0]
-
-
-def _held_homes(topology: Topology, held: Mapping[int, Held]) -> tuple[int, ...] | None:
-    """By span index, the worker that has it, and those that stay together; None: some span is nowhere."""
-    first = leaders(topology)
-    holders: dict[int, set[int]] = {}
-    for leader, span in zip(first, topology.spans, strict=True):
-        found = {index for index, each in held.items() if span in each.spans}
-        holders[leader] = holders.get(leader, found) & found
-    return tuple(min(holders[leader]) for leader in first) if all(holders.values()) else None
 
 
 def _all_blocks(topology: Topology, blocks: Mapping[str, Block]) -> list[Block]:

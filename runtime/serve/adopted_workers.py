@@ -1,0 +1,45 @@
+"""Workers that an engine before has left, in the place of new ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from blockzoo.runtime.exec.topology import Topology
+from blockzoo.runtime.serve.span_groups import leaders
+from blockzoo.runtime.workers.head_line import Held
+from blockzoo.runtime.workers.processes import LocalProcesses
+from blockzoo.runtime.workers.settings import EngineKind
+
+_LOG = logging.getLogger(__name__)
+
+
+def adopt(
+    processes: LocalProcesses, topology: Topology, kind: EngineKind, count: int
+) -> tuple[int, ...] | None:
+    """Take the workers that an engine before has left, where they have all that is needed: by span index, the
+    one that has it. Else they end; None."""
+    found: list[tuple[int, ...]] = []
+
+    def choose(left: Sequence[Held]) -> list[Held]:
+        by_index = {held.worker: held for held in left if held.kind == kind}
+        homes = _held_homes(topology, by_index) if by_index.keys() == set(range(count)) else None
+        if homes is None:
+            return []
+        found.append(homes)
+        return list(by_index.values())
+
+    if not processes.adopt(choose):
+        return None
+    _LOG.warning("%d workers of an engine that has ended go on, with the spans that they have", count)
+    return found[0]
+
+
+def _held_homes(topology: Topology, held: Mapping[int, Held]) -> tuple[int, ...] | None:
+    """By span index, the worker that has it, and those that stay together; None: some span is nowhere."""
+    first = leaders(topology)
+    holders: dict[int, set[int]] = {}
+    for leader, span in zip(first, topology.spans, strict=True):
+        found = {index for index, each in held.items() if span in each.spans}
+        holders[leader] = holders.get(leader, found) & found
+    return tuple(min(holders[leader]) for leader in first) if all(holders.values()) else None
