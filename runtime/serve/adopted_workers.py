@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from blockzoo.runtime.exec.topology import Topology
 from blockzoo.runtime.serve.span_groups import leaders
@@ -19,20 +19,17 @@ def adopt(
 ) -> tuple[int, ...] | None:
     """Take the workers that an engine before has left, where they have all that is needed: by span index, the
     one that has it. Else they end; None."""
-    found: list[tuple[int, ...]] = []
-
-    def choose(left: Sequence[Held]) -> list[Held]:
-        by_index = {held.worker: held for held in left if held.kind == kind}
-        homes = _held_homes(topology, by_index) if by_index.keys() == set(range(count)) else None
-        if homes is None:
-            return []
-        found.append(homes)
-        return list(by_index.values())
-
-    if not processes.adopt(choose):
+    orphans = processes.orphans()
+    if orphans is None:
+        return None
+    chosen = {orphan.held.worker: orphan for orphan in orphans.found if orphan.held.kind == kind}
+    homes = None
+    if chosen.keys() == set(range(count)):
+        homes = _held_homes(topology, {index: orphan.held for index, orphan in chosen.items()})
+    if not processes.adopt(orphans, {} if homes is None else chosen):
         return None
     _LOG.warning("%d workers of an engine that has ended go on, with the spans that they have", count)
-    return found[0]
+    return homes
 
 
 def _held_homes(topology: Topology, held: Mapping[int, Held]) -> tuple[int, ...] | None:

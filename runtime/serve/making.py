@@ -20,6 +20,7 @@ from blockzoo.runtime.approx.config import ReuseConfig
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs, AdapterUnavailableError
 from blockzoo.runtime.exec.executor import Executor
 from blockzoo.runtime.exec.interface import StepExecutor
+from blockzoo.runtime.exec.span_engine import span_engine
 from blockzoo.runtime.exec.topology import Family, Span, Topology, plan_topology
 from blockzoo.runtime.kv.boundary import BoundaryCache
 from blockzoo.runtime.kv.prefix_cache import KVCache
@@ -124,13 +125,7 @@ class Making:
         for index, span in enumerate(topology.spans):
             if span not in engines:
                 try:
-                    engine = self.maker.span(
-                        [block(i) for i in span.block_ids],
-                        drops_rows=span.drops_rows,
-                        lora=dict(span.lora),
-                        scores=span.scores,
-                        drafts=span.drafts,
-                    )
+                    engine = span_engine(self.maker, span, block)
                     if runs_once:
                         first_run(engine, self.maker.arrays)
                     engines[span] = engine

@@ -138,12 +138,12 @@ def start_workers(
         InvalidRequestError: the spans do not fit in their memory.
         WorkerStartError, UnloadableError.
     """
-    count = config.workers or 1
+    count, kind = config.workers or 1, _engine_kind(zoo, maker, config)
     adopted: tuple[int, ...] | None = None
     if processes is None:
         processes = _processes(config)
         if isinstance(processes, LocalProcesses):
-            adopted = adopt(processes, topology, engine_kind(zoo, maker, config), count)
+            adopted = adopt(processes, topology, kind, count)
     group = WorkerGroup(
         processes,
         tuple(ms / 1e3 for ms in config.worker_delays_ms or [0.0] * count),
@@ -152,7 +152,8 @@ def start_workers(
     try:
         facts = group.facts
         if adopted is not None:  # what they have is there for them
-            held = engine_bytes(_all_blocks(topology, blocks), activation_dtype(maker.precision).itemsize)
+            theirs = (blocks[block_id] for span in topology.spans for block_id in span.block_ids)
+            held = engine_bytes(theirs, activation_dtype(maker.precision).itemsize)
             facts = [replace(each, memory=each.memory + held) for each in facts]
         task = placement_task(manifest, topology, blocks, maker, config, kv_bytes, facts, group.links)
         homes = _homes(task, topology, config, kv_bytes, rates) if adopted is None else adopted
@@ -167,7 +168,7 @@ def start_workers(
         homes,
         dict(num_pages),
         {index: (model.config.rope, len(rope_tables[index][0])) for index, model in models.items()},
-        engine_kind(zoo, maker, config),
+        kind,
         config.max_num_batched_tokens,
         config.max_num_seqs,
         MAX_PROMPT_LOGITS,
@@ -204,7 +205,7 @@ def start_workers(
     return Workers(group, executors, task, leaders(topology), rates, page_bytes, links)
 
 
-def engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineKind:
+def _engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineKind:
     """Of the engines in workers."""
     return EngineKind(
         zoo.resolve(),
@@ -213,10 +214,6 @@ def engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineKi
         "u8" if maker.kv_precision == "u8" else None,
         num_threads(config),
     )
-
-
-def _all_blocks(topology: Topology, blocks: Mapping[str, Block]) -> list[Block]:
-    return [blocks[block_id] for span in topology.spans for block_id in span.block_ids]
 
 
 def _processes(config: EngineConfig) -> Processes:

@@ -11,6 +11,7 @@ import signal
 import socket
 import tempfile
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,14 @@ _LOG = 2
 
 class HeadFolder:
     """Where the workers of one head wait for the next one, should it go without closing them. It goes with
-    this object."""
+    this object.
+
+    Attributes:
+        folder: of all heads.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._path = Path(tempfile.mkdtemp(dir=folder))  # of this user alone
         lock = _lock(self._path)
         assert lock is not None, "nobody else knows of it"
@@ -120,7 +126,7 @@ class Orphans:
                     self._left.append((path, lock))
                     self.found += _those_in(path)
 
-    def adopt(self, chosen: dict[int, Orphan], home: HeadFolder) -> dict[int, AdoptedProcess]:
+    def adopt(self, chosen: Mapping[int, Orphan], home: HeadFolder) -> dict[int, AdoptedProcess]:
         """Take some, and end all others."""
         taken: dict[int, AdoptedProcess] = {}
         with suppress(OSError):  # one has ended: then it is missing

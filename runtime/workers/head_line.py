@@ -15,6 +15,8 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
@@ -138,11 +140,8 @@ def _taken(connection: socket.socket, held: Held) -> tuple[HeadLine, Pair, Path]
 
 def bind(listener: socket.socket, path: Path) -> None:
     """Listen at a path of any length."""
-    folder = os.open(path.parent, os.O_PATH)
-    try:
-        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)
+    with _short(path) as name:
+        listener.bind(name)
     listener.listen(1)
 
 
@@ -150,12 +149,20 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
     """Connect to who listens there. Raises OSError."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
-    folder = os.open(path.parent, os.O_PATH)
     try:
-        connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+        with _short(path) as name:
+            connection.connect(name)
     except OSError:
         connection.close()
         raise
+    return connection
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name of the path that is as short as those of sockets have to be."""
+    folder = os.open(path.parent, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
         os.close(folder)
-    return connection

@@ -12,6 +12,7 @@ from blockzoo.engines.choose import make_engines
 from blockzoo.engines.probe import first_run
 from blockzoo.runtime.exec.adapters import AdapterCache, AdapterInputs
 from blockzoo.runtime.exec.rows import Rows
+from blockzoo.runtime.exec.span_engine import span_engine
 from blockzoo.runtime.exec.topology import ChainPlan, Copy, Span, Topology, with_copies
 from blockzoo.runtime.workers.head_line import Held
 from blockzoo.runtime.workers.part import Logits, PartExecutor
@@ -50,11 +51,10 @@ class Hosted:
         self._maker: EngineMaker = _maker(plan.kind) if before is None else before._maker
         self._zoo = zoo
         self._blocks: dict[str, Block] = {} if before is None else before._blocks
-        self._known = {} if before is None else before._by_span()
         mine = self._spans_here()
         self._maker.expect(len(mine))
-        self._engines = self._compile({index: index for index in mine})
-        self._known = {}
+        known = {} if before is None else before._by_span()
+        self._engines = self._compile({index: index for index in mine}, known)
         self._embeddings = self._embed(mine)
         self._coming: dict[int, Engine] = {}
         self._inputs = self._adapter_inputs(zoo)
@@ -66,9 +66,10 @@ class Hosted:
 
     def forget_pages(self) -> Held:
         """The head is gone, and what it had in pages with it; what is left."""
-        for number, family in enumerate(self._plan.families):  # engines are bound to their memory
-            pages = np.arange(self._plan.num_pages[family], dtype=np.int32)
-            self.executor(number, 0).discard(pages)
+        for (number, micro), executor in self._places.items():
+            if micro == 0:  # it has the pool, whose memory engines stay bound to
+                count = self._plan.num_pages[self._plan.families[number]]
+                executor.discard(np.arange(count, dtype=np.int32))
         self._places.clear()
         self._coming = {}
         return Held(self._settings.index, self._plan.kind, frozenset(self._by_span()))
@@ -93,24 +94,17 @@ class Hosted:
             self._blocks[block_id] = self._zoo.read_block(block_id)
         return self._blocks[block_id]
 
-    def _compile(self, spans: Mapping[int, int]) -> dict[int, Engine]:
-        """Engines by index, of the spans that these are or are copies of."""
+    def _compile(self, spans: Mapping[int, int], known: Mapping[Span, Engine] = {}) -> dict[int, Engine]:
+        """Engines by index, of the spans that these are or are copies of; `known`: those that are there.
+
+        Raises SpanError.
+        """
         engines: dict[int, Engine] = {}
         problems: dict[int, str] = {}
         for index, original in sorted(spans.items()):
             span = self._plan.topology.spans[original]
-            if span in self._known:
-                engines[index] = self._known[span]
-                continue
             try:
-                blocks = [self._block(block_id) for block_id in span.block_ids]
-                engines[index] = self._maker.span(
-                    blocks,
-                    drops_rows=span.drops_rows,
-                    lora=dict(span.lora),
-                    scores=span.scores,
-                    drafts=span.drafts,
-                )
+                engines[index] = known.get(span) or span_engine(self._maker, span, self._block)
             except (RuntimeError, ZooError, KeyError) as error:  # an EngineError; KeyError: no such block
                 problems[index] = str(error)
         if problems:

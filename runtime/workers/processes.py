@@ -5,13 +5,12 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from blockzoo.runtime.workers.adoption import AdoptedProcess, HeadFolder, Orphans
-from blockzoo.runtime.workers.head_line import Held
+from blockzoo.runtime.workers.adoption import AdoptedProcess, HeadFolder, Orphan, Orphans
 from blockzoo.runtime.workers.pairs import Pair
 
 _MODULE = "blockzoo.runtime.workers.worker_process"
@@ -125,19 +124,17 @@ class LocalProcesses:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
         self._home = None if folder is None else HeadFolder(folder)
         self._adopted: dict[int, AdoptedProcess] = {}
 
-    def adopt(self, choose: Callable[[Sequence[Held]], Sequence[Held]]) -> bool:
-        """Look for those that another head has left, which `choose` takes or leaves: they are what is started
-        next. Those that are left end; whether any were taken."""
-        if self._folder is None or self._home is None:
-            return False
-        orphans = Orphans(self._folder)
-        chosen = choose([orphan.held for orphan in orphans.found])
-        taken = {orphan.held.worker: orphan for orphan in orphans.found if orphan.held in chosen}
-        self._adopted = orphans.adopt(taken, self._home)
+    def orphans(self) -> Orphans | None:
+        """Those that another head has left; None: there is no folder to look into."""
+        return None if self._home is None else Orphans(self._home.folder)
+
+    def adopt(self, orphans: Orphans, chosen: Mapping[int, Orphan]) -> bool:
+        """Start some of them next, and end all others; whether any are left of these."""
+        assert self._home is not None, "it found them"
+        self._adopted = orphans.adopt(chosen, self._home)
         return bool(self._adopted)
 
     def start(self, index: int) -> WorkerProcess:
