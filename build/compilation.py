@@ -86,7 +86,9 @@ class Compilation:
         asked = options.weights if name not in self.given or self.can_be_quantized(name) else None
         if found is None or asked is None:
             return found is None and asked is None
-        return (found.weights, found.probe, found.max_kl) == (asked, self.probe_name, self.max_kl(asked))
+        same_group = asked != "int8" or options.group_size in (None, found.group)
+        same = (found.weights, found.probe, found.max_kl) == (asked, self.probe_name, self.max_kl(asked))
+        return same and same_group
 
     def can_be_quantized(self, name: str) -> bool:
         """Whether the blocks of a model are there as they were given."""

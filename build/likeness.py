@@ -40,6 +40,11 @@ class Judged:
         longest = max(max(map(len, self.prompts)) + NUM_GENERATED, *(len(text.tokens) for text in self.texts))
         return ProbeChain(maker, blocks, self.config, longest, self.adapters)
 
+    def distributions(self, maker: EngineMaker, blocks: Sequence[Block]) -> list[np.ndarray]:
+        """Of one of its chains, over each text: log-probabilities, float32 [tokens that count, vocab]."""
+        chain = self.chain(maker, blocks)
+        return [_distributions(chain, text) for text in self.texts]
+
 
 class Reference:
     """What a model says with its weights as they were given, in f32.

@@ -6,7 +6,7 @@ some model uses them. A quantized block knows what it was made of, so models tha
 becomes of it, also those that are added later.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,9 @@ class Quantizer:
         progress: told of.
     """
 
+    group = GROUP
+    """Columns that share a scale in blocks of 8 bits."""
+
     def __init__(
         self, draft: Draft, name: str, record: ModelRecord, calibration: Calibration, progress: Progress
     ) -> None:
@@ -105,22 +108,32 @@ class Quantizer:
 
     def keeps(self, position: int, dtype: QuantizedDtype) -> bool:
         """Whether the block there loses nothing, as all its matrices lie on a grid that can be kept."""
-        spec, block = self._spec(position), self._draft.zoo.read_block(self._record.chain[position])
-        return all(
-            _kept(block.tensors[name], dtype, _grid(dtype, name, block.tensors[name].shape[1])[0]) is not None
-            for name in matrix_names(spec)
-        )
+        return all(self._kept(position, dtype))
+
+    def keeps_some(self, position: int, dtype: QuantizedDtype) -> bool:
+        """Whether any of its matrices does."""
+        return any(self._kept(position, dtype))
+
+    def _kept(self, position: int, dtype: QuantizedDtype) -> Iterator[bool]:
+        """Of each matrix of the block there, whether it lies on a grid that can be kept."""
+        tensors = self._draft.zoo.read_block(self._record.chain[position]).tensors
+        for name in matrix_names(self._spec(position)):
+            kind, _ = _grid(dtype, name, tensors[name].shape[1], self.group)
+            yield _kept(tensors[name], dtype, kind) is not None
 
     def _spec(self, position: int) -> BlockSpec:
         return self._draft.manifest.blocks[self._record.chain[position]].spec
 
     def _find(self, position: int, dtype: QuantizedDtype) -> str | None:
         """The whole block in the zoo that the one there is in `dtype`; None where there is none."""
-        wanted, tied_to = QuantizedRecord(self._record.chain[position], dtype), self._tied_to(position)
+        wanted, tied_to = self._made_of(position, dtype), self._tied_to(position)
         for key, record in self._draft.manifest.blocks.items():
             if record.quantized == wanted and record.tied_to == tied_to and self._draft.is_whole(key):
                 return key
         return None
+
+    def _made_of(self, position: int, dtype: QuantizedDtype) -> QuantizedRecord:
+        return QuantizedRecord(self._record.chain[position], dtype, self.group if dtype == "i8" else GROUP)
 
     def _tied_to(self, position: int) -> str | None:
         """The quantized embedding that a tied head takes its matrix from."""
@@ -129,14 +142,14 @@ class Quantizer:
 
     def _store(self, position: int, dtype: QuantizedDtype, met: Met | None) -> None:
         key, spec, tied_to = self._record.chain[position], self._spec(position), self._tied_to(position)
-        made_of = QuantizedRecord(key, dtype)
+        made_of = self._made_of(position, dtype)
         if self._draft.writer is None:
-            size = quantized_bytes(spec, self._draft.tensors_of(key), dtype)
+            size = quantized_bytes(spec, self._draft.tensors_of(key), dtype, made_of.group)
             self._draft.expect(spec, dtype, size, tied_to, made_of)
             return
         given = self._draft.zoo.read_block(key)
         names = chain_names(self._record.config)[position]
-        tensors = quantized_tensors(spec, given.tensors, dtype, names, met)
+        tensors = quantized_tensors(spec, given.tensors, dtype, names, met, made_of.group)
         given.drop_pages()
         self._draft.store(
             CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to), lambda: tensors, made_of
@@ -149,6 +162,7 @@ def quantized_tensors(
     dtype: QuantizedDtype,
     names: Mapping[str, str],
     met: Met | None,
+    group: int = GROUP,
 ) -> dict[str, BlockTensor]:
     """The tensors of a block with its matrices rounded (see `rounding.rounded`), unless they lie on a grid
     that can be kept, as those of a GGUF file may; all others as they are.
@@ -160,12 +174,13 @@ def quantized_tensors(
         dtype: of the integers.
         names: its tensors' names -> HF names.
         met: what its matrices are multiplied with; None: they are rounded to nearest.
+        group: columns that share a scale, in 8 bits.
     """
     made = {name: tensors[name] for name in tensor_shapes(spec)}
     changes: dict[str, np.ndarray] = {}
     for name in matrix_names(spec):
         values = given = tensors[name].to_f32()
-        kind, group = _grid(dtype, name, values.shape[1])
+        kind, columns = _grid(dtype, name, values.shape[1], group)
         kept = _kept(tensors[name], dtype, kind)
         if kept is not None:
             made[name] = kept
@@ -176,31 +191,35 @@ def quantized_tensors(
             if dtype == "i4" and changes and name == PROJECTIONS[spec.kind][-1]:
                 gram, lost = met.after(changes, names[name])
                 values = corrected(values, gram, lost)
-        made[name] = rounded(values, kind, group, gram)
+        made[name] = rounded(values, kind, columns, gram)
         if met is not None:
             changes[names[name]] = made[name].to_f32() - given
     return made
 
 
-def quantized_bytes(spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: QuantizedDtype) -> int:
+def quantized_bytes(
+    spec: BlockSpec, tensors: Mapping[str, BlockTensor], dtype: QuantizedDtype, group: int
+) -> int:
     """The bytes of what `quantized_tensors` gives."""
     matrices = matrix_names(spec)
     total = sum(tensors[name].num_bytes for name in tensor_shapes(spec) if name not in matrices)
     for name in matrices:
         rows, columns = tensors[name].shape
-        kind, group = _grid(dtype, name, columns)
+        kind, together = _grid(dtype, name, columns, group)
         kept = _kept(tensors[name], dtype, kind)
         if kept is not None:
             total += kept.num_bytes
             continue
-        total += rows * columns // (2 if kind == "i4" else 1) + 4 * rows * (columns // group)
+        total += rows * columns // (2 if kind == "i4" else 1) + 4 * rows * (columns // together)
     return total
 
 
-def _grid(dtype: QuantizedDtype, name: str, columns: int) -> tuple[QuantizedDtype, int]:
-    """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
+def _grid(dtype: QuantizedDtype, name: str, columns: int, group: int) -> tuple[QuantizedDtype, int]:
+    """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups, and small ones."""
     if columns % GROUP:
         return "i8", columns
+    if dtype == "i8":
+        return "i8", GROUP if columns % group else group
     return "i8" if name in _IN_EIGHT else dtype, GROUP
 
 

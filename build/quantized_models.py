@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from blockzoo.build import groups
 from blockzoo.build.bits import Trial, affordable
 from blockzoo.build.draft import Draft
 from blockzoo.build.likeness import Judged, Reference
@@ -18,7 +19,7 @@ from blockzoo.build.sources import Source
 from blockzoo.build.verify import VerificationError, check_memory
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.manifest import ModelRecord, QuantizationFigures, QuantizationRecord
-from blockzoo.zoo.packing import QuantizedDtype
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
 Weights = Literal["int8", "int4", "auto"]
 
@@ -43,6 +44,7 @@ class Asked:
         judge: whether it is judged at all; "auto" is in any case.
         threads: of engines.
         num_texts: of its own that rounding looks at; 0: rounds to nearest.
+        group: columns that share a scale in "int8"; None: as many as the model bears.
     """
 
     weights: Weights
@@ -52,6 +54,7 @@ class Asked:
     judge: bool
     threads: int | None
     num_texts: int
+    group: int | None = None
 
 
 def quantize(
@@ -75,7 +78,8 @@ def quantize(
         VerificationError: it is further from what was given than it may be.
     """
     model = _Model(source, draft, record, asked, dtype, maker, progress)
-    empty = QuantizationRecord(asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name)
+    group = model.choose_group()
+    empty = QuantizationRecord(asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name, group)
     if draft.writer is None:
         chain = model.made(model.uniform())
         return replace(record, chain=chain, quantization=empty)
@@ -124,6 +128,39 @@ class _Model:
         )
         calibration = Calibration(lambda: oracle_for(source, True, dtype), self._text.calibration)
         self._quantizer = Quantizer(draft, source.name, record, calibration, progress)
+
+    def choose_group(self) -> int:
+        """How many columns share a scale in blocks of 8 bits, from now on: a block of another model's tells,
+        so that it is shared, else the model itself. Raises VerificationError for too little memory."""
+        if self._asked.weights == "int8":
+            self._quantizer.group = self._asked.group or self._group()
+        return self._quantizer.group
+
+    def _group(self) -> int:
+        record, draft = self._record, self._draft
+        stored = groups.in_use(draft.manifest.blocks, record.chain)
+        if stored is not None:
+            return stored
+        if draft.writer is None:  # there is nothing to try
+            return GROUP
+        blocks = [draft.zoo.read_block(key) for key in record.chain]
+        keeps_some = (self._quantizer.keeps_some(at, "i8") for at in range(len(blocks)))
+        if not groups.fitting(blocks) or any(keeps_some):  # what is kept has these groups in any case
+            return GROUP
+        from blockzoo.engines.openvino.engine import RoundedActivations  # heavy
+
+        return groups.largest_borne(
+            self._judged(),
+            blocks,
+            self._maker("f32"),
+            lambda group: RoundedActivations(self._asked.threads, group),
+            groups.SHARE * self._asked.max_kl,
+        )
+
+    def _judged(self) -> Judged:
+        adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
+        text, record = self._text, self._record
+        return Judged(self._source.name, record.config, adapters, text.prompts(), text.judged())
 
     def uniform(self) -> Choice:
         """As much as is asked for, of every block."""
@@ -201,17 +238,13 @@ class _Model:
 
     def judged(self, chain: Sequence[str], record: QuantizationRecord) -> QuantizationRecord:
         """With the figures of a chain. Raises VerificationError beyond the bound."""
-        from blockzoo.engines.openvino.engine import OpenVINOEngines, multiplies_int8  # heavy
+        from blockzoo.engines.openvino.engine import OpenVINOEngines, RoundedActivations, multiplies_int8
 
-        name = self._source.name
-        prompts = self._text.prompts()
-        texts = self._text.judged()
-        adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self._record.adapters.items()}
-        judged = Judged(name, self._record.config, adapters, prompts, texts)
+        name, judged = self._source.name, self._judged()
         given, blocks = (
             [self._draft.zoo.read_block(key) for key in keys] for keys in (self._record.chain, chain)
         )
-        what, steps = f"judging {name}", len(prompts) + 4
+        what, steps = f"judging {name}", len(judged.prompts) + 4
         reference = Reference(
             judged, self._maker("f32"), given, lambda done: self._progress(what, done, steps)
         )
@@ -224,9 +257,13 @@ class _Model:
             self._progress(what, steps - 2, steps)
             figures[f"given {serving.precision}"] = reference.figures(serving, given)
         self._progress(what, steps - 1, steps)
-        if multiplies_int8():
-            engines = OpenVINOEngines(num_threads=self._asked.threads, int8_activations=True)
-            figures[_ROUNDED] = reference.figures(engines, blocks)
+        threads = self._asked.threads
+        rounding = (
+            OpenVINOEngines(num_threads=threads, int8_activations=True)
+            if multiplies_int8()
+            else RoundedActivations(threads)
+        )
+        figures[_ROUNDED] = reference.figures(rounding, blocks)
         self._progress(what, steps, steps)
         for how in ("f32", _ROUNDED, serving.precision):
             if how in figures and not np.isfinite(figures[how].kl):
@@ -237,5 +274,5 @@ class _Model:
                 f"nats (same top token {figures['f32'].top1:.1%}); at most {record.max_kl:g} are allowed: "
                 "ask for more bits, or raise --max-kl"
             )
-        count = sum(len(text.tokens) - text.start for text in texts)
+        count = sum(len(text.tokens) - text.start for text in judged.texts)
         return replace(record, perplexity=reference.perplexity, figures=figures, num_tokens=count)

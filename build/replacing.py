@@ -133,6 +133,7 @@ def quantize(job: Compilation, source: Source, encoded: list[list[int]], asked: 
             judge=job.options.verify,
             threads=job.options.threads,
             num_texts=job.options.calibration_texts,
+            group=job.options.group_size,
         ),
         job.options.dtype,
         job.maker,

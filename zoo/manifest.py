@@ -20,7 +20,7 @@ from blockzoo.zoo.errors import CheckpointError, ManifestError
 from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.names import is_name
-from blockzoo.zoo.packing import QuantizedDtype
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 from blockzoo.zoo.strict_json import decode, encode
 
 SCHEMA_VERSION = 2
@@ -110,6 +110,8 @@ class QuantizedRecord:
     """Id of the block with its weights as they were given, which need not be stored."""
     dtype: QuantizedDtype
     """What was asked for: a matrix that no group of 4 bits divides has 8."""
+    group: int = field(default=GROUP, metadata={"added": True})
+    """Columns that share a scale, in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +282,8 @@ class QuantizationRecord:
     """Of the probe text."""
     probe: str
     """Name of the probe file; "built-in" without one."""
+    group: int = field(default=GROUP, metadata={"added": True})
+    """Columns that share a scale in blocks of 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,11 @@ LIMITS: dict[QuantizedDtype, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7
 """The least and the largest integer in use."""
 
 GROUP = 32
-"""Columns that share a scale in what is made here, where it divides; a file may have any."""
+"""Columns that share a scale in what is made here, where it divides and no other number is chosen; a file may
+have any."""
+
+GROUPS = (128, 64, GROUP)
+"""What 8 bits are made with."""
 
 
 def pack_i4(integers: np.ndarray) -> np.ndarray:

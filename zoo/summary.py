@@ -74,7 +74,8 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     )
     shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
     bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
-    lines = [f"weights {found.weights}: {blocks}, {bits:.1f} bits a value"]
+    groups = f" in groups of {found.group}" if found.weights == "int8" else ""
+    lines = [f"weights {found.weights}{groups}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (
             f"; over {found.num_tokens} tokens of {found.probe} text, perplexity {found.perplexity:.4g}"

@@ -16,8 +16,9 @@ from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.kv_pages import KVPrecision, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span
-from blockzoo.engines.openvino.weights import openvino_tensor
+from blockzoo.engines.openvino.weights import Rounding, openvino_tensor
 from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.packing import GROUP, GROUPS
 from blockzoo.zoo.store import Zoo
 
 # OpenVINO keeps the kernels that it has made for the shapes of each compiled model, 5000 a model unless told
@@ -28,7 +29,6 @@ _KEPT_KERNELS = 512
 _FEWEST_KERNELS, _MOST_KERNELS = 32, 256  # of a span
 
 _CPUINFO = Path("/proc/cpuinfo")
-_ACTIVATION_GROUP = 32  # activations of a row that share a scale, where they are rounded
 
 _DTYPES = {"H": "bf16", "f": "f32", "i": "i32", "B": "u8"}  # numpy's type characters
 
@@ -101,7 +101,8 @@ class OpenVINOEngines:
             hardware (avx512_bf16, amx_bf16) and f32 elsewhere.
         num_threads: compute threads; None leaves OpenVINO's choice (the physical cores).
         int8_activations: multiply quantized weights with activations rounded to 8 bits on the fly, in groups
-            of a row, the rest in f32. Without, they are unpacked to the precision as they are multiplied.
+            of a row as large as those of the weights, the rest in f32. Without, weights are unpacked to the
+            precision as they are multiplied.
         kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`); None: in the precision.
 
     Raises:
@@ -142,7 +143,6 @@ class OpenVINOEngines:
             "KV_CACHE_PRECISION": self.kv_precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if int8_activations else 0,
             "ENABLE_CPU_PINNING": False,  # engines that run at the same time would share the same cores
         }
         if self.kv_precision == "u8":  # by channel, keys of a page would be rounded anew with each token
@@ -208,12 +208,17 @@ class OpenVINOEngines:
 
     def _compile(self, blocks: Sequence[Block], spec: SpanSpec, rounds: bool) -> ov.CompiledModel:
         """`rounds`: activations to 8 bits, whatever others do, between hidden states, K and V like theirs."""
-        if not rounds or self.int8_activations:
-            model = build_span(blocks, spec, self.precision, self.int8_activations)
-            return self._core.compile_model(model, "CPU", self._properties)
-        model = build_span(blocks, spec, self.precision, True, self.kv_precision == "bf16")
-        given = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP}
-        return self._core.compile_model(model, "CPU", self._properties | given)
+        rounding, given, in_bf16 = self._rounding(blocks), self._properties, False
+        if rounds and rounding is None:
+            rounding, in_bf16 = Rounding(_common_group(blocks), "plugin"), self.kv_precision == "bf16"
+            given = given | {"INFERENCE_PRECISION_HINT": "f32"}
+        group = rounding.group if rounding is not None and rounding.how == "plugin" else 0
+        model = build_span(blocks, spec, self.precision, rounding, in_bf16)
+        given = given | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": group}
+        return self._core.compile_model(model, "CPU", given)
+
+    def _rounding(self, blocks: Sequence[Block]) -> Rounding | None:
+        return Rounding(_common_group(blocks), "plugin") if self.int8_activations else None
 
     def _check_pages(self, compiled: ov.CompiledModel, head_dim: int) -> None:
         """Pages are this process's to lay out: make sure that the operator reads them so."""
@@ -227,6 +232,34 @@ class OpenVINOEngines:
                     f"{' x '.join(found)}, expected {' x '.join(map(str, expected))}: leave the KV precision "
                     "out, or use the version that is pinned"
                 )
+
+
+class RoundedActivations(OpenVINOEngines):
+    """Engines in f32 that round activations to 8 bits as nodes of their graphs: they give what those with
+    `int8_activations` do, but on any CPU, and slowly. For judging what rounding loses.
+
+    Args:
+        num_threads: as of `OpenVINOEngines`.
+        group: neighbours in a row that share a scale, beside all weights; None: beside quantized ones, and as
+            many as theirs.
+    """
+
+    def __init__(self, num_threads: int | None = None, group: int | None = None) -> None:
+        super().__init__("f32", num_threads)
+        self._group = group
+
+    def _rounding(self, blocks: Sequence[Block]) -> Rounding:
+        if self._group is not None:
+            return Rounding(self._group, "graph, everywhere")
+        return Rounding(_common_group(blocks), "graph")
+
+
+def _common_group(blocks: Sequence[Block]) -> int:
+    """Activations of a row that share a scale, which divide the groups of all weights beside which they are
+    rounded: in others OpenVINO takes several times as long, or does not round."""
+    tensors = (tensor for block in blocks for tensor in block.tensors.values() if tensor.scales is not None)
+    sizes = {tensor.shape[1] // tensor.scales.shape[1] for tensor in tensors if tensor.scales is not None}
+    return next((group for group in GROUPS if sizes and not any(size % group for size in sizes)), GROUP)
 
 
 def _is_quantized(blocks: Sequence[Block]) -> bool:

@@ -16,7 +16,7 @@ from openvino.op import Parameter, _PagedAttentionExtension
 
 from blockzoo.engines.base import Precision, SpanSpec
 from blockzoo.engines.openvino.tiles import products as adapted_products
-from blockzoo.engines.openvino.weights import TYPES, Node, constant, products
+from blockzoo.engines.openvino.weights import TYPES, Node, Rounding, constant, products
 from blockzoo.zoo.blocks import AttnSpec, Block, BlockTensor, FfnSpec, HeadSpec
 
 
@@ -24,17 +24,17 @@ def build_span(
     blocks: Sequence[Block],
     spec: SpanSpec,
     precision: Precision,
-    rounds: bool = False,
+    rounding: Rounding | None = None,
     attends_in_bf16: bool = False,
 ) -> Model:
     """The graph of consecutive blocks; inputs and outputs are named as in `engines.base.Engine`.
 
     Args:
         precision: of hidden states, and of K and V where these are not in 8 bits.
-        rounds: whether activations are to be rounded to 8 bits where weights are quantized.
-        attends_in_bf16: whether that is where attention alone is computed in bf16, for the pages' sake.
+        rounding: of activations to 8 bits; None: they stay as they are.
+        attends_in_bf16: whether attention alone is computed in bf16, for the pages' sake.
     """
-    return _SpanBuilder(spec, precision, rounds, attends_in_bf16).build(blocks)
+    return _SpanBuilder(spec, precision, rounding, attends_in_bf16).build(blocks)
 
 
 def _vector(tensor: BlockTensor) -> Node:
@@ -58,8 +58,10 @@ def _rotate(x: Node, cos: Node, sin: Node, head_dim: int) -> Node:
 
 
 class _SpanBuilder:
-    def __init__(self, spec: SpanSpec, precision: Precision, rounds: bool, attends_in_bf16: bool) -> None:
-        self._spec, self._rounds, self._attends_in_bf16 = spec, rounds, attends_in_bf16
+    def __init__(
+        self, spec: SpanSpec, precision: Precision, rounding: Rounding | None, attends_in_bf16: bool
+    ) -> None:
+        self._spec, self._rounding, self._attends_in_bf16 = spec, rounding, attends_in_bf16
         self._dtype = TYPES[precision]
         self._params: list[Parameter] = []
         self._rows: Node | None = None
@@ -151,7 +153,7 @@ class _SpanBuilder:
 
     def _project(self, x: Node, adapted: Node, block: Block, index: int, name: str) -> Node:
         """x W^T, with the bias and the adapters' part where there are any; `adapted`: see `_adapted_rows`."""
-        y, bias = products(x, [block.tensors[name]], self._rounds), block.tensors.get(f"{name}_bias")
+        y, bias = products(x, [block.tensors[name]], self._rounding), block.tensors.get(f"{name}_bias")
         y = y if bias is None else op.add(y, _vector(bias))
         return self._add_lora(y, adapted, index, name)
 
@@ -169,7 +171,7 @@ class _SpanBuilder:
     def _attention(self, x: Node, block: Block, spec: AttnSpec, layer: int, index: int) -> Node:
         t = block.tensors
         normed = _rms_norm(x, t["norm"], spec.rms_norm_eps)
-        qkv = products(normed, [t["q"], t["k"], t["v"]], self._rounds)
+        qkv = products(normed, [t["q"], t["k"], t["v"]], self._rounding)
         if spec.qkv_bias:
             biases = np.concatenate([t[name].to_f32() for name in ("q_bias", "k_bias", "v_bias")])
             qkv = op.add(qkv, op.constant(biases))
@@ -231,4 +233,4 @@ class _SpanBuilder:
 
     def _head(self, x: Node, block: Block, spec: HeadSpec) -> Node:
         normed = _rms_norm(x, block.tensors["norm"], spec.rms_norm_eps)
-        return products(normed, [block.tensors["weight"]], self._rounds)
+        return products(normed, [block.tensors["weight"]], self._rounding)

@@ -4,7 +4,7 @@ are stored; the CPU plugin packs them at the first inference."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import openvino.opset15 as op
@@ -21,6 +21,16 @@ TYPES = {"bf16": Type.bf16, "f16": Type.f16, "f32": Type.f32, "i32": Type.i32}
 TYPES |= {"u8": Type.u8, "i8": Type.i8, "i4": Type.i4}
 
 
+class Rounding(NamedTuple):
+    """Of activations to 8 bits, where they are multiplied."""
+
+    group: int
+    """Neighbours in a row that share a scale."""
+    how: Literal["plugin", "graph", "graph, everywhere"]
+    """By the CPU plugin, beside quantized weights, if it has that for this CPU; or as nodes of the graph,
+    which any CPU computes, beside quantized weights or all."""
+
+
 def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
     """A zero-copy ov.Tensor over a C-contiguous array; bf16 and f16 data are given by their bits.
 
@@ -30,26 +40,43 @@ def openvino_tensor(array: np.ndarray, dtype: str) -> Tensor:
     return Tensor(array.view(np.int16) if dtype == "bf16" else array, list(array.shape), TYPES[dtype])
 
 
-def products(x: Node, parts: Sequence[BlockTensor], rounds: bool) -> Node:
+def products(x: Node, parts: Sequence[BlockTensor], rounding: Rounding | None) -> Node:
     """The products x W^T [rows, out] with matrices of equal width side by side; those of one type in one go.
 
     Args:
         x: [rows, in], f32 in the graph.
-        rounds: whether x is to be rounded to 8 bits where a matrix is quantized.
+        rounding: of x; None: it stays as it is.
     """
-    made = [_product(x, *_stacked(run), rounds) for run in runs_of_a_type(parts)]
+    made = [_product(x, *_stacked(run), rounding) for run in runs_of_a_type(parts)]
     return made[0] if len(made) == 1 else op.concat(made, -1)
 
 
-def _product(x: Node, tensor: BlockTensor, copy: bool, rounds: bool) -> Node:
+def _product(x: Node, tensor: BlockTensor, copy: bool, rounding: Rounding | None) -> Node:
     offsets = tensor.offsets
-    if offsets is None or not rounds:
+    if rounding is None:
         return op.matmul(x, _weight(tensor, offsets, copy), False, True)
+    quantized = tensor.scales is not None
+    spelled_out = rounding.how == "graph, everywhere" or (quantized and rounding.how == "graph")
+    multiplied = _rounded(x, tensor.shape[1], rounding.group) if spelled_out else x
     # beside zero points x would not be rounded: so the offsets are multiplied with the sums of x by group
-    scaled = op.matmul(x, _weight(tensor, None, copy), False, True)
+    scaled = op.matmul(multiplied, _weight(tensor, None, copy), False, True)
+    if offsets is None:
+        return scaled
     groups = op.reshape(x, constant([0, offsets.shape[1], -1]), True)
     theirs = Constant(openvino_tensor(offsets, "f32"), shared_memory=not copy)
     return op.add(scaled, op.matmul(op.reduce_sum(groups, constant([2]), False), theirs, False, True))
+
+
+def _rounded(x: Node, width: int, group: int) -> Node:
+    """x [rows, width] in integers from -127 to 127 times a scale for each group; as it is, where these do not
+    divide the width."""
+    if width % group:
+        return x
+    groups = op.reshape(x, constant([0, -1, group]), True)
+    largest = op.reduce_max(op.abs(groups), constant([2]), True)
+    scale = op.divide(op.maximum(largest, constant(1e-30, np.float32)), constant(127, np.float32))
+    integers = op.round(op.divide(groups, scale), "half_to_even")
+    return op.reshape(op.multiply(integers, scale), constant([0, width]), True)
 
 
 def constant(value: object, dtype: Any = np.int64) -> Node:

@@ -151,7 +151,7 @@ def test_figures_are_kept_and_shown(
     given = ["-o", str(zoo), "--weights", "int8", "--no-profile", "--probe", str(probe), "--max-kl", "0.2"]
     assert main([f"one={pair['one']}", *given]) == 0
     said = capsys.readouterr().out
-    assert "weights int8: 1 blocks bf16" in said
+    assert "weights int8 in groups of 32: 1 blocks bf16" in said
     assert ", 9.0 bits a value; over" in said  # 8, and a scale of 32 for 32 columns
     found = record(zoo, "one").quantization
     assert found is not None
