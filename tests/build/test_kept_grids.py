@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from gguf_files import write_gguf
 
 from blockzoo.build import quantize
 from blockzoo.build.pipeline import CompileOptions, compile_models
+from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
-from blockzoo.engines.openvino.engine import multiplies_int8
+from blockzoo.engines.openvino.engine import RoundedActivations, multiplies_int8
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.engines.reference import ReferenceEngines
 from blockzoo.zoo.store import Zoo
@@ -65,12 +67,32 @@ def test_logits_are_those_of_the_file(maker: type, zoos: dict[str, Zoo]) -> None
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.skipif(not multiplies_int8(), reason="the CPU has no VNNI")
-def test_activations_are_rounded_beside_offsets(zoos: dict[str, Zoo]) -> None:
+@pytest.mark.parametrize("by_plugin", [True, False])
+def test_activations_are_rounded_beside_offsets(by_plugin: bool, zoos: dict[str, Zoo]) -> None:
+    if by_plugin and not multiplies_int8():
+        pytest.skip("the CPU has no VNNI")
     exact = logits(zoos["given"], OpenVINOEngines("f32"))
-    found = logits(zoos["int4"], OpenVINOEngines(int8_activations=True))
+    maker = OpenVINOEngines(int8_activations=True) if by_plugin else RoundedActivations()
+    found = logits(zoos["int4"], maker)
     strayed = float(np.abs(found - exact).max() / np.abs(exact).max())
     assert 1e-4 < strayed < 0.05
+
+
+def test_tensorrt_plans_take_their_values(
+    zoos: dict[str, Zoo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With onnxruntime in the place of the GPU; weights as inputs of the plans, and as their constants."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "integration")
+    from onnx_device import onnx_engines
+
+    exact = logits(zoos["given"], OpenVINOEngines("f32"))
+    for baked in (False, True):
+        path = Path(shutil.copytree(zoos["int4"].path, tmp_path / str(baked)))
+        plans = TensorRTOptions(targets=("sm89",), precision="f32", bake_weights=baked)
+        compile_models({}, path, CompileOptions(verify=False, profile=False, tensorrt=plans))
+        zoo = Zoo.open(path)
+        np.testing.assert_allclose(logits(zoo, onnx_engines(zoo)), exact, atol=2e-4, rtol=1e-4)
 
 
 def test_an_automatic_choice_takes_all_of_them(
