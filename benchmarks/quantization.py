@@ -6,8 +6,8 @@ The file is in Q4_1, a grid that int4 and auto keep. With --dtype bf16 its value
 which leaves none, as in most checkpoints: what is measured then is rounding. Every side follows the answers
 that the f32 model gives greedily to chats, token by token: how often its own likeliest token is that of the
 f32 model, and how far its distributions are (KL, in nats). Bytes are those of the model's blocks in the zoo.
-Nothing is timed. With --texts 0 matrices are rounded to nearest. Activations in 8 bits are rounded by nodes of
-the graph where the CPU has no VNNI.
+Nothing is timed. With --texts 0 matrices are rounded to nearest. Activations in 8 bits are rounded by
+nodes of the graph where the CPU has no VNNI.
 """
 
 from __future__ import annotations
