@@ -22,9 +22,9 @@ from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
 from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
-_IN_EIGHT = ("v",)
-"""Matrices that keep 8 bits in a block of 4: small ones where heads share V, whose errors go into every token
-that looks at theirs."""
+_IN_EIGHT = ("k", "v")
+"""Matrices that keep 8 bits in a block of 4: small ones where heads share K and V, whose errors go into every
+token that looks at theirs."""
 
 Choice = Mapping[int, QuantizedDtype]
 """Position in a chain -> what the block there is stored in; others stay as they were given."""

@@ -70,8 +70,8 @@ def test_blocks_are_stored_in_the_bits_asked_for(pair: dict[str, Path], tmp_path
             assert block.quantized is not None
             for name, tensor in own.items():
                 assert (tensor.dtype == "bf16") == (len(tensor.shape) == 1), name
-                if name in ("q", "v"):
-                    assert tensor.dtype == ("i8" if name == "v" else inner)
+                if name in ("q", "k", "v", "o"):
+                    assert tensor.dtype == ("i8" if name in ("k", "v") else inner)
 
 
 def test_models_share_quantized_blocks_as_they_shared_the_given_ones(

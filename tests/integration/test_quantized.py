@@ -257,6 +257,6 @@ def test_weights_stay_packed_in_the_compiled_graph(
         kind = node.get_rt_info()["layerType"].value
         if kind in ("FullyConnected", "MatMul"):
             kinds.setdefault(kind, []).append(str(node.input(1).get_element_type()))
-    # q and k, o, gate, up and down of six layers in 4 bits; v and the head in 8
+    # q, o, gate, up and down of six layers in 4 bits; k and v, and the head, in 8
     assert sorted(kinds["FullyConnected"]) == ["<Type: 'int4_t'>"] * 30 + ["<Type: 'int8_t'>"] * 7
     assert "MatMul" not in kinds
