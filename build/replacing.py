@@ -140,7 +140,7 @@ def _to_quantize(
     done = record.quantization
     kept = done is not None and (done.figures or not job.options.verify)
     if report.status == "unchanged" and kept and all(map(job.draft.is_whole, record.chain)):
-        job.note_all(name, quantization_texts(job.manifest, record))
+        _take(job, name, record, record.chain)
         return None
     given = replace(record, chain=tuple(_chain_to_quantize(job, name)))
     how = quantized_models.Asked(
@@ -159,7 +159,8 @@ def _without_twins(job: Compilation, models: Sequence[GivenModel]) -> list[Given
     """Models of which no other one of equal weights is quantized, or comes before them here."""
     found: list[GivenModel] = []
     for model in models:
-        same = any(weights(model.record) == weights(other.record) for other in found)
+        whole = [other for other in found if not other.record.replaced_blocks]
+        same = any(weights(model.record) == weights(other.record) for other in whole)
         if not same and _quantized_twin(job, model.record) is None:
             found.append(model)
     return found
