@@ -62,15 +62,15 @@ class _Family:
 
     def __init__(self, draft: Draft, models: Sequence[GivenModel], progress: Progress) -> None:
         self._draft, self._models, self._progress = draft, models, progress
-        self._made: dict[tuple[str, QuantizedDtype], str] = {}  # (block as given, dtype) -> block
-        self._four: dict[str, QuantizedDtype] = {}
-        self._kept: set[str] = set()  # those that lose nothing in 4 bits
-        for model in models:
-            self._make(model)
         names = {model.name for model in models}
         others = [record.chain for name, record in draft.manifest.models.items() if name not in names]
         made_of = (draft.manifest.blocks[key].quantized for chain in others for key in chain)
         self._stored = {(each.source, each.dtype) for each in made_of if each is not None}
+        self._made: dict[tuple[str, QuantizedDtype], str] = {}  # (block as given, dtype) -> block
+        self._eight: dict[str, QuantizedDtype] = {}
+        self._four: dict[str, QuantizedDtype] = {}
+        for model in models:
+            self._make(model)
         self._open: tuple[str, Trial] | None = None
 
     def bits(self) -> _Bits:
@@ -88,23 +88,24 @@ class _Family:
         raise AssertionError("the last start changes nothing")
 
     def _make(self, model: GivenModel) -> None:
+        """Have what may be chosen in the draft. What loses nothing in 4 bits is not made in 8."""
         chain = model.record.chain
-        choices = [uniform(self._draft, chain, dtype) for dtype in _BITS]
-        model.quantizer.make(choices)
-        for choice in choices:
+        eight, four = (uniform(self._draft, chain, dtype) for dtype in _BITS)
+        for at, key in enumerate(chain):
+            if four.get(at) == "i4" and key not in self._four and (key, "i8") not in self._stored:
+                eight[at] = "i4" if model.quantizer.keeps(at, "i4") else "i8"
+            elif key in self._eight:
+                eight[at] = self._eight[key]
+        model.quantizer.make([eight, four])
+        for bits, choice in ((self._eight, eight), (self._four, four)):
             made = model.quantizer.chain(choice)
+            bits |= {chain[at]: dtype for at, dtype in choice.items()}
             self._made |= {(chain[at], dtype): made[at] for at, dtype in choice.items()}
-        for at, dtype in choices[1].items():
-            if chain[at] not in self._four and dtype == "i4" and model.quantizer.keeps(at, "i4"):
-                self._kept.add(chain[at])
-            self._four[chain[at]] = dtype
 
     def _starts(self) -> Iterator[_Start]:
         """The coarsest first: as stored before, else in 8 bits; all in 8 bits; as given."""
-        stored, four = self._stored, self._four
-        free = {key for key in four if four[key] == "i4" and (key, "i8") not in stored}
-        eight: dict[str, QuantizedDtype] = {key: "i4" if key in self._kept & free else "i8" for key in four}
-        free -= self._kept
+        stored, eight, four = self._stored, self._eight, self._four
+        free = [key for key in four if four[key] != eight[key] and (key, "i8") not in stored]
         saved: dict[_Step, int] = {(key,): self._bytes(key, "i8") - self._bytes(key, "i4") for key in free}
         taken = {key: four[key] for key in free if (key, "i4") in stored}
         if taken:
@@ -122,11 +123,8 @@ class _Family:
 
     def _bytes(self, key: str, dtype: QuantizedDtype) -> int:
         """That a block takes in the zoo: none where it is there."""
-        return (
-            0
-            if (key, dtype) in self._stored
-            else self._draft.manifest.blocks[self._made[key, dtype]].num_bytes
-        )
+        made = self._draft.manifest.blocks[self._made[key, dtype]]
+        return 0 if (key, dtype) in self._stored else made.num_bytes
 
     def _weighed(self, model: GivenModel, start: _Start) -> dict[_Step, float] | None:
         """What each step with blocks of a model costs it alone, in parts of what it may still lose.
