@@ -1,9 +1,9 @@
-"""Bits for each block of a model, so that the whole stays near to itself: the cheapest first.
+"""Bits for each block of models that share them, so that each model stays near to itself: the cheapest first.
 
 What a block in 4 bits costs is measured in the whole chain: the divergence of the model's distributions with
 that block alone in 4 bits, over a part of the probe text. Blocks then go to 4 bits in the order of divergence
 for the bytes that are saved, as many as the bound allows with all of them together, which is found by
-halving. Where 8 bits throughout are too far already, blocks go to 8 bits from what was given in the same way.
+halving (which models choose together: `common_bits`).
 
 Hidden states below the first block that is replaced do not change, so chains are run from there.
 """
@@ -94,18 +94,32 @@ Step = TypeVar("Step", bound=Hashable)
 
 
 def affordable(
-    costs: Mapping[Step, float], saved: Mapping[Step, int], passes: Callable[[Sequence[Step]], bool]
+    shares: Sequence[Mapping[Step, float]],
+    saved: Mapping[Step, int],
+    bears: Sequence[Callable[[Sequence[Step]], bool]],
 ) -> list[Step]:
-    """The steps to take: the cheapest for what they save first, as many as pass together.
+    """The steps that several models take together: the cheapest for what they save first.
 
-    The number is found by halving: that fewer pass where more do is taken for granted. None passes.
+    What a step costs is what it costs the model that it costs most. Each model, those that steps cost most
+    first, strikes out those of its own steps that it cannot bear with the ones before them; how many it bears
+    is found by halving: that it bears fewer where it bears more is taken for granted. It bears none.
+
+    Args:
+        shares: of each model, what each of its own steps costs it alone, in parts of what it may lose.
+        saved: bytes, more than none, of all steps.
+        bears: of each model, whether it bears some of its own steps together.
     """
-    order = sorted(costs, key=lambda step: costs[step] / max(saved[step], 1))
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if passes(order[:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return order[:low]
+    worst = {step: max(costs[step] for costs in shares if step in costs) for step in saved}
+    order = sorted(saved, key=lambda step: worst[step] / saved[step])
+    for index in sorted(range(len(shares)), key=lambda index: -sum(shares[index].values())):
+        own = [step for step in order if step in shares[index]]
+        low, high, middle = 0, len(own), len(own)  # all at once: what others bear is often borne
+        while low < high:
+            if bears[index](own[:middle]):
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        struck = set(own[low:])
+        order = [step for step in order if step not in struck]
+    return order

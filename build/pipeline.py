@@ -64,8 +64,7 @@ def _run(job: Compilation, models: Mapping[str, str | Path], remove: Sequence[st
             later.discard(source.name)
             take(job, source, texts[source.name], later)
     if job.options.weights is not None:
-        for source in sources:
-            replacing.quantize(job, source, texts[source.name], job.options.weights)
+        replacing.quantize(job, sources, texts, job.options.weights)
     if job.writer is not None and job.options.surrogate is not None:
         for source in sources:
             if source.name != job.options.surrogate:

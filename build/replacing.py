@@ -1,14 +1,15 @@
 """Other blocks in the place of a model's own: of other models, differences, quantized; and surrogates."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from blockzoo.build import deltas, equivalence, quantized_models, surrogates
+from blockzoo.build import common_bits, deltas, equivalence, quantized_models, surrogates
 from blockzoo.build.compilation import Compilation
 from blockzoo.build.draft import weights
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.own_text import OwnText
-from blockzoo.build.quantized_models import Weights
+from blockzoo.build.quantize import Choice
+from blockzoo.build.quantized_models import GivenModel, Weights
 from blockzoo.build.sources import Source
 from blockzoo.build.trials import MAX_FORWARDS
 from blockzoo.zoo.manifest import ModelRecord
@@ -107,49 +108,76 @@ def take_differences(
     job.note(name, delta_text(found.record))
 
 
-def quantize(job: Compilation, source: Source, encoded: list[list[int]], asked: Weights) -> None:
-    """Put quantized blocks in the place of a model's own."""
+def quantize(
+    job: Compilation, sources: Sequence[Source], texts: Mapping[str, list[list[int]]], asked: Weights
+) -> None:
+    """Put quantized blocks in the place of the models' own. `texts`: to judge by, as token ids, by name."""
+    known = set(job.manifest.blocks)
+    models = {source.name: _to_quantize(job, source, texts[source.name], asked) for source in sources}
+    waiting = [model for model in models.values() if model is not None]
+    chosen: Mapping[str, Choice] = {}
+    if asked == "auto" and job.writer is not None:
+        chosen = common_bits.choose(job.draft, _without_twins(job, waiting), job.progress)
+    for model in waiting:
+        changed = _quantized_twin(job, model.record)
+        if changed is None:
+            changed = model.quantized(chosen[model.name] if model.name in chosen else model.uniform())
+        _take(job, model.name, changed, known)
+        known |= {*changed.chain}
+        if job.options.dry_run and asked == "auto":
+            job.note(model.name, "auto chooses bits as it compiles: counted with 8")
+
+
+def _to_quantize(
+    job: Compilation, source: Source, encoded: list[list[int]], asked: Weights
+) -> GivenModel | None:
+    """A model with its blocks as they were given; None where it is to stay as it is."""
     name = source.name
     record, report = job.manifest.models[name], job.reports[name]
     if not job.can_be_quantized(name):
         job.note(name, f"its base is quantized in the zoo: --weights {asked} leaves its blocks as they are")
-        return
+        return None
     done = record.quantization
     kept = done is not None and (done.figures or not job.options.verify)
     if report.status == "unchanged" and kept and all(map(job.draft.is_whole, record.chain)):
-        job.note_all(name, quantization_texts(job.manifest, record))
-        return
-    before = set(job.manifest.blocks)
+        _take(job, name, record, record.chain)
+        return None
     given = replace(record, chain=tuple(_chain_to_quantize(job, name)))
-    changed = _quantized_twin(job, given) or quantized_models.quantize(
-        source,
-        job.draft,
-        given,
-        quantized_models.Asked(
-            weights=asked,
-            max_kl=job.max_kl(asked),
-            probe_name=job.probe_name,
-            probe=encoded,
-            judge=job.options.verify,
-            threads=job.options.threads,
-            num_texts=job.options.calibration_texts,
-            group=job.options.group_size,
-        ),
-        job.options.dtype,
-        job.maker,
-        job.progress,
+    how = quantized_models.Asked(
+        weights=asked,
+        max_kl=job.max_kl(asked),
+        probe_name=job.probe_name,
+        probe=encoded,
+        judge=job.options.verify,
+        threads=job.options.threads,
+        num_texts=job.options.calibration_texts,
+        group=job.options.group_size,
     )
+    return GivenModel(source, job.draft, given, how, job.options.dtype, job.maker, job.progress)
+
+
+def _without_twins(job: Compilation, models: Sequence[GivenModel]) -> list[GivenModel]:
+    """Models of which no other one of equal weights is quantized, or comes before them here."""
+    found: list[GivenModel] = []
+    for model in models:
+        whole = [other for other in found if not other.record.replaced_blocks]
+        same = any(weights(model.record) == weights(other.record) for other in whole)
+        if not same and _quantized_twin(job, model.record) is None:
+            found.append(model)
+    return found
+
+
+def _take(job: Compilation, name: str, changed: ModelRecord, known: Collection[str]) -> None:
+    """Enter a quantized model. `known`: blocks that were there, or that a model before it has."""
     job.manifest.models[name] = changed
-    new = set(changed.chain) - before
+    new = set(changed.chain).difference(known)
     job.reports[name] = replace(
-        report,
+        job.reports[name],
         num_reused=sum(key not in new for key in changed.chain),
         model_bytes=model_bytes(job.manifest, changed),
         new_bytes=sum(job.manifest.blocks[key].num_bytes for key in new) + job.adapter_bytes[name],
     )
     job.note_all(name, quantization_texts(job.manifest, changed))
-    if job.options.dry_run and asked == "auto":
-        job.note(name, "auto chooses bits as it compiles: counted with 8")
 
 
 def _quantized_twin(job: Compilation, given: ModelRecord) -> ModelRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,45 @@ def test_the_cheapest_steps_are_taken_as_far_as_the_bound_goes(bound: float) -> 
         asked.append(steps)
         return sum(costs[step] for step in steps) <= bound
 
-    taken = affordable(costs, saved, passes)
+    taken = affordable([costs], saved, [passes])
     expected = [n for n in range(5) if sum(costs[s] for s in order[:n]) <= bound]
     assert taken == order[: expected[-1]]
     assert len(asked) <= 3
+
+
+def test_several_models_take_what_each_of_them_bears() -> None:
+    """Of their own steps alone; what one strikes out leaves room for what the next one has of its own."""
+    saved = dict.fromkeys("abcde", 1)
+    shares = [
+        {"a": 0.1, "b": 0.2, "c": 0.3},
+        {"a": 0.2, "b": 0.8, "c": 0.9, "d": 0.1},
+        {"e": 5.0},
+    ]
+    judged: list[int] = []
+
+    def bears(index: int, steps: Sequence[str]) -> bool:
+        judged.append(index)
+        return sum(shares[index][step] for step in steps) <= 1
+
+    taken = affordable(shares, saved, [partial(bears, index) for index in range(3)])
+    assert taken == ["d", "a"]  # d, a, b would be 1.1 of what the second may lose; nobody bears e
+    assert judged[0] == 2  # whom steps cost most
+    assert judged[-1] == 0
+    assert judged.count(0) == 1
+    loose = affordable(shares[:1], dict.fromkeys("abc", 1), [partial(bears, 0)])
+    assert loose == ["a", "b", "c"]
+
+
+def test_what_costs_any_model_much_comes_last() -> None:
+    shares = [{"a": 0.1, "b": 0.3}, {"a": 0.6}, {"b": 0.2}]
+    asked: list[Sequence[str]] = []
+
+    def bears(steps: Sequence[str]) -> bool:
+        asked.append(steps)
+        return True
+
+    assert affordable(shares, {"a": 1, "b": 1}, [bears] * 3) == ["b", "a"]
+    assert affordable(shares, {"a": 3, "b": 1}, [bears] * 3) == ["a", "b"]  # it saves more
 
 
 def test_a_trial_measures_the_whole_chain(demo_zoo: Path) -> None:

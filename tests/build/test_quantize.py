@@ -109,6 +109,7 @@ def test_the_same_again_changes_nothing_and_other_bits_need_replace(
     before = tree(zoo)
     report = compile_models({"one": pair["one"]}, zoo, INT8)
     assert report.models[0].status == "unchanged"
+    assert (report.models[0].num_reused, report.models[0].new_bytes) == (8, 0)
     assert report.freed_bytes == 0  # what was written on the way does not count
     assert tree(zoo) == before
     given = [f"one={pair['one']}", "-o", str(zoo), "--no-verify", "--no-profile"]
