@@ -28,7 +28,6 @@ _LENGTHS = (3, 7, 15)  # that the runtime drafts
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the blocks that may be left out
 _SMALLER, _MOST_MODELS = 0.6, 3  # of other models: bytes relative to the own, and how many are tried
 _TIMES = 9  # that a block is timed
-_CACHES = 1 << 27  # bytes: what is written to empty those of a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +63,12 @@ class Costs:
         read: id of a block -> the block.
         blocks: of the manifest.
         maker: of engines, as the model is served.
-        num_bytes: of the model, which go through the caches between two runs of a block.
     """
 
     def __init__(
-        self,
-        read: Callable[[str], Block],
-        blocks: Mapping[str, BlockRecord],
-        maker: EngineMaker,
-        num_bytes: int,
+        self, read: Callable[[str], Block], blocks: Mapping[str, BlockRecord], maker: EngineMaker
     ) -> None:
         self._read, self._blocks, self._maker = read, blocks, maker
-        self._between = min(num_bytes, _CACHES)
         self._times: dict[tuple[str, int, bool], float] = {}  # by plan and rows
 
     def of(self, chain: Chain, rows: int, drafts: bool = False) -> float:
@@ -86,7 +79,7 @@ class Costs:
         known = self._blocks[key].plan, rows, drafts
         if known not in self._times:
             block = self._read(key)
-            self._times[known] = time_block(self._maker, block, rows, _TIMES, drafts, self._between)
+            self._times[known] = time_block(self._maker, block, rows, _TIMES, drafts)
             block.drop_pages()
         return self._times[known]
 
@@ -214,7 +207,7 @@ def find_surrogate(
         asked.probe or starts(source, record),
         lambda done, total: progress(f"texts of {name}", done, total),
     )
-    costs = Costs(read, draft.manifest.blocks, engines, model_bytes(draft.manifest, record))
+    costs = Costs(read, draft.manifest.blocks, engines)
     found = [
         search(
             trial,

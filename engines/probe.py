@@ -244,19 +244,11 @@ def _bind_pages(engine: Engine, arrays: Arrays, count: int) -> None:
 
 
 def time_block(
-    engines: EngineMaker,
-    block: Block,
-    num_tokens: int,
-    repeats: int = 5,
-    drafts: bool = False,
-    between: int = 0,
+    engines: EngineMaker, block: Block, num_tokens: int, repeats: int = 5, drafts: bool = False
 ) -> float:
     """Median time of one block alone on `num_tokens` new tokens of one sequence, in microseconds.
 
-    Args:
-        drafts: see `EngineMaker.span`.
-        between: bytes that are written before each run, as those of other blocks would be read: a block whose
-            weights are still in the caches takes a fraction of its time.
+    `drafts`: see `EngineMaker.span`.
     """
     rng = np.random.default_rng(0)
     spec, arrays = block.spec, engines.arrays
@@ -264,7 +256,7 @@ def time_block(
         table = engines.embedding(block)
         out = arrays.zeros((num_tokens, spec.hidden_size), "activation")
         ids = arrays.mirror(rng.integers(0, table.vocab_size, num_tokens, dtype=np.int32))
-        return _median_us(lambda: table.lookup(ids, out), arrays.wait, repeats, between)
+        return _median_us(lambda: table.lookup(ids, out), arrays.wait, repeats)
     engine = engines.span([block], drafts=drafts)
     values = rng.standard_normal((num_tokens, spec.hidden_size), dtype=np.float32)
     engine.bind("hidden", arrays.activations(values))
@@ -274,15 +266,14 @@ def time_block(
         engine.bind("hidden_out", arrays.zeros(values.shape, "activation"))
     if isinstance(spec, AttnSpec):
         _ProbeAttention(engine, spec.rope, num_tokens, engines).bind(0, num_tokens)
-    return _median_us(engine.run, arrays.wait, repeats, between)
+    return _median_us(engine.run, arrays.wait, repeats)
 
 
-def _median_us(run: Callable[[], None], wait: Callable[[], None], repeats: int, between: int) -> float:
-    times, others = [], np.empty(between, np.uint8)
+def _median_us(run: Callable[[], None], wait: Callable[[], None], repeats: int) -> float:
+    times = []
     run()
     wait()
     for _ in range(repeats):
-        others.fill(0)
         start = time.perf_counter()
         run()
         wait()
