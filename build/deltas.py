@@ -2,10 +2,13 @@
 
 What is stored of a block is an adapter (`build.low_rank`) in 8 bits, served as any other: the base's products
 run in the batch of all who share it, and the difference alone is the model's own. All blocks get one rank,
-the smallest of a few that keeps the whole model within the bound over a probe text, or that loses no more
-than bf16 alone does. Where the largest is not enough, single blocks stay the model's own (`build.trials`).
-Embedding and head have no adapters: they are the base's where that costs less than a tenth of the bound, and
-else the model's own.
+the smallest of a few that keeps the whole model within the bound over a probe text. Where the largest is not
+enough, single blocks stay the model's own (`build.trials`). Embedding and head have no adapters: they are the
+base's where the largest rank passes with those too, and else the model's own.
+
+What tuning changed shows less in text at hand than where the model was tuned, and so does what a difference
+leaves out of it. So where no bound is asked for, it is a share of how far the base's blocks alone are from
+the model's own over the same text; and of the likeliest tokens about as many stay as in bf16.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,13 +28,18 @@ from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block
 from blockzoo.zoo.manifest import DeltaRecord, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 
-_BF16_TIMES = 3
-"""The bound on the divergence from the model's own blocks where none is asked for: so many times what bf16
-alone makes them lose."""
+_SHARE_LEFT = 0.005
+"""The bound on the divergence from the model's own blocks where none is asked for, as a share of that of the
+other model's blocks without differences."""
+_BF16_SHARE = 0.1
+"""That bound is at least this share of what bf16 alone makes the model lose: where tuning changed hardly
+anything, nobody can tell."""
+_LIKELIEST_LOST = 0.01
+"""Of the positions, those with another likeliest token, beyond the share that bf16 alone changes, where no
+bound is asked for."""
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_RANK)
 _LEAST = 16  # ranks: with fewer a model strays where it was tuned, which text of its own shows too little of
 _WORTH_IT = 0.3  # a difference of more than this share of its block's bytes is not
-_ENDS_SHARE = 0.1  # of the bound that the base's embedding and head may take
 _MAX_TRIALS = 12
 
 
@@ -68,8 +76,8 @@ def take_differences(
         text: of the model.
         oracle: of the model.
         maker: of f32 engines.
-        max_kl: bound on the divergence from the model's own blocks, in nats; None: some times what bf16 alone
-            makes them lose.
+        max_kl: bound on the divergence from the model's own blocks, in nats; None: a share of what tuning
+            changed.
         besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
@@ -108,7 +116,11 @@ class _Search:
             self._record.chain, self._record.config, self._read, maker, sequences, [*tried, *self._ends]
         )
         self._yardstick = Yardstick.of(oracle, sequences, self._probe.logits)
-        self._bound = max(_BF16_TIMES * self._yardstick.bf16.kl if max_kl is None else max_kl, 1e-12)
+        bases = [Candidate({at: self._base[at]}) for at in self._inner]
+        self._tuned_kl = self._loss([*bases, *self._ends]).stored.kl
+        if max_kl is None:
+            max_kl = max(_SHARE_LEFT * self._tuned_kl, _BF16_SHARE * self._yardstick.bf16.kl)
+        self._bound = max(max_kl, 1e-12)
         self._losses: dict[frozenset[tuple[int, str]], LossRecord] = {}
 
     def _worth_trying(self) -> list[int]:
@@ -154,11 +166,13 @@ class _Search:
 
     def found(self, probe_name: str) -> Found:
         """The best that the bound allows."""
-        borne = _ENDS_SHARE / max(1, len(self._ends))
-        ends = [end for end in self._ends if self._judge([end]) <= borne]
+        largest = [self._candidate(at, self._ranks[-1]) for at in self._inner]
+        ends: list[Candidate] = []
+        for end in self._ends:
+            if self._judge([*largest, *ends, end]) <= 1:
+                ends.append(end)
         taken = self._smallest_rank(ends)
         if taken is None:
-            largest = [self._candidate(at, self._ranks[-1]) for at in self._inner]
             taken = compose(
                 [*largest, *ends],
                 self._probe.strays,
@@ -187,9 +201,13 @@ class _Search:
     def _judge(self, chosen: Sequence[Candidate]) -> float:
         """What a set loses, relative to what is borne."""
         self._progress(self._what, len(self._losses), _MAX_TRIALS)
-        found = self._yardstick.judge(self._probe.trial(chosen), self._probe.logits)
-        self._losses[_changes(chosen)] = found
-        return min(found.stored.kl / self._bound, found.excess)
+        found = self._losses[_changes(chosen)] = self._loss(chosen)
+        lost = found.bf16.top1 - found.stored.top1 if self._max_kl is None else 0.0
+        return max(found.stored.kl / self._bound, lost / _LIKELIEST_LOST)
+
+    def _loss(self, chosen: Sequence[Candidate]) -> LossRecord:
+        """Of the model with a set in it."""
+        return self._yardstick.judge(self._probe.trial(chosen), self._probe.logits)
 
     def _as_record(self, taken: Sequence[Candidate], probe_name: str) -> Found:
         num_trials = len(self._losses)
@@ -208,6 +226,7 @@ class _Search:
             max_kl=self._max_kl,
             loss=self._losses[_changes(taken)],
             probe=probe_name,
+            tuned_kl=self._tuned_kl,
         )
         record = replace(
             self._record,

@@ -244,11 +244,13 @@ class DeltaRecord:
     share: float
     """Bytes of the adapters over those of the model's own blocks."""
     max_kl: float | None
-    """Asked for: the largest divergence; None: some times what bf16 alone loses."""
+    """Asked for: the largest divergence; None: a share of `tuned_kl`."""
     loss: LossRecord
     """Of the model as stored against the model with its own blocks, in f32, over a probe text."""
     probe: str
     """Name of the probe file; "built-in" for text that the model wrote."""
+    tuned_kl: float | None = field(default=None, metadata={"added": True})
+    """What tuning changed there: the divergence of the other models' blocks without differences, in nats."""
 
 
 @dataclass(frozen=True, slots=True)

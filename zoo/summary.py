@@ -134,9 +134,12 @@ def delta_text(model: ModelRecord) -> str:
     found = model.delta
     assert found is not None
     differences = sum(at in model.adapters for at in found.own_blocks)
+    text = f"{found.probe} text"
+    if found.tuned_kl is not None:
+        text += f", where tuning changed {found.tuned_kl:.1e}"
     return (
         f"{len(found.own_blocks)} blocks are another model's, {differences} of them with differences of rank "
-        f"{found.rank}, {found.share:.1%} of their own bytes: {loss_text(found.loss)} of {found.probe} text"
+        f"{found.rank}, {found.share:.1%} of their own bytes: {loss_text(found.loss)} of {text}"
     )
 
 

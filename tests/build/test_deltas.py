@@ -32,18 +32,19 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def tuned(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path_factory: Any
 ) -> dict[str, Path]:
-    """A base and two that all weights of were changed: mostly in few directions (`near`), in all (`far`)."""
+    """A base and three that all weights of were changed: mostly in few directions (`near`), in all (`far`),
+    in all and by less than bf16 tells (`hardly`)."""
     import torch
 
     root = tmp_path_factory.mktemp("tuned")
     made = {"base": save(make_model("llama", 3), root / "base")}
-    for name, noise in (("near", 0.002), ("far", 0.03)):
+    for name, noise in (("near", 0.002), ("far", 0.03), ("hardly", 0.0001)):
         model = make_model("llama", 3)
         generator = torch.Generator().manual_seed(len(name))
         with torch.no_grad():
             for weight in model.parameters():
                 change = noise * torch.randn(weight.shape, generator=generator)
-                if weight.ndim == 2 and weight.shape[0] < 200:
+                if weight.ndim == 2 and weight.shape[0] < 200 and name != "hardly":
                     a, b = (torch.randn(4, n, generator=generator) for n in reversed(weight.shape))
                     change += 0.01 * b.T @ a
                 weight.data = (weight + change).to(torch.bfloat16)
@@ -122,6 +123,56 @@ def test_single_blocks_are_given_back(tuned: dict[str, Path], tmp_path: Path) ->
     assert far.delta.loss.stored.kl <= far.delta.max_kl
     assert [at for at in range(8) if far.chain[at] == base.chain[at]] == sorted(kept)
     assert far.adapters.keys() == kept - {0, 7}
+
+
+def test_what_is_left_out_is_a_small_share_of_what_tuning_changed(
+    tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    models = {name: tuned[name] for name in ("base", "near")}
+    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=None))
+    found = record(tmp_path / "z", "near").delta
+    assert found is not None
+    assert found.tuned_kl is not None
+    assert 0.01 < found.tuned_kl < 1
+    assert 3 * found.loss.bf16.kl < found.loss.stored.kl <= 0.005 * found.tuned_kl
+    assert found.loss.stored.top1 >= found.loss.bf16.top1 - 0.01
+    assert f"where tuning changed {found.tuned_kl:.1e}" in delta_text(record(tmp_path / "z", "near"))
+
+
+def test_what_tuning_hardly_changed_need_not_be_kept_beyond_a_tenth_of_bf16(
+    tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    models = {name: tuned[name] for name in ("base", "hardly")}
+    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=None))
+    found = record(tmp_path / "z", "hardly").delta
+    assert found is not None
+    assert found.tuned_kl is not None
+    assert 0.005 * found.tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
+
+
+def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Path], tmp_path: Path) -> None:
+    models = {name: tuned[name] for name in ("base", "near")}
+    compile_models(models, tmp_path / "all", replace(DELTA, max_kl=1.0))
+    whole = record(tmp_path / "all", "near").delta
+    assert whole is not None
+    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=1.01 * whole.loss.stored.kl))
+    assert record(tmp_path / "z", "near").chain == record(tmp_path / "z", "base").chain
+    compile_models(models, tmp_path / "own", replace(DELTA, max_kl=0.99 * whole.loss.stored.kl))
+    near, base = (record(tmp_path / "own", name) for name in ("near", "base"))
+    assert near.chain[1:-1] == base.chain[1:-1]
+    assert near.chain[0] != base.chain[0]
+
+
+def test_a_bound_that_is_asked_for_alone_decides(tuned: dict[str, Path], tmp_path: Path) -> None:
+    """Also where less is lost than bf16 loses."""
+    models = {name: tuned[name] for name in ("base", "hardly")}
+    compile_models(models, tmp_path / "all", replace(DELTA, max_kl=1e-3))
+    whole = record(tmp_path / "all", "hardly").delta
+    assert whole is not None
+    assert whole.loss.excess < 1
+    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=0.1 * whole.loss.stored.kl))
+    hardly = record(tmp_path / "z", "hardly").delta
+    assert hardly is None or hardly.loss.stored.kl <= 0.1 * whole.loss.stored.kl
 
 
 def test_a_base_of_another_run_is_taken_and_may_leave(tuned: dict[str, Path], tmp_path: Path) -> None:
