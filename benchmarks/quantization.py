@@ -124,7 +124,7 @@ def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
     options = CompileOptions(
         dtype="bf16" if weights == "bf16" else None if weights == "given" else args.dtype,
         weights=weights if weights in ("int8", "int4", "auto") else None,  # type: ignore[arg-type]
-        max_kl=args.max_kl if weights == "auto" else 10.0,
+        max_kl=args.max_kl if weights == "auto" else None,
         verify=False,
         profile=False,
         threads=args.threads,
