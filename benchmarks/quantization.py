@@ -27,9 +27,10 @@ from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.quantized_models import MAX_KL
 from blockzoo.engines.base import EngineError, EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
-from blockzoo.engines.openvino.engine import RoundedActivations, multiplies_int8
+from blockzoo.engines.openvino.engine import multiplies_int8, rounding_engines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.zoo.packing import GROUPS
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import model_bytes
 
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
     )
-    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), help="of int8 (as it bears)")
+    parser.add_argument("--group-size", type=int, choices=sorted(GROUPS), help="of int8 (as it bears)")
     parser.add_argument("--dtype", choices=("bf16",), help="that weights are converted to first (none)")
     parser.add_argument("--max-tokens", type=int, default=NUM_TOKENS, help=f"of an answer ({NUM_TOKENS})")
     parser.add_argument("--chats", type=int, default=len(ASKED), help=f"how many of them (all {len(ASKED)})")
@@ -143,10 +144,8 @@ def _makers(args: argparse.Namespace, weights: str) -> dict[str, EngineMaker]:
     except EngineError as error:
         print(f"bf16 is left out: {error}")
     if weights != "bf16":
-        if multiplies_int8():
-            makers["int8 activations"] = OpenVINOEngines(num_threads=args.threads, int8_activations=True)
-        else:
-            makers["int8 activations, in the graph"] = RoundedActivations(args.threads)
+        how = "int8 activations" if multiplies_int8() else "int8 activations, in the graph"
+        makers[how] = rounding_engines(args.threads)
     return makers
 
 

@@ -11,16 +11,16 @@ from blockzoo.build.likeness import Judged, divergence
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import Block, matrix_names
 from blockzoo.zoo.manifest import BlockRecord
-from blockzoo.zoo.packing import GROUP, GROUPS
+from blockzoo.zoo.packing import GROUP, groups_dividing
 
 SHARE = 0.2
 """Of the bound on what quantization may lose: what rounded activations may."""
 
 
-def fitting(blocks: Sequence[Block]) -> list[int]:
+def larger(blocks: Sequence[Block]) -> list[int]:
     """Numbers of columns that divide all matrices, the largest first; without the smallest one."""
     widths = {block.tensors[name].shape[1] for block in blocks for name in matrix_names(block.spec)}
-    return [group for group in GROUPS if group != GROUP and not any(width % group for width in widths)]
+    return [group for group in groups_dividing(widths) if group != GROUP]
 
 
 def in_use(blocks: Mapping[str, BlockRecord], chain: Sequence[str]) -> int | None:
@@ -32,21 +32,25 @@ def in_use(blocks: Mapping[str, BlockRecord], chain: Sequence[str]) -> int | Non
 def largest_borne(
     judged: Judged,
     blocks: Sequence[Block],
+    sizes: Sequence[int],
     exact: EngineMaker,
     rounding: Callable[[int], EngineMaker],
     bound: float,
 ) -> int:
-    """The most columns with which the divergence that rounded activations cause stays within a bound.
+    """The most columns with which the divergence that rounded activations cause stays within a bound; the
+    smallest number where none does.
 
     Args:
         judged: the model.
         blocks: of it, as they were given.
+        sizes: numbers of columns to try, the largest first.
         exact: makes engines of f32.
         rounding: the same, with activations rounded in groups of so many.
         bound: in nats.
     """
-    sizes = fitting(blocks)
-    own = judged.distributions(exact, blocks) if sizes else []
-    return next(
-        (g for g in sizes if divergence(own, judged.distributions(rounding(g), blocks)) <= bound), GROUP
-    )
+    own = judged.distributions(judged.chain(exact, blocks))
+    for size in sizes:
+        theirs = judged.distributions(judged.chain(rounding(size), blocks))
+        if divergence(own, theirs) <= bound:
+            return size
+    return GROUP

@@ -40,9 +40,8 @@ class Judged:
         longest = max(max(map(len, self.prompts)) + NUM_GENERATED, *(len(text.tokens) for text in self.texts))
         return ProbeChain(maker, blocks, self.config, longest, self.adapters)
 
-    def distributions(self, maker: EngineMaker, blocks: Sequence[Block]) -> list[np.ndarray]:
+    def distributions(self, chain: ProbeChain) -> list[np.ndarray]:
         """Of one of its chains, over each text: log-probabilities, float32 [tokens that count, vocab]."""
-        chain = self.chain(maker, blocks)
         return [_distributions(chain, text) for text in self.texts]
 
 
@@ -69,7 +68,7 @@ class Reference:
         for prompt in judged.prompts:
             on_prompt(len(self._answers))
             self._answers.append(answer_greedily(chain, list(prompt)))
-        self._texts = [_distributions(chain, text) for text in judged.texts]
+        self._texts = judged.distributions(chain)
         self.perplexity = perplexity([text.tokens[text.start :] for text in judged.texts], self._texts)
 
     def figures(self, maker: EngineMaker, blocks: Sequence[Block]) -> QuantizationFigures:
@@ -81,7 +80,7 @@ class Reference:
             same += int((seen.argmax(axis=1) == answer.logits.argmax(axis=1)).sum())
             total += NUM_GENERATED
         texts = self._judged.texts
-        theirs = [_distributions(chain, text) for text in texts]
+        theirs = self._judged.distributions(chain)
         pairs = list(zip(self._texts, theirs, strict=True))
         top1 = np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs])
         return QuantizationFigures(

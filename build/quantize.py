@@ -108,13 +108,13 @@ class Quantizer:
 
     def keeps(self, position: int, dtype: QuantizedDtype) -> bool:
         """Whether the block there loses nothing, as all its matrices lie on a grid that can be kept."""
-        return all(self._kept(position, dtype))
+        return all(self._on_grids(position, dtype))
 
     def keeps_some(self, position: int, dtype: QuantizedDtype) -> bool:
         """Whether any of its matrices does."""
-        return any(self._kept(position, dtype))
+        return any(self._on_grids(position, dtype))
 
-    def _kept(self, position: int, dtype: QuantizedDtype) -> Iterator[bool]:
+    def _on_grids(self, position: int, dtype: QuantizedDtype) -> Iterator[bool]:
         """Of each matrix of the block there, whether it lies on a grid that can be kept."""
         tensors = self._draft.zoo.read_block(self._record.chain[position]).tensors
         for name in matrix_names(self._spec(position)):

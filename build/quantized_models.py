@@ -150,13 +150,15 @@ class GivenModel:
             return GROUP
         blocks = [draft.zoo.read_block(key) for key in record.chain]
         keeps_some = (self.quantizer.keeps_some(at, "i8") for at in range(len(blocks)))
-        if not groups.fitting(blocks) or any(keeps_some):  # what is kept has these groups in any case
+        larger = groups.larger(blocks)
+        if not larger or any(keeps_some):  # what is kept has these groups in any case
             return GROUP
         from blockzoo.engines.openvino.engine import RoundedActivations  # heavy
 
         return groups.largest_borne(
             self._compared(),
             blocks,
+            larger,
             self._maker("f32"),
             lambda group: RoundedActivations(self._asked.threads, group),
             groups.SHARE * self._asked.max_kl,
@@ -169,7 +171,7 @@ class GivenModel:
 
     def _judged(self, chain: Sequence[str], record: QuantizationRecord) -> QuantizationRecord:
         """With the figures of a chain. Raises VerificationError beyond the bound."""
-        from blockzoo.engines.openvino.engine import OpenVINOEngines, RoundedActivations, multiplies_int8
+        from blockzoo.engines.openvino.engine import rounding_engines  # heavy
 
         name, judged = self.name, self._compared()
         given, blocks = (
@@ -188,13 +190,7 @@ class GivenModel:
             self._progress(what, steps - 2, steps)
             figures[f"given {serving.precision}"] = reference.figures(serving, given)
         self._progress(what, steps - 1, steps)
-        threads = self._asked.threads
-        rounding = (
-            OpenVINOEngines(num_threads=threads, int8_activations=True)
-            if multiplies_int8()
-            else RoundedActivations(threads)
-        )
-        figures[_ROUNDED] = reference.figures(rounding, blocks)
+        figures[_ROUNDED] = reference.figures(rounding_engines(self._asked.threads), blocks)
         self._progress(what, steps, steps)
         for how in ("f32", _ROUNDED, serving.precision):
             if how in figures and not np.isfinite(figures[how].kl):

@@ -6,6 +6,7 @@ output channel". Integers of 4 bits lie two in a byte, the one of the even colum
 OpenVINO's i4 and ONNX' int4 have it.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,11 @@ have any."""
 
 GROUPS = (128, 64, GROUP)
 """What 8 bits are made with."""
+
+
+def groups_dividing(widths: Collection[int]) -> list[int]:
+    """Those of `GROUPS` that divide all numbers of columns, the largest first."""
+    return [group for group in GROUPS if not any(width % group for width in widths)]
 
 
 def pack_i4(integers: np.ndarray) -> np.ndarray:

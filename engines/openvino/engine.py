@@ -18,7 +18,7 @@ from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span
 from blockzoo.engines.openvino.weights import Rounding, openvino_tensor
 from blockzoo.zoo.blocks import Block
-from blockzoo.zoo.packing import GROUP, GROUPS
+from blockzoo.zoo.packing import GROUP, groups_dividing
 from blockzoo.zoo.store import Zoo
 
 # OpenVINO keeps the kernels that it has made for the shapes of each compiled model, 5000 a model unless told
@@ -254,12 +254,23 @@ class RoundedActivations(OpenVINOEngines):
         return Rounding(_common_group(blocks), "graph")
 
 
+def rounding_engines(num_threads: int | None = None) -> OpenVINOEngines:
+    """Engines with int8 activations, by what this CPU has for it. `num_threads`: see `OpenVINOEngines`."""
+    if multiplies_int8():
+        return OpenVINOEngines(num_threads=num_threads, int8_activations=True)
+    return RoundedActivations(num_threads)
+
+
 def _common_group(blocks: Sequence[Block]) -> int:
     """Activations of a row that share a scale, which divide the groups of all weights beside which they are
     rounded: in others OpenVINO takes several times as long, or does not round."""
-    tensors = (tensor for block in blocks for tensor in block.tensors.values() if tensor.scales is not None)
-    sizes = {tensor.shape[1] // tensor.scales.shape[1] for tensor in tensors if tensor.scales is not None}
-    return next((group for group in GROUPS if sizes and not any(size % group for size in sizes)), GROUP)
+    sizes = {
+        tensor.shape[1] // tensor.scales.shape[1]
+        for block in blocks
+        for tensor in block.tensors.values()
+        if tensor.scales is not None
+    }
+    return next(iter(groups_dividing(sizes)), GROUP) if sizes else GROUP
 
 
 def _is_quantized(blocks: Sequence[Block]) -> bool:

@@ -14,7 +14,7 @@ from blockzoo.build import calibration
 from blockzoo.build.cli import main
 from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.zoo.manifest import ModelRecord
+from blockzoo.zoo.manifest import DeltaRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import delta_text
 
@@ -125,29 +125,30 @@ def test_single_blocks_are_given_back(tuned: dict[str, Path], tmp_path: Path) ->
     assert far.adapters.keys() == kept - {0, 7}
 
 
+def differences(tuned: dict[str, Path], name: str, zoo: Path) -> tuple[DeltaRecord, float]:
+    """Of a model compiled beside its base by the default bound, and what tuning changed."""
+    compile_models({each: tuned[each] for each in ("base", name)}, zoo, replace(DELTA, max_kl=None))
+    found = record(zoo, name).delta
+    assert found is not None
+    assert found.tuned_kl is not None
+    return found, found.tuned_kl
+
+
 def test_what_is_left_out_is_a_small_share_of_what_tuning_changed(
     tuned: dict[str, Path], tmp_path: Path
 ) -> None:
-    models = {name: tuned[name] for name in ("base", "near")}
-    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=None))
-    found = record(tmp_path / "z", "near").delta
-    assert found is not None
-    assert found.tuned_kl is not None
-    assert 0.01 < found.tuned_kl < 1
-    assert 3 * found.loss.bf16.kl < found.loss.stored.kl <= 0.005 * found.tuned_kl
+    found, tuned_kl = differences(tuned, "near", tmp_path / "z")
+    assert 0.01 < tuned_kl < 1
+    assert 3 * found.loss.bf16.kl < found.loss.stored.kl <= 0.005 * tuned_kl
     assert found.loss.stored.top1 >= found.loss.bf16.top1 - 0.01
-    assert f"where tuning changed {found.tuned_kl:.1e}" in delta_text(record(tmp_path / "z", "near"))
+    assert f"where tuning changed {tuned_kl:.1e}" in delta_text(record(tmp_path / "z", "near"))
 
 
 def test_what_tuning_hardly_changed_need_not_be_kept_beyond_a_tenth_of_bf16(
     tuned: dict[str, Path], tmp_path: Path
 ) -> None:
-    models = {name: tuned[name] for name in ("base", "hardly")}
-    compile_models(models, tmp_path / "z", replace(DELTA, max_kl=None))
-    found = record(tmp_path / "z", "hardly").delta
-    assert found is not None
-    assert found.tuned_kl is not None
-    assert 0.005 * found.tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
+    found, tuned_kl = differences(tuned, "hardly", tmp_path / "z")
+    assert 0.005 * tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
 
 
 def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Path], tmp_path: Path) -> None:
