@@ -30,7 +30,7 @@ from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.openvino.engine import multiplies_int8, rounding_engines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime import LLM, SamplingParams
-from blockzoo.zoo.packing import GROUPS
+from blockzoo.zoo.packing import GROUPS, WHOLE_ROW
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import model_bytes
 
@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
     )
-    parser.add_argument("--group-size", type=int, choices=sorted(GROUPS), help="of int8 (as it bears)")
+    parser.add_argument(
+        "--group-size", type=int, choices=(WHOLE_ROW, *sorted(GROUPS)), help="of int8; 0: a row (as it bears)"
+    )
     parser.add_argument("--dtype", choices=("bf16",), help="that weights are converted to first (none)")
     parser.add_argument("--max-tokens", type=int, default=NUM_TOKENS, help=f"of an answer ({NUM_TOKENS})")
     parser.add_argument("--chats", type=int, default=len(ASKED), help=f"how many of them (all {len(ASKED)})")
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _how(args: argparse.Namespace) -> str:
     given = f"-from-{args.dtype}" if args.dtype else ""
-    given += f"-groups-of-{args.group_size}" if args.group_size else ""
+    given += "" if args.group_size is None else f"-groups-of-{args.group_size}"
     return given if args.texts == NUM_TEXTS else f"{given}-{args.texts}-texts"
 
 

@@ -116,10 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--group-size",
-        type=int,
-        choices=(32, 64, 128),
-        help="for --weights int8: columns that share a scale, where they divide a matrix: more are faster on "
-        "CPUs with VNNI, and lose more (default: as many as the model bears)",
+        type=_group_size,
+        metavar="32|64|128|row",
+        help="for --weights int8: columns that share a scale, where they divide a matrix, or all of a row: "
+        "more are faster on CPUs with VNNI, and lose more (default: as many as the model bears)",
     )
     parser.add_argument(
         "--max-kl",
@@ -198,6 +198,15 @@ def _positive_number(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _group_size(text: str) -> int:
+    from blockzoo.zoo.packing import GROUPS, WHOLE_ROW  # numpy
+
+    sizes = {str(group): group for group in sorted(GROUPS)} | {"row": WHOLE_ROW}
+    if text not in sizes:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sizes)}")
+    return sizes[text]
 
 
 def _positive(text: str) -> int:

@@ -36,7 +36,7 @@ class CompileOptions:
     """weights, delta: bound on the divergence from the weights as they were given, in nats; None: by what is
     asked for."""
     group_size: int | None = None
-    """weights int8: columns that share a scale; None: as many as a model bears."""
+    """weights int8: columns that share a scale, or `WHOLE_ROW`; None: as many as a model bears."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     surrogate: str | None = None

@@ -1,20 +1,23 @@
 """How many columns of a matrix share a scale in 8 bits: as many as a model bears.
 
-OpenVINO rounds activations in groups as large as those of the weights. Larger ones are multiplied faster
-(docs/log.md), and what they lose is lost by the activations: a single large value makes all of its group
-coarse. How large they are differs from model to model, so it is tried, with the weights as they were given.
+OpenVINO rounds activations too, in groups that divide those of the weights. Larger ones are multiplied
+faster, and weights with one scale a row, beside activations in the largest groups, faster still
+(docs/log.md). Most of what that loses is lost by the activations: a single large value makes all of its group
+coarse. How large they are differs from model to model, so it is tried.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from blockzoo.build.likeness import Judged, divergence
+from blockzoo.build.rounding import rounded_in_haste
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import Block, matrix_names
 from blockzoo.zoo.manifest import BlockRecord
-from blockzoo.zoo.packing import GROUP, groups_dividing
+from blockzoo.zoo.packing import GROUP, WHOLE_ROW, groups_dividing
 
 SHARE = 0.2
-"""Of the bound on what quantization may lose: what rounded activations may."""
+"""Of the bound on what quantization may lose: what rounded activations may, and scales of whole rows."""
 
 
 def larger(blocks: Sequence[Block]) -> list[int]:
@@ -37,20 +40,33 @@ def largest_borne(
     rounding: Callable[[int], EngineMaker],
     bound: float,
 ) -> int:
-    """The most columns with which the divergence that rounded activations cause stays within a bound; the
-    smallest number where none does.
+    """The most columns with which the divergence that rounding causes stays within a bound; the smallest
+    number where none does. `WHOLE_ROW`, beside activations in groups of the largest number, if that is borne.
 
     Args:
         judged: the model.
         blocks: of it, as they were given.
-        sizes: numbers of columns to try, the largest first.
+        sizes: numbers of columns to try, the largest first; at least one.
         exact: makes engines of f32.
         rounding: the same, with activations rounded in groups of so many.
         bound: in nats.
     """
     own = judged.distributions(judged.chain(exact, blocks))
+
+    def lost(size: int, tried: Sequence[Block]) -> float:
+        return divergence(own, judged.distributions(judged.chain(rounding(size), tried)))
+
     for size in sizes:
-        theirs = judged.distributions(judged.chain(rounding(size), blocks))
-        if divergence(own, theirs) <= bound:
-            return size
+        if lost(size, blocks) > bound:
+            continue
+        by_row = size == sizes[0] and lost(size, [_by_row(block) for block in blocks]) <= bound
+        return WHOLE_ROW if by_row else size
     return GROUP
+
+
+def _by_row(block: Block) -> Block:
+    """Its matrices in 8 bits with one scale a row, rounded in haste."""
+    tensors = dict(block.tensors)
+    for name in matrix_names(block.spec):
+        tensors[name] = rounded_in_haste(tensors[name].to_f32(), "i8", tensors[name].shape[1])
+    return replace(block, tensors=tensors)

@@ -20,7 +20,7 @@ from blockzoo.build.rounding import corrected, on_its_grid, rounded
 from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, BlockTensor, HeadSpec, matrix_names, tensor_shapes
 from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
-from blockzoo.zoo.packing import GROUP, QuantizedDtype
+from blockzoo.zoo.packing import GROUP, WHOLE_ROW, QuantizedDtype
 
 _IN_EIGHT = ("k", "v")
 """Matrices that keep 8 bits in a block of 4: small ones where heads share K and V, whose errors go into every
@@ -61,7 +61,7 @@ class Quantizer:
     """
 
     group = GROUP
-    """Columns that share a scale in blocks of 8 bits."""
+    """Columns that share a scale in blocks of 8 bits, or `WHOLE_ROW`."""
 
     def __init__(
         self, draft: Draft, name: str, record: ModelRecord, calibration: Calibration, progress: Progress
@@ -174,7 +174,7 @@ def quantized_tensors(
         dtype: of the integers.
         names: its tensors' names -> HF names.
         met: what its matrices are multiplied with; None: they are rounded to nearest.
-        group: columns that share a scale, in 8 bits.
+        group: columns that share a scale in 8 bits, or `WHOLE_ROW`.
     """
     made = {name: tensors[name] for name in tensor_shapes(spec)}
     changes: dict[str, np.ndarray] = {}
@@ -219,6 +219,8 @@ def _grid(dtype: QuantizedDtype, name: str, columns: int, group: int) -> tuple[Q
     if columns % GROUP:
         return "i8", columns
     if dtype == "i8":
+        if group == WHOLE_ROW:
+            return "i8", columns
         return "i8", GROUP if columns % group else group
     return "i8" if name in _IN_EIGHT else dtype, GROUP
 

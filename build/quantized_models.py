@@ -41,7 +41,7 @@ class Asked:
         judge: whether it is judged at all; "auto" is in any case.
         threads: of engines.
         num_texts: of its own that rounding looks at; 0: rounds to nearest.
-        group: columns that share a scale in "int8"; None: as many as the model bears.
+        group: columns that share a scale in "int8", or `WHOLE_ROW`; None: as many as the model bears.
     """
 
     weights: Weights
@@ -127,7 +127,7 @@ class GivenModel:
         """
         asked = self._asked
         if asked.weights == "int8":
-            self.quantizer.group = asked.group or self._group()
+            self.quantizer.group = self._group() if asked.group is None else asked.group
         chain, group = self.made(choice), self.quantizer.group
         found = QuantizationRecord(asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name, group)
         if asked.judge and self._draft.writer is not None:

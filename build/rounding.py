@@ -47,8 +47,21 @@ def rounded(
         damped = _damped(gram, _DAMPING)
         integers = _compensated(weight, scales, dtype, damped)
         scales = _refitted(weight, integers, scales, damped)
-    stored = integers.astype(np.int8)
-    return BlockTensor(dtype, pack_i4(stored) if dtype == "i4" else stored, scales)
+    return _stored(integers, scales, dtype)
+
+
+def rounded_in_haste(weight: np.ndarray, dtype: QuantizedDtype, group: int) -> BlockTensor:
+    """As `rounded`, to nearest, with scales at which the largest value of each group just fits."""
+    groups = weight.reshape(len(weight), -1, group)
+    rows = max(1, _CHUNK // weight.shape[1])
+    scales = [_fitting(groups[i : i + rows], dtype) for i in range(0, len(weight), rows)]
+    fitting = np.concatenate(scales)
+    return _stored(_nearest(weight, fitting, dtype), fitting, dtype)
+
+
+def _stored(integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> BlockTensor:
+    narrow = integers.astype(np.int8)
+    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales)
 
 
 def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndarray:
@@ -142,11 +155,7 @@ def _scales(
 
 
 def _best_scales(groups: np.ndarray, dtype: QuantizedDtype, importance: np.ndarray) -> np.ndarray:
-    low, high = LIMITS[dtype]
-    at = np.abs(groups).argmax(axis=2)[..., None]
-    largest = np.take_along_axis(groups, at, axis=2)[..., 0]
-    fitting = (largest if low < -high else np.abs(largest)) / np.float32(low if low < -high else high)
-    fitting = np.where(fitting == 0, np.float32(1), fitting)
+    (low, high), fitting = LIMITS[dtype], _fitting(groups, dtype)
     best, least = fitting, np.full(fitting.shape, np.inf, np.float32)
     for shrink in _SHRINKS[dtype]:
         scale = fitting * shrink
@@ -156,6 +165,15 @@ def _best_scales(groups: np.ndarray, dtype: QuantizedDtype, importance: np.ndarr
         error = (importance * np.square(groups - q * fitted[..., None])).sum(axis=2)
         best, least = np.where(error < least, fitted, best), np.minimum(error, least)
     return np.asarray(best)
+
+
+def _fitting(groups: np.ndarray, dtype: QuantizedDtype) -> np.ndarray:
+    """Of groups [rows, groups, columns], the scales at which their largest values just fit."""
+    low, high = LIMITS[dtype]
+    at = np.abs(groups).argmax(axis=2)[..., None]
+    largest = np.take_along_axis(groups, at, axis=2)[..., 0]
+    fitting = (largest if low < -high else np.abs(largest)) / np.float32(low if low < -high else high)
+    return np.where(fitting == 0, np.float32(1), fitting)
 
 
 def _nearest(weight: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> np.ndarray:

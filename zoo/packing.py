@@ -21,7 +21,10 @@ GROUP = 32
 have any."""
 
 GROUPS = (128, 64, GROUP)
-"""What 8 bits are made with."""
+"""What 8 bits are made with, beside one group a row."""
+
+WHOLE_ROW = 0
+"""In the place of a number of columns: all of a row."""
 
 
 def groups_dividing(widths: Collection[int]) -> list[int]:

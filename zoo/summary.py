@@ -6,6 +6,7 @@ from math import prod
 
 from blockzoo.zoo.blocks import tensor_shapes
 from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, ReuseSettings, VerificationRecord
+from blockzoo.zoo.packing import WHOLE_ROW
 
 
 def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
@@ -74,7 +75,8 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     )
     shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
     bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
-    groups = f" in groups of {found.group}" if found.weights == "int8" else ""
+    how = "with one scale a row" if found.group == WHOLE_ROW else f"in groups of {found.group}"
+    groups = f" {how}" if found.weights == "int8" else ""
     lines = [f"weights {found.weights}{groups}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (

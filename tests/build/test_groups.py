@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from blockzoo.build import calibration
 from blockzoo.build.cli import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.engines.openvino import OpenVINOEngines
-from blockzoo.zoo.packing import GROUP
+from blockzoo.zoo.packing import GROUP, WHOLE_ROW
 from blockzoo.zoo.store import Zoo
 
 INT8 = CompileOptions(weights="int8", verify=False, profile=False, calibration_texts=0)
@@ -30,7 +31,7 @@ def models(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path_factory: Any
 ) -> dict[str, Path]:
     """One whose activations are alike, one with a few that are much larger, one like the first but for a
-    block, and one of an odd width."""
+    block, one of an odd width, and one of whose weights no row has two sizes."""
     import torch
 
     root = tmp_path_factory.mktemp("groups")
@@ -42,7 +43,11 @@ def models(
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[::64] *= 100
-    save(model, root / "spiky")
+        save(model, root / "spiky")
+        plain = make_model("llama", 3, **SETTINGS)
+        for weight in plain.parameters():
+            weight.copy_(weight.sign() / 32)
+        save(plain, root / "plain")
     save(make_model("llama", 3, **{**SETTINGS, "intermediate_size": 320}), root / "odd")
     return {path.name: path for path in root.iterdir()}
 
@@ -55,15 +60,21 @@ def groups(zoo: Path, model: str) -> set[int]:
     return {tensor.shape[1] // tensor.scales.shape[1] for tensor in matrices if tensor.scales is not None}
 
 
+def widths(model: Path) -> set[int]:
+    """Columns of a model's matrices."""
+    config = json.loads((model / "config.json").read_text())
+    return {config["hidden_size"], config["intermediate_size"]}
+
+
 def compiled(zoo: Path, options: CompileOptions, **models: Path) -> Any:
     return compile_models(models, zoo, options)
 
 
 def test_they_are_as_large_as_a_model_bears(models: dict[str, Path], tmp_path: Path) -> None:
-    expected = {"even": 128, "spiky": 32, "odd": 64}
+    expected = {"even": 128, "spiky": 32, "odd": 64, "plain": WHOLE_ROW}
     for name, group in expected.items():
         compiled(tmp_path / name, INT8, **{name: models[name]})
-        assert groups(tmp_path / name, name) == {group}, name
+        assert groups(tmp_path / name, name) == ({group} if group else widths(models[name])), name
         found = Zoo.open(tmp_path / name).manifest.models[name].quantization
         assert found is not None
         assert found.group == group
@@ -71,7 +82,7 @@ def test_they_are_as_large_as_a_model_bears(models: dict[str, Path], tmp_path: P
 
 def test_a_looser_bound_is_borne_by_more(models: dict[str, Path], tmp_path: Path) -> None:
     compiled(tmp_path / "z", replace(INT8, max_kl=50.0), spiky=models["spiky"])
-    assert groups(tmp_path / "z", "spiky") == {128}
+    assert groups(tmp_path / "z", "spiky") == widths(models["spiky"])
 
 
 def test_models_that_share_blocks_have_equal_ones(models: dict[str, Path], tmp_path: Path) -> None:
@@ -97,6 +108,12 @@ def test_another_number_needs_replace(
     assert "--replace" in capsys.readouterr().err
     assert main([*given, "--group-size", "128", "--replace"]) == 0
     assert groups(zoo, "even") == {128}
+    assert main([*given, "--group-size", "row", "--replace"]) == 0
+    assert groups(zoo, "even") == widths(models["even"])
+    assert "weights int8 with one scale a row: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*given, "--group-size", "96"])
+    assert "'96' is none of 32, 64, 128, row" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*given[:-1], "int4", "--group-size", "64"])
     assert "--group-size is a setting of --weights int8" in capsys.readouterr().err
@@ -109,13 +126,14 @@ def test_engines_round_activations_in_the_groups_of_their_blocks(
     monkeypatch.setattr("blockzoo.engines.openvino.engine.multiplies_int8", lambda: True)
     maker = OpenVINOEngines(num_threads=1, int8_activations=True)
     blocks = {}
-    for group in (32, 128):
+    for group in (WHOLE_ROW, 32, 128):
         compiled(tmp_path / str(group), replace(INT8, group_size=group), even=models["even"])
         zoo = Zoo.open(tmp_path / str(group))
         blocks[group] = [zoo.read_block(key) for key in zoo.manifest.models["even"].chain[1:]]
     for chain, expected in (
         (blocks[32], GROUP),
         (blocks[128], 128),
+        (blocks[WHOLE_ROW], 128),
         (blocks[128][:2] + blocks[32][2:], GROUP),
     ):
         span = maker.span(chain)._request.get_compiled_model()

@@ -43,9 +43,14 @@ X = np.random.default_rng(6).standard_normal((9, WIDTH)).astype(np.float32)
 X[:, 7] *= 30  # what makes its group coarse
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_they_are_rounded_in_the_groups_of_the_weights(group: int) -> None:
-    block = head(group)
+GROUPS = [(32, 32), (64, 64), (128, 128), (WIDTH, 128)]
+"""Columns that share a scale in weights, and in activations beside them."""
+
+
+@pytest.mark.parametrize(("columns", "group"), GROUPS)
+def test_they_are_rounded_in_the_groups_of_the_weights(columns: int, group: int) -> None:
+    """In smaller ones, where a whole row of weights has one scale."""
+    block = head(columns)
     found = run(RoundedActivations(1), block, X)
     np.testing.assert_allclose(found, by_hand(block, X, group), rtol=0, atol=2e-3)
     assert np.abs(found - by_hand(block, X, 0)).max() > 0.01
@@ -59,10 +64,10 @@ def test_they_are_rounded_beside_weights_as_given_where_that_is_asked_for() -> N
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no VNNI")
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_the_plugin_rounds_so_too(group: int) -> None:
+@pytest.mark.parametrize(("columns", "group"), GROUPS)
+def test_the_plugin_rounds_so_too(columns: int, group: int) -> None:
     """Or not at all, as it does with some shapes; values between two integers may go either way."""
-    block = head(group)
+    block = head(columns)
     found = run(OpenVINOEngines(num_threads=1, int8_activations=True), block, X)
     by_groups, exact = by_hand(block, X, group), by_hand(block, X, 0)
     lost = np.abs(by_groups - exact).mean()
