@@ -4,14 +4,14 @@ What is stored of a block is an adapter (`build.low_rank`) in 8 bits, served as 
 run in the batch of all who share it, and the difference alone is the model's own. All blocks get one rank,
 the smallest of a few that keeps the whole model within the bound over a probe text. Where the largest is not
 enough, single blocks stay the model's own (`build.trials`). Embedding and head have no adapters: they are the
-base's where the largest rank passes with those too, else the model's own, in 8 bits if that passes.
+base's where the largest rank passes with those too, and else the model's own.
 
 What tuning changed shows less in text at hand than where the model was tuned, and so does what a difference
 leaves out of it. So where no bound is asked for, it is a share of how far the base's blocks alone are from
 the model's own over the same text; and of the likeliest tokens about as many stay as in bf16.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from blockzoo.build.equivalence import candidates_of
@@ -39,9 +39,6 @@ _LIKELIEST_LOST = 0.01
 bound is asked for."""
 _RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MAX_RANK)
 _LEAST = 16  # ranks: with fewer a model strays where it was tuned, which text of its own shows too little of
-InEight = Callable[[Collection[int]], Mapping[int, str]]
-"""Positions in a model's chain -> ids of its own blocks there in 8 bits, in the zoo from then on."""
-
 _WORTH_IT = 0.3  # a difference of more than this share of its block's bytes is not
 _MAX_TRIALS = 12
 
@@ -71,7 +68,6 @@ def take_differences(
     max_kl: float | None,
     probe_name: str,
     progress: Progress,
-    in_eight: InEight,
     besides: Collection[str] = (),
 ) -> Found:
     """Look for blocks of other models that those of a model of the zoo are near to, and for the differences.
@@ -82,14 +78,13 @@ def take_differences(
         maker: of f32 engines.
         max_kl: bound on the divergence from the model's own blocks, in nats; None: a share of what tuning
             changed.
-        in_eight: of the model.
         besides: models whose blocks are not taken.
     """
     record = zoo.manifest.models[name]
     near = candidates_of(name, zoo, {name, *besides})
     if not any(zoo.manifest.blocks[key].spec.kind in PROJECTIONS for c in near for key in c.blocks.values()):
         return Found(record, (), 0, 0)
-    return _Search(name, zoo, text, oracle, maker, max_kl, near, progress).found(probe_name, in_eight)
+    return _Search(name, zoo, text, oracle, maker, max_kl, near, progress).found(probe_name)
 
 
 class _Search:
@@ -169,16 +164,13 @@ class _Search:
         own = adapter is not None and key == self._record.chain[position]
         return self._zoo.read_block(key), self._zoo.read_adapter(adapter) if adapter and own else None
 
-    def found(self, probe_name: str, in_eight: InEight) -> Found:
+    def found(self, probe_name: str) -> Found:
         """The best that the bound allows."""
         largest = [self._candidate(at, self._ranks[-1]) for at in self._inner]
         ends: list[Candidate] = []
         for end in self._ends:
             if self._judge([*largest, *ends, end]) <= 1:
                 ends.append(end)
-        narrow = self._narrow([*largest, *ends], in_eight)
-        if narrow is not None:
-            ends.append(narrow)
         taken = self._smallest_rank(ends)
         if taken is None:
             taken = compose(
@@ -188,17 +180,7 @@ class _Search:
                 lambda chosen: len(self._losses) < _MAX_TRIALS,
             )
         self._progress(self._what, 1, 1)
-        eight = {} if narrow is None else narrow.blocks
-        return self._as_record(taken, probe_name, tuple(at for c in taken if c is narrow for at in eight))
-
-    def _narrow(self, taken: Sequence[Candidate], in_eight: InEight) -> Candidate | None:
-        """The model's own embedding and head in 8 bits, as far as they are not another model's; None where
-        that is too much."""
-        places = {at for end in self._ends if end not in taken for at in end.blocks}
-        if not places:
-            return None
-        narrow = Candidate(in_eight(places))
-        return narrow if self._judge([*taken, narrow]) <= 1 else None
+        return self._as_record(taken, probe_name)
 
     def _smallest_rank(self, ends: Sequence[Candidate]) -> list[Candidate] | None:
         """All blocks in the smallest rank that passes; None where none does."""
@@ -227,8 +209,7 @@ class _Search:
         """Of the model with a set in it."""
         return self._yardstick.judge(self._probe.trial(chosen), self._probe.logits)
 
-    def _as_record(self, taken: Sequence[Candidate], probe_name: str, eight: tuple[int, ...]) -> Found:
-        """`eight`: positions of own blocks in 8 bits."""
+    def _as_record(self, taken: Sequence[Candidate], probe_name: str) -> Found:
         num_trials = len(self._losses)
         made = {at: self._cut[key] for c in taken for at, key in c.blocks.items() if key in self._cut}
         if not made:
@@ -241,12 +222,11 @@ class _Search:
             own_blocks={at: chain[at] for at in sorted(replaced)},
             rank=max((cut.spec.rank for cut in adapters.values()), default=0),
             share=sum(cut.num_bytes for cut in adapters.values())
-            / sum(blocks[chain[at]].num_bytes for at in replaced if at not in eight),
+            / sum(blocks[chain[at]].num_bytes for at in replaced),
             max_kl=self._max_kl,
             loss=self._losses[_changes(taken)],
             probe=probe_name,
             tuned_kl=self._tuned_kl,
-            in_eight_bits=tuple(sorted(eight)),
         )
         record = replace(
             self._record,

@@ -36,8 +36,7 @@ def uniform(draft: Draft, chain: Sequence[str], dtype: QuantizedDtype) -> dict[i
     return {
         position: dtype if block.spec.kind in PROJECTIONS else "i8"
         for position, block in enumerate(blocks)
-        # others stand for its own: another model's, or the embedding and head of `deltas`
-        if block.quantized is None and block.dtype not in ("i8", "i4")
+        if block.dtype not in ("i8", "i4")  # another model's that stands for its own
     }
 
 

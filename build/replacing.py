@@ -8,7 +8,7 @@ from blockzoo.build.compilation import Compilation
 from blockzoo.build.draft import weights
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.own_text import OwnText
-from blockzoo.build.quantize import Calibration, Choice, Quantizer
+from blockzoo.build.quantize import Choice
 from blockzoo.build.quantized_models import GivenModel, Weights
 from blockzoo.build.sources import Source
 from blockzoo.build.trials import MAX_FORWARDS
@@ -71,7 +71,6 @@ def take_differences(
     if job.writer is None:
         job.note(name, "differences to other models' blocks are not looked for in a dry run")
         return
-    known = set(job.manifest.blocks)
     found = deltas.take_differences(
         name,
         job.zoo,
@@ -81,7 +80,6 @@ def take_differences(
         job.options.max_kl,
         job.probe_name,
         job.progress,
-        lambda positions: _in_eight(job, source, record, positions),
         besides,
     )
     if not found.num_candidates:
@@ -100,36 +98,21 @@ def take_differences(
     job.manifest.models[name] = found.record
     added = sum(adapter.num_bytes for adapter in new.values())
     job.adapter_bytes[name] += added
-    delta = found.record.delta
-    narrow = {found.record.chain[at] for at in delta.in_eight_bits} - known
-    added += sum(job.manifest.blocks[key].num_bytes for key in narrow)
-    freed = set(delta.own_blocks.values())
+    freed = set(found.record.delta.own_blocks.values())
     job.reports[name] = replace(
         report,
-        num_reused=report.num_reused + len(delta.own_blocks) - len(delta.in_eight_bits),
+        num_reused=report.num_reused + len(found.record.delta.own_blocks),
         model_bytes=model_bytes(job.manifest, found.record),
         new_bytes=report.new_bytes + added - sum(job.manifest.blocks[key].num_bytes for key in freed),
     )
     job.note(name, delta_text(found.record))
 
 
-def _in_eight(
-    job: Compilation, source: Source, record: ModelRecord, positions: Collection[int]
-) -> Mapping[int, str]:
-    """Ids of a model's blocks in 8 bits, rounded to nearest, in the draft then."""
-    choice: Choice = dict.fromkeys(positions, "i8")
-    to_nearest = Calibration(lambda: oracle_for(source, True, job.options.dtype), lambda: ())
-    quantizer = Quantizer(job.draft, source.name, record, to_nearest, job.progress)
-    quantizer.make([choice])
-    chain = quantizer.chain(choice)
-    return {at: chain[at] for at in positions}
-
-
 def quantize(
     job: Compilation, sources: Sequence[Source], texts: Mapping[str, list[list[int]]], asked: Weights
 ) -> None:
     """Put quantized blocks in the place of the models' own. `texts`: to judge by, as token ids, by name."""
-    known = set(job.old.manifest.blocks)
+    known = set(job.manifest.blocks)
     models = {source.name: _to_quantize(job, source, texts[source.name], asked) for source in sources}
     waiting = [model for model in models.values() if model is not None]
     chosen: Mapping[str, Choice] = {}

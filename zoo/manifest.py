@@ -234,7 +234,7 @@ class EquivalenceRecord:
 class DeltaRecord:
     """A full fine-tune of which blocks are stored as what they add to other models' blocks: adapters.
 
-    Embedding and head may be the other model's as they are, or the model's own in 8 bits.
+    Embedding and head may be the other model's as they are.
     """
 
     own_blocks: dict[int, str]
@@ -242,7 +242,7 @@ class DeltaRecord:
     rank: int
     """The largest."""
     share: float
-    """Bytes of the adapters over those of the model's own blocks, without `in_eight_bits`."""
+    """Bytes of the adapters over those of the model's own blocks."""
     max_kl: float | None
     """Asked for: the largest divergence; None: a share of `tuned_kl`."""
     loss: LossRecord
@@ -251,8 +251,6 @@ class DeltaRecord:
     """Name of the probe file; "built-in" for text that the model wrote."""
     tuned_kl: float | None = field(default=None, metadata={"added": True})
     """What tuning changed there: the divergence of the other models' blocks without differences, in nats."""
-    in_eight_bits: tuple[int, ...] = field(default=(), metadata={"added": True})
-    """Positions where the model's own block stands in 8 bits; they are in `own_blocks` too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,14 +136,12 @@ def delta_text(model: ModelRecord) -> str:
     found = model.delta
     assert found is not None
     differences = sum(at in model.adapters for at in found.own_blocks)
-    eight = len(found.in_eight_bits)
-    kept = f", {eight} {'is its' if eight == 1 else 'are its'} own in 8 bits" if eight else ""
     text = f"{found.probe} text"
     if found.tuned_kl is not None:
         text += f", where tuning changed {found.tuned_kl:.1e}"
     return (
-        f"{len(found.own_blocks) - eight} blocks are another model's, {differences} of them with differences "
-        f"of rank {found.rank}, {found.share:.1%} of their own bytes{kept}: {loss_text(found.loss)} of {text}"
+        f"{len(found.own_blocks)} blocks are another model's, {differences} of them with differences of rank "
+        f"{found.rank}, {found.share:.1%} of their own bytes: {loss_text(found.loss)} of {text}"
     )
 
 

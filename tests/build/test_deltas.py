@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -14,7 +14,6 @@ from blockzoo.build import calibration
 from blockzoo.build.cli import main
 from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.runtime import LLM, SamplingParams
 from blockzoo.zoo.manifest import DeltaRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import delta_text
@@ -163,35 +162,6 @@ def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Pat
     near, base = (record(tmp_path / "own", name) for name in ("near", "base"))
     assert near.chain[1:-1] == base.chain[1:-1]
     assert near.chain[0] != base.chain[0]
-
-
-@pytest.mark.parametrize("weights", [None, "int8"])
-def test_its_own_embedding_is_kept_in_8_bits(
-    tuned: dict[str, Path], tmp_path: Path, weights: Literal["int8"] | None
-) -> None:
-    """Where the base's is too much, and that is not."""
-    models, zoo = {name: tuned[name] for name in ("base", "near")}, tmp_path / "z"
-    compile_models(models, tmp_path / "all", replace(DELTA, max_kl=1.0))
-    whole = record(tmp_path / "all", "near").delta
-    assert whole is not None
-    options = replace(DELTA, max_kl=0.99 * whole.loss.stored.kl, weights=weights)
-    report = compile_models(models, zoo, options)
-    manifest, near = Zoo.open(zoo).manifest, record(zoo, "near")
-    assert near.delta is not None
-    assert near.delta.in_eight_bits == (0, len(near.chain) - 1)
-    embed, head = (manifest.blocks[near.chain[at]] for at in (0, -1))
-    assert (embed.dtype, head.tied_to) == ("i8", near.chain[0])
-    assert embed.quantized is not None
-    assert embed.quantized.source == near.delta.own_blocks[0]
-    assert "6 blocks are another model's" in delta_text(near)
-    assert "2 are its own in 8 bits" in delta_text(near)
-    assert report.models[1].new_bytes == embed.num_bytes + head.num_bytes + sum(
-        manifest.adapters[key].num_bytes for key in near.adapters.values()
-    )
-    assert compile_models(models, zoo, options).models[1].status == "unchanged"
-    llm = LLM(zoo, precision="f32", num_threads=1, kv_cache_bytes=1 << 20)
-    tokens = llm.generate("near", [[3, 1, 4]], SamplingParams(max_tokens=4), progress=False)[0].token_ids
-    assert len(tokens) == 4
 
 
 def test_a_bound_that_is_asked_for_alone_decides(tuned: dict[str, Path], tmp_path: Path) -> None:
