@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="for --weights and --share delta: largest mean divergence (KL, in nats) from the weights as "
         "given, over the probe text; a model beyond it is refused, or keeps blocks of its own (default 0.02; "
-        "int4: 0.5; delta: 0.5 %% of how far the base is)",
+        "int4: 0.5; delta: 1 %% of how far the base is)",
     )
     parser.add_argument(
         "--surrogate",

@@ -28,7 +28,7 @@ from blockzoo.zoo.blocks import PROJECTIONS, Adapter, Block
 from blockzoo.zoo.manifest import DeltaRecord, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 
-_SHARE_LEFT = 0.005
+_SHARE_LEFT = 0.01
 """The bound on the divergence from the model's own blocks where none is asked for, as a share of that of the
 other model's blocks without differences."""
 _BF16_SHARE = 0.1

@@ -112,7 +112,7 @@ def quantize(
     job: Compilation, sources: Sequence[Source], texts: Mapping[str, list[list[int]]], asked: Weights
 ) -> None:
     """Put quantized blocks in the place of the models' own. `texts`: to judge by, as token ids, by name."""
-    known = set(job.manifest.blocks)
+    known = set(job.old.manifest.blocks)
     models = {source.name: _to_quantize(job, source, texts[source.name], asked) for source in sources}
     waiting = [model for model in models.values() if model is not None]
     chosen: Mapping[str, Choice] = {}

@@ -125,6 +125,8 @@ def test_auto_stays_within_its_bound(
     assert dtypes.count("i4") in four
     assert dtypes.count("bf16") in given  # the tied head holds its norm alone
     assert any(f"weights auto: {dtypes.count('bf16')} blocks bf16" in note for note in report.models[0].notes)
+    (told,) = report.models
+    assert (told.num_reused, told.new_bytes) == (0, report.stored_bytes)
     assert {path.stem for path in (tmp_path / "z" / "blocks").iterdir()} == set(zoo.manifest.blocks)
     tokenizer = Tokenizer.from_file(str(zoo.tokenizer_dir("base") / "tokenizer.json"))
     texts = [tokenizer.encode(part).ids[:256] for part in text.split("\n\n")]

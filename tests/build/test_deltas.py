@@ -139,7 +139,7 @@ def test_what_is_left_out_is_a_small_share_of_what_tuning_changed(
 ) -> None:
     found, tuned_kl = differences(tuned, "near", tmp_path / "z")
     assert 0.01 < tuned_kl < 1
-    assert 3 * found.loss.bf16.kl < found.loss.stored.kl <= 0.005 * tuned_kl
+    assert 3 * found.loss.bf16.kl < found.loss.stored.kl <= 0.01 * tuned_kl
     assert found.loss.stored.top1 >= found.loss.bf16.top1 - 0.01
     assert f"where tuning changed {tuned_kl:.1e}" in delta_text(record(tmp_path / "z", "near"))
 
@@ -148,7 +148,7 @@ def test_what_tuning_hardly_changed_need_not_be_kept_beyond_a_tenth_of_bf16(
     tuned: dict[str, Path], tmp_path: Path
 ) -> None:
     found, tuned_kl = differences(tuned, "hardly", tmp_path / "z")
-    assert 0.005 * tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
+    assert 0.01 * tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
 
 
 def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Path], tmp_path: Path) -> None:
