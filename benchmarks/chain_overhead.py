@@ -73,6 +73,7 @@ def main() -> None:
     given = Settings(
         precision=OpenVINOEngines(args.precision).precision,
         num_threads=args.threads,
+        kv_precision=args.kv_precision,
         max_seqs=max(BATCHES),
         context=args.context,
         max_tokens=args.context,

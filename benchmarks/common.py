@@ -45,6 +45,7 @@ def arguments(description: str, *, shape: str, repeats: int) -> argparse.Argumen
 def add_bits(parser: argparse.ArgumentParser) -> None:
     """The arguments of benchmarks that compare in any number of bits, and with llama.cpp."""
     parser.add_argument("--weights", choices=("int8", "int4"), help="of all sides; default: as given, bf16")
+    parser.add_argument("--kv-precision", choices=("u8",), help="of ours and GenAI; default: the precision")
     parser.add_argument(
         "--llama", type=Path, help="environment with llama.cpp (python -m benchmarks.peers.llama FOLDER)"
     )
@@ -151,10 +152,12 @@ def _version(package: str) -> str | None:
 
 
 def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any) -> Path:
-    """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json`; those of other
-    shapes there stay."""
+    """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json` (with KV in 8 bits
+    `<name>_int8_kv_u8.json`); those of other shapes there stay."""
     if getattr(args, "weights", None) in ("int8", "int4", "auto"):
         name = f"{name}_{args.weights}"
+    if getattr(args, "kv_precision", None) == "u8":
+        name = f"{name}_kv_u8"
     path: Path = args.out / f"{name}.json"
     report: dict[str, Any] = (
         json.loads(path.read_text()) if path.exists() else {"benchmark": name, "shapes": {}}

@@ -59,6 +59,7 @@ def main() -> None:
     settings = Settings(
         precision=OpenVINOEngines(args.precision).precision,
         num_threads=args.threads,
+        kv_precision=args.kv_precision,
         max_seqs=args.tenants,
         context=args.context,
         max_tokens=args.context,

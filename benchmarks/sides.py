@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from benchmarks.common import timed
 from blockzoo.build.quantized_models import Weights
-from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
+from blockzoo.engines.base import PAGE_TOKENS, Precision
+from blockzoo.engines.kv_pages import GRID_BYTES, KVPrecision, pack_u8, page_bytes, page_width
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.engines.openvino.engine import prefers_int8
 from blockzoo.runtime import LLMEngine, SamplingParams
@@ -36,7 +37,7 @@ class Settings:
     """What all sides of a run agree on.
 
     Attributes:
-        precision: of weights in use, activations and KV.
+        precision: of weights in use, activations and, without `kv_precision`, KV.
         num_threads: compute threads; None leaves OpenVINO's choice.
         max_seqs: sequences in a batch.
         context: tokens of a prompt before its last one, a multiple of 32: the part that stays cached. Decode
@@ -44,6 +45,7 @@ class Settings:
         max_tokens: new tokens in one step.
         longest_prompt: tokens, of `prefill`.
         int8_activations: see `EngineConfig`; only in f32.
+        kv_precision: "u8" keeps KV in 8 bits.
     """
 
     precision: Precision
@@ -53,6 +55,7 @@ class Settings:
     max_tokens: int
     longest_prompt: int
     int8_activations: bool = False
+    kv_precision: Literal["u8"] | None = None
 
     @property
     def pages_per_seq(self) -> int:
@@ -66,19 +69,24 @@ class Settings:
 
     def pool_bytes(self, config: ModelConfig) -> int:
         """Bytes of `pool_pages` in all layers."""
-        itemsize = activation_dtype(self.precision).itemsize
-        page = 2 * PAGE_TOKENS * config.num_kv_heads * config.head_dim * itemsize
+        page = page_bytes(config.num_kv_heads, config.head_dim, self.kv_precision or self.precision)
         return self.pool_pages * config.num_layers * page
 
     def maker(self) -> OpenVINOEngines:
         """An engine maker of these settings."""
-        return OpenVINOEngines(self.precision, self.num_threads, int8_activations=self.int8_activations)
+        return OpenVINOEngines(
+            self.precision,
+            self.num_threads,
+            int8_activations=self.int8_activations,
+            kv_precision=self.kv_precision,
+        )
 
     def engine_config(self, config: ModelConfig, max_span_layers: int | None = None) -> EngineConfig:
         """For our sides."""
         return EngineConfig(
             precision=self.precision,
             int8_activations=self.int8_activations,
+            kv_precision=self.kv_precision,
             num_threads=self.num_threads,
             kv_cache_bytes=self.pool_bytes(config),
             max_num_seqs=self.max_seqs,
@@ -175,11 +183,21 @@ class ExecutorSide:
         return self._rng.integers(2, self._vocab, count, dtype=np.int32)
 
 
+_HELD: dict[str, KVPrecision] = {"H": "bf16", "f": "f32", "B": "u8"}  # by numpy's type characters
+
+
 def _fill_pool(executor: Executor) -> None:
     """Random K and V in all pages. Pages that were never written all share the kernel's one page of
     zeros, which no serving process reads its context from."""
     for pages in executor._pool.values():
-        pages[...] = _random(pages.shape, "bf16" if pages.dtype == np.uint16 else "f32")
+        pages[...] = _random_pages(pages.shape, _HELD[pages.dtype.char])
+
+
+def _random_pages(shape: tuple[int, ...], precision: KVPrecision) -> np.ndarray:
+    """Of `shape` as a pool has it."""
+    if precision != "u8":
+        return _random(shape, precision)
+    return np.resize(pack_u8(_random((1024, shape[-1] - GRID_BYTES), "f32")), shape)
 
 
 def _random(shape: tuple[int, ...], precision: Precision) -> np.ndarray:
@@ -199,8 +217,9 @@ class WholeGraphSide:
         config = record.config
         pages = settings.pool_pages * config.num_layers
         for name in ("key_cache", "value_cache"):
-            shape = (pages, config.num_kv_heads, PAGE_TOKENS, config.head_dim)
-            self._engine.bind(name, _random(shape, settings.precision))
+            kv = settings.kv_precision or settings.precision
+            shape = (pages, config.num_kv_heads, PAGE_TOKENS, page_width(config.head_dim, kv))
+            self._engine.bind(name, _random_pages(shape, kv))
         rows = max(settings.max_tokens, settings.max_seqs)
         self._hidden = _random((rows, config.hidden_size), settings.precision)
         longest = max(settings.longest_prompt, settings.context + MAX_STEPS) + 1
