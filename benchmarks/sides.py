@@ -58,6 +58,11 @@ class Settings:
     kv_precision: Literal["u8"] | None = None
 
     @property
+    def held(self) -> KVPrecision:
+        """What pages hold."""
+        return self.kv_precision or self.precision
+
+    @property
     def pages_per_seq(self) -> int:
         """Pages of one layer of a sequence that decodes."""
         return -(-(self.context + MAX_STEPS + 2) // PAGE_TOKENS)
@@ -69,7 +74,7 @@ class Settings:
 
     def pool_bytes(self, config: ModelConfig) -> int:
         """Bytes of `pool_pages` in all layers."""
-        page = page_bytes(config.num_kv_heads, config.head_dim, self.kv_precision or self.precision)
+        page = page_bytes(config.num_kv_heads, config.head_dim, self.held)
         return self.pool_pages * config.num_layers * page
 
     def maker(self) -> OpenVINOEngines:
@@ -151,7 +156,7 @@ class ExecutorSide:
         self._vocab = config.vocab_size
         self._rng = np.random.default_rng(0)
         self._batch, self._past = 0, 0
-        _fill_pool(self._executor)
+        _fill_pool(self._executor, settings.held)
 
     def prefill(self, num_tokens: int) -> None:
         """In chunks of the settings' max_tokens."""
@@ -183,14 +188,11 @@ class ExecutorSide:
         return self._rng.integers(2, self._vocab, count, dtype=np.int32)
 
 
-_HELD: dict[str, KVPrecision] = {"H": "bf16", "f": "f32", "B": "u8"}  # by numpy's type characters
-
-
-def _fill_pool(executor: Executor) -> None:
+def _fill_pool(executor: Executor, precision: KVPrecision) -> None:
     """Random K and V in all pages. Pages that were never written all share the kernel's one page of
     zeros, which no serving process reads its context from."""
     for pages in executor._pool.values():
-        pages[...] = _random_pages(pages.shape, _HELD[pages.dtype.char])
+        pages[...] = _random_pages(pages.shape, precision)
 
 
 def _random_pages(shape: tuple[int, ...], precision: KVPrecision) -> np.ndarray:
@@ -217,9 +219,9 @@ class WholeGraphSide:
         config = record.config
         pages = settings.pool_pages * config.num_layers
         for name in ("key_cache", "value_cache"):
-            kv = settings.kv_precision or settings.precision
-            shape = (pages, config.num_kv_heads, PAGE_TOKENS, page_width(config.head_dim, kv))
-            self._engine.bind(name, _random_pages(shape, kv))
+            width = page_width(config.head_dim, settings.held)
+            shape = (pages, config.num_kv_heads, PAGE_TOKENS, width)
+            self._engine.bind(name, _random_pages(shape, settings.held))
         rows = max(settings.max_tokens, settings.max_seqs)
         self._hidden = _random((rows, config.hidden_size), settings.precision)
         longest = max(settings.longest_prompt, settings.context + MAX_STEPS) + 1

@@ -216,11 +216,9 @@ def quantized_bytes(
 
 def _grid(dtype: QuantizedDtype, name: str, columns: int, group: int) -> tuple[QuantizedDtype, int]:
     """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups, and small ones."""
-    if columns % GROUP:
+    if columns % GROUP or (dtype == "i8" and group == WHOLE_ROW):
         return "i8", columns
     if dtype == "i8":
-        if group == WHOLE_ROW:
-            return "i8", columns
         return "i8", GROUP if columns % group else group
     return "i8" if name in _IN_EIGHT else dtype, GROUP
 

@@ -59,11 +59,6 @@ def rounded_in_haste(weight: np.ndarray, dtype: QuantizedDtype, group: int) -> B
     return _stored(_nearest(weight, fitting, dtype), fitting, dtype)
 
 
-def _stored(integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> BlockTensor:
-    narrow = integers.astype(np.int8)
-    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales)
-
-
 def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """The matrix whose products with changed inputs are nearest to those with the ones before.
 
@@ -90,24 +85,21 @@ def _on_multiples(weight: np.ndarray, dtype: QuantizedDtype) -> BlockTensor | No
     """Exactly, where the values of each group are multiples of a scale."""
     groups = weight.reshape(len(weight), -1, GROUP)
     # of Q8_0 the largest value is 127 times the scale, of Q4_0 the one of the largest magnitude -8 times
-    for top, limits in ((127, LIMITS["i8"]), (-8, LIMITS["i4"])):
-        if dtype == "i4" and top > 0:
-            continue
+    grids: tuple[QuantizedDtype, ...] = ("i4",) if dtype == "i4" else ("i8", "i4")
+    for grid in grids:
+        low, high = LIMITS[grid]
         scales = np.empty(groups.shape[:2], np.float32)
         integers = np.empty(weight.shape, np.int8)
         rows = max(1, _CHUNK // weight.shape[1])
         for i in range(0, len(weight), rows):
             part = groups[i : i + rows]
-            at = np.abs(part).argmax(axis=2)[..., None]
-            largest = np.take_along_axis(part, at, axis=2)[..., 0]
-            found = (np.abs(largest) if top > 0 else largest) / np.float32(top)
-            scale = np.where(found == 0, np.float32(1), found)
+            scale = _fitting(part, grid)
             q = np.rint(part / scale[..., None])
-            if q.min() < limits[0] or q.max() > limits[1] or not np.array_equal(q * scale[..., None], part):
+            if q.min() < low or q.max() > high or not np.array_equal(q * scale[..., None], part):
                 break
             scales[i : i + rows], integers[i : i + rows] = scale, q.reshape(-1, weight.shape[1])
         else:
-            return BlockTensor(dtype, pack_i4(integers) if dtype == "i4" else integers, scales)
+            return _stored(integers, scales, dtype)
     return None
 
 
@@ -185,6 +177,11 @@ def _nearest(weight: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> n
         q = np.rint(part.reshape(*scale.shape[:2], -1) / scale)
         integers[i : i + rows] = np.clip(q, low, high).reshape(part.shape)
     return integers
+
+
+def _stored(integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> BlockTensor:
+    narrow = integers.astype(np.int8, copy=False)
+    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales)
 
 
 def _damped(gram: np.ndarray, damping: float) -> np.ndarray:

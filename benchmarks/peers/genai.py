@@ -61,7 +61,7 @@ class GenAISide:
         scheduler.enable_prefix_caching = True
         properties: dict[str, object] = {
             "INFERENCE_PRECISION_HINT": settings.precision,
-            "KV_CACHE_PRECISION": settings.kv_precision or settings.precision,
+            "KV_CACHE_PRECISION": settings.held,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
         }

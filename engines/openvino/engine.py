@@ -101,7 +101,7 @@ class OpenVINOEngines:
             hardware (avx512_bf16, amx_bf16) and f32 elsewhere.
         num_threads: compute threads; None leaves OpenVINO's choice (the physical cores).
         int8_activations: multiply quantized weights with activations rounded to 8 bits on the fly, in groups
-            of a row as large as those of the weights, the rest in f32. Without, weights are unpacked to the
+            of a row that divide those of the weights, the rest in f32. Without, weights are unpacked to the
             precision as they are multiplied.
         kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`); None: in the precision.
 
