@@ -102,6 +102,7 @@ def test_surrogate_costs(workdir: Path) -> None:
     assert speedups["0.6"] < speedups["0.9"]
 
 
+@pytest.mark.slow
 def test_peers_and_weights_as_given_in_the_same_bits(workdir: Path) -> None:
     skipped = ["--skip", "fused", "layers", "graph"]
     results = run("chain_overhead", workdir, "--weights", "int8", *skipped, report="chain_overhead_int8")
@@ -142,6 +143,7 @@ def test_multi_tenant(workdir: Path) -> None:
     assert results["pipelines"]["engine"]["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_memory(workdir: Path) -> None:
     path = workdir / "memory.json"
     path.write_text(json.dumps({"benchmark": "memory", "shapes": {"110m": {"results": {}}}}))

@@ -273,6 +273,7 @@ def test_runs_repeat_and_serve_all() -> None:
     assert alone.moved_gb == 0 or alone.failed == 0
 
 
+@pytest.mark.slow
 def test_a_drift_moves_weights_where_it_pays() -> None:
     setting = replace(SMALL, seconds=40.0)
     stays, none = changing(setting, 6.0, 0, None)
@@ -294,6 +295,7 @@ def test_costs_of_steps_are_found_again() -> None:
     assert costs.seconds(features[0], rng) == pytest.approx(seconds[0])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.cluster_sim", "scale", "--gpus", "32", "--apps", "40"]
     done = subprocess.run(

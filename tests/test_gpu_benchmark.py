@@ -39,6 +39,7 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     assert report["ceilings"].keys() == {"copy_bytes_per_s", "read_bytes_per_s", "matrix_flops_per_s"}
 
 
+@pytest.mark.slow
 def test_parts_in_processes_of_their_own_tell_what_they_find(tmp_path: Path) -> None:
     what = (
         "--shapes",
@@ -103,6 +104,7 @@ def test_it_starts_on_a_machine_with_little_installed() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_gpu_need_no_plugin_of_pytest() -> None:
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "tests/gpu" in line)
     bare = ("-p", "no:timeout", "-p", "no:hypothesispytest", "--collect-only", "-q")

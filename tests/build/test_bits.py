@@ -140,6 +140,7 @@ def test_auto_stays_within_its_bound(
 
 
 @pytest.mark.usefixtures("short_texts")
+@pytest.mark.slow
 def test_a_base_its_loras_and_its_copies_stay_together(demo_family: dict[str, Path], tmp_path: Path) -> None:
     models: dict[str, str | Path] = {name: demo_family[name] for name in ("base", "notes", "base-sharded")}
     options = CompileOptions(weights="auto", max_kl=6e-3, profile=False, verify=False)

@@ -151,6 +151,7 @@ def test_what_tuning_hardly_changed_need_not_be_kept_beyond_a_tenth_of_bf16(
     assert 0.01 * tuned_kl < found.loss.stored.kl <= 0.1 * found.loss.bf16.kl
 
 
+@pytest.mark.slow
 def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Path], tmp_path: Path) -> None:
     models = {name: tuned[name] for name in ("base", "near")}
     compile_models(models, tmp_path / "all", replace(DELTA, max_kl=1.0))
@@ -164,6 +165,7 @@ def test_the_bases_embedding_may_take_what_the_bound_leaves(tuned: dict[str, Pat
     assert near.chain[0] != base.chain[0]
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_asked_for_alone_decides(tuned: dict[str, Path], tmp_path: Path) -> None:
     """Also where less is lost than bf16 loses."""
     models = {name: tuned[name] for name in ("base", "hardly")}

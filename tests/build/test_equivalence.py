@@ -55,6 +55,7 @@ def tuned(demo_family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return made
 
 
+@pytest.mark.slow
 def test_lightly_tuned_blocks_are_replaced_and_scored(
     tuned: dict[str, Path], tmp_path: Path, tree: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,7 @@ def test_a_quantized_base_is_not_converted(
     assert "is quantized: --dtype cannot convert it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_architecture_is_near_to_itself(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     options = CompileOptions(weights="int8", profile=False, max_kl=0.3)
     compile_models(dict(checkpoints), tmp_path / "z", options)

@@ -85,7 +85,7 @@ def test_the_search_leaves_out_what_is_missed_least() -> None:
     assert search(Trial(), Costs(), chain, None, leaves_out=False) is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["int4", "layers"])
+@pytest.mark.parametrize("kind", ["int4", pytest.param("layers", marks=pytest.mark.slow)])
 def test_what_pays_is_kept_and_shared_and_shown(
     kind: str,
     demo_family: dict[str, Path],

@@ -44,7 +44,7 @@ def cold(demo_zoo: Path) -> LLM:
     return serve(demo_zoo, prefix_caching=False)
 
 
-@pytest.mark.parametrize("budget", [512, 48])
+@pytest.mark.parametrize("budget", [pytest.param(512, marks=pytest.mark.slow), 48])
 def test_a_prompt_another_model_has_run(demo_zoo: Path, cold: LLM, budget: int) -> None:
     llm = serve(demo_zoo, max_num_batched_tokens=budget)
     for length in (32, 33, 96, 200, 256):

@@ -101,6 +101,7 @@ def test_tokenizer_round_trips_and_splits_digits():
     assert trained.encode("123").tokens == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_three_steps_of_each_stage_then_assemble(tmp_path, capsys):
     pytest.importorskip("torch")
     train = pytest.importorskip("blockzoo.zoo.demo.train")
@@ -178,6 +179,7 @@ def test_values_of_assignments_are_weighted_whether_shown_or_asked(tokenizer, le
     assert chains
 
 
+@pytest.mark.slow
 def test_chains_are_trained_from_the_base(tmp_path, capsys):
     from blockzoo.zoo.demo.train_chains import main
 

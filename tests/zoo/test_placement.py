@@ -185,6 +185,7 @@ def changed(seed: int) -> tuple[Task, Plan] | None:
     return replace(task, chains=chains, held=before.homes, byte_s=slower, horizon_s=horizon_s), before
 
 
+@pytest.mark.slow
 def test_goes_over_to_nearly_the_best_plan_that_there_is() -> None:
     gaps, stayed = [], 0
     for seed in range(40):
