@@ -7,7 +7,7 @@ answers greedily, and is judged by the same function. `base, told` has besides i
 learnt instead: the form of the answer, the rules of the house, the meanings of the codes. ZOO is one that has
 `base`, such as `make demo` makes; all its models whose names begin with a trade's are asked, and so is a full
 fine-tune that is compiled into it as `minutes-full`. Without it the family is assembled and compiled first,
-in `--weights`, whose report is one of its own. --tuned leaves the base out.
+in `--weights`. A zoo of quantized weights has a report of its own. --tuned leaves the base out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common import machine_facts, print_table, save_report
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.runtime import LLM, SamplingParams
+from blockzoo.zoo.store import Zoo
 
 from . import samples
 from .assemble import assemble
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.zoo is None:
             models = assemble(Path(temporary) / "models")
             compile_models(models, zoo, CompileOptions(verify=False, profile=False, weights=args.weights))
+        quantized = Zoo.open(zoo).manifest.models["base"].quantization
+        args.weights = quantized.weights if quantized is not None else None
         llm = LLM(zoo, precision=args.precision, kv_cache_bytes=512 * MEBIBYTE)
         del args.zoo  # where it lay is nobody's business
         results: dict[str, Any] = {}
