@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _parser().error(f"{name} is a setting of --backend tensorrt")
     if arguments.max_kl is not None and arguments.weights is None and arguments.share != "delta":
         _parser().error("--max-kl is a bound of --weights and of --share delta")
+    judged = arguments.weights or arguments.surrogate or arguments.share in ("equivalent", "delta")
+    if arguments.probe is not None and not judged:
+        _parser().error("--probe is text for --weights, --surrogate and --share equivalent or delta")
     if arguments.group_size is not None and arguments.weights != "int8":
         _parser().error("--group-size is a setting of --weights int8")
     if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
@@ -146,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="do not check the models end to end, nor measure what KV in 8 bits loses",
+        help="do not check the models end to end, nor how near those in int8 or int4 are (--max-kl), nor "
+        "measure what KV in 8 bits loses",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of the engines")
     parser.add_argument(

@@ -106,7 +106,8 @@ class _Family:
         """The coarsest first: as stored before, else in 8 bits; all in 8 bits; as given."""
         stored, eight, four = self._stored, self._eight, self._four
         free = [key for key in four if four[key] != eight[key] and (key, "i8") not in stored]
-        saved: dict[_Step, int] = {(key,): self._bytes(key, "i8") - self._bytes(key, "i4") for key in free}
+        less = {key: self._bytes(key, "i8") - self._bytes(key, "i4") for key in free}
+        saved: dict[_Step, int] = {(key,): less[key] for key in free if less[key] > 0}
         taken = {key: four[key] for key in free if (key, "i4") in stored}
         if taken:
             more = {step: count for step, count in saved.items() if taken.keys().isdisjoint(step)}

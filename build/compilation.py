@@ -14,6 +14,7 @@ from blockzoo.build.sources import Source
 from blockzoo.build.tensorrt_plans import PlanReport
 from blockzoo.build.verify import PROMPTS, encode_texts
 from blockzoo.engines.base import EngineMaker, Precision
+from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.errors import ZooError
 from blockzoo.zoo.manifest import ModelRecord
 from blockzoo.zoo.summary import sharing_bytes
@@ -107,10 +108,14 @@ class Compilation:
             self.makers[precision] = OpenVINOEngines(precision, self.options.threads)
         return self.makers[precision]
 
-    def packed_kv(self) -> EngineMaker:
-        """Engines in f32 with K and V in 8 bits."""
+    def packed_kv(self, blocks: Sequence[Block]) -> EngineMaker | None:
+        """Engines in f32 with K and V in 8 bits, to judge them by; None where blocks cannot have that, or it
+        is not asked for."""
         from blockzoo.engines.openvino import OpenVINOEngines
+        from blockzoo.engines.openvino.engine import against_u8
 
+        if not self.options.judge_kv or against_u8(block.spec for block in blocks) is not None:
+            return None
         return OpenVINOEngines("f32", self.options.threads, kv_precision="u8")
 
     def note_left_behind(self) -> None:

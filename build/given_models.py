@@ -113,7 +113,7 @@ def verify(job: Compilation, source: Source, again: bool = False) -> None:
                 job.options.dtype,
                 job.progress,
                 recovered,
-                job.packed_kv() if job.options.judge_kv else None,
+                job.packed_kv(blocks),
             )
         except RecoveryError as error:
             _give_back(job, source, record, error, again)

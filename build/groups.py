@@ -6,14 +6,14 @@ faster, and weights with one scale a row, beside activations in the largest grou
 coarse. How large they are differs from model to model, so it is tried.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockzoo.build.likeness import Judged, divergence
 from blockzoo.build.rounding import rounded_in_haste
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import Block, matrix_names
-from blockzoo.zoo.manifest import BlockRecord
+from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.packing import GROUP, WHOLE_ROW, groups_dividing
 
 SHARE = 0.2
@@ -26,10 +26,24 @@ def larger(blocks: Sequence[Block]) -> list[int]:
     return [group for group in groups_dividing(widths) if group != GROUP]
 
 
-def in_use(blocks: Mapping[str, BlockRecord], chain: Sequence[str]) -> int | None:
-    """In which groups blocks of a chain are stored already; None where none is."""
-    made = (block.quantized for block in blocks.values())
-    return next((q.group for q in made if q is not None and q.dtype == "i8" and q.source in chain), None)
+def in_use(manifest: Manifest, chain: Sequence[str]) -> int | None:
+    """The groups of a model that has blocks of a chain in 8 bits already; None where none has."""
+    for model in manifest.models.values():
+        made = [manifest.blocks[key].quantized for key in model.chain]
+        if model.quantization is not None and any(
+            each is not None and each.dtype == "i8" and each.source in chain for each in made
+        ):
+            return model.quantization.group
+    return None
+
+
+def in_matrices(blocks: Sequence[Block]) -> int | None:
+    """How many columns share a scale in matrices of 8 bits: the largest number of those that are less than a
+    row; `WHOLE_ROW` where none is; None without such matrices."""
+    tensors = (tensor for block in blocks for tensor in block.tensors.values())
+    shapes = {(t.shape[1], t.scales.shape[1]) for t in tensors if t.dtype == "i8" and t.scales is not None}
+    parts = [columns // groups for columns, groups in shapes if groups > 1]
+    return max(parts, default=WHOLE_ROW) if shapes else None
 
 
 def largest_borne(

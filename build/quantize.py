@@ -68,6 +68,7 @@ class Quantizer:
     ) -> None:
         self._draft, self._name, self._record = draft, name, record
         self._calibration, self._progress = calibration, progress
+        self._made: dict[QuantizedRecord, str] = {}  # the zoo may have them under other names
 
     def make(self, choices: Sequence[Choice]) -> None:
         """Have the blocks of all choices in the draft."""
@@ -127,6 +128,8 @@ class Quantizer:
     def _find(self, position: int, dtype: QuantizedDtype) -> str | None:
         """The whole block in the zoo that the one there is in `dtype`; None where there is none."""
         wanted, tied_to = self._made_of(position, dtype), self._tied_to(position)
+        if wanted in self._made:
+            return self._made[wanted]
         for key, record in self._draft.manifest.blocks.items():
             if record.quantized == wanted and record.tied_to == tied_to and self._draft.is_whole(key):
                 return key
@@ -151,9 +154,9 @@ class Quantizer:
         names = chain_names(self._record.config)[position]
         tensors = quantized_tensors(spec, given.tensors, dtype, names, met, made_of.group)
         given.drop_pages()
-        self._draft.store(
-            CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to), lambda: tensors, made_of
-        )
+        made = CutBlock(block_id(spec, tensors, tied_to), spec, tensors, tied_to)
+        self._draft.store(made, lambda: tensors, made_of)
+        self._made[made_of] = made.id
 
 
 def quantized_tensors(

@@ -130,8 +130,10 @@ class GivenModel:
             self.quantizer.group = self._group() if asked.group is None else asked.group
         chain, group = self.made(choice), self.quantizer.group
         found = QuantizationRecord(asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name, group)
-        if asked.judge and self._draft.writer is not None:
-            found = self._judged(chain, found)
+        if self._draft.writer is not None:
+            in_matrices = groups.in_matrices([self._draft.zoo.read_block(key) for key in chain])
+            found = replace(found, group_made=in_matrices)
+            found = self._judged(chain, found) if asked.judge else found
         return replace(self.record, chain=chain, quantization=found)
 
     def made(self, choice: Choice) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ class GivenModel:
         """How many columns share a scale: as in a block of another model, so that it is shared, or as many as
         the model bears. Raises VerificationError for too little memory."""
         record, draft = self.record, self._draft
-        stored = groups.in_use(draft.manifest.blocks, record.chain)
+        stored = groups.in_use(draft.manifest, record.chain)
         if stored is not None:
             return stored
         if draft.writer is None:  # there is nothing to try

@@ -81,15 +81,22 @@ def make_engines(
 
 def _against_u8(backend: Backend, zoo: Zoo | None) -> str | None:
     """Why KV in 8 bits is not to be had without loss; None where no model loses more by it than by bf16."""
+    from blockzoo.engines.openvino.engine import against_u8
+
     if backend != "openvino":
         return f"backend {backend} does not choose by itself"
-    for name, model in sorted(zoo.manifest.models.items()) if zoo is not None else ():
+    if zoo is None:
+        return "there is no zoo to look into"
+    for name, model in sorted(zoo.manifest.models.items()):
+        unfit = against_u8(zoo.manifest.blocks[key].spec for key in model.chain)
+        if unfit is not None:
+            return f"{name} has {unfit}"
         found = model.verification.kv if model.verification is not None else None
         if found is None:
             return f"what {name} loses in 8 bits was not measured; zoo-compile does as it verifies a model"
         if not found.excess <= 1:
             return f"{name} loses {found.excess:.2g} times what it loses by bf16 (see zoo-inspect)"
-    return None if zoo is not None else "there is no zoo to look into"
+    return None
 
 
 def _is_quantized(zoo: Zoo) -> bool:

@@ -244,6 +244,7 @@ def test_the_twenty_models_are_of_every_kind(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_zoo20(workdir: Path) -> None:
     options = ["--repeats", "1", "--context", "64", "--threads", "1", "--steps-scale", "0.02"]
     folders = ["--workdir", str(workdir), "--out", str(workdir)]

@@ -285,7 +285,9 @@ class QuantizationRecord:
     probe: str
     """Name of the probe file; "built-in" without one."""
     group: int = field(default=GROUP, metadata={"added": True})
-    """Columns that share a scale in blocks of 8 bits; 0: all of a row."""
+    """Columns that share a scale in blocks of 8 bits, where that can be; 0: all of a row."""
+    group_made: int | None = field(default=None, metadata={"added": True})
+    """The most that do in matrices of several groups a row; 0: there are none. None: not noted."""
 
 
 @dataclass(frozen=True, slots=True)

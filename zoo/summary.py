@@ -5,7 +5,14 @@ from dataclasses import replace
 from math import prod
 
 from blockzoo.zoo.blocks import tensor_shapes
-from blockzoo.zoo.manifest import LossRecord, Manifest, ModelRecord, ReuseSettings, VerificationRecord
+from blockzoo.zoo.manifest import (
+    LossRecord,
+    Manifest,
+    ModelRecord,
+    QuantizationRecord,
+    ReuseSettings,
+    VerificationRecord,
+)
 from blockzoo.zoo.packing import WHOLE_ROW
 
 
@@ -75,8 +82,7 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     )
     shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
     bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
-    how = "with one scale a row" if found.group == WHOLE_ROW else f"in groups of {found.group}"
-    groups = f" {how}" if found.weights == "int8" else ""
+    groups = f" {_in_groups(found)}" if found.weights == "int8" else ""
     lines = [f"weights {found.weights}{groups}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (
@@ -88,6 +94,13 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
             for name, figures in found.figures.items()
         ]
     return lines
+
+
+def _in_groups(record: QuantizationRecord) -> str:
+    made = record.group if record.group_made is None else record.group_made
+    said = {group: f"groups of {group}" if group else "one scale a row" for group in (record.group, made)}
+    how = f"with {said[made]}" if made == WHOLE_ROW else f"in {said[made]}"
+    return how if made == record.group else f"{how} (which is what {said[record.group]} come to here)"
 
 
 def surrogate_text(manifest: Manifest, model: ModelRecord) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from blockzoo.engines.kv_pages import KVPrecision, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span
 from blockzoo.engines.openvino.weights import Rounding, openvino_tensor
-from blockzoo.zoo.blocks import Block
+from blockzoo.zoo.blocks import AttnSpec, Block, BlockSpec
 from blockzoo.zoo.packing import GROUP, groups_dividing
 from blockzoo.zoo.store import Zoo
 
@@ -29,6 +29,10 @@ _KEPT_KERNELS = 512
 _FEWEST_KERNELS, _MOST_KERNELS = 32, 256  # of a span
 
 _CPUINFO = Path("/proc/cpuinfo")
+
+_U8_HEADS = 16
+"""Heads whose size is no multiple of this are not kept in 8 bits: what is left over beside whole vectors is
+computed wrongly (seen with sizes of 4 to 100 on AVX2, which has vectors of 8; others have 16)."""
 
 _DTYPES = {"H": "bf16", "f": "f32", "i": "i32", "B": "u8"}  # numpy's type characters
 
@@ -47,6 +51,17 @@ class _Bound:
         tensor = openvino_tensor(array, _DTYPES[array.dtype.char])
         self._request.set_tensor(name, tensor)
         self._tensors[name] = tensor
+
+
+def against_u8(specs: Iterable[BlockSpec]) -> str | None:
+    """Why K and V of blocks are not kept in 8 bits; None where they can be."""
+    sizes = {spec.head_dim for spec in specs if isinstance(spec, AttnSpec) and spec.head_dim % _U8_HEADS}
+    if not sizes:
+        return None
+    return (
+        f"heads of {min(sizes)}: OpenVINO computes KV in 8 bits rightly for multiples of {_U8_HEADS} alone; "
+        "leave the KV precision out"
+    )
 
 
 def multiplies_int8() -> bool:
@@ -191,8 +206,12 @@ class OpenVINOEngines:
         its own packed copy.
 
         Raises:
-            EngineError: OpenVINO refused the graph, or lays pages out in another way.
+            EngineError: OpenVINO refused the graph, lays pages out in another way, or would compute these
+                blocks' KV in 8 bits wrongly.
         """
+        unfit = against_u8(block.spec for block in blocks) if self.kv_precision == "u8" else None
+        if unfit is not None:
+            raise EngineError(unfit)
         targets = tuple((index, tuple(names)) for index, names in sorted(lora.items()))
         spec = SpanSpec(tuple(block.spec for block in blocks), drops_rows, targets, scores)
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,10 +152,25 @@ def test_a_base_its_loras_and_its_copies_stay_together(demo_family: dict[str, Pa
     assert {manifest.blocks[key].dtype for key in chains.pop()} >= {"i8", "i4"}
 
 
+@pytest.mark.usefixtures("short_texts")
+def test_blocks_that_4_bits_make_no_smaller(
+    make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """No width divides into groups, so all matrices stay in 8 bits, and there is nothing to choose."""
+    given = save(make_model("llama", 3, hidden_size=48, intermediate_size=80, head_dim=16), tmp_path / "odd")
+    options = CompileOptions(weights="auto", max_kl=0.1, profile=False)
+    compile_models({"odd": given}, tmp_path / "z", options)
+    manifest = Zoo.open(tmp_path / "z").manifest
+    assert {manifest.blocks[key].dtype for key in manifest.models["odd"].chain[:-1]} == {"i8"}
+
+
 def test_a_bound_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["x", "-o", str(tmp_path), "--max-kl", "1"])
     assert "--max-kl is a bound of --weights and of --share delta" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["x", "-o", str(tmp_path), "--probe", "text"])
+    assert "--probe is text for --weights, --surrogate and --share" in capsys.readouterr().err
     for bad in ("0", "nan", "x"):
         with pytest.raises(SystemExit):
             main(["x", "-o", str(tmp_path), "--weights", "int8", "--max-kl", bad])

@@ -119,6 +119,42 @@ def test_another_number_needs_replace(
     assert "--group-size is a setting of --weights int8" in capsys.readouterr().err
 
 
+SAID = {
+    (96, 256): {
+        32: "in groups of 32",
+        128: "in groups of 128",
+        64: "in groups of 64",
+        0: "with one scale a row",
+    },
+    (48, 80): {
+        32: "with one scale a row (which is what groups of 32 come to here)",
+        128: "with one scale a row (which is what groups of 128 come to here)",
+        0: "with one scale a row",
+    },
+    (128, 128): {
+        128: "with one scale a row (which is what groups of 128 come to here)",
+        0: "with one scale a row",
+        64: "in groups of 64",
+    },
+}
+
+
+@pytest.mark.parametrize("sizes", list(SAID), ids=str)
+def test_blocks_may_come_out_the_same_in_other_groups(
+    make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    hidden, intermediate = sizes
+    settings = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 1}
+    given = save(make_model("llama", 3, **settings), tmp_path / "x")
+    for group, how in SAID[sizes].items():
+        options = replace(INT8, group_size=group, replace=True)
+        (told,) = compiled(tmp_path / "z", options, x=given).models
+        assert any(f"weights int8 {how}: " in note for note in told.notes), (group, told.notes)
+        compiled(tmp_path / str(group), options, x=given)
+        chains = [Zoo.open(tmp_path / zoo).manifest.models["x"].chain for zoo in ("z", str(group))]
+        assert chains[0] == chains[1]
+
+
 def test_engines_round_activations_in_the_groups_of_their_blocks(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

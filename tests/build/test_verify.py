@@ -14,7 +14,10 @@ from blockzoo.build import sources as build_sources
 from blockzoo.build.cli import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.verify import NUM_GENERATED, PROMPTS, compare
+from blockzoo.engines.base import EngineError
 from blockzoo.engines.choose import make_engines
+from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.probe import ProbeChain
 from blockzoo.zoo.manifest import LossFigures, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import verification_text
@@ -191,3 +194,31 @@ def test_compare() -> None:
     assert figures.max_relative_error == pytest.approx(2.0)
     seen[0, 0] = np.nan
     assert compare([seen], [expected]).max_relative_error == float("inf")
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 20, 100])
+def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
+    make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
+) -> None:
+    """Of others the operator gives other logits without a word: they are neither judged nor served so."""
+    given = save(make_model("llama", 5, head_dim=head_dim), tmp_path / "x")
+    compile_models({"x": given}, tmp_path / "z", CompileOptions(judge_kv=True, profile=False))
+    zoo = Zoo.open(tmp_path / "z")
+    record = zoo.manifest.models["x"]
+    blocks = [zoo.read_block(key) for key in record.chain]
+    assert record.verification is not None
+    packed = OpenVINOEngines("f32", 1, kv_precision="u8")
+    if head_dim % 16:
+        assert record.verification.kv is None
+        with pytest.raises(EngineError, match=f"heads of {head_dim}: OpenVINO computes KV in 8 bits"):
+            packed.span(blocks[1:])
+        assert make_engines(zoo=zoo, kv_precision="auto").facts().get("kv") is None
+        return
+    assert record.verification.kv is not None
+    tokens, said = list(range(40, 100)), []
+    for maker in (packed, make_engines("reference", "f32", device="cpu", num_threads=1, kv_precision="u8")):
+        chain = ProbeChain(maker, blocks, record.config, len(tokens))
+        rows = [chain.forward(tokens[:48], 0)[-1]]
+        rows += [chain.forward(tokens[at : at + 1], at)[-1] for at in range(48, len(tokens))]
+        said.append(np.stack(rows))
+    np.testing.assert_allclose(said[0], said[1], atol=2e-3 * np.abs(said[1]).max())
