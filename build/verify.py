@@ -116,7 +116,7 @@ def verify(
     if packed_kv is not None:
         chain = ProbeChain(packed_kv, blocks, config, longest, adapters)
         own = everywhere if recovered else [probe.logits for probe in probes]
-        found = yardstick.judge([chain.forward(tokens, 0)[-last:] for tokens in sequences], own)
+        found = yardstick.judge([_decoded(chain, tokens)[-last:] for tokens in sequences], own)
         kv = found if np.isfinite(found.stored.kl) else None  # as good as not measured: no model to serve so
         del chain
     if recovered:
@@ -160,6 +160,15 @@ def verify(
         loss=loss,
         kv=kv,
     )
+
+
+def _decoded(chain: ProbeChain, tokens: Sequence[int]) -> np.ndarray:
+    """Logits along an answer, float32 [tokens, vocab]: its own tokens one at a time, as they are served. What
+    reads K and V for one row is not what reads them for many."""
+    begin = len(tokens) - NUM_GENERATED + 1
+    rows = [chain.forward(tokens[:begin], 0)]
+    rows += [chain.forward(tokens[at : at + 1], at) for at in range(begin, len(tokens))]
+    return np.concatenate(rows)
 
 
 def encode_prompts(source: Source) -> list[list[int]]:

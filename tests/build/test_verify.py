@@ -74,6 +74,24 @@ def test_what_kv_in_8_bits_loses_is_measured(checkpoints: dict[str, Path], tmp_p
     assert "with KV in 8 bits it loses KL" in verification_text(record)
 
 
+def test_kv_in_8_bits_is_judged_token_by_token(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is served: other kernels read it for one row than for many."""
+    forward, rows = ProbeChain.forward, []
+
+    def watched(chain: ProbeChain, token_ids: Any, past: int) -> np.ndarray:
+        if np.asarray(chain.pages[0]).dtype == np.uint8:
+            rows.append(len(token_ids))
+        return forward(chain, token_ids, past)
+
+    monkeypatch.setattr(ProbeChain, "forward", watched)
+    options = CompileOptions(judge_kv=True, profile=False)
+    compile_models({"m": checkpoints["llama"]}, tmp_path / "zoo", options)
+    assert rows.count(1) == len(PROMPTS) * (NUM_GENERATED - 1)
+    assert len(rows) == len(PROMPTS) * NUM_GENERATED
+
+
 @pytest.mark.parametrize("fault", [None, "loses more", "not measured", "not verified"])
 def test_auto_takes_8_bits_where_no_model_loses_more_than_by_bf16(
     verified: Path, caplog: pytest.LogCaptureFixture, fault: str | None
