@@ -81,12 +81,12 @@ def make_engines(
 
 def _against_u8(backend: Backend, zoo: Zoo | None) -> str | None:
     """Why KV in 8 bits is not to be had without loss; None where no model loses more by it than by bf16."""
-    from blockzoo.engines.openvino.engine import against_u8
-
     if backend != "openvino":
         return f"backend {backend} does not choose by itself"
     if zoo is None:
         return "there is no zoo to look into"
+    from blockzoo.engines.openvino.engine import against_u8
+
     for name, model in sorted(zoo.manifest.models.items()):
         unfit = against_u8(zoo.manifest.blocks[key].spec for key in model.chain)
         if unfit is not None:
