@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from benchmarks.common import timed
 from blockzoo.build.quantized_models import Weights
 from blockzoo.engines.base import PAGE_TOKENS, Precision
-from blockzoo.engines.kv_pages import GRID_BYTES, KVPrecision, pack_u8, page_bytes, page_width
+from blockzoo.engines.kv_pages import GRID_BYTES, KVPrecision, kv_dtype, pack_u8, page_bytes, page_width
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.engines.openvino.engine import prefers_int8
 from blockzoo.runtime import LLMEngine, SamplingParams
@@ -37,7 +37,7 @@ class Settings:
     """What all sides of a run agree on.
 
     Attributes:
-        precision: of weights in use, activations and, without `kv_precision`, KV.
+        precision: of weights in use, activations and, without `kv_precision`, KV (see `OpenVINOEngines`).
         num_threads: compute threads; None leaves OpenVINO's choice.
         max_seqs: sequences in a batch.
         context: tokens of a prompt before its last one, a multiple of 32: the part that stays cached. Decode
@@ -45,7 +45,7 @@ class Settings:
         max_tokens: new tokens in one step.
         longest_prompt: tokens, of `prefill`.
         int8_activations: see `EngineConfig`; only in f32.
-        kv_precision: "u8" keeps KV in 8 bits.
+        kv_precision: of KV; see `OpenVINOEngines`.
     """
 
     precision: Precision
@@ -55,12 +55,12 @@ class Settings:
     max_tokens: int
     longest_prompt: int
     int8_activations: bool = False
-    kv_precision: Literal["u8"] | None = None
+    kv_precision: KVPrecision | None = None
 
     @property
     def held(self) -> KVPrecision:
         """What pages hold."""
-        return self.kv_precision or self.precision
+        return self.maker().kv_precision
 
     @property
     def pages_per_seq(self) -> int:
@@ -202,10 +202,11 @@ def _random_pages(shape: tuple[int, ...], precision: KVPrecision) -> np.ndarray:
     return np.resize(pack_u8(_random((1024, shape[-1] - GRID_BYTES), "f32")), shape)
 
 
-def _random(shape: tuple[int, ...], precision: Precision) -> np.ndarray:
+def _random(shape: tuple[int, ...], precision: KVPrecision) -> np.ndarray:
     """Normal values in the activation type; they repeat, which is quick to make."""
     values = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
-    return np.resize(f32_to_bf16(values) if precision == "bf16" else values, shape)
+    held = f32_to_bf16(values) if precision == "bf16" else values.astype(kv_dtype(precision))
+    return np.resize(held, shape)
 
 
 class WholeGraphSide:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from blockzoo.engines.base import PAGE_TOKENS, Precision, activation_dtype
-from blockzoo.engines.kv_pages import KVPrecision, pack_u8, page_width, unpack_u8
+from blockzoo.engines.kv_pages import KVPrecision, kv_dtype, pack_u8, page_width, unpack_u8
 from blockzoo.zoo.heap import trim_heap
 from blockzoo.zoo.tensors import bf16_to_f32, f32_to_bf16
 
@@ -127,7 +127,7 @@ class HostArrays:
     def pages(self, num_pages: int, kv_heads: int, head_dim: int) -> np.ndarray:
         """New pages of zeros."""
         shape = (num_pages, kv_heads, PAGE_TOKENS, page_width(head_dim, self._kv_precision))
-        return np.zeros(shape, np.uint8 if self._kv_precision == "u8" else self._dtypes["activation"])
+        return np.zeros(shape, kv_dtype(self._kv_precision))
 
     def discard(self, array: np.ndarray, indices: np.ndarray) -> None:
         """Tell the kernel of every run of rows, as far as it is whole pages of memory: they read as zeros."""

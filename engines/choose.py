@@ -35,19 +35,19 @@ def make_engines(
         int8_activations: see `OpenVINOEngines`; None takes them where most weights of the zoo are quantized,
             no precision is given, and this CPU is faster so.
         kv_precision: "u8" keeps K and V in 8 bits; "auto" does where the zoo's models were all found to lose
-            no more by that than by bf16, and the backend can; None: in the precision.
+            no more by that than by bf16, and the backend can; others: see `OpenVINOEngines`. None: the
+            backend's choice.
 
     Raises:
         EngineError: the backend, device or precision is not available here.
     """
     backend = backend or "openvino"
-    in_u8: Literal["u8"] | None = "u8" if kv_precision == "u8" else None
-    if kv_precision == "auto":
+    held = kv_precision
+    if held == "auto":
         against = _against_u8(backend, zoo)
-        if against is None:
-            in_u8 = "u8"
-        else:
-            _LOG.warning("KV stays in the precision of activations: %s", against)
+        held = "u8" if against is None else None
+        if against is not None:
+            _LOG.warning("KV is not kept in 8 bits: %s", against)
     if backend == "openvino":
         if device not in (None, "cpu"):
             raise EngineError(
@@ -58,7 +58,7 @@ def make_engines(
 
         if int8_activations is None:
             int8_activations = precision is None and zoo is not None and _is_quantized(zoo) and prefers_int8()
-        return OpenVINOEngines(precision, num_threads, int8_activations=int8_activations, kv_precision=in_u8)
+        return OpenVINOEngines(precision, num_threads, int8_activations=int8_activations, kv_precision=held)
     if int8_activations:
         raise EngineError(f"int8 activations are the openvino backend's; {backend} has none")
     if backend in ("reference", "tensorrt"):
@@ -70,11 +70,13 @@ def make_engines(
                 f"the {backend} backend needs torch ({error}): pip install blockzoo[torch]"
             ) from error
         if backend == "reference":
-            return ReferenceEngines(precision, device, num_threads, kv_precision=in_u8)
+            return ReferenceEngines(precision, device, num_threads, kv_precision=held)
         if zoo is None:
             raise EngineError("the tensorrt backend runs the plans of a zoo; none was given")
-        if in_u8:
-            raise EngineError("KV in u8 was asked for; the tensorrt backend does not read it: leave it out")
+        if held not in (None, precision):
+            raise EngineError(
+                f"KV in {held} was asked for; the tensorrt backend keeps it in the precision: leave it out"
+            )
         return TensorRTEngines(zoo, precision, device)
     raise EngineError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
 

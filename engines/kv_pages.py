@@ -1,4 +1,4 @@
-"""How K and V lie in pages: in the precision of activations, or in 8 bits.
+"""How K and V lie in pages: in the precision of activations, in f16 beside f32, or in 8 bits.
 
     u8, for each token and head    | scale f32 | zero f32 | u8 x head_dim |    value = (u8 - zero) * scale
 
@@ -8,21 +8,32 @@ depends on this token alone, so that pages can be appended to, copied in part an
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from blockzoo.engines.base import PAGE_TOKENS
+from blockzoo.engines.base import PAGE_TOKENS, Precision
 
-KVPrecision = Literal["f32", "bf16", "u8"]
+KVPrecision = Literal["f32", "bf16", "f16", "u8"]
 """What pages hold."""
-KVChoice = Literal["u8", "auto"]
-"""What may be asked for: 8 bits, or 8 bits where a zoo's models were found to lose nothing by it."""
+KVChoice = Literal["f32", "bf16", "f16", "u8", "auto"]
+"""What may be asked for; "auto": 8 bits where a zoo's models were found to lose nothing by it."""
+
 
 GRID_BYTES = 8
 """Of a token and head in 8 bits: its scale and its zero."""
 _LEVELS = np.float32(255)
 _FLAT = np.float32(1e-4)  # the scale of values that are all equal, as the operator has it
+
+
+def kv_dtype(precision: KVPrecision) -> np.dtype[Any]:
+    """The numpy dtype of pages: bf16 is held as uint16."""
+    return np.dtype({"f32": np.float32, "bf16": np.uint16, "f16": np.float16, "u8": np.uint8}[precision])
+
+
+def goes_with(precision: Precision) -> tuple[KVPrecision, ...]:
+    """What pages may hold beside activations in a precision."""
+    return ("bf16", "u8") if precision == "bf16" else ("f32", "f16", "u8")
 
 
 def page_width(head_dim: int, precision: KVPrecision) -> int:
@@ -32,8 +43,7 @@ def page_width(head_dim: int, precision: KVPrecision) -> int:
 
 def page_bytes(kv_heads: int, head_dim: int, precision: KVPrecision) -> int:
     """K and V of 32 tokens in a layer."""
-    size = {"f32": 4, "bf16": 2, "u8": 1}[precision]
-    return 2 * PAGE_TOKENS * kv_heads * page_width(head_dim, precision) * size
+    return 2 * PAGE_TOKENS * kv_heads * page_width(head_dim, precision) * kv_dtype(precision).itemsize
 
 
 def pack_u8(values: np.ndarray) -> np.ndarray:

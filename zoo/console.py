@@ -64,7 +64,7 @@ def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--kv-precision",
-        choices=("u8", "auto"),
-        help="keep K and V in 8 bits; auto: where zoo-compile found no model to lose more by that than by "
-        "bf16 (default: in the precision)",
+        choices=("f32", "bf16", "f16", "u8", "auto"),
+        help="of K and V; u8: 8 bits; auto: u8 where zoo-compile found no model to lose more by that than by "
+        "bf16 (default: f16 beside int8 activations, else the precision)",
     )

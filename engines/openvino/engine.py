@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -13,7 +13,7 @@ import openvino as ov
 from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import PAGE_TOKENS, EngineError, Precision, SpanSpec
 from blockzoo.engines.embedding import EmbeddingTable
-from blockzoo.engines.kv_pages import KVPrecision, page_width
+from blockzoo.engines.kv_pages import KVPrecision, goes_with, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span
 from blockzoo.engines.openvino.weights import Rounding, openvino_tensor
@@ -34,7 +34,7 @@ _U8_HEADS = 16
 """Heads whose size is no multiple of this are not kept in 8 bits: what is left over beside whole vectors is
 computed wrongly (seen with sizes of 4 to 100 on AVX2, which has vectors of 8; others have 16)."""
 
-_DTYPES = {"H": "bf16", "f": "f32", "i": "i32", "B": "u8"}  # numpy's type characters
+_DTYPES = {"H": "bf16", "f": "f32", "e": "f16", "i": "i32", "B": "u8"}  # numpy's type characters
 
 
 class _Bound:
@@ -118,10 +118,12 @@ class OpenVINOEngines:
         int8_activations: multiply quantized weights with activations rounded to 8 bits on the fly, in groups
             of a row that divide those of the weights, the rest in f32. Without, weights are unpacked to the
             precision as they are multiplied.
-        kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`); None: in the precision.
+        kv_precision: of K and V in pages (`kv_pages`): "f32" or "f16" beside the precision f32, "bf16" beside
+            bf16, "u8" beside both. None: f16 beside int8 activations, else the precision.
 
     Raises:
-        EngineError: the precision, or rounded activations, are not available on this CPU, or not together.
+        EngineError: the precision, or rounded activations, are not available on this CPU, or not together; or
+            KV in another precision does not go with this one.
     """
 
     name = "openvino"
@@ -132,7 +134,7 @@ class OpenVINOEngines:
         num_threads: int | None = None,
         *,
         int8_activations: bool = False,
-        kv_precision: Literal["u8"] | None = None,
+        kv_precision: KVPrecision | None = None,
     ) -> None:
         if int8_activations and precision == "bf16":
             raise EngineError(
@@ -149,7 +151,12 @@ class OpenVINOEngines:
             raise EngineError("int8 activations were asked for, but this CPU lacks VNNI: leave them out")
         self.precision: Precision = precision or ("bf16" if has_bf16 and not int8_activations else "f32")
         self.int8_activations = int8_activations
-        self.kv_precision: KVPrecision = kv_precision or self.precision
+        self.kv_precision: KVPrecision = kv_precision or ("f16" if int8_activations else self.precision)
+        if self.kv_precision not in (fit := goes_with(self.precision)):
+            raise EngineError(
+                f"KV in {kv_precision} was asked for beside activations in {self.precision}, with which go "
+                f"{' and '.join(fit)}: leave one out"
+            )
         self.arrays: Arrays = HostArrays(
             self.precision, num_threads or len(os.sched_getaffinity(0)), self.kv_precision
         )
@@ -184,7 +191,7 @@ class OpenVINOEngines:
         cpu = self._core.get_property("CPU", "FULL_DEVICE_NAME")
         facts = {"backend": self.name, "version": self.version, "precision": self.precision, "target": cpu}
         facts |= {"activations": "int8"} if self.int8_activations else {}
-        return facts | ({"kv": "u8"} if self.kv_precision == "u8" else {})
+        return facts | ({"kv": self.kv_precision} if self.kv_precision != self.precision else {})
 
     def embedding(self, block: Block) -> EmbeddingTable:
         """The look-up of an embed block, over its mapped file."""
@@ -264,7 +271,7 @@ class RoundedActivations(OpenVINOEngines):
     """
 
     def __init__(self, num_threads: int | None = None, group: int | None = None) -> None:
-        super().__init__("f32", num_threads)
+        super().__init__("f32", num_threads, kv_precision="f16")
         self._group = group
 
     def _rounding(self, blocks: Sequence[Block]) -> Rounding:

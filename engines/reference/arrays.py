@@ -54,7 +54,7 @@ class TorchArrays:
 
     def pages(self, num_pages: int, kv_heads: int, head_dim: int) -> torch.Tensor:
         """New pages of zeros."""
-        dtype = torch.uint8 if self._kv_precision == "u8" else self._dtypes["activation"]
+        dtype = torch.uint8 if self._kv_precision == "u8" else TORCH_DTYPES[self._kv_precision]
         shape = (num_pages, kv_heads, PAGE_TOKENS, page_width(head_dim, self._kv_precision))
         return torch.zeros(shape, dtype=dtype, device=self.device)
 

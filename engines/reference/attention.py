@@ -113,13 +113,13 @@ class DenseAttention:
 
 def _stored(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     """Rows [T, kv_heads, head_dim] as pages hold them."""
-    return pack_u8(rows) if pages.dtype == torch.uint8 else rows
+    return pack_u8(rows) if pages.dtype == torch.uint8 else rows.to(pages.dtype)
 
 
 def _loaded(pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The rows [32 * n, kv_heads, head_dim] of n pages."""
-    rows = unpack_u8(pages).to(dtype) if pages.dtype == torch.uint8 else pages
-    return rows.transpose(1, 2).flatten(0, 1)
+    rows = unpack_u8(pages) if pages.dtype == torch.uint8 else pages
+    return rows.to(dtype).transpose(1, 2).flatten(0, 1)
 
 
 def rotate(

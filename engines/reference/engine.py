@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from blockzoo.engines.arrays import Arrays
 from blockzoo.engines.base import EngineError, Precision, SpanSpec
-from blockzoo.engines.kv_pages import KVPrecision
+from blockzoo.engines.kv_pages import KVPrecision, goes_with
 from blockzoo.engines.reference.arrays import TORCH_DTYPES, PackedMatrix, TorchArrays
 from blockzoo.engines.reference.attention import Attention, DenseAttention
 from blockzoo.engines.reference.blocks import (
@@ -116,10 +116,11 @@ class ReferenceEngines:
         device: "cpu", "cuda" or "cuda:<n>"; None takes a GPU where there is one.
         cuda_graphs: on a GPU, record steps that repeat their shapes and replay them.
         num_threads: torch's compute threads on the CPU, for the whole process; None leaves them.
-        kv_precision: "u8" keeps K and V in 8 bits (`kv_pages`), on the CPU alone; None: in the precision.
+        kv_precision: of K and V in pages (`kv_pages`), on the CPU alone: see `OpenVINOEngines`. None: the
+            precision.
 
     Raises:
-        EngineError: there is no such device here, or it has no kernels for KV in 8 bits.
+        EngineError: there is no such device here, or it has no kernels for such KV.
     """
 
     name = "reference"
@@ -131,15 +132,17 @@ class ReferenceEngines:
         num_threads: int | None = None,
         *,
         cuda_graphs: bool = True,
-        kv_precision: Literal["u8"] | None = None,
+        kv_precision: KVPrecision | None = None,
     ) -> None:
         self.device = _find_device(device)
         self.precision: Precision = precision or ("bf16" if self.device.type == "cuda" else "f32")
-        if kv_precision is not None and self.device.type != "cpu":
-            raise EngineError(
-                f"KV in {kv_precision} was asked for, which the kernels on a GPU do not read: leave it out"
-            )
         self.kv_precision: KVPrecision = kv_precision or self.precision
+        fit = goes_with(self.precision) if self.device.type == "cpu" else (self.precision,)
+        if self.kv_precision not in fit:
+            raise EngineError(
+                f"KV in {kv_precision} was asked for, which on {self.device.type} beside activations in "
+                f"{self.precision} is {' or '.join(fit)}: leave it out"
+            )
         torch_arrays = TorchArrays(self.device, self.precision, cuda_graphs, self.kv_precision)
         self.arrays: Arrays = torch_arrays
         self._is_settling = lambda: torch_arrays.settling
@@ -160,7 +163,7 @@ class ReferenceEngines:
         else:
             target = platform.processor() or platform.machine()
         facts = {"backend": self.name, "version": self.version, "precision": self.precision, "target": target}
-        return facts | ({"kv": "u8"} if self.kv_precision == "u8" else {})
+        return facts | ({"kv": self.kv_precision} if self.kv_precision != self.precision else {})
 
     def expect(self, num_spans: int) -> None:
         """Nothing to share out: engines keep their weights alone."""

@@ -118,7 +118,7 @@ class KVTensors:
         return _widened(self._arrays.to_host(self._pool["value_cache"][found, :, positions % PAGE_TOKENS]))
 
     def _to_device(self, contents: np.ndarray) -> Array:
-        if contents.dtype == np.uint8:
+        if contents.dtype in (np.uint8, np.float16):
             return self._arrays.mirror(np.require(contents, requirements="W"))
         return self._arrays.activations(_widened(contents))
 
@@ -132,7 +132,7 @@ def _widened(contents: np.ndarray) -> np.ndarray:
     """The float32 values of what pages hold."""
     if contents.dtype == np.uint8:
         return unpack_u8(contents)
-    return bf16_to_f32(contents) if contents.dtype == np.uint16 else contents
+    return bf16_to_f32(contents) if contents.dtype == np.uint16 else contents.astype(np.float32, copy=False)
 
 
 def whole_pages(borrowed: Borrowed) -> tuple[np.ndarray, np.ndarray]:

@@ -79,11 +79,12 @@ class EngineConfig:
         precision: "f32" or "bf16"; None takes bf16 where the CPU computes it in hardware. What a seed
             promises depends on it (`SamplingParams`).
         int8_activations: round activations to 8 bits where they are multiplied with quantized weights (all
-            else in f32, KV too where kv_precision does not say otherwise); needs a CPU with VNNI. None: where
-            most of the zoo's weights are quantized, no precision is given and the CPU is faster so.
+            else in f32); needs a CPU with VNNI. None: where most of the zoo's weights are quantized, no
+            precision is given and the CPU is faster so.
         kv_precision: "u8" keeps K and V in 8 bits, with a scale and a zero for each token and head: 0.53 of
             bf16's bytes with heads of 128, 0.56 with heads of 64. "auto": where zoo-compile found all models
-            of the zoo to lose no more by that than by bf16. None: in the precision.
+            of the zoo to lose no more by that than by bf16. "f32" and "f16" go with the precision f32, "bf16"
+            with bf16. None: f16 beside int8_activations, else the precision.
         kv_cache_bytes: size of the KV pool, touched only as it fills; None: 2 GiB, or a quarter of the
             memory that is available (to its control group) where that is less. Split between KV geometries
             by what a token takes in all layers of their models.
@@ -193,7 +194,8 @@ class EngineConfig:
         if self.precision not in (None, "f32", "bf16"):
             raise InvalidRequestError(f"precision is {self.precision!r}; expected f32, bf16 or None")
         if self.kv_precision not in (None, *get_args(KVChoice)):
-            raise InvalidRequestError(f"kv_precision is {self.kv_precision!r}; expected u8, auto or None")
+            expected = ", ".join(get_args(KVChoice))
+            raise InvalidRequestError(f"kv_precision is {self.kv_precision!r}; expected {expected} or None")
         for name in (
             "kv_cache_bytes",
             "max_model_len",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from blockzoo.engines.kv_pages import KVPrecision
 from blockzoo.runtime.exec.interface import StepExecutor
@@ -35,8 +36,7 @@ class DocumentFiles:
     def _parts(self, seq: TokenSequence, executor: StepExecutor) -> list[tuple[Segment, KVPart]]:
         """What of a document is a file: each segment, so that models share those of their common layers."""
         zoo, chain = self._zoo(), executor.chains[seq.chain_index]
-        dtype: KVPrecision = "bf16" if zoo.engine_facts["precision"] == "bf16" else "f32"
-        dtype = "u8" if "kv" in zoo.engine_facts else dtype
+        dtype = cast("KVPrecision", zoo.engine_facts.get("kv", zoo.engine_facts["precision"]))
         shape = executor.kv.page_shape
         parts = []
         for segment in chain.segments:

@@ -211,7 +211,7 @@ def _engine_kind(zoo: Path, maker: EngineMaker, config: EngineConfig) -> EngineK
         zoo.resolve(),
         maker.precision,
         bool(getattr(maker, "int8_activations", False)),
-        "u8" if maker.kv_precision == "u8" else None,
+        maker.kv_precision,
         num_threads(config),
     )
 

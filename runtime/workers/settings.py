@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blockzoo.engines.base import Precision
-from blockzoo.engines.kv_pages import KVChoice
+from blockzoo.engines.kv_pages import KVPrecision
 from blockzoo.runtime.exec.topology import Family, Topology
 from blockzoo.runtime.workers.logits_memory import SharedLogits
 from blockzoo.runtime.workers.sockets import Keys
@@ -32,7 +32,7 @@ class EngineKind(NamedTuple):
     zoo: Path
     precision: Precision
     int8_activations: bool
-    kv_precision: KVChoice | None
+    kv_precision: KVPrecision
     num_threads: int
 
 

@@ -67,6 +67,31 @@ def test_pages_in_8_bits_are_read_written_and_turned(kind: str) -> None:
     assert (np.abs(turned - expected).max(-1) <= 0.501 * step + 1e-6).all()
 
 
+@pytest.mark.parametrize("kind", ["host", "torch"])
+def test_pages_in_f16_are_read_written_and_turned(kind: str) -> None:
+    cpu = torch.device("cpu")
+    arrays: Arrays = (
+        HostArrays("f32", 1, "f16") if kind == "host" else TorchArrays(cpu, "f32", kv_precision="f16")
+    )
+    pool = {name: arrays.pages(4, 2, 16) for name in ("key_cache", "value_cache")}
+    kv = KVTensors(pool, 4, {0: (COS, SIN)}, arrays)
+    keys = RNG.standard_normal((2, 2, 32, 16)).astype(np.float16)
+    keys.flags.writeable = False  # as from a mapped file
+    kv.write(np.array([3, 1]), keys, keys[::-1])
+    for found, given in zip(kv.read(np.array([3, 1])), (keys, keys[::-1]), strict=True):
+        assert found.dtype == np.float16
+        np.testing.assert_array_equal(found, given)
+    np.testing.assert_array_equal(
+        kv.values(np.array([1, 3]), np.array([33])), keys[1, None, :, 1].astype(np.float32)
+    )
+    rows = arrays.mirror(np.ascontiguousarray(keys[0].swapaxes(0, 1)))  # [tokens, heads, width]
+    turned = arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(32, 9), COS, SIN)))
+    wide = keys[0].swapaxes(0, 1).astype(np.float32)
+    expected = (wide[..., :8] + 1j * wide[..., 8:]) * np.exp(1j * ANGLES[9])
+    expected = np.concatenate([expected.real, expected.imag], -1)
+    np.testing.assert_allclose(turned.astype(np.float32), expected, atol=2e-3)
+
+
 def test_memory_of_rows_is_given_back() -> None:
     """What the kernel has been told of reads as zeros; rows beside it are as they were."""
     arrays = HostArrays("f32")

@@ -1,8 +1,9 @@
-"""KV in 8 bits: what pages hold is what OpenVINO writes and reads, in numpy and in torch."""
+"""KV in 8 bits and in f16: what pages hold is what OpenVINO writes and reads, in numpy and in torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def test_torch_packs_the_same_bytes() -> None:
 def test_bytes_of_a_token(head_dim: int, share: float) -> None:
     assert page_bytes(4, head_dim, "u8") / page_bytes(4, head_dim, "bf16") == share
     assert page_bytes(4, head_dim, "f32") == 2 * page_bytes(4, head_dim, "bf16") == 8 * 32 * 4 * head_dim
+    assert page_bytes(4, head_dim, "f16") == page_bytes(4, head_dim, "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,34 @@ def test_bf16_beside_8_bits_in_torch(model: tuple[list[Block], ModelConfig]) -> 
     assert 0 < np.linalg.norm(found - plain) / np.linalg.norm(plain) < 0.03
 
 
+def test_f16_beside_f32(model: tuple[list[Block], ModelConfig]) -> None:
+    exact, values = run(OpenVINOEngines("f32", 1), model)
+    found, pages = run(OpenVINOEngines("f32", 1, kv_precision="f16"), model)
+    torch_found, torch_pages = run(ReferenceEngines("f32", "cpu", 1, kv_precision="f16"), model)
+    for given, ours, theirs in zip(values, pages, torch_pages, strict=True):  # of the first layer
+        np.testing.assert_array_equal(ours[:2], given[:2].astype(np.float16))
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours[:2].astype(np.float32), theirs[:2].astype(np.float32), rtol=2e-3)
+    rounding = np.linalg.norm(found - exact)
+    assert 0 < rounding < 2e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(found - torch_found) < 0.5 * rounding
+
+
+@pytest.mark.parametrize(
+    ("engines", "precision", "kv", "fit"),
+    [
+        (OpenVINOEngines, "f32", "bf16", "f32 and f16 and u8"),
+        (ReferenceEngines, "f32", "bf16", "f32 or f16 or u8"),
+        (ReferenceEngines, "bf16", "f16", "bf16 or u8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(engines: Any, precision: Any, kv: Any, fit: str) -> None:
+    with pytest.raises(
+        EngineError, match=f"KV in {kv} was asked for.*beside activations in {precision}.*{fit}"
+    ):
+        engines(precision, kv_precision=kv)
+
+
 def test_another_layout_of_pages_is_refused(
     model: tuple[list[Block], ModelConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,5 +153,7 @@ def test_another_layout_of_pages_is_refused(
 
 
 def test_backends_without_it_say_so(demo_zoo: Path) -> None:
-    with pytest.raises(EngineError, match="KV in u8 was asked for; the tensorrt backend does not"):
+    with pytest.raises(
+        EngineError, match="KV in u8 was asked for; the tensorrt backend keeps it in the precision"
+    ):
         make_engines("tensorrt", zoo=Zoo.open(demo_zoo), kv_precision="u8")

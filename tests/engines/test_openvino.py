@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
+from openvino.op import Parameter
 
 from blockzoo.engines.base import EngineError, Precision, activation_dtype
 from blockzoo.engines.embedding import EmbeddingTable
 from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.engines.openvino.graphs import to_bf16
 from blockzoo.engines.probe import ProbeChain, time_block
 from blockzoo.zoo.blocks import Block, BlockTensor, EmbedSpec
 from blockzoo.zoo.store import Zoo
@@ -32,6 +35,17 @@ def test_bf16_rounding_is_torchs() -> None:
     assert torch.equal(expected.isnan(), found.isnan())
     assert torch.equal(expected[~expected.isnan()], found[~expected.isnan()])
     np.testing.assert_array_equal(bf16_to_f32(f32_to_bf16(values)), expected.float().numpy())
+
+
+def test_bf16_in_graphs_is_to_nearest() -> None:
+    values = np.random.default_rng(0).standard_normal((512, 64)).astype(np.float32)
+    values *= 10.0 ** np.random.default_rng(1).integers(-9, 10, (512, 1)).astype(np.float32)
+    x = Parameter(ov.Type.f32, ov.PartialShape([-1, 64]))
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    request = ov.compile_model(ov.Model([to_bf16(x)], [x]), "CPU", settings).create_infer_request()
+    request.infer([values])
+    found = np.frombuffer(request.get_output_tensor().data.tobytes(), np.uint16).reshape(values.shape)
+    np.testing.assert_array_equal(found, f32_to_bf16(values))
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

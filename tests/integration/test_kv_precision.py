@@ -1,4 +1,4 @@
-"""KV in 8 bits through the whole runtime: what is cached, copied, moved, kept on disk or preempted."""
+"""KV in 8 bits and in f16 through the whole runtime: cached, copied, moved, kept on disk or preempted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import quiet
 from quiet import words
 
-from blockzoo.engines.kv_pages import unpack_u8
+from blockzoo.engines.kv_pages import kv_dtype, unpack_u8
+from blockzoo.engines.openvino.engine import multiplies_int8
 from blockzoo.runtime import LLM, EngineConfig, LLMEngine, SamplingParams
 from blockzoo.runtime.api.errors import InvalidRequestError
 from blockzoo.runtime.approx.config import ReuseConfig
@@ -51,18 +52,19 @@ def kv_of(engine: LLMEngine, seq: TokenSequence, num_tokens: int) -> np.ndarray:
     return np.stack([pool[pages, :, positions % 32] for pool in pools])
 
 
-def test_a_cached_prefix_is_a_cold_run_bit_for_bit(demo_zoo: Path) -> None:
+@pytest.mark.parametrize("held", ["u8", "f16"])
+def test_a_cached_prefix_is_a_cold_run_bit_for_bit(demo_zoo: Path, held: Any) -> None:
     """In chunks of a page, so that both compute the end of the prompt in calls of the same shape."""
     prompt = words(150, 1)
-    cold = serve(demo_zoo, prefix_caching=False, max_num_batched_tokens=32)
+    cold = serve(demo_zoo, prefix_caching=False, max_num_batched_tokens=32, kv_precision=held)
     expected = kv_of(cold, start(cold, prompt), 150)
     cold.abort("r")
     answer = ask(cold, prompt)
-    warm = serve(demo_zoo, max_num_batched_tokens=32)
+    warm = serve(demo_zoo, max_num_batched_tokens=32, kv_precision=held)
     ask(warm, prompt[:130])
     seq = start(warm, prompt)
     found = kv_of(warm, seq, 150)
-    assert (seq.num_cached, found.dtype) == (128, np.uint8)
+    assert (seq.num_cached, found.dtype) == (128, kv_dtype(held))
     np.testing.assert_array_equal(found, expected)
     warm.abort("r")
     ask(warm, prompt[:130], scope="other")
@@ -127,20 +129,41 @@ def test_what_is_recomputed_is_a_full_prefill(demo_zoo: Path, selector: Any) -> 
     assert found[1] == pytest.approx(expected[1], abs=0.02)
 
 
-def test_documents_on_disk_are_those_of_their_precision(demo_zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["openvino", "reference"])
+def test_a_moved_key_in_f16_is_turned_and_rounded_once_more(demo_zoo: Path, backend: str) -> None:
+    document = words(150, 4)
+    donor, prompt = words(20, 5) + document + words(30, 6), words(37, 7) + document + words(25, 8)
+    found = {}
+    for held in ("f32", "f16"):
+        reuse = ReuseConfig(recompute=0.0, refresh=0, head=0)
+        settings = {"approximate": reuse, "backend": backend, "device": "cpu", "num_threads": 1}
+        engine = serve(demo_zoo, kv_precision=held, **settings)
+        ask(engine, donor)
+        seq = start(engine, prompt, kv_reuse="approx")
+        found[held] = kv_of(engine, seq, 187)[:, :, 37:]
+    assert found["f16"].dtype == np.float16
+    np.testing.assert_allclose(
+        found["f16"].astype(np.float32), found["f32"], atol=2e-3 * np.abs(found["f32"]).max()
+    )
+
+
+@pytest.mark.parametrize(("held", "share"), [("u8", 0.35), ("f16", 0.6)])
+def test_documents_on_disk_are_those_of_their_precision(
+    demo_zoo: Path, tmp_path: Path, held: Any, share: float
+) -> None:
     def published(engine: LLMEngine) -> list[np.ndarray]:
         publication = next(iter(engine._publisher._published["doc"].places.values())).publication
         (executor,) = engine._zoo.executors.values()
         return [kv for node in publication.nodes for kv in executor.kv.read(node.pages)]
 
-    first = serve(demo_zoo, kv_cache_dir=str(tmp_path))
+    first = serve(demo_zoo, kv_cache_dir=str(tmp_path), kv_precision=held)
     assert first.publish("doc", DOCUMENT, ["base"]).num_loaded == 0
     files = set(tmp_path.iterdir())
     size = sum(file.stat().st_size for file in files)
-    second = serve(demo_zoo, kv_cache_dir=str(tmp_path))
+    second = serve(demo_zoo, kv_cache_dir=str(tmp_path), kv_precision=held)
     assert second.publish("doc", DOCUMENT, ["base"]).num_loaded == 1
     for computed, loaded in zip(published(first), published(second), strict=True):
-        assert loaded.dtype == np.uint8
+        assert loaded.dtype == kv_dtype(held)
         np.testing.assert_array_equal(computed, loaded)
     asked = {"documents": [DOCUMENT]}
     assert ask(first, QUESTION, **asked) == ask(second, QUESTION, **asked)
@@ -149,7 +172,7 @@ def test_documents_on_disk_are_those_of_their_precision(demo_zoo: Path, tmp_path
     assert plain.metrics().document_rejects_total == 0
     others = set(tmp_path.iterdir()) - files  # each precision has its own
     assert len(others) == len(files)
-    assert size < 0.35 * sum(file.stat().st_size for file in others)
+    assert size < share * sum(file.stat().st_size for file in others)
 
 
 def test_preempted_requests_and_all_models_together(demo_zoo: Path) -> None:
@@ -187,12 +210,16 @@ def test_torch_gives_the_tokens_of_openvino(architecture_zoo: Path) -> None:
 
 
 def test_what_may_be_asked_for_and_what_it_gives(demo_zoo: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="kv_precision is 'u4'; expected u8, auto or None"):
+    with pytest.raises(
+        InvalidRequestError, match="kv_precision is 'u4'; expected f32, bf16, f16, u8, auto or None"
+    ):
         EngineConfig(kv_precision="u4")  # type: ignore[arg-type]
     plain = serve(demo_zoo, kv_precision="auto")  # its models were not verified
     packed = serve(demo_zoo)
     assert "kv" not in plain.engine_facts
     assert packed.engine_facts["kv"] == "u8"
+    if multiplies_int8():
+        assert serve(demo_zoo, int8_activations=True, kv_precision=None).engine_facts["kv"] == "f16"
     (family,) = packed._zoo.caches
     more = packed._zoo.caches[family].pool.num_pages / plain._zoo.caches[family].pool.num_pages
     assert more == pytest.approx(4 * family.head_dim / (family.head_dim + 8), rel=0.01)
