@@ -262,7 +262,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
 
 
 def _print_report(report: "CompileReport") -> None:
-    from blockzoo.zoo.summary import human_bytes, verification_text
+    from blockzoo.zoo.summary import human_bytes, saved_text, verification_text
 
     width = max((len(model.name) for model in report.models), default=0)
     for model in report.models:
@@ -280,13 +280,12 @@ def _print_report(report: "CompileReport") -> None:
             print(f"{'':{width}}  {verification_text(model.verification)}")
     for name in report.removed:
         print(f"{name}  removed, {human_bytes(report.freed_bytes)} freed")
-    saved = 1 - report.stored_bytes / report.unshared_bytes if report.unshared_bytes else 0.0
     models = "model" if report.zoo_models == 1 else "models"
     would = "would hold" if report.dry_run else "holds"
     print(
         f"the zoo {would} {report.zoo_models} {models} in {report.zoo_blocks} distinct blocks: "
         f"{human_bytes(report.stored_bytes)} instead of {human_bytes(report.unshared_bytes)} "
-        f"({saved:.0%} saved)"
+        f"({saved_text(report.stored_bytes, report.unshared_bytes)})"
     )
     if report.plans is not None:
         would = "to build" if report.dry_run else "built"

@@ -202,6 +202,7 @@ def _print_zoo(zoo: "Zoo") -> None:
         human_bytes,
         quantization_texts,
         reuse_texts,
+        saved_text,
         sharing_bytes,
         surrogate_text,
         verification_text,
@@ -216,7 +217,7 @@ def _print_zoo(zoo: "Zoo") -> None:
     unshared, stored = sharing_bytes(manifest)
     console.print(
         f"\n{len(manifest.models)} models, {len(manifest.blocks)} distinct blocks: {human_bytes(stored)} "
-        f"stored instead of {human_bytes(unshared)} ({1 - stored / unshared:.0%} saved)"
+        f"stored instead of {human_bytes(unshared)} ({saved_text(stored, unshared)})"
     )
     console.print("\nkind   dtype  blocks  profiles (min opt max tokens)            time of one block")
     for plan_key, plan in sorted(manifest.plans.items(), key=lambda item: item[1].kind):

@@ -27,13 +27,15 @@ class Oracle:
     on_input: Callable[[str, np.ndarray], None] = lambda name, x: None
     """Hears what each layer's matrices are multiplied with: HF name, float32 [tokens, in]."""
 
+    @np.errstate(over="ignore", invalid="ignore")
     def logits(
         self,
         sequences: Sequence[Sequence[int]],
         last: int,
         on_layer: Callable[[int], None] = lambda layer: None,
     ) -> list[np.ndarray]:
-        """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]."""
+        """Teacher-forced: of each token sequence the logits of its last positions, f32 [last, vocab]; not
+        finite where the weights are too large for f32."""
         hidden = self.embedded(sequences)
         for layer in range(self.config["num_hidden_layers"]):
             on_layer(layer)

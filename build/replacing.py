@@ -48,13 +48,20 @@ def substitute(job: Compilation, source: Source, encoded: list[list[int]], besid
         )
     changed = search.record
     if changed.equivalence is None:
-        job.note(source.name, f"no block is equivalent to another model's at {job.options.threshold:g}")
+        at = f"at {job.options.threshold:g}"
+        job.note(source.name, f"no block is equivalent to another model's {at}{_not_compared(job)}")
         return
     job.manifest.models[source.name] = changed
     own = changed.equivalence.own_blocks.values()
     freed = sum(job.manifest.blocks[block_id].num_bytes for block_id in own)
     job.reports[source.name] = replace(report, new_bytes=report.new_bytes - freed)
     job.note(source.name, equivalence_text(changed))
+
+
+def _not_compared(job: Compilation) -> str:
+    """What to say of quantized blocks where nothing was found."""
+    quantized = any(block.dtype in ("i8", "i4") for block in job.manifest.blocks.values())
+    return " (those in 8 or 4 bits are not compared: compile both models together)" if quantized else ""
 
 
 def take_differences(
@@ -83,7 +90,11 @@ def take_differences(
         besides,
     )
     if not found.num_candidates:
-        job.note(name, "no block that it alone uses is near to another model's: no differences are taken")
+        job.note(
+            name,
+            f"no block that it alone uses is near to another model's{_not_compared(job)}: no differences are "
+            "taken",
+        )
         return
     if found.record.delta is None:
         job.note(

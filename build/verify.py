@@ -106,6 +106,11 @@ def verify(
     last = longest if recovered else NUM_GENERATED
     scored = judge.logits(sequences, last, lambda layer: progress(what, len(prompts) + layer, steps))
     expected = [logits[-NUM_GENERATED:] for logits in scored]
+    if not all(np.isfinite(rows).all() for rows in expected):
+        raise VerificationError(
+            f"{source.name}: the checkpoint itself gives NaN or infinity in f32: look for weights that are "
+            "NaN or far too large"
+        )
     figures = {"f32": compare([probe.logits for probe in probes], expected)}
     error, tolerance, loss, kv = figures["f32"].max_relative_error, TOLERANCE, None, None
     if rounds_too:

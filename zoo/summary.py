@@ -32,6 +32,12 @@ def sharing_bytes(manifest: Manifest) -> tuple[int, int]:
     return unshared, stored + sum(adapter.num_bytes for adapter in manifest.adapters.values())
 
 
+def saved_text(stored: int, unshared: int) -> str:
+    """What sharing saves. It costs something where a model stands on blocks of one that has left."""
+    share = 1 - stored / unshared if unshared else 0.0
+    return f"{share:.0%} saved" if stored <= unshared else f"{-share:.0%} more"
+
+
 def human_bytes(count: int) -> str:
     """A byte count for people: 1.5 MB is 1500000 bytes."""
     if count < 1000:

@@ -225,6 +225,9 @@ def test_with_quantized_weights(tuned: dict[str, Path], tmp_path: Path) -> None:
     report = compile_models({"later": tuned["near"]}, tmp_path / "z", replace(options, weights=None))
     assert record(tmp_path / "z", "later").delta is None
     assert report.models[0].num_reused == 0
+    assert (
+        "(those in 8 or 4 bits are not compared: compile both models together)" in report.models[0].notes[-1]
+    )
 
 
 def test_a_dry_run_says_what_it_does_not_look_for(tuned: dict[str, Path], tmp_path: Path) -> None:

@@ -146,6 +146,20 @@ def test_blocks_of_a_plan_share_one_measurement(verified: Path) -> None:
     assert len(measured) == len(manifest.plans)
 
 
+@pytest.mark.parametrize("weights", [[], ["--weights", "int8"]], ids=str)
+def test_a_checkpoint_that_is_broken_itself_is_called_so(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: list[str]
+) -> None:
+    broken = Path(shutil.copytree(checkpoints["qwen2"], tmp_path / "broken"))
+    file = TensorFile(checkpoints["qwen2"] / "model.safetensors")
+    values = {name: from_f32(file.tensor(name).to_f32(), "f32") for name in file.names}
+    values["model.layers.1.mlp.down_proj.weight"].data[0, :] = 3e38
+    (broken / "model.safetensors").unlink()
+    write_tensor_file(broken / "model.safetensors", values, {})
+    assert main([f"m={broken}", "-o", str(tmp_path / "zoo"), "--no-profile", *weights]) == 2
+    assert "m: the checkpoint itself gives NaN or infinity in f32" in capsys.readouterr().err
+
+
 def test_a_wrong_chain_is_refused_and_the_zoo_unchanged(
     verified: Path,
     checkpoints: dict[str, Path],

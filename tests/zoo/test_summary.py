@@ -10,7 +10,12 @@ from blockzoo.zoo.manifest import VerificationFigures, VerificationRecord
 from blockzoo.zoo.sharing import sharing_map
 from blockzoo.zoo.sharing_page import sharing_data
 from blockzoo.zoo.store import Zoo
-from blockzoo.zoo.summary import model_bytes, part_of, sharing_bytes
+from blockzoo.zoo.summary import model_bytes, part_of, saved_text, sharing_bytes
+
+
+def test_what_sharing_saves_or_costs() -> None:
+    found = [saved_text(*each) for each in ((25, 100), (100, 100), (111, 100), (0, 0))]
+    assert found == ["75% saved", "0% saved", "11% more", "0% saved"]
 
 
 def test_a_part_has_what_its_models_use_and_no_more(demo_zoo: Path) -> None:
