@@ -1,12 +1,12 @@
-"""What K and V in 8 bits cost and save: equal top tokens, KL, bytes a token, time of decode steps.
+"""What K and V in 8 bits and in f16 cost and save: equal top tokens, KL, bytes a token, time of decode steps.
 
     python -m benchmarks.kv_precision [--models base sql] [--contexts 512 4096] [--decode-at 4096]
 
 Quality: behind so many tokens of text each model says 64 more, greedily in f32. Over its last 256 positions,
 these included, every side is compared with f32 throughout, tokens given: K and V rounded to bf16 (a page as
-soon as it is full, all else in f32), K and V in 8 bits (all else in f32), and everything in bf16, which is
-zoo-compile's yardstick: a forward of the original files that rounds as engines in bf16 do. ZOO is one of the
-SmolLM2 family and --family the folders that it was compiled from; without them both are made.
+soon as it is full, all else in f32), K and V in f16 and in 8 bits (all else in f32), and everything in bf16,
+which is zoo-compile's yardstick: a forward of the original files that rounds as engines in bf16 do. ZOO is of
+the SmolLM2 family and --family the folders that it was compiled from; without them both are made.
 
 Speed: an attention layer decodes 32 rows at --decode-at tokens, with the heads of the shape and with a KV
 head for each of them. What it reads is many times the size of the processor's caches. Sides take turns;
@@ -33,8 +33,8 @@ from blockzoo.build.originals import oracle_for
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.sources import open_sources
 from blockzoo.build.yardstick import Bf16Oracle
-from blockzoo.engines.base import PAGE_TOKENS
-from blockzoo.engines.kv_pages import pack_u8, page_bytes
+from blockzoo.engines.base import PAGE_TOKENS, Precision
+from blockzoo.engines.kv_pages import KVPrecision, pack_u8, page_bytes
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
 from blockzoo.runtime.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def main() -> None:
             results["quality"] = _quality(args, Path(folder))
     results["bytes a token and layer"] = {
         f"{heads} KV heads of {dim}": {
-            kv: page_bytes(heads, dim, kv) / PAGE_TOKENS for kv in ("f32", "bf16", "u8")
+            kv: page_bytes(heads, dim, kv) / PAGE_TOKENS for kv in ("f32", "bf16", "f16", "u8")
         }
         for heads, dim in ((4, 64), (8, 128))
     }
@@ -122,7 +122,9 @@ def _compared(
     blocks = [zoo.read_block(key) for key in record.chain]
     adapters = {at: zoo.read_adapter(key) for at, key in record.adapters.items()}
     longest = context + SAID
-    plain, packed = OpenVINOEngines("f32", threads), OpenVINOEngines("f32", threads, kv_precision="u8")
+    plain = OpenVINOEngines("f32", threads)
+    halved = OpenVINOEngines("f32", threads, kv_precision="f16")
+    packed = OpenVINOEngines("f32", threads, kv_precision="u8")
 
     def chain(maker: OpenVINOEngines) -> ProbeChain:
         return ProbeChain(maker, blocks, record.config, longest, adapters)
@@ -135,6 +137,7 @@ def _compared(
         rows.append(probe.forward(tokens[-1:], len(tokens) - 1))
     sides: dict[str, Callable[[], np.ndarray]] = {
         "K and V in bf16": lambda: _last(chain(plain), tokens, partial(_to_bf16, record.config.num_layers)),
+        "K and V in f16": lambda: _last(chain(halved), tokens),
         "K and V in 8 bits": lambda: _last(chain(packed), tokens),
         "all in bf16": lambda: _oracle(given, name, tokens),
     }
@@ -256,12 +259,20 @@ def _speed(args: argparse.Namespace) -> dict[str, Any]:
     precision = OpenVINOEngines(args.precision).precision
     results: dict[str, Any] = {}
     for case, each in shapes.items():
+        kinds: list[tuple[Precision, KVPrecision]] = [
+            (precision, precision),
+            (precision, "u8"),
+            ("f32", "f16"),
+        ]
+        kinds += [("f32", "u8")] if precision != "f32" else []
         sides = {
-            f"K and V in {precision}": _Layer(OpenVINOEngines(precision, 1), each, context),
-            "K and V in 8 bits": _Layer(OpenVINOEngines(precision, 1, kv_precision="u8"), each, context),
+            f"K and V in {kv}, all else in {rest}": _Layer(
+                OpenVINOEngines(rest, 1, kv_precision=kv), each, context
+            )
+            for rest, kv in kinds
         }
         taken = interleave({name: partial(_times, side) for name, side in sides.items()}, args.repeats)
-        first: Samples = taken[f"K and V in {precision}"]
+        first: Samples = next(iter(taken.values()))
         results[case] = {name: t.summary() | t.ratio_to(first) for name, t in taken.items()}
     print_table(
         f"one attention layer, {ROWS} rows at {context} tokens, processor seconds of one thread",

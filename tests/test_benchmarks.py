@@ -128,11 +128,13 @@ def test_kv_precision(workdir: Path, demo_family: dict[str, Path]) -> None:
     assert list(results["quality"]) == ["base, 64 tokens", "notes, 64 tokens"]
     for sides in results["quality"].values():
         assert 0 < sides["K and V in bf16"]["kl"] < sides["all in bf16"]["kl"] < 0.01
+        assert 0 < sides["K and V in f16"]["kl"] < sides["K and V in bf16"]["kl"]
         assert 0 < sides["K and V in 8 bits"]["kl"] < 0.01
         assert all(side["top1"] > 0.9 for side in sides.values())
     assert len(results["decode"]) == 2
     for sides in results["decode"].values():
-        assert [numbers["median_ms"] > 0 for numbers in sides.values()] == [True, True]
+        assert {"K and V in f16, all else in f32", "K and V in u8, all else in f32"} < sides.keys()
+        assert all(numbers["median_ms"] > 0 for numbers in sides.values())
 
 
 def test_multi_tenant(workdir: Path) -> None:
