@@ -16,7 +16,7 @@ from blockzoo.zoo.blocks import Block, matrix_names
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.packing import GROUP, WHOLE_ROW, groups_dividing
 
-SHARE = 0.2
+SHARE = 0.05
 """Of the bound on what quantization may lose: what rounded activations may, and scales of whole rows."""
 
 

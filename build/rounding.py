@@ -11,7 +11,7 @@ is left of them (as in arXiv 2504.09629).
 
 import numpy as np
 
-from blockzoo.zoo.packing import GROUP, LIMITS, QuantizedDtype, pack_i4
+from blockzoo.zoo.packing import GROUP, LIMITS, ROTATED, QuantizedDtype, pack_i4, rotated
 from blockzoo.zoo.tensors import BlockTensor
 
 _CHUNK = 1 << 22  # elements of temporaries
@@ -40,23 +40,28 @@ def rounded(
         gram: float32 [in, in], X^T X of the rows X that the matrix is multiplied with; None: rounds to
             nearest.
     """
-    scales = _scales(weight, dtype, group, None if gram is None else np.diag(gram))
+    rotates = weight.shape[1] % ROTATED == 0
+    if rotates:
+        weight, gram = rotated(weight), None if gram is None else _rotated_gram(gram)
+    scales = _scales(weight, dtype, group, None if gram is None else np.diag(gram).astype(np.float32))
     if gram is None:
         integers = _nearest(weight, scales, dtype)
     else:
         damped = _damped(gram, _DAMPING)
         integers = _compensated(weight, scales, dtype, damped)
         scales = _refitted(weight, integers, scales, damped)
-    return _stored(integers, scales, dtype)
+    return _stored(integers, scales, dtype, rotates)
 
 
 def rounded_in_haste(weight: np.ndarray, dtype: QuantizedDtype, group: int) -> BlockTensor:
     """As `rounded`, to nearest, with scales at which the largest value of each group just fits."""
+    rotates = weight.shape[1] % ROTATED == 0
+    weight = rotated(weight) if rotates else weight
     groups = weight.reshape(len(weight), -1, group)
     rows = max(1, _CHUNK // weight.shape[1])
     scales = [_fitting(groups[i : i + rows], dtype) for i in range(0, len(weight), rows)]
     fitting = np.concatenate(scales)
-    return _stored(_nearest(weight, fitting, dtype), fitting, dtype)
+    return _stored(_nearest(weight, fitting, dtype), fitting, dtype, rotates)
 
 
 def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndarray:
@@ -179,9 +184,17 @@ def _nearest(weight: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> n
     return integers
 
 
-def _stored(integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> BlockTensor:
+def _stored(
+    integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype, rotates: bool = False
+) -> BlockTensor:
     narrow = integers.astype(np.int8, copy=False)
-    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales)
+    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales, rotated=rotates)
+
+
+def _rotated_gram(gram: np.ndarray) -> np.ndarray:
+    """float64 [in, in]: in float32, where one direction is much longer than all others, rounding would leave
+    it with negative eigenvalues."""
+    return rotated(rotated(gram.astype(np.float64)).T)
 
 
 def _damped(gram: np.ndarray, damping: float) -> np.ndarray:

@@ -34,7 +34,8 @@ def block_id(
 def _described(name: str, tensor: BlockTensor) -> list[Any]:
     groups = [] if tensor.scales is None else [tensor.scales.shape[1]]
     offsets = [] if tensor.offsets is None else ["offsets"]
-    return [name, tensor.dtype, list(tensor.shape), *groups, *offsets]
+    turned = ["rotated"] if tensor.rotated else []
+    return [name, tensor.dtype, list(tensor.shape), *groups, *offsets, *turned]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -2,7 +2,8 @@
 
 A row of [out, in] is cut into groups of equal length; the value of integer q of row r and group g is
 q * scales[r, g], and where the matrix has offsets, q * scales[r, g] + offsets[r, g]. One group a row is "per
-output channel". Integers of 4 bits lie two in a byte, the one of the even column in the low half: as
+output channel". Of a rotated matrix that is each run of 32 columns times `rotation`: a product takes its
+inputs times the same. Integers of 4 bits lie two in a byte, the one of the even column in the low half: as
 OpenVINO's i4 and ONNX' int4 have it.
 """
 
@@ -19,6 +20,9 @@ LIMITS: dict[QuantizedDtype, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7
 GROUP = 32
 """Columns that share a scale in what is made here, where it divides and no other number is chosen; a file may
 have any."""
+
+ROTATED = GROUP
+"""Columns of a rotated matrix that are mixed with each other."""
 
 GROUPS = (128, 64, GROUP)
 """What 8 bits are made with, beside one group a row."""
@@ -45,6 +49,23 @@ def unpack_i4(packed: np.ndarray) -> np.ndarray:
     out[:, 0::2] = (packed << np.uint8(4)).view(np.int8) >> 4
     out[:, 1::2] = packed.view(np.int8) >> 4
     return out
+
+
+def rotation() -> np.ndarray:
+    """float32 [32, 32]: the Hadamard matrix (of Sylvester's), scaled to be orthogonal; its own inverse.
+
+    A value that is much larger than its neighbours is spread over all of them, which costs less in integers
+    (QuaRot, arXiv 2404.00456; QuIP#, arXiv 2402.04396).
+    """
+    signs = np.ones((1, 1))
+    while len(signs) < ROTATED:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    return (signs / np.sqrt(ROTATED)).astype(np.float32)
+
+
+def rotated(values: np.ndarray) -> np.ndarray:
+    """[rows, columns], each run of 32 columns times `rotation`; once more gives them back."""
+    return (values.reshape(-1, ROTATED) @ rotation()).reshape(values.shape)
 
 
 def dequantized(integers: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:

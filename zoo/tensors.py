@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from blockzoo.zoo.packing import QuantizedDtype, dequantized, unpack_i4
+from blockzoo.zoo.packing import ROTATED, QuantizedDtype, dequantized, rotated, unpack_i4
 
 Dtype = Literal["bf16", "f16", "f32"]
 StoredDtype = Literal["bf16", "f16", "f32", "i8", "i4"]
@@ -22,10 +22,8 @@ _NUMPY: dict[str, type] = {"bf16": np.uint16, "f16": np.float16, "f32": np.float
 _NUMPY |= {"i8": np.int8, "i4": np.uint8}
 _SAFETENSORS: dict[str, Dtype] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _QUANTIZED: dict[str, QuantizedDtype] = {"I8": "i8", "U8": "i4"}
-_SCALES, _OFFSETS = (
-    ".scales",
-    ".offsets",
-)  # behind the name of a quantized tensor: those of what belongs to it
+_SCALES, _OFFSETS = ".scales", ".offsets"  # behind the name of a quantized tensor: of what belongs to it
+_ROTATED = ".rotated.scales"  # instead of the first, of one that is rotated
 _CHUNK = 1 << 22  # elements looked at in one go: temporaries stay in the cache, not in gigabytes
 
 
@@ -54,13 +52,14 @@ class BlockTensor:
     """One weight tensor; `data` is C-contiguous, bf16 as its uint16 bit pattern (numpy has no bf16).
 
     A quantized matrix (see `packing`) has int8 [out, in], or of i4 uint8 [out, in / 2], and `scales`, float32
-    [out, groups]; it may have `offsets`, as the scales.
+    [out, groups]; it may have `offsets`, as the scales, and be `rotated`.
     """
 
     dtype: StoredDtype
     data: np.ndarray
     scales: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    rotated: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,10 +90,10 @@ class BlockTensor:
         return tuple(each for each in (self.data, self.scales, self.offsets) if each is not None)
 
     @property
-    def kind(self) -> tuple[str, int | None, bool]:
+    def kind(self) -> tuple[str, int | None, bool, bool]:
         """What matrices have in common that may be stacked as they are."""
         groups = None if self.scales is None else self.scales.shape[1]
-        return self.dtype, groups, self.offsets is not None
+        return self.dtype, groups, self.offsets is not None, self.rotated
 
     @property
     def integers(self) -> np.ndarray:
@@ -104,14 +103,21 @@ class BlockTensor:
     def to_f32(self) -> np.ndarray:
         """The values in float32, exactly; a copy except where the tensor is f32 already."""
         if self.scales is not None:
-            return dequantized(self.integers, self.scales, self.offsets)
+            values = dequantized(self.integers, self.scales, self.offsets)
+            return rotated(values) if self.rotated else values
         if self.dtype == "bf16":
             return bf16_to_f32(self.data)
         return self.data.astype(np.float32, copy=False)
 
     def rows(self, index: np.ndarray | slice) -> "BlockTensor":
         """Some rows: a copy, or of a slice a view."""
-        return BlockTensor(self.dtype, *(array[index] for array in self.arrays))
+        return self.of([array[index] for array in self.arrays])
+
+    def of(self, arrays: Sequence[np.ndarray]) -> "BlockTensor":
+        """Another tensor of the same `kind`, of its `arrays`."""
+        data, *others = arrays
+        scales, offsets = (*others, None, None)[:2]
+        return BlockTensor(self.dtype, data, scales, offsets, self.rotated)
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
@@ -139,11 +145,11 @@ def stacked(parts: Sequence[BlockTensor]) -> BlockTensor:
     if len({part.kind for part in parts}) > 1:
         return BlockTensor("f32", np.concatenate([part.to_f32() for part in parts]))
     arrays = zip(*(part.arrays for part in parts), strict=True)
-    return BlockTensor(first.dtype, *(np.concatenate(each) for each in arrays))
+    return first.of([np.concatenate(each) for each in arrays])
 
 
 def runs_of_a_type(parts: Sequence[BlockTensor]) -> list[list[BlockTensor]]:
-    """Neighbours of one kind together: dtype, columns to a scale, with offsets or without."""
+    """Neighbours of one kind together: dtype, columns to a scale, with offsets or without, rotated or not."""
     return [list(run) for _, run in groupby(parts, lambda tensor: tensor.kind)]
 
 
@@ -210,8 +216,11 @@ class TensorFile:
         dtype = _QUANTIZED.get(self._header[name]["dtype"])
         if dtype is None:
             return self.tensor(name)
-        data, scales = self._array(name, dtype), self.tensor(name + _SCALES)
-        tensor = BlockTensor(dtype, data, scales.data)
+        is_rotated = name + _ROTATED in self._header
+        data, scales = self._array(name, dtype), self.tensor(name + (_ROTATED if is_rotated else _SCALES))
+        tensor = BlockTensor(dtype, data, scales.data, rotated=is_rotated)
+        if is_rotated and data.ndim == 2 and tensor.shape[1] % ROTATED:
+            raise ValueError(f"{name} is rotated, but {tensor.shape[1]} columns are no multiple of {ROTATED}")
         fits = data.ndim == 2 and scales.dtype == "f32" and scales.data.ndim == 2
         if not fits or len(scales.data) != len(data) or not _divides(scales.shape[1], tensor.shape[1]):
             raise ValueError(f"the scales of {name} are {scales.dtype} {list(scales.shape)}")
@@ -220,7 +229,7 @@ class TensorFile:
         offsets = self.tensor(name + _OFFSETS)
         if offsets.dtype != "f32" or offsets.shape != scales.shape:
             raise ValueError(f"the offsets of {name} are {offsets.dtype} {list(offsets.shape)}")
-        return BlockTensor(dtype, data, scales.data, offsets.data)
+        return BlockTensor(dtype, data, scales.data, offsets.data, is_rotated)
 
     def octets(self, name: str) -> np.ndarray:
         """A tensor of bytes that its reader knows the meaning of, uint8, zero-copy. Raises ValueError for a
@@ -264,7 +273,11 @@ def _file_header(
 ) -> tuple[bytes, list[np.ndarray]]:
     names: dict[str, str] = {dtype: name for name, dtype in (_SAFETENSORS | _QUANTIZED).items()}
     arrays = {name: (names[tensor.dtype], tensor.data) for name, tensor in tensors.items()}
-    arrays |= {name + _SCALES: ("F32", t.scales) for name, t in tensors.items() if t.scales is not None}
+    arrays |= {
+        name + (_ROTATED if t.rotated else _SCALES): ("F32", t.scales)
+        for name, t in tensors.items()
+        if t.scales is not None
+    }
     arrays |= {name + _OFFSETS: ("F32", t.offsets) for name, t in tensors.items() if t.offsets is not None}
     order = sorted(arrays, key=lambda name: -arrays[name][1].itemsize)  # stable
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tuned", action="store_true", help="the fine-tunes alone")
     parser.add_argument("--weights", choices=("int8", "int4", "auto"), help="of the family (as given)")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 where the CPU has it")
+    parser.add_argument("--int8-activations", action="store_true", default=None, help="also beside AMX")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args(arguments)
     args.shape = "smollm2-135m"
@@ -77,7 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compile_models(models, zoo, CompileOptions(verify=False, profile=False, weights=args.weights))
         quantized = Zoo.open(zoo).manifest.models["base"].quantization
         args.weights = quantized.weights if quantized is not None else None
-        llm = LLM(zoo, precision=args.precision, kv_cache_bytes=512 * MEBIBYTE)
+        llm = LLM(
+            zoo,
+            precision=args.precision,
+            int8_activations=args.int8_activations,
+            kv_cache_bytes=512 * MEBIBYTE,
+        )
         del args.zoo  # where it lay is nobody's business
         results: dict[str, Any] = {}
         for name in args.trades:

@@ -13,6 +13,7 @@ from openvino import Tensor, Type
 from openvino.op import Constant
 
 from blockzoo.zoo.blocks import BlockTensor
+from blockzoo.zoo.packing import ROTATED, rotation
 from blockzoo.zoo.tensors import runs_of_a_type
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
@@ -47,17 +48,22 @@ def products(x: Node, parts: Sequence[BlockTensor], rounding: Rounding | None) -
         x: [rows, in], f32 in the graph.
         rounding: of x; None: it stays as it is.
     """
-    made = [_product(x, *_stacked(run), rounding) for run in runs_of_a_type(parts)]
+    runs = runs_of_a_type(parts)
+    turned = _rotated(x, parts[0].shape[1]) if any(run[0].rotated for run in runs) else x
+    made = [_product(turned if run[0].rotated else x, *_stacked(run), rounding) for run in runs]
     return made[0] if len(made) == 1 else op.concat(made, -1)
 
 
 def _product(x: Node, tensor: BlockTensor, copy: bool, rounding: Rounding | None) -> Node:
-    offsets = tensor.offsets
+    """`x`: rotated where the tensor is."""
+    offsets, width = tensor.offsets, tensor.shape[1]
     if rounding is None:
         return op.matmul(x, _weight(tensor, offsets, copy), False, True)
-    quantized = tensor.scales is not None
-    spelled_out = rounding.how == "graph, everywhere" or (quantized and rounding.how == "graph")
-    multiplied = _rounded(x, tensor.shape[1], rounding.group) if spelled_out else x
+    multiplied = x
+    if tensor.scales is not None and rounding.how != "plugin":
+        multiplied = _rounded(x, width, rounding.group)
+    elif rounding.how == "graph, everywhere":  # as beside the quantized matrix that it would become
+        multiplied = _rotated(_rounded(_rotated(x, width), width, rounding.group), width)
     # beside zero points x would not be rounded: so the offsets are multiplied with the sums of x by group
     scaled = op.matmul(multiplied, _weight(tensor, None, copy), False, True)
     if offsets is None:
@@ -65,6 +71,14 @@ def _product(x: Node, tensor: BlockTensor, copy: bool, rounding: Rounding | None
     groups = op.reshape(x, constant([0, offsets.shape[1], -1]), True)
     theirs = Constant(openvino_tensor(offsets, "f32"), shared_memory=not copy)
     return op.add(scaled, op.matmul(op.reduce_sum(groups, constant([2]), False), theirs, False, True))
+
+
+def _rotated(x: Node, width: int) -> Node:
+    """x [rows, width] as rotated matrices are multiplied with it; as it is, where none of that width is."""
+    if width % ROTATED:
+        return x
+    runs = op.reshape(x, constant([-1, ROTATED]), False)
+    return op.reshape(op.matmul(runs, op.constant(rotation()), False, True), constant([-1, width]), False)
 
 
 def _rounded(x: Node, width: int, group: int) -> Node:
@@ -119,7 +133,7 @@ def _stacked(parts: Sequence[BlockTensor]) -> tuple[BlockTensor, bool]:
     """Matrices of equal width and type on top of each other, and whether they had to be copied together: a
     zoo file holds them side by side, so that this is a view."""
     arrays = [_on_top_of_each_other(each) for each in zip(*(part.arrays for part in parts), strict=True)]
-    return BlockTensor(parts[0].dtype, *(array for array, _ in arrays)), not all(view for _, view in arrays)
+    return parts[0].of([array for array, _ in arrays]), not all(view for _, view in arrays)
 
 
 def _on_top_of_each_other(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:

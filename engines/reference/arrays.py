@@ -13,6 +13,7 @@ from blockzoo.engines.arrays import Kind
 from blockzoo.engines.base import PAGE_TOKENS, Precision
 from blockzoo.engines.kv_pages import KVPrecision, page_width
 from blockzoo.engines.reference.pages import pack_u8, unpack_u8
+from blockzoo.zoo.packing import ROTATED, rotation
 from blockzoo.zoo.tensors import BlockTensor
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -206,6 +207,7 @@ class PackedMatrix:
         self._data = _copied(tensor.data).to(device)
         self._scales = _copied(tensor.scales).to(device)
         self._offsets = None if tensor.offsets is None else _copied(tensor.offsets).to(device)
+        self._rotation = torch.from_numpy(rotation()).to(device) if tensor.rotated else None
         self.shape = tensor.shape
 
     @property
@@ -226,6 +228,8 @@ class PackedMatrix:
         grouped = data.view(*scales.shape, -1).to(torch.float32) * scales[:, :, None]
         if offsets is not None:
             grouped += offsets[:, :, None]
+        if self._rotation is not None:
+            grouped = grouped.view(len(data), -1, ROTATED) @ self._rotation
         return grouped.flatten(1).to(self._dtype)
 
 

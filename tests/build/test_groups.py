@@ -17,7 +17,7 @@ from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.zoo.packing import GROUP, WHOLE_ROW
 from blockzoo.zoo.store import Zoo
 
-INT8 = CompileOptions(weights="int8", verify=False, profile=False, calibration_texts=0)
+INT8 = CompileOptions(weights="int8", max_kl=0.04, verify=False, profile=False, calibration_texts=0)
 SETTINGS = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
 
 

@@ -8,7 +8,7 @@ import pytest
 from gguf_files import packed
 
 from blockzoo.build.rounding import corrected, on_its_grid, rounded
-from blockzoo.zoo.packing import LIMITS
+from blockzoo.zoo.packing import LIMITS, rotated
 
 RNG = np.random.default_rng(1)
 WEIGHT = RNG.standard_normal((40, 256)).astype(np.float32)
@@ -25,7 +25,7 @@ def test_eight_bits_round_to_the_nearest(group: int) -> None:
     found = rounded(WEIGHT, "i8", group)
     assert found.scales is not None
     assert found.scales.shape == (40, 256 // group)
-    error = np.abs(found.to_f32() - WEIGHT).reshape(40, -1, group)
+    error = np.abs(rotated(found.to_f32()) - rotated(WEIGHT)).reshape(40, -1, group)
     assert (error <= found.scales[:, :, None] * 0.50001).all()
 
 
@@ -53,6 +53,18 @@ def test_compensated_errors_are_smaller_on_rows_that_were_not_seen(dtype: str) -
         return float(np.square(unseen @ (found - WEIGHT).T).sum())
 
     assert error(seen.T @ seen / len(seen)) < 0.3 * error(None)
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+def test_one_direction_may_be_much_longer_than_all_others(dtype: str) -> None:
+    """As where a model's first token has a few huge activations."""
+    width = 1536
+    x = 0.05 * np.random.default_rng(5).standard_normal((2048, width), np.float32)
+    x[0, [7, 900, 901]] = 1e5, -3e5, 2e5
+    weight = np.random.default_rng(6).standard_normal((8, width), np.float32)
+    found = rounded(weight, dtype, 32, x.T @ x / np.float32(len(x))).to_f32()  # type: ignore[arg-type]
+    unseen = x[1024:]
+    assert np.square(unseen @ (found - weight).T).sum() < 0.05 * np.square(unseen @ weight.T).sum()
 
 
 def test_scales_of_four_bits_beat_those_of_the_largest_value() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from blockzoo.zoo.blocks import FfnSpec
 from blockzoo.zoo.fingerprint import block_id
-from blockzoo.zoo.packing import pack_i4, unpack_i4
+from blockzoo.zoo.packing import pack_i4, rotated, rotation, unpack_i4
 from blockzoo.zoo.tensors import BlockTensor, TensorFile, from_f32, stacked, write_tensor_file
 
 RNG = np.random.default_rng(0)
@@ -24,6 +25,37 @@ def quantized(
     arrays = [pack_i4(integers) if dtype == "i4" else integers, scales]
     arrays += [RNG.standard_normal((rows, groups)).astype(np.float32)] if offsets else []
     return BlockTensor(dtype, *arrays)  # type: ignore[arg-type]
+
+
+def test_a_rotation_is_its_own_inverse_and_spreads_what_is_large() -> None:
+    values = RNG.standard_normal((5, 96)).astype(np.float32)
+    np.testing.assert_allclose(rotated(rotated(values)), values, atol=1e-6)
+    np.testing.assert_allclose(rotation() @ rotation().T, np.eye(32), atol=1e-6)
+    spike = np.zeros((1, 96), np.float32)
+    spike[0, 40] = 8
+    np.testing.assert_allclose(np.abs(rotated(spike))[0, 32:64], 8 / 32**0.5, rtol=1e-6)
+    assert not rotated(spike)[0, :32].any()
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i4"])
+def test_rotated_matrices_are_stored_and_read(dtype: str, tmp_path: Path) -> None:
+    plain = quantized(dtype)
+    turned = replace(plain, rotated=True)
+    np.testing.assert_allclose(turned.to_f32(), rotated(plain.to_f32()), rtol=1e-6)
+    np.testing.assert_array_equal(turned.rows(np.array([4, 1])).to_f32(), turned.to_f32()[[4, 1]])
+    np.testing.assert_array_equal(stacked([turned, turned]).to_f32(), np.concatenate([turned.to_f32()] * 2))
+    mixed = stacked([plain, turned])
+    assert mixed.dtype == "f32"
+    np.testing.assert_array_equal(mixed.to_f32(), np.concatenate([plain.to_f32(), turned.to_f32()]))
+    spec = FfnSpec(64, 6, 1e-5, False)
+    assert block_id(spec, {"gate": plain}, None) != block_id(spec, {"gate": turned}, None)
+    write_tensor_file(tmp_path / "f", {"a": turned, "b": plain}, {})
+    file = TensorFile(tmp_path / "f")
+    assert (file.stored("a").rotated, file.stored("b").rotated) == (True, False)
+    np.testing.assert_array_equal(file.stored("a").to_f32(), turned.to_f32())
+    write_tensor_file(tmp_path / "odd", {"a": replace(quantized(dtype, columns=48), rotated=True)}, {})
+    with pytest.raises(ValueError, match="a is rotated, but 48 columns are no multiple of 32"):
+        TensorFile(tmp_path / "odd").stored("a")
 
 
 def test_all_pairs_of_nibbles_come_back() -> None:
