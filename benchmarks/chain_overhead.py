@@ -79,7 +79,7 @@ def main() -> None:
         max_tokens=args.context,
         longest_prompt=4 * args.context,
     )
-    settings = served_in(given, args.weights)
+    settings = served_in(given, args.weights, args.int8_activations)
     results: dict[str, Any] = {"precision": settings.precision}
     results |= _one_step(family, settings, args)
     results |= _chunks_and_decode(family, settings, given, args)

@@ -45,7 +45,13 @@ def arguments(description: str, *, shape: str, repeats: int) -> argparse.Argumen
 def add_bits(parser: argparse.ArgumentParser) -> None:
     """The arguments of benchmarks that compare in any number of bits, and with llama.cpp."""
     parser.add_argument("--weights", choices=("int8", "int4"), help="of all sides; default: as given, bf16")
-    parser.add_argument("--kv-precision", choices=("u8",), help="of ours and GenAI; default: the precision")
+    parser.add_argument("--kv-precision", choices=("u8",), help="of ours and GenAI (as it is served)")
+    parser.add_argument(
+        "--int8-activations",
+        action="store_true",
+        help="round ours and GenAI's beside quantized weights where AMX is too (with "
+        "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 that is not used)",
+    )
     parser.add_argument(
         "--llama", type=Path, help="environment with llama.cpp (python -m benchmarks.peers.llama FOLDER)"
     )
@@ -135,6 +141,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": cpu.get("model name", platform.processor()),
         "flags": [flag for flag in _FLAGS if flag in flags],
+        "held_to": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "kernel": platform.release(),
@@ -153,11 +160,14 @@ def _version(package: str) -> str | None:
 
 def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any) -> Path:
     """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json` (with KV in 8 bits
-    `<name>_int8_kv_u8.json`); those of other shapes there stay."""
+    `<name>_int8_kv_u8.json`, where oneDNN may not use all of the CPU `..._held.json`); those of other shapes
+    there stay."""
     if getattr(args, "weights", None) in ("int8", "int4", "auto"):
         name = f"{name}_{args.weights}"
     if getattr(args, "kv_precision", None) == "u8":
         name = f"{name}_kv_u8"
+    if machine.get("held_to"):
+        name = f"{name}_held"
     path: Path = args.out / f"{name}.json"
     report: dict[str, Any] = (
         json.loads(path.read_text()) if path.exists() else {"benchmark": name, "shapes": {}}

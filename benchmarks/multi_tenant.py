@@ -65,7 +65,7 @@ def main() -> None:
         max_tokens=args.context,
         longest_prompt=args.context,
     )
-    settings = served_in(settings, args.weights)
+    settings = served_in(settings, args.weights, args.int8_activations)
     results: dict[str, Any] = {"precision": settings.precision}
     results["pipelines"] = _against_pipelines(family, settings, args, with_genai=not missing)
     results["separate chains"] = _against_chains(family, settings, args)

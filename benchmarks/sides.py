@@ -100,9 +100,9 @@ class Settings:
         )
 
 
-def served_in(settings: Settings, weights: Weights | None) -> Settings:
-    """As a zoo with these weights is served by default on this machine."""
-    if weights is None or not prefers_int8():
+def served_in(settings: Settings, weights: Weights | None, int8_activations: bool = False) -> Settings:
+    """As a zoo with these weights is served by default on this machine, or on one like it without AMX."""
+    if weights is None or not (int8_activations or prefers_int8()):
         return settings
     return replace(settings, precision="f32", int8_activations=True)
 
