@@ -29,7 +29,7 @@ _EXACT = 2.0**-21  # of a group's largest value: what float32 makes of a scale, 
 
 
 def rounded(
-    weight: np.ndarray, dtype: QuantizedDtype, group: int, gram: np.ndarray | None = None
+    weight: np.ndarray, dtype: QuantizedDtype, group: int, gram: np.ndarray | None = None, rotate: bool = True
 ) -> BlockTensor:
     """The matrix in integers.
 
@@ -39,8 +39,9 @@ def rounded(
         group: columns that share a scale; divides `in`.
         gram: float32 [in, in], X^T X of the rows X that the matrix is multiplied with; None: rounds to
             nearest.
+        rotate: before, where its width allows it.
     """
-    rotates = weight.shape[1] % ROTATED == 0
+    rotates = rotate and weight.shape[1] % ROTATED == 0
     if rotates:
         weight, gram = rotated(weight), None if gram is None else _rotated_gram(gram)
     scales = _scales(weight, dtype, group, None if gram is None else np.diag(gram).astype(np.float32))

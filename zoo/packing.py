@@ -8,6 +8,7 @@ OpenVINO's i4 and ONNX' int4 have it.
 """
 
 from collections.abc import Collection
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -51,8 +52,9 @@ def unpack_i4(packed: np.ndarray) -> np.ndarray:
     return out
 
 
+@cache
 def rotation() -> np.ndarray:
-    """float32 [32, 32]: the Hadamard matrix (of Sylvester's), scaled to be orthogonal; its own inverse.
+    """float32 [32, 32], read-only: Hadamard's matrix (Sylvester's), scaled to be orthogonal; its own inverse.
 
     A value that is much larger than its neighbours is spread over all of them, which costs less in integers
     (QuaRot, arXiv 2404.00456; QuIP#, arXiv 2402.04396).
@@ -60,7 +62,9 @@ def rotation() -> np.ndarray:
     signs = np.ones((1, 1))
     while len(signs) < ROTATED:
         signs = np.block([[signs, signs], [signs, -signs]])
-    return (signs / np.sqrt(ROTATED)).astype(np.float32)
+    scaled = (signs / np.sqrt(ROTATED)).astype(np.float32)
+    scaled.flags.writeable = False
+    return scaled
 
 
 def rotated(values: np.ndarray) -> np.ndarray:

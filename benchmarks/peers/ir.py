@@ -26,6 +26,7 @@ from openvino.op import Constant, Parameter
 from blockzoo.build.rounding import rounded
 from blockzoo.engines.openvino.weights import openvino_tensor
 from blockzoo.zoo.checkpoint import Checkpoint, open_checkpoint
+from blockzoo.zoo.packing import QuantizedDtype
 from blockzoo.zoo.tensors import BlockTensor
 
 _GROUP = 128
@@ -125,9 +126,9 @@ class _Decoder:
         if self._weights is not None:
             columns = tensor.shape[1]
             four = self._weights == "int4" and name != "model.embed_tokens.weight" and columns % _GROUP == 0
-            return _quantized_weight(
-                rounded(tensor.to_f32(), "i4" if four else "i8", _GROUP if four else columns)
-            )
+            dtype: QuantizedDtype = "i4" if four else "i8"
+            group = _GROUP if four else columns
+            return _quantized_weight(rounded(tensor.to_f32(), dtype, group, rotate=False))
         constant = Constant(openvino_tensor(tensor.data, tensor.dtype), shared_memory=True)
         if tensor.dtype == "f32":
             return constant

@@ -207,7 +207,7 @@ class PackedMatrix:
         self._data = _copied(tensor.data).to(device)
         self._scales = _copied(tensor.scales).to(device)
         self._offsets = None if tensor.offsets is None else _copied(tensor.offsets).to(device)
-        self._rotation = torch.from_numpy(rotation()).to(device) if tensor.rotated else None
+        self._rotation = _copied(rotation()).to(device) if tensor.rotated else None
         self.shape = tensor.shape
 
     @property
