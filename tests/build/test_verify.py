@@ -254,3 +254,21 @@ def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
         rows += [chain.forward(tokens[at : at + 1], at)[-1] for at in range(48, len(tokens))]
         said.append(np.stack(rows))
     np.testing.assert_allclose(said[0], said[1], atol=2e-3 * np.abs(said[1]).max())
+
+
+@pytest.mark.parametrize("head_dim", [4, 6, 12, 20, 24, 36, 100, 128])
+def test_kv_in_f16_is_for_heads_of_any_size(
+    make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
+) -> None:
+    """A prompt and its tokens one by one, as other kernels read pages for one row."""
+    given = save(make_model("llama", 5, head_dim=head_dim), tmp_path / "x")
+    compile_models({"x": given}, tmp_path / "z", CompileOptions(verify=False, profile=False))
+    zoo = Zoo.open(tmp_path / "z")
+    record = zoo.manifest.models["x"]
+    blocks, tokens, said = [zoo.read_block(key) for key in record.chain], list(range(40, 100)), []
+    for maker in (OpenVINOEngines("f32", 1, kv_precision="f16"), OpenVINOEngines("f32", 1)):
+        chain = ProbeChain(maker, blocks, record.config, len(tokens))
+        rows = [chain.forward(tokens[:48], 0)]
+        rows += [chain.forward(tokens[at : at + 1], at) for at in range(48, len(tokens))]
+        said.append(np.concatenate(rows))
+    np.testing.assert_allclose(said[0], said[1], atol=1e-3 * np.abs(said[1]).max())
