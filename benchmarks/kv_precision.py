@@ -257,14 +257,10 @@ def _speed(args: argparse.Namespace) -> dict[str, Any]:
         f"{shape.num_heads} heads over {shape.num_heads}": replace(shape, num_kv_heads=shape.num_heads),
     }
     precision = OpenVINOEngines(args.precision).precision
+    kinds: list[tuple[Precision, KVPrecision]] = [(precision, precision), (precision, "u8"), ("f32", "f16")]
+    kinds += [("f32", "u8")] if precision != "f32" else []
     results: dict[str, Any] = {}
     for case, each in shapes.items():
-        kinds: list[tuple[Precision, KVPrecision]] = [
-            (precision, precision),
-            (precision, "u8"),
-            ("f32", "f16"),
-        ]
-        kinds += [("f32", "u8")] if precision != "f32" else []
         sides = {
             f"K and V in {kv}, all else in {rest}": _Layer(
                 OpenVINOEngines(rest, 1, kv_precision=kv), each, context

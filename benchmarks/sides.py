@@ -16,7 +16,15 @@ import numpy as np
 from benchmarks.common import timed
 from blockzoo.build.quantized_models import Weights
 from blockzoo.engines.base import PAGE_TOKENS, Precision
-from blockzoo.engines.kv_pages import GRID_BYTES, KVPrecision, kv_dtype, pack_u8, page_bytes, page_width
+from blockzoo.engines.kv_pages import (
+    GRID_BYTES,
+    KVPrecision,
+    by_default,
+    kv_dtype,
+    pack_u8,
+    page_bytes,
+    page_width,
+)
 from blockzoo.engines.openvino import OpenVINOEngine, OpenVINOEngines
 from blockzoo.engines.openvino.engine import prefers_int8
 from blockzoo.runtime import LLMEngine, SamplingParams
@@ -60,7 +68,7 @@ class Settings:
     @property
     def held(self) -> KVPrecision:
         """What pages hold."""
-        return self.maker().kv_precision
+        return self.kv_precision or by_default(self.precision, self.int8_activations)
 
     @property
     def pages_per_seq(self) -> int:

@@ -11,7 +11,7 @@ is left of them (as in arXiv 2504.09629).
 
 import numpy as np
 
-from blockzoo.zoo.packing import GROUP, LIMITS, ROTATED, QuantizedDtype, pack_i4, rotated
+from blockzoo.zoo.packing import GROUP, LIMITS, QuantizedDtype, pack_i4, rotated, rotates
 from blockzoo.zoo.tensors import BlockTensor
 
 _CHUNK = 1 << 22  # elements of temporaries
@@ -41,8 +41,8 @@ def rounded(
             nearest.
         rotate: before, where its width allows it.
     """
-    rotates = rotate and weight.shape[1] % ROTATED == 0
-    if rotates:
+    rotate = rotate and rotates(weight.shape[1])
+    if rotate:
         weight, gram = rotated(weight), None if gram is None else _rotated_gram(gram)
     scales = _scales(weight, dtype, group, None if gram is None else np.diag(gram).astype(np.float32))
     if gram is None:
@@ -51,18 +51,18 @@ def rounded(
         damped = _damped(gram, _DAMPING)
         integers = _compensated(weight, scales, dtype, damped)
         scales = _refitted(weight, integers, scales, damped)
-    return _stored(integers, scales, dtype, rotates)
+    return _stored(integers, scales, dtype, rotate)
 
 
 def rounded_in_haste(weight: np.ndarray, dtype: QuantizedDtype, group: int) -> BlockTensor:
     """As `rounded`, to nearest, with scales at which the largest value of each group just fits."""
-    rotates = weight.shape[1] % ROTATED == 0
-    weight = rotated(weight) if rotates else weight
+    rotate = rotates(weight.shape[1])
+    weight = rotated(weight) if rotate else weight
     groups = weight.reshape(len(weight), -1, group)
     rows = max(1, _CHUNK // weight.shape[1])
     scales = [_fitting(groups[i : i + rows], dtype) for i in range(0, len(weight), rows)]
     fitting = np.concatenate(scales)
-    return _stored(_nearest(weight, fitting, dtype), fitting, dtype, rotates)
+    return _stored(_nearest(weight, fitting, dtype), fitting, dtype, rotate)
 
 
 def corrected(weight: np.ndarray, gram: np.ndarray, lost: np.ndarray) -> np.ndarray:
@@ -186,10 +186,10 @@ def _nearest(weight: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype) -> n
 
 
 def _stored(
-    integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype, rotates: bool = False
+    integers: np.ndarray, scales: np.ndarray, dtype: QuantizedDtype, is_rotated: bool = False
 ) -> BlockTensor:
     narrow = integers.astype(np.int8, copy=False)
-    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales, rotated=rotates)
+    return BlockTensor(dtype, pack_i4(narrow) if dtype == "i4" else narrow, scales, rotated=is_rotated)
 
 
 def _rotated_gram(gram: np.ndarray) -> np.ndarray:

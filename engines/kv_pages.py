@@ -19,7 +19,6 @@ KVPrecision = Literal["f32", "bf16", "f16", "u8"]
 KVChoice = Literal["f32", "bf16", "f16", "u8", "auto"]
 """What may be asked for; "auto": 8 bits where a zoo's models were found to lose nothing by it."""
 
-
 GRID_BYTES = 8
 """Of a token and head in 8 bits: its scale and its zero."""
 _LEVELS = np.float32(255)
@@ -29,6 +28,11 @@ _FLAT = np.float32(1e-4)  # the scale of values that are all equal, as the opera
 def kv_dtype(precision: KVPrecision) -> np.dtype[Any]:
     """The numpy dtype of pages: bf16 is held as uint16."""
     return np.dtype({"f32": np.float32, "bf16": np.uint16, "f16": np.float16, "u8": np.uint8}[precision])
+
+
+def by_default(precision: Precision, int8_activations: bool) -> KVPrecision:
+    """What OpenVINO pages hold where nothing is asked for."""
+    return "f16" if int8_activations else precision
 
 
 def goes_with(precision: Precision) -> tuple[KVPrecision, ...]:

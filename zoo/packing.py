@@ -52,6 +52,11 @@ def unpack_i4(packed: np.ndarray) -> np.ndarray:
     return out
 
 
+def rotates(columns: int) -> bool:
+    """Whether a matrix of so many columns can be rotated."""
+    return columns % ROTATED == 0
+
+
 @cache
 def rotation() -> np.ndarray:
     """float32 [32, 32], read-only: Hadamard's matrix (Sylvester's), scaled to be orthogonal; its own inverse.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from blockzoo.zoo.packing import ROTATED, QuantizedDtype, dequantized, rotated, unpack_i4
+from blockzoo.zoo.packing import ROTATED, QuantizedDtype, dequantized, rotated, rotates, unpack_i4
 
 Dtype = Literal["bf16", "f16", "f32"]
 StoredDtype = Literal["bf16", "f16", "f32", "i8", "i4"]
@@ -219,7 +219,7 @@ class TensorFile:
         is_rotated = name + _ROTATED in self._header
         data, scales = self._array(name, dtype), self.tensor(name + (_ROTATED if is_rotated else _SCALES))
         tensor = BlockTensor(dtype, data, scales.data, rotated=is_rotated)
-        if is_rotated and data.ndim == 2 and tensor.shape[1] % ROTATED:
+        if is_rotated and data.ndim == 2 and not rotates(tensor.shape[1]):
             raise ValueError(f"{name} is rotated, but {tensor.shape[1]} columns are no multiple of {ROTATED}")
         fits = data.ndim == 2 and scales.dtype == "f32" and scales.data.ndim == 2
         if not fits or len(scales.data) != len(data) or not _divides(scales.shape[1], tensor.shape[1]):

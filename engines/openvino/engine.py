@@ -13,7 +13,7 @@ import openvino as ov
 from blockzoo.engines.arrays import Arrays, HostArrays
 from blockzoo.engines.base import PAGE_TOKENS, EngineError, Precision, SpanSpec
 from blockzoo.engines.embedding import EmbeddingTable
-from blockzoo.engines.kv_pages import KVPrecision, goes_with, page_width
+from blockzoo.engines.kv_pages import KVPrecision, by_default, goes_with, page_width
 from blockzoo.engines.openvino.adapters import AdapterPacker
 from blockzoo.engines.openvino.graphs import build_span
 from blockzoo.engines.openvino.weights import Rounding, openvino_tensor
@@ -151,7 +151,7 @@ class OpenVINOEngines:
             raise EngineError("int8 activations were asked for, but this CPU lacks VNNI: leave them out")
         self.precision: Precision = precision or ("bf16" if has_bf16 and not int8_activations else "f32")
         self.int8_activations = int8_activations
-        self.kv_precision: KVPrecision = kv_precision or ("f16" if int8_activations else self.precision)
+        self.kv_precision: KVPrecision = kv_precision or by_default(self.precision, int8_activations)
         if self.kv_precision not in (fit := goes_with(self.precision)):
             raise EngineError(
                 f"KV in {kv_precision} was asked for beside activations in {self.precision}, with which go "

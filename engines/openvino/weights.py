@@ -13,7 +13,7 @@ from openvino import Tensor, Type
 from openvino.op import Constant
 
 from blockzoo.zoo.blocks import BlockTensor
-from blockzoo.zoo.packing import ROTATED, rotation
+from blockzoo.zoo.packing import ROTATED, rotates, rotation
 from blockzoo.zoo.tensors import runs_of_a_type
 
 Node = Any  # ov.Node or ov.Output: the opset functions take both
@@ -75,7 +75,7 @@ def _product(x: Node, tensor: BlockTensor, copy: bool, rounding: Rounding | None
 
 def _rotated(x: Node, width: int) -> Node:
     """x [rows, width] as rotated matrices are multiplied with it; as it is, where none of that width is."""
-    if width % ROTATED:
+    if not rotates(width):
         return x
     runs = op.reshape(x, constant([-1, ROTATED]), False)
     return op.reshape(op.matmul(runs, op.constant(rotation()), False, True), constant([-1, width]), False)

@@ -118,9 +118,9 @@ class KVTensors:
         return _widened(self._arrays.to_host(self._pool["value_cache"][found, :, positions % PAGE_TOKENS]))
 
     def _to_device(self, contents: np.ndarray) -> Array:
-        if contents.dtype in (np.uint8, np.float16):
-            return self._arrays.mirror(np.require(contents, requirements="W"))
-        return self._arrays.activations(_widened(contents))
+        if contents.dtype == np.uint16:
+            return self._arrays.activations(bf16_to_f32(contents))
+        return self._arrays.mirror(np.require(contents, requirements="W"))
 
     def _checked(self, pages: np.ndarray) -> np.ndarray:
         if pages.size and (int(pages.min()) < 0 or int(pages.max()) >= self._num_pages):

@@ -14,10 +14,11 @@ from blockzoo.build import sources as build_sources
 from blockzoo.build.cli import main
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.verify import NUM_GENERATED, PROMPTS, compare
-from blockzoo.engines.base import EngineError
+from blockzoo.engines.base import EngineError, EngineMaker
 from blockzoo.engines.choose import make_engines
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
+from blockzoo.zoo.blocks import Block
 from blockzoo.zoo.manifest import LossFigures, LossRecord, ModelRecord
 from blockzoo.zoo.store import Zoo
 from blockzoo.zoo.summary import verification_text
@@ -228,6 +229,15 @@ def test_compare() -> None:
     assert compare([seen], [expected]).max_relative_error == float("inf")
 
 
+def decoded(maker: EngineMaker, blocks: list[Block], record: ModelRecord) -> np.ndarray:
+    """Logits of a prompt of 48 tokens and of 12 more one by one, as other kernels read pages for one row."""
+    tokens = list(range(40, 100))
+    chain = ProbeChain(maker, blocks, record.config, len(tokens))
+    rows = [chain.forward(tokens[:48], 0)]
+    rows += [chain.forward(tokens[at : at + 1], at) for at in range(48, len(tokens))]
+    return np.concatenate(rows)
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 20, 100])
 def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
@@ -247,12 +257,8 @@ def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
         assert make_engines(zoo=zoo, kv_precision="auto").facts().get("kv") is None
         return
     assert record.verification.kv is not None
-    tokens, said = list(range(40, 100)), []
-    for maker in (packed, make_engines("reference", "f32", device="cpu", num_threads=1, kv_precision="u8")):
-        chain = ProbeChain(maker, blocks, record.config, len(tokens))
-        rows = [chain.forward(tokens[:48], 0)[-1]]
-        rows += [chain.forward(tokens[at : at + 1], at)[-1] for at in range(48, len(tokens))]
-        said.append(np.stack(rows))
+    makers = packed, make_engines("reference", "f32", device="cpu", num_threads=1, kv_precision="u8")
+    said = [decoded(maker, blocks, record)[47:] for maker in makers]
     np.testing.assert_allclose(said[0], said[1], atol=2e-3 * np.abs(said[1]).max())
 
 
@@ -260,15 +266,11 @@ def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
 def test_kv_in_f16_is_for_heads_of_any_size(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
 ) -> None:
-    """A prompt and its tokens one by one, as other kernels read pages for one row."""
     given = save(make_model("llama", 5, head_dim=head_dim), tmp_path / "x")
     compile_models({"x": given}, tmp_path / "z", CompileOptions(verify=False, profile=False))
     zoo = Zoo.open(tmp_path / "z")
     record = zoo.manifest.models["x"]
-    blocks, tokens, said = [zoo.read_block(key) for key in record.chain], list(range(40, 100)), []
-    for maker in (OpenVINOEngines("f32", 1, kv_precision="f16"), OpenVINOEngines("f32", 1)):
-        chain = ProbeChain(maker, blocks, record.config, len(tokens))
-        rows = [chain.forward(tokens[:48], 0)]
-        rows += [chain.forward(tokens[at : at + 1], at) for at in range(48, len(tokens))]
-        said.append(np.concatenate(rows))
+    blocks = [zoo.read_block(key) for key in record.chain]
+    makers = OpenVINOEngines("f32", 1, kv_precision="f16"), OpenVINOEngines("f32", 1)
+    said = [decoded(maker, blocks, record) for maker in makers]
     np.testing.assert_allclose(said[0], said[1], atol=1e-3 * np.abs(said[1]).max())

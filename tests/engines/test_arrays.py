@@ -40,14 +40,32 @@ def test_a_rotated_key_is_that_of_its_new_position(kind: str, precision: Precisi
     np.testing.assert_array_equal(again, arrays.to_host(arrays.activations(at(old))), "rows are left alone")
 
 
+def pool_of_four(arrays: Arrays) -> KVTensors:
+    """Pages of two heads of 16."""
+    pool = {name: arrays.pages(4, 2, 16) for name in ("key_cache", "value_cache")}
+    return KVTensors(pool, 4, {0: (COS, SIN)}, arrays)
+
+
+def turned_by_nine(arrays: Arrays, page: np.ndarray) -> np.ndarray:
+    """The keys of a page [heads, 32, width] nine positions on: [tokens, heads, width]."""
+    rows = arrays.mirror(np.ascontiguousarray(page.swapaxes(0, 1)))
+    return arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(32, 9), COS, SIN)))
+
+
+def expected_by_nine(values: np.ndarray) -> np.ndarray:
+    """The same of float32 values, by complex numbers."""
+    rows = values.swapaxes(0, 1)
+    turned = (rows[..., :8] + 1j * rows[..., 8:]) * np.exp(1j * ANGLES[9])
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
 @pytest.mark.parametrize("kind", ["host", "torch"])
 def test_pages_in_8_bits_are_read_written_and_turned(kind: str) -> None:
     cpu = torch.device("cpu")
     arrays: Arrays = (
         HostArrays("bf16", 1, "u8") if kind == "host" else TorchArrays(cpu, "bf16", kv_precision="u8")
     )
-    pool = {name: arrays.pages(4, 2, 16) for name in ("key_cache", "value_cache")}
-    kv = KVTensors(pool, 4, {0: (COS, SIN)}, arrays)
+    kv = pool_of_four(arrays)
     assert kv.page_shape == (2, 32, 24)
     values = RNG.standard_normal((2, 2, 32, 16)).astype(np.float32)
     keys = pack_u8(values)
@@ -58,11 +76,7 @@ def test_pages_in_8_bits_are_read_written_and_turned(kind: str) -> None:
     np.testing.assert_array_equal(found[1][:2], keys[::-1])
     assert not found[0][2].any()
     np.testing.assert_array_equal(kv.values(np.array([1, 3]), np.array([33])), unpack_u8(keys[1, None, :, 1]))
-    rows = arrays.mirror(np.ascontiguousarray(keys[0].swapaxes(0, 1)))  # [tokens, heads, width]
-    turned = unpack_u8(arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(32, 9), COS, SIN))))
-    complex_keys = unpack_u8(keys[0]).swapaxes(0, 1)
-    expected = (complex_keys[..., :8] + 1j * complex_keys[..., 8:]) * np.exp(1j * ANGLES[9])
-    expected = np.concatenate([expected.real, expected.imag], -1)
+    turned, expected = unpack_u8(turned_by_nine(arrays, keys[0])), expected_by_nine(unpack_u8(keys[0]))
     step = (expected.max(-1) - expected.min(-1)) / 255
     assert (np.abs(turned - expected).max(-1) <= 0.501 * step + 1e-6).all()
 
@@ -73,8 +87,7 @@ def test_pages_in_f16_are_read_written_and_turned(kind: str) -> None:
     arrays: Arrays = (
         HostArrays("f32", 1, "f16") if kind == "host" else TorchArrays(cpu, "f32", kv_precision="f16")
     )
-    pool = {name: arrays.pages(4, 2, 16) for name in ("key_cache", "value_cache")}
-    kv = KVTensors(pool, 4, {0: (COS, SIN)}, arrays)
+    kv = pool_of_four(arrays)
     keys = RNG.standard_normal((2, 2, 32, 16)).astype(np.float16)
     keys.flags.writeable = False  # as from a mapped file
     kv.write(np.array([3, 1]), keys, keys[::-1])
@@ -84,11 +97,7 @@ def test_pages_in_f16_are_read_written_and_turned(kind: str) -> None:
     np.testing.assert_array_equal(
         kv.values(np.array([1, 3]), np.array([33])), keys[1, None, :, 1].astype(np.float32)
     )
-    rows = arrays.mirror(np.ascontiguousarray(keys[0].swapaxes(0, 1)))  # [tokens, heads, width]
-    turned = arrays.to_host(arrays.rotated(rows, *rotation_by(np.full(32, 9), COS, SIN)))
-    wide = keys[0].swapaxes(0, 1).astype(np.float32)
-    expected = (wide[..., :8] + 1j * wide[..., 8:]) * np.exp(1j * ANGLES[9])
-    expected = np.concatenate([expected.real, expected.imag], -1)
+    turned, expected = turned_by_nine(arrays, keys[0]), expected_by_nine(keys[0].astype(np.float32))
     np.testing.assert_allclose(turned.astype(np.float32), expected, atol=2e-3)
 
 
