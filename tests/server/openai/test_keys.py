@@ -281,21 +281,29 @@ def test_quotas_of_a_key(endpoint):
 
 
 def test_keys_share_the_engine_by_weight(endpoint):
-    """Of one model, in one scope, with more requests each than may run: answers are counted, not time."""
-    ended = {"kl": 0, "kh": 0}
+    """Of one model, in one scope, all waiting before the first runs: answers are counted, not time."""
+    each, ended = 24, {"kl": 0, "kh": 0}
+    asked = {"model": "base", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
 
-    async def ask(key, client, number):
-        asked = {"model": "base", "prompt": f"{key} {number}", "max_tokens": 200}
-        await client.completions.create(**asked, extra_body={"ignore_eos": True})
+    async def answer(key, client, number):
+        await client.completions.create(**asked, prompt=f"{key} {number}")
         ended[key] += 1
 
     async def main():
+        before = as_key(endpoint, "ka").completions.create(
+            **{**asked, "max_tokens": 4000}, prompt="x", n=4, stream=True
+        )
         async with endpoint.async_client("kl") as light, endpoint.async_client("kh") as heavy:
             clients = {"kl": light, "kh": heavy}
             tasks = {
-                key: [asyncio.ensure_future(ask(key, client, number)) for number in range(24)]
+                key: [asyncio.ensure_future(answer(key, client, number)) for number in range(each)]
                 for key, client in clients.items()
             }
+            await asyncio.to_thread(
+                endpoint.served.wait_for,
+                lambda: endpoint.served.metrics()["blockzoo_requests_waiting"] == 2 * each,
+            )
+            before.close()
             await asyncio.gather(*tasks["kh"])
             counted = ended["kl"]
             for task in tasks["kl"]:
