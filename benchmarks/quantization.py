@@ -24,7 +24,7 @@ from benchmarks.smollm2 import NotAvailableError, smollm2
 from blockzoo.build.calibration import NUM_TEXTS
 from blockzoo.build.likeness import divergence, log_probabilities, perplexity
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.quantized_models import MAX_KL
+from blockzoo.build.quantized_models import MAX_KL, MIN_TOP1
 from blockzoo.engines.base import EngineError, EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.openvino.engine import multiplies_int8, rounding_engines
@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-kl", type=float, default=MAX_KL["auto"], help=f"of auto ({MAX_KL['auto']})")
     parser.add_argument(
+        "--min-top1", type=float, default=MIN_TOP1, help=f"of auto ({MIN_TOP1}; 0: divergence alone bounds)"
+    )
+    parser.add_argument(
         "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
     )
     parser.add_argument(
@@ -114,20 +117,26 @@ def _how(args: argparse.Namespace) -> str:
 
 
 def _report(args: argparse.Namespace) -> str:
-    bound = f"-{args.max_kl:g}" if "auto" in args.weights and args.max_kl != MAX_KL["auto"] else ""
+    bounds = (args.max_kl, args.min_top1)
+    bound = _bounds(args) if "auto" in args.weights and bounds != (MAX_KL["auto"], MIN_TOP1) else ""
     length = "" if args.max_tokens == NUM_TOKENS else f"-{args.max_tokens}-tokens"
     return f"quantization{_how(args)}{bound}{length}"
 
 
+def _bounds(args: argparse.Namespace) -> str:
+    return f"-{args.max_kl:g}-{args.min_top1:g}"
+
+
 def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
     """The model's zoo in `weights`, compiled where it is not there yet."""
-    how = f"-{args.max_kl:g}" if weights == "auto" else ""
+    how = _bounds(args) if weights == "auto" else ""
     how += _how(args) if weights in ("int8", "int4", "auto") else ""
     path = args.workdir / f"quantization-{weights}{how}"
     options = CompileOptions(
         dtype="bf16" if weights == "bf16" else None if weights == "given" else args.dtype,
         weights=weights if weights in ("int8", "int4", "auto") else None,  # type: ignore[arg-type]
         max_kl=args.max_kl if weights == "auto" else None,
+        min_top1=args.min_top1 if weights == "auto" else None,
         verify=False,
         profile=False,
         threads=args.threads,

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from blockzoo.build.likeness import Text, divergence, log_probabilities
+from blockzoo.build.likeness import Strayed, Text, log_probabilities, strayed
 from blockzoo.engines.arrays import Array
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.probe import ProbeBlock
@@ -50,11 +50,11 @@ class Trial:
         self._own: list[np.ndarray] = []
         self._own = self._run({}, keep=True)
 
-    def kl(self, replaced: Replaced, num_texts: int | None = None) -> float:
-        """Mean divergence from the model's own distributions, in nats; over some texts, or all."""
+    def strays(self, replaced: Replaced, num_texts: int | None = None) -> Strayed:
+        """How far from the model's own distributions; over some texts, or all."""
         if not replaced:
-            return 0.0
-        return divergence(self._own[:num_texts], self._run(replaced, num_texts))
+            return Strayed(0.0, 1.0)
+        return strayed(self._own[:num_texts], self._run(replaced, num_texts))
 
     def _run(self, replaced: Replaced, num_texts: int | None = None, keep: bool = False) -> list[np.ndarray]:
         first = min(replaced, default=0)

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = arguments.weights or arguments.surrogate or arguments.share in ("equivalent", "delta")
     if arguments.probe is not None and not judged:
         _parser().error("--probe is text for --weights, --surrogate and --share equivalent or delta")
+    if arguments.min_top1 is not None and arguments.weights != "auto":
+        _parser().error("--min-top1 is a bound of --weights auto")
     if arguments.group_size is not None and arguments.weights != "int8":
         _parser().error("--group-size is a setting of --weights int8")
     if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
@@ -115,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("int8", "int4", "auto"),
         help="store the weights in 8 bits; in 4 (embedding and head in 8); or in what each block needs for "
-        "the model to stay within --max-kl (default: as given)",
+        "the model to stay within --max-kl or --min-top1 (default: as given)",
     )
     parser.add_argument(
         "--group-size",
@@ -131,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         help="for --weights and --share delta: largest mean divergence (KL, in nats) from the weights as "
         "given, over the probe text; a model beyond it is refused, or keeps blocks of its own (default 0.02; "
         "int4: 0.5; delta: 1 %% of how far the base is)",
+    )
+    parser.add_argument(
+        "--min-top1",
+        type=_share,
+        metavar="X",
+        help="for --weights auto: least share of positions of the probe text with the same likeliest token "
+        "as with the weights as given (default 0.95, or any with --max-kl)",
     )
     parser.add_argument(
         "--surrogate",
@@ -254,6 +263,7 @@ def _compile(arguments: argparse.Namespace, progress: "Progress") -> "CompileRep
         probe=arguments.probe,
         weights=arguments.weights,
         max_kl=arguments.max_kl,
+        min_top1=arguments.min_top1,
         group_size=arguments.group_size,
         surrogate=arguments.surrogate,
     )

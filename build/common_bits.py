@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from blockzoo.build import groups
 from blockzoo.build.bits import Trial, affordable
 from blockzoo.build.draft import Draft
 from blockzoo.build.progress import Progress
@@ -62,14 +63,13 @@ class _Family:
 
     def __init__(self, draft: Draft, models: Sequence[GivenModel], progress: Progress) -> None:
         self._draft, self._models, self._progress = draft, models, progress
-        names = {model.name for model in models}
-        others = [record.chain for name, record in draft.manifest.models.items() if name not in names]
-        made_of = (draft.manifest.blocks[key].quantized for chain in others for key in chain)
-        self._stored = {(each.source, each.dtype) for each in made_of if each is not None}
+        group = self._group()
+        self._stored = set(self._stored_before(group))
         self._made: dict[tuple[str, QuantizedDtype], str] = {}  # (block as given, dtype) -> block
         self._eight: dict[str, QuantizedDtype] = {}
         self._four: dict[str, QuantizedDtype] = {}
         for model in models:
+            model.quantizer.group = group
             self._make(model)
         self._open: tuple[str, Trial] | None = None
 
@@ -86,6 +86,20 @@ class _Family:
                 bears = [partial(self._bears, model, start) for model in self._models]
                 return _with(start, affordable(shares, start.saved, bears))
         raise AssertionError("the last start changes nothing")
+
+    def _group(self) -> int:
+        """Columns that share a scale in 8 bits: as in what is stored, or as many as the first model bears."""
+        chains = {key for model in self._models for key in model.record.chain}
+        stored = groups.in_use(self._draft.manifest, chains)
+        return self._models[0].group() if stored is None else stored
+
+    def _stored_before(self, group: int) -> Iterator[tuple[str, QuantizedDtype]]:
+        """What blocks that other models have are made of; in 8 bits in such groups."""
+        blocks, names = self._draft.manifest.blocks, {model.name for model in self._models}
+        others = [record.chain for name, record in self._draft.manifest.models.items() if name not in names]
+        for made in (blocks[key].quantized for chain in others for key in chain):
+            if made is not None and (made.dtype == "i4" or made.group == group):
+                yield made.source, made.dtype
 
     def _make(self, model: GivenModel) -> None:
         """Have what may be chosen in the draft. What loses nothing in 4 bits is not made in 8."""
@@ -133,20 +147,21 @@ class _Family:
         None where it starts too far away.
         """
         few, own, trial = model.num_weighed(), set(model.record.chain), self._trial(model)
-        left = model.bound - trial.kl(self._replaced(model, start.before))
-        if not left >= 0:
+        strayed = trial.strays(self._replaced(model, start.before))
+        if not model.bears(strayed):
             return None
+        left = model.bound - strayed.kl
         steps = [step for step in start.saved if not own.isdisjoint(step)]
         shares: dict[_Step, float] = {}
         for step in steps:
             self._progress(f"weighing blocks of {model.name}", len(shares), len(steps))
             alone = {key: start.after[key] for key in step}
-            shares[step] = trial.kl(self._replaced(model, alone), few) / max(left, _LEAST)
+            shares[step] = trial.strays(self._replaced(model, alone), few).kl / max(left, _LEAST)
         self._progress(f"weighing blocks of {model.name}", len(steps), len(steps))
         return shares
 
     def _bears(self, model: GivenModel, start: _Start, taken: Sequence[_Step]) -> bool:
-        return self._trial(model).kl(self._replaced(model, _with(start, taken))) <= model.bound
+        return model.bears(self._trial(model).strays(self._replaced(model, _with(start, taken))))
 
     def _trial(self, model: GivenModel) -> Trial:
         """One at a time: each holds a chain in f32 and its hidden states."""

@@ -88,8 +88,8 @@ class Compilation:
         if found is None or asked is None:
             return found is None and asked is None
         same_group = asked != "int8" or options.group_size in (None, found.group)
-        same = (found.weights, found.probe, found.max_kl) == (asked, self.probe_name, self.max_kl(asked))
-        return same and same_group
+        bounds = (found.max_kl, found.min_top1) == (self.max_kl(asked), self.min_top1(asked))
+        return (found.weights, found.probe) == (asked, self.probe_name) and bounds and same_group
 
     def can_be_quantized(self, name: str) -> bool:
         """Whether the blocks of a model are there as they were given."""
@@ -99,6 +99,13 @@ class Compilation:
     def max_kl(self, asked: Weights) -> float:
         """The bound on what quantization may lose, in nats."""
         return quantized_models.MAX_KL[asked] if self.options.max_kl is None else self.options.max_kl
+
+    def min_top1(self, asked: Weights) -> float:
+        """The bound on the share of equal likeliest tokens, which "auto" has."""
+        options = self.options
+        if options.min_top1 is not None:
+            return options.min_top1
+        return quantized_models.MIN_TOP1 if asked == "auto" and options.max_kl is None else 0.0
 
     def maker(self, precision: Precision | None) -> EngineMaker:
         """Engines of a precision; None: the one used for serving."""

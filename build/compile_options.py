@@ -35,6 +35,9 @@ class CompileOptions:
     max_kl: float | None = None
     """weights, delta: bound on the divergence from the weights as they were given, in nats; None: by what is
     asked for."""
+    min_top1: float | None = None
+    """weights auto: bound on the share of positions with the same likeliest token as with the weights as they
+    were given; None: 0.95, or none with `max_kl`."""
     group_size: int | None = None
     """weights int8: columns that share a scale, or `WHOLE_ROW`; None: as many as a model bears."""
     calibration_texts: int = NUM_TEXTS

@@ -6,7 +6,7 @@ faster, and weights with one scale a row, beside activations in the largest grou
 coarse. How large they are differs from model to model, so it is tried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from blockzoo.build.likeness import Judged, divergence
@@ -26,12 +26,12 @@ def larger(blocks: Sequence[Block]) -> list[int]:
     return [group for group in groups_dividing(widths) if group != GROUP]
 
 
-def in_use(manifest: Manifest, chain: Sequence[str]) -> int | None:
-    """The groups of a model that has blocks of a chain in 8 bits already; None where none has."""
+def in_use(manifest: Manifest, given: Collection[str]) -> int | None:
+    """The groups of a model that has blocks in 8 bits made of some of those already; None where none has."""
     for model in manifest.models.values():
         made = [manifest.blocks[key].quantized for key in model.chain]
         if model.quantization is not None and any(
-            each is not None and each.dtype == "i8" and each.source in chain for each in made
+            each is not None and each.dtype == "i8" and each.source in given for each in made
         ):
             return model.quantization.group
     return None

@@ -22,6 +22,15 @@ class Text(NamedTuple):
     """The first position whose distribution counts: those before it are of what a model is asked."""
 
 
+class Strayed(NamedTuple):
+    """How far distributions are from others."""
+
+    kl: float
+    """Mean Kullback-Leibler divergence, in nats."""
+    top1: float
+    """Share of positions with the same likeliest token."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """A model whose chains are compared: what all of them have in common."""
@@ -81,12 +90,11 @@ class Reference:
             total += NUM_GENERATED
         texts = self._judged.texts
         theirs = self._judged.distributions(chain)
-        pairs = list(zip(self._texts, theirs, strict=True))
-        top1 = np.concatenate([a.argmax(axis=1) == b.argmax(axis=1) for a, b in pairs])
+        kl, top1 = strayed(self._texts, theirs)
         return QuantizationFigures(
             greedy_agreement=same / total,
-            kl=divergence(self._texts, theirs),
-            top1=float(top1.mean()),
+            kl=kl,
+            top1=top1,
             perplexity=perplexity([text.tokens[text.start :] for text in texts], theirs),
         )
 
@@ -101,6 +109,12 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return logits
+
+
+def strayed(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Strayed:
+    """How far log-probabilities [tokens, vocab] are from others, over all positions of both."""
+    same = [a.argmax(axis=1) == b.argmax(axis=1) for a, b in zip(ours, theirs, strict=True)]
+    return Strayed(divergence(ours, theirs), float(np.concatenate(same).mean()))
 
 
 def divergence(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:

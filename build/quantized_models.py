@@ -10,7 +10,7 @@ import numpy as np
 from blockzoo.build import groups
 from blockzoo.build.bits import Trial
 from blockzoo.build.draft import Draft
-from blockzoo.build.likeness import Judged, Reference
+from blockzoo.build.likeness import Judged, Reference, Strayed
 from blockzoo.build.originals import oracle_for
 from blockzoo.build.own_text import MakerOf, OwnText
 from blockzoo.build.progress import Progress
@@ -25,6 +25,9 @@ Weights = Literal["int8", "int4", "auto"]
 
 MAX_KL: Mapping[Weights, float] = {"int8": 0.02, "int4": 0.5, "auto": 0.02}
 """Bounds on the divergence from the weights as they were given, in nats, where none is asked for."""
+
+MIN_TOP1 = 0.95
+"""Bound on the share of positions with the same likeliest token, of "auto" where no bound is asked for."""
 
 _MARGIN = 0.98  # of the bound: the chain is judged once more as a whole, which rounds otherwise
 _WEIGHED_BY = 256  # tokens of the probe text, each block alone
@@ -42,6 +45,7 @@ class Asked:
         threads: of engines.
         num_texts: of its own that rounding looks at; 0: rounds to nearest.
         group: columns that share a scale in "int8", or `WHOLE_ROW`; None: as many as the model bears.
+        min_top1: "auto": share of positions with the same likeliest token at least.
     """
 
     weights: Weights
@@ -52,6 +56,7 @@ class Asked:
     threads: int | None
     num_texts: int
     group: int | None = None
+    min_top1: float = 0.0
 
 
 def in_four_bits(
@@ -108,6 +113,10 @@ class GivenModel:
         """As much as is asked for, of every block."""
         return uniform(self._draft, self.record.chain, "i4" if self._asked.weights == "int4" else "i8")
 
+    def bears(self, strayed: Strayed) -> bool:
+        """Whether it may be so far from what was given."""
+        return strayed.kl <= self.bound and strayed.top1 >= self._asked.min_top1
+
     def trial(self) -> Trial:
         """Along the text by which the model is judged. Raises VerificationError for too little memory."""
         record, zoo = self.record, self._draft.zoo
@@ -120,28 +129,7 @@ class GivenModel:
         lengths = accumulate(len(text.tokens) for text in self._text.judged())
         return 1 + sum(total < _WEIGHED_BY for total in lengths)
 
-    def quantized(self, choice: Choice) -> ModelRecord:
-        """Its record with the blocks of a choice, which are in the draft then; in a dry run, as if.
-
-        Raises VerificationError: it is further from what was given than it may be.
-        """
-        asked = self._asked
-        if asked.weights == "int8":
-            self.quantizer.group = self._group() if asked.group is None else asked.group
-        chain, group = self.made(choice), self.quantizer.group
-        found = QuantizationRecord(asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name, group)
-        if self._draft.writer is not None:
-            in_matrices = groups.in_matrices([self._draft.zoo.read_block(key) for key in chain])
-            found = replace(found, group_made=in_matrices)
-            found = self._judged(chain, found) if asked.judge else found
-        return replace(self.record, chain=chain, quantization=found)
-
-    def made(self, choice: Choice) -> tuple[str, ...]:
-        """The chain of a choice."""
-        self.quantizer.make([choice])
-        return self.quantizer.chain(choice)
-
-    def _group(self) -> int:
+    def group(self) -> int:
         """How many columns share a scale: as in a block of another model, so that it is shared, or as many as
         the model bears. Raises VerificationError for too little memory."""
         record, draft = self.record, self._draft
@@ -165,6 +153,31 @@ class GivenModel:
             lambda group: RoundedActivations(self._asked.threads, group),
             groups.SHARE * self._asked.max_kl,
         )
+
+    def quantized(self, choice: Choice) -> ModelRecord:
+        """Its record with the blocks of a choice, which are in the draft then; in a dry run, as if.
+
+        Raises VerificationError: it is further from what was given than it may be.
+        """
+        asked = self._asked
+        if asked.weights == "int8":
+            self.quantizer.group = self.group() if asked.group is None else asked.group
+        chain, group = self.made(choice), self.quantizer.group
+        found = QuantizationRecord(
+            asked.weights, asked.max_kl, 0.0, {}, 0, asked.probe_name, group, min_top1=asked.min_top1
+        )
+        if self._draft.writer is not None:
+            zoo = self._draft.zoo
+            in_eight = [key for key in chain if zoo.manifest.blocks[key].dtype == "i8"]
+            in_matrices = groups.in_matrices([zoo.read_block(key) for key in in_eight])
+            found = replace(found, group_made=in_matrices)
+            found = self._judged(chain, found) if asked.judge else found
+        return replace(self.record, chain=chain, quantization=found)
+
+    def made(self, choice: Choice) -> tuple[str, ...]:
+        """The chain of a choice."""
+        self.quantizer.make([choice])
+        return self.quantizer.chain(choice)
 
     def _compared(self) -> Judged:
         adapters = {i: self._draft.zoo.read_adapter(key) for i, key in self.record.adapters.items()}

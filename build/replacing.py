@@ -157,6 +157,7 @@ def _to_quantize(
     how = quantized_models.Asked(
         weights=asked,
         max_kl=job.max_kl(asked),
+        min_top1=job.min_top1(asked),
         probe_name=job.probe_name,
         probe=encoded,
         judge=job.options.verify,

@@ -288,6 +288,8 @@ class QuantizationRecord:
     """Columns that share a scale in blocks of 8 bits, where that can be; 0: all of a row."""
     group_made: int | None = field(default=None, metadata={"added": True})
     """The most that do in matrices of several groups a row; 0: there are none. None: not noted."""
+    min_top1: float = field(default=0.0, metadata={"added": True})
+    """"auto": the bound on `top1`, of the quantized weights computed in f32."""
 
 
 @dataclass(frozen=True, slots=True)

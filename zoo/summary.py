@@ -88,7 +88,7 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     )
     shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
     bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
-    groups = f" {_in_groups(found)}" if found.weights == "int8" else ""
+    groups = f" {_in_groups(found)}" if found.weights != "int4" and "i8" in sizes else ""
     lines = [f"weights {found.weights}{groups}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (

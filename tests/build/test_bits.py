@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from blockzoo.build import calibration
 from blockzoo.build.bits import Trial, affordable
 from blockzoo.build.cli import main
-from blockzoo.build.likeness import Text, divergence, log_probabilities
+from blockzoo.build.likeness import Text, divergence, log_probabilities, strayed
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.probe import ProbeChain
@@ -89,11 +89,11 @@ def test_a_trial_measures_the_whole_chain(demo_zoo: Path) -> None:
     for places in (at, at[:1], at[-1:]):
         replaced = {i: other.chain[i] for i in places}
         chain = [replaced.get(i, key) for i, key in enumerate(base.chain)]
-        expected = divergence(own, logits(chain))
-        assert trial.kl(replaced) == pytest.approx(expected, rel=1e-3)
-        assert trial.kl(replaced, 1) == pytest.approx(divergence(own[:1], logits(chain)[:1]), rel=1e-3)
-        assert expected > 1e-4
-    assert trial.kl({}) == 0
+        for count in (1, None):
+            expected = strayed(own[:count], logits(chain)[:count])
+            assert trial.strays(replaced, count) == pytest.approx(expected, rel=1e-3)
+        assert expected.kl > 1e-4
+    assert trial.strays({}) == (0, 1)
 
 
 @pytest.fixture
@@ -117,7 +117,11 @@ def test_auto_stays_within_its_bound(
     text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()[:2000]
     (tmp_path / "probe").write_text(text)
     options = CompileOptions(
-        weights="auto", max_kl=max_kl, probe=str(tmp_path / "probe"), verify=False, profile=False
+        weights="auto",
+        max_kl=max_kl,
+        probe=str(tmp_path / "probe"),
+        verify=False,
+        profile=False,
     )
     report = compile_models({"base": demo_family["base"]}, tmp_path / "z", options)
     zoo, engines = Zoo.open(tmp_path / "z"), OpenVINOEngines("f32")
@@ -125,19 +129,22 @@ def test_auto_stays_within_its_bound(
     dtypes = [zoo.manifest.blocks[key].dtype for key in record.chain]
     assert dtypes.count("i4") in four
     assert dtypes.count("bf16") in given  # the tied head holds its norm alone
-    assert any(f"weights auto: {dtypes.count('bf16')} blocks bf16" in note for note in report.models[0].notes)
     (told,) = report.models
+    assert record.quantization is not None
+    assert record.quantization.min_top1 == 0  # divergence alone was bounded
+    said = f": {dtypes.count('bf16')} blocks bf16"
+    assert any(note.startswith("weights auto") and said in note for note in told.notes)
     assert (told.num_reused, told.new_bytes) == (0, report.stored_bytes)
     assert {path.stem for path in (tmp_path / "z" / "blocks").iterdir()} == set(zoo.manifest.blocks)
     tokenizer = Tokenizer.from_file(str(zoo.tokenizer_dir("base") / "tokenizer.json"))
     texts = [tokenizer.encode(part).ids[:256] for part in text.split("\n\n")]
     texts = [ids for ids in texts if len(ids) > 1]
-    said = []
+    logs = []
     for opened, chain in ((Zoo.open(demo_zoo), None), (zoo, record.chain)):
         keys = chain or opened.manifest.models["base"].chain
         runner = ProbeChain(engines, [opened.read_block(key) for key in keys], record.config, 256)
-        said.append([log_probabilities(runner.forward(ids, 0)) for ids in texts])
-    assert divergence(*said) <= max_kl
+        logs.append([log_probabilities(runner.forward(ids, 0)) for ids in texts])
+    assert divergence(*logs) <= max_kl
 
 
 @pytest.mark.usefixtures("short_texts")
@@ -164,6 +171,23 @@ def test_blocks_that_4_bits_make_no_smaller(
     assert {manifest.blocks[key].dtype for key in manifest.models["odd"].chain[:-1]} == {"i8"}
 
 
+@pytest.mark.usefixtures("short_texts")
+def test_without_bounds_most_likeliest_tokens_stay(
+    make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = save(make_model("llama", 3), tmp_path / "flat")  # it hardly prefers any token
+    found = {}
+    for min_top1 in (None, 0.5):
+        options = CompileOptions(weights="auto", min_top1=min_top1, profile=False)
+        compile_models({"flat": given}, tmp_path / str(min_top1), options)
+        found[min_top1] = Zoo.open(tmp_path / str(min_top1)).manifest.models["flat"].quantization
+    stays, strays = found[None], found[0.5]
+    assert stays is not None
+    assert strays is not None
+    assert (stays.min_top1, strays.min_top1, stays.max_kl, strays.max_kl) == (0.95, 0.5, 0.02, 0.02)
+    assert strays.figures["f32"].top1 < 0.95 <= stays.figures["f32"].top1
+
+
 def test_a_bound_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["x", "-o", str(tmp_path), "--max-kl", "1"])
@@ -171,6 +195,9 @@ def test_a_bound_without_weights_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["x", "-o", str(tmp_path), "--probe", "text"])
     assert "--probe is text for --weights, --surrogate and --share" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["x", "-o", str(tmp_path), "--weights", "int8", "--min-top1", "0.9"])
+    assert "--min-top1 is a bound of --weights auto" in capsys.readouterr().err
     for bad in ("0", "nan", "x"):
         with pytest.raises(SystemExit):
             main(["x", "-o", str(tmp_path), "--weights", "int8", "--max-kl", bad])

@@ -12,12 +12,13 @@ import pytest
 from blockzoo.build import calibration
 from blockzoo.build.common_bits import choose, families
 from blockzoo.build.draft import Draft
+from blockzoo.build.likeness import Strayed
 from blockzoo.build.pipeline import CompileOptions, compile_models
 from blockzoo.build.progress import no_progress
 from blockzoo.build.quantize import Calibration, Quantizer
-from blockzoo.build.quantized_models import GivenModel
+from blockzoo.build.quantized_models import Asked, GivenModel
 from blockzoo.zoo.manifest import Manifest, ModelRecord, QuantizationRecord
-from blockzoo.zoo.packing import QuantizedDtype
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 from blockzoo.zoo.store import Zoo
 
 INNER = range(1, 13)
@@ -30,18 +31,31 @@ class FakeTrial:
     def __init__(self, draft: Draft, costs: Costs) -> None:
         self._draft, self._costs = draft, costs
 
-    def kl(self, replaced: Mapping[int, str], num_texts: int | None = None) -> float:
+    def strays(self, replaced: Mapping[int, str], num_texts: int | None = None) -> Strayed:
         quantized = {at: self._draft.manifest.blocks[key].quantized for at, key in replaced.items()}
-        return sum(self._costs.get((at, made.dtype), 0.0) for at, made in quantized.items() if made)
+        nats = sum(self._costs.get((at, made.dtype), 0.0) for at, made in quantized.items() if made)
+        return Strayed(nats, 1 - nats / 100)
 
 
 class FakeModel(GivenModel):
-    """One that may lose `bound` nats."""
+    """One that may lose `bound` nats, and `1 - min_top1` of its likeliest tokens: one in a hundred a nat."""
 
-    def __init__(self, draft: Draft, name: str, record: ModelRecord, bound: float, costs: Costs) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        name: str,
+        record: ModelRecord,
+        bound: float,
+        costs: Costs,
+        min_top1: float = 0.0,
+    ) -> None:
         self.name, self.record, self.bound, self._costs = name, record, bound, costs
+        self._asked = Asked("auto", bound, "", (), False, None, 0, min_top1=min_top1)
         self._fake_draft = draft
         self.quantizer = Quantizer(draft, name, record, Calibration(_none, _none), no_progress)
+
+    def group(self) -> int:
+        return GROUP
 
     def trial(self) -> Any:
         return FakeTrial(self._fake_draft, self._costs)
@@ -108,6 +122,14 @@ def test_what_one_bears_of_its_own_is_its_own(draft: Draft) -> None:
     assert in_four(found["solver"]) == {*own}
     chains = [draft.manifest.models[name].chain for name in ("base", "solver")]
     assert [chains[0][at] for at in shared] == [chains[1][at] for at in shared]
+
+
+def test_likeliest_tokens_bound_what_a_model_bears_too(draft: Draft) -> None:
+    costs, record = four(*INNER, cost=1.0), draft.manifest.models["base"]
+    strict = FakeModel(draft, "strict", record, 100.0, costs, min_top1=0.955)
+    assert len(in_four(take(draft, [strict])["strict"])) == 4
+    broken = FakeModel(draft, "broken", record, 100.0, {(1, "i8"): 5.0}, min_top1=0.955)
+    assert take(draft, [broken])["broken"][1] == "bf16"
 
 
 def test_a_model_that_comes_later_changes_as_few_bytes_as_it_can(draft: Draft) -> None:

@@ -94,6 +94,21 @@ def test_models_that_share_blocks_have_equal_ones(models: dict[str, Path], tmp_p
     assert len({*even} & {*tuned}) == len(even) - 1
 
 
+def test_auto_has_them_too_where_it_keeps_8_bits(models: dict[str, Path], tmp_path: Path) -> None:
+    zoo, auto = tmp_path / "z", replace(INT8, weights="auto")
+    compiled(zoo, auto, even=models["even"])
+    opened = Zoo.open(zoo)
+    even = opened.manifest.models["even"]
+    assert {opened.manifest.blocks[key].dtype for key in even.chain} >= {"i8", "i4"}
+    assert even.quantization is not None
+    assert (even.quantization.group, even.quantization.group_made) == (128, 128)
+    table = opened.read_block(even.chain[0]).tensors["weight"]
+    assert table.scales is not None
+    assert table.scales.shape[1] == SETTINGS["hidden_size"] // 128
+    compiled(zoo, replace(auto, max_kl=50.0), tuned=models["tuned"])  # which bears one scale a row
+    assert Zoo.open(zoo).manifest.models["tuned"].chain[0] == even.chain[0]
+
+
 def test_another_number_needs_replace(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
