@@ -6,14 +6,18 @@ import gc
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from benchmarks.random_chains import SHAPES, RandomZoo
+from blockzoo.build.rounding import rounded_in_haste
 from blockzoo.engines.base import Precision
 from blockzoo.engines.reference import ReferenceEngines
+from blockzoo.engines.reference.arrays import TORCH_DTYPES, PackedMatrix
+from blockzoo.engines.reference.blocks import Matrix, Operators
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
 Facts = dict[str, Any]
 """What a part found out, by name; a part fills it as it goes, so that what it has is kept if it fails."""
@@ -219,12 +223,30 @@ def masked_products(bench: Bench, shape: str, facts: Facts) -> None:
         facts[f"{rows} rows, us"] = {name: bench.seconds(run, 50) * 1e6 for name, run in sides.items()}
 
 
+def quantized(bench: Bench, shape: str, facts: Facts) -> None:
+    """A product with a matrix as it is, and in 8 and 4 bits: by our kernel, and unpacked as a whole first."""
+    width, out = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
+    values = np.random.default_rng(0).standard_normal((out, width)).astype(np.float32) / 64
+    engines = bench.engines()
+    dtype, plain, kernels = TORCH_DTYPES[engines.precision], Operators(), engines.operators
+    matrices: dict[str, Matrix] = {"given": torch.from_numpy(values).to(bench.device, dtype)}
+    for name, bits, group in (("8 bits", "i8", min(width, 128)), ("4 bits", "i4", GROUP)):
+        tensor = rounded_in_haste(values, cast(QuantizedDtype, bits), group)
+        matrices[name] = PackedMatrix(tensor, dtype, engines.device)
+    for rows in (1, 8, 64):
+        x = torch.randn(rows, width, device=bench.device).to(dtype)
+        sides = {name: partial(kernels.product, x, matrix) for name, matrix in matrices.items()}
+        sides |= {f"{name}, unpacked": partial(plain.product, x, matrices[name]) for name in list(sides)[1:]}
+        facts[f"{rows} rows, us"] = {name: bench.seconds(run, 50) * 1e6 for name, run in sides.items()}
+
+
 OWN: dict[str, Callable[[Bench, str, Facts], None]] = {
     "decode": decode,
     "prefill": prefill,
     "tenants": tenants,
     "scattered": scattered,
     "adapters": adapters,
+    "quantized": quantized,
 }
 
 

@@ -1,4 +1,7 @@
-"""TensorRT plans of a zoo: one per part of each shape class and target, built when it is not there yet."""
+"""TensorRT plans of a zoo: one per part of each shape class and target, built when it is not there yet.
+
+Quantized blocks have none (see `engines.tensorrt.engine`).
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from blockzoo.engines.tensorrt.parts import part_lora, parts_of
 from blockzoo.engines.tensorrt.plans import PlanRequest, plan_requests, shape_class
 from blockzoo.engines.tensorrt.shim import TensorRT, library_for, native_target
 from blockzoo.zoo.errors import ZooError
-from blockzoo.zoo.manifest import Manifest, TensorRTPlanRecord
+from blockzoo.zoo.manifest import BlockRecord, Manifest, TensorRTPlanRecord
 from blockzoo.zoo.store import Zoo, tensorrt_plan_path, timing_cache_name
 from blockzoo.zoo.writer import ZooWriter
 
@@ -49,7 +52,7 @@ def build_plans(
     options: TensorRTOptions,
     progress: Progress,
 ) -> PlanReport:
-    """Enter plans for every block of `zoo` into its manifest; without a writer (a dry run) only count.
+    """Enter the plans of every block of `zoo` into its manifest; without a writer (a dry run) only count.
 
     Plans of other targets, versions and settings stay as long as some block has their shape class.
 
@@ -90,7 +93,7 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
         raise ZooError("target sm75 does not compute in bf16; choose a newer target")
     requests = {}
     lora, ranks = adapted_projections(zoo.manifest)
-    for block_id, block in zoo.manifest.blocks.items():
+    for block_id, block in blocks_with_plans(zoo.manifest).items():
         for request in plan_requests(
             block.spec,
             options.precision,
@@ -105,6 +108,17 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
         ):
             requests[request.key()] = request
     return requests
+
+
+def blocks_with_plans(manifest: Manifest) -> dict[str, BlockRecord]:
+    """All but those with quantized matrices, and the heads that are tied to one."""
+    blocks = manifest.blocks
+
+    def is_quantized(record: BlockRecord) -> bool:
+        tied_to = None if record.tied_to is None else blocks[record.tied_to]
+        return record.dtype in ("i8", "i4") or (tied_to is not None and is_quantized(tied_to))
+
+    return {block_id: record for block_id, record in blocks.items() if not is_quantized(record)}
 
 
 def adapted_projections(manifest: Manifest) -> tuple[dict[str, tuple[str, ...]], int]:
@@ -164,16 +178,17 @@ def unused_plans(zoo: Zoo) -> set[str]:
 def users_of_plans(manifest: Manifest) -> dict[str, int]:
     """By plan key, how many blocks can use it."""
     lora, _ = adapted_projections(manifest)
+    blocks = blocks_with_plans(manifest)
     users = Counter(
         (shape_class(block.spec), part, names)
-        for block_id, block in manifest.blocks.items()
+        for block_id, block in blocks.items()
         for part in parts_of(block.spec)
         for names in {(), part_lora(part, lora.get(block_id, ()))}
     )
 
     def count(plan: TensorRTPlanRecord) -> int:
         if plan.baked_block is not None:
-            return int(plan.baked_block in manifest.blocks)
+            return int(plan.baked_block in blocks)
         return users[plan.spec, plan.part, plan.lora]
 
     return {key: count(plan) for key, plan in manifest.tensorrt_plans.items()}

@@ -34,6 +34,7 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     assert not [name for name, facts in parts.items() if "error" in facts], parts
     assert parts["scattered"]["15% of rows"]["ms"] > 0
     assert parts["adapters"]["batch 8"]["share_of_base_rate"] > 0
+    assert parts["quantized"]["8 rows, us"].keys() >= {"given", "4 bits", "8 bits, unpacked"}
     assert all("skipped" in parts[name] for name in _GPU_ONLY)
     assert parts["decode"]["batch 1 without graphs"]["tokens_per_s"] > 0
     assert report["ceilings"].keys() == {"copy_bytes_per_s", "read_bytes_per_s", "matrix_flops_per_s"}

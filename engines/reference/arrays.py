@@ -202,34 +202,34 @@ class PackedMatrix:
 
     def __init__(self, tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> None:
         assert tensor.scales is not None
-        self._four_bits = tensor.dtype == "i4"
         self._dtype = dtype
-        self._data = _copied(tensor.data).to(device)
-        self._scales = _copied(tensor.scales).to(device)
-        self._offsets = None if tensor.offsets is None else _copied(tensor.offsets).to(device)
-        self._rotation = _copied(rotation()).to(device) if tensor.rotated else None
+        self.four_bits = tensor.dtype == "i4"
+        self.data = _copied(tensor.data).to(device)
+        self.scales = _copied(tensor.scales).to(device)
+        self.offsets = None if tensor.offsets is None else _copied(tensor.offsets).to(device)
+        self.rotation = _copied(rotation()).to(device) if tensor.rotated else None
         self.shape = tensor.shape
 
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        return self._data.nbytes + self._scales.nbytes * (1 if self._offsets is None else 2)
+        return self.data.nbytes + self.scales.nbytes * (1 if self.offsets is None else 2)
 
     def dense(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The values [out, in], or those of some rows."""
-        data, scales, offsets = self._data, self._scales, self._offsets
+        data, scales, offsets = self.data, self.scales, self.offsets
         if rows is not None:
             data, scales = data.index_select(0, rows), scales.index_select(0, rows)
             offsets = None if offsets is None else offsets.index_select(0, rows)
-        if self._four_bits:
+        if self.four_bits:
             # the sign of a nibble is that of the byte whose upper half it is
             low, high = (data << 4).view(torch.int8) >> 4, data.view(torch.int8) >> 4
             data = torch.stack([low, high], -1).flatten(1)
         grouped = data.view(*scales.shape, -1).to(torch.float32) * scales[:, :, None]
         if offsets is not None:
             grouped += offsets[:, :, None]
-        if self._rotation is not None:
-            grouped = grouped.view(len(data), -1, ROTATED) @ self._rotation
+        if self.rotation is not None:
+            grouped = grouped.view(len(data), -1, ROTATED) @ self.rotation
         return grouped.flatten(1).to(self._dtype)
 
 
@@ -237,14 +237,14 @@ class PackedMatrices:
     """Quantized matrices of equal width and different bits on top of each other."""
 
     def __init__(self, parts: Sequence[PackedMatrix]) -> None:
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
 
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        return sum(part.nbytes for part in self._parts)
+        return sum(part.nbytes for part in self.parts)
 
     def dense(self) -> torch.Tensor:
         """The values [out, in]."""
-        return torch.cat([part.dense() for part in self._parts])
+        return torch.cat([part.dense() for part in self.parts])

@@ -108,7 +108,15 @@ def dense(matrix: Matrix) -> torch.Tensor:
 
 
 class Operators:
-    """Operators beside the matrix products, in torch; a backend with kernels of its own replaces them."""
+    """Operators of blocks, in torch; a backend with kernels of its own replaces them."""
+
+    def product(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T (+ bias): [T, in] -> [T, out]."""
+        return linear(x, dense(weight), bias)
+
+    def product_added(self, to: torch.Tensor, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+        """to + x W^T, rounded once: [T, out] and [T, in] -> [T, out]."""
+        return torch.addmm(to, x, dense(weight).T)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension, in float32 inside."""
@@ -164,7 +172,7 @@ class TorchAttn:
     def pre(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> q, k, v side by side, neither normed nor rotated."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        qkv = linear(normed, dense(self.qkv), self.qkv_bias)
+        qkv = self.ops.product(normed, self.qkv, self.qkv_bias)
         q_size, kv_size = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
         _add_side_by_side(qkv, normed, {"q": q_size, "k": kv_size, "v": kv_size}, lora, self.ops)
         return qkv
@@ -176,7 +184,7 @@ class TorchAttn:
 
     def post(self, attended: torch.Tensor, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Attention output [T, heads * head_dim] and the hidden states before it -> those after it."""
-        out = _add_product(x, attended, self.o, self.o_bias)
+        out = _with_bias(self.ops.product_added(x, attended, self.o), self.o_bias)
         lora.add_to(out, attended, "o", self.ops)
         return out
 
@@ -210,11 +218,11 @@ class TorchFfn:
     def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> hidden states."""
         normed = self.ops.norm(x, self.norm, self.spec.rms_norm_eps)
-        gate_up = linear(normed, dense(self.gate_up), self.gate_up_bias)
+        gate_up = self.ops.product(normed, self.gate_up, self.gate_up_bias)
         size = self.spec.intermediate_size
         _add_side_by_side(gate_up, normed, {"gate": size, "up": size}, lora, self.ops)
         inner = self.ops.gated(gate_up)
-        out = _add_product(x, inner, self.down, self.down_bias)
+        out = _with_bias(self.ops.product_added(x, inner, self.down), self.down_bias)
         lora.add_to(out, inner, "down", self.ops)
         return out
 
@@ -236,7 +244,7 @@ class TorchHead:
 
     def __call__(self, x: torch.Tensor, lora: Lora = NO_LORA) -> torch.Tensor:
         """Hidden states [T, hidden] -> logits [T, vocab] in the precision of the weights."""
-        return linear(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), dense(self.weight))
+        return self.ops.product(self.ops.norm(x, self.norm, self.spec.rms_norm_eps), self.weight)
 
 
 def _add_side_by_side(
@@ -247,7 +255,5 @@ def _add_side_by_side(
         lora.add_to(part, x, name, ops)
 
 
-def _add_product(x: torch.Tensor, y: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-    """x + y @ weight.T, rounded once (+ bias)."""
-    out = torch.addmm(x, y, dense(weight).T)
+def _with_bias(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return out if bias is None else out + bias

@@ -149,7 +149,7 @@ class ReferenceEngines:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.weights = Weights(TORCH_DTYPES[self.precision], self.device)
-        self._ops, self._attention = _operators(self.device)
+        self.operators, self._attention = _operators(self.device)
 
     @property
     def version(self) -> str:
@@ -196,7 +196,7 @@ class ReferenceEngines:
 
     def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
         makers: dict[type, Any] = {AttnSpec: TorchAttn, FfnSpec: TorchFfn, HeadSpec: TorchHead}
-        loaded: AttnBlock | RowBlock = makers[type(block.spec)].load(block, self.weights, self._ops)
+        loaded: AttnBlock | RowBlock = makers[type(block.spec)].load(block, self.weights, self.operators)
         return loaded
 
 

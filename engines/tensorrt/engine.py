@@ -3,6 +3,8 @@
 A plan is loaded once however many blocks use it; a block is that plan and its weights on the device, which
 are handed over by address before each run (`device`). A block that takes adapters has a second plan with
 them as inputs over the same weights: calls without adapters run the first.
+
+Quantized blocks have no plans: torch and Triton-language kernels run them, over weights that stay packed.
 """
 
 from __future__ import annotations
@@ -188,6 +190,8 @@ class TensorRTEngines(ReferenceEngines):
         return SideStreamEngine(spec, blocks, self._attention, self._stream)
 
     def _block(self, block: Block, lora: Sequence[str]) -> AttnBlock | RowBlock:
+        if any(tensor.scales is not None for tensor in block.tensors.values()):
+            return super()._block(block, lora)
         if isinstance(block.spec, AttnSpec):
             pre, post = (self._part(block, part, lora) for part in ("attn_pre", "attn_post"))
             return PlanAttn(pre, post, block.spec)

@@ -1,20 +1,45 @@
-"""Operators beside the matrix products on the GPU, as Triton-language kernels."""
+"""Operators on the GPU as Triton-language kernels: those beside matrix products, and products with packed
+matrices."""
 
 from __future__ import annotations
 
 import torch
 
-from blockzoo.engines.reference.blocks import Operators
-from blockzoo.engines.tensorrt import row_kernels
+from blockzoo.engines.reference.arrays import PackedMatrices, PackedMatrix
+from blockzoo.engines.reference.blocks import Matrix, Operators
+from blockzoo.engines.tensorrt import packed_kernels, row_kernels
+from blockzoo.zoo.packing import ROTATED
 
 _RANKS = 16  # of adapters, in a tile
-_MANY_ROWS = 256  # from here on tiles of rows are large
+_MANY_ROWS = 256  # from here on tiles of rows are large, and packed matrices are unpacked as a whole
 _PROGRAMS = 128  # that keep a GPU busy
 _SPLIT_COLUMNS = 512  # the least of a split
 
 
 class FusedOperators(Operators):
-    """One kernel for each operator between matrix products, two for what adapters add to one."""
+    """One kernel for each operator between matrix products, two for what adapters add to one; one for a
+    product with a packed matrix, while the rows are few."""
+
+    def product(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T (+ bias): [T, in] -> [T, out]."""
+        parts = _packed_parts(weight, len(x))
+        if not parts:
+            return super().product(x, weight, bias)
+        y, begin = x.new_empty(len(x), weight.shape[0]), 0
+        for part in parts:
+            end = begin + part.shape[0]
+            _multiply(x, part, y[:, begin:end])
+            begin = end
+        return y if bias is None else y + bias
+
+    def product_added(self, to: torch.Tensor, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+        """to + x W^T, rounded once: [T, out] and [T, in] -> [T, out]."""
+        parts = _packed_parts(weight, len(x))
+        if len(parts) != 1:
+            return super().product_added(to, x, weight)
+        y = torch.empty_like(to, memory_format=torch.contiguous_format)
+        _multiply(x, parts[0], y, to.contiguous())
+        return y
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension."""
@@ -53,6 +78,51 @@ class FusedOperators(Operators):
         row_kernels.lora_expand[(tiles, -(-out // 128))](
             narrow, b, mask, y, rows, ranks, splits, WIDTH=out, STRIDE=y.stride(0), BLOCK_O=128, **sizes
         )
+
+
+def _packed_parts(weight: Matrix, rows: int) -> tuple[PackedMatrix, ...]:
+    """The matrices that are multiplied as they are stored; none where that is not done."""
+    if isinstance(weight, torch.Tensor) or not 0 < rows < _MANY_ROWS:
+        return ()
+    parts = weight.parts if isinstance(weight, PackedMatrices) else (weight,)
+    return parts if all(_block_k(part) for part in parts) else ()
+
+
+def _block_k(matrix: PackedMatrix) -> int:
+    """Columns of a tile, which divide a group, or all of a row less than one tile at its end; 0: none do."""
+    width, groups = matrix.shape[1], matrix.scales.shape[1]
+    sizes = [size for size in (128, 64, 32) if (width // groups) % size == 0]
+    return sizes[0] if sizes else 32 * (groups == 1)
+
+
+def _multiply(
+    x: torch.Tensor, matrix: PackedMatrix, y: torch.Tensor, added: torch.Tensor | None = None
+) -> None:
+    """y = x W^T (+ added); y may be some columns of a matrix."""
+    (rows, width), out = x.shape, matrix.shape[0]
+    if matrix.rotation is not None:
+        x = (x.reshape(-1, ROTATED) @ matrix.rotation.to(x.dtype)).view(rows, width)
+    block_t, block_o = (16, 32) if rows <= 16 else (64, 64)
+    packed_kernels.packed_product[(-(-rows // block_t), -(-out // block_o))](
+        x.contiguous(),
+        matrix.data,
+        matrix.scales,
+        matrix.scales if matrix.offsets is None else matrix.offsets,
+        y if added is None else added,
+        y,
+        rows,
+        WIDTH=width,
+        OUT=out,
+        GROUP=width // matrix.scales.shape[1],
+        STRIDE=y.stride(0),
+        FOUR_BITS=matrix.four_bits,
+        HAS_OFFSETS=matrix.offsets is not None,
+        HAS_ADDED=added is not None,
+        BLOCK_T=block_t,
+        BLOCK_O=block_o,
+        BLOCK_K=_block_k(matrix),
+        PRECISION=dot_precision(x),
+    )
 
 
 def dot_precision(x: torch.Tensor) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from gguf_files import write_gguf
 
 from blockzoo.build import quantize
 from blockzoo.build.pipeline import CompileOptions, compile_models
-from blockzoo.build.tensorrt_plans import TensorRTOptions
 from blockzoo.engines.base import EngineMaker
 from blockzoo.engines.openvino import OpenVINOEngines
 from blockzoo.engines.openvino.engine import RoundedActivations, multiplies_int8
@@ -76,23 +74,6 @@ def test_activations_are_rounded_beside_offsets(by_plugin: bool, zoos: dict[str,
     found = logits(zoos["int4"], maker)
     strayed = float(np.abs(found - exact).max() / np.abs(exact).max())
     assert 1e-4 < strayed < 0.05
-
-
-def test_tensorrt_plans_take_their_values(
-    zoos: dict[str, Zoo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With onnxruntime in the place of the GPU; weights as inputs of the plans, and as their constants."""
-    pytest.importorskip("tensorrt_rtx")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "integration")
-    from onnx_device import onnx_engines
-
-    exact = logits(zoos["given"], OpenVINOEngines("f32"))
-    for baked in (False, True):
-        path = Path(shutil.copytree(zoos["int4"].path, tmp_path / str(baked)))
-        plans = TensorRTOptions(targets=("sm89",), precision="f32", bake_weights=baked)
-        compile_models({}, path, CompileOptions(verify=False, profile=False, tensorrt=plans))
-        zoo = Zoo.open(path)
-        np.testing.assert_allclose(logits(zoo, onnx_engines(zoo)), exact, atol=2e-4, rtol=1e-4)
 
 
 def test_an_automatic_choice_takes_all_of_them(

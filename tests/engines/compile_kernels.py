@@ -11,7 +11,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from blockzoo.engines.tensorrt import kernels, row_kernels, score_kernels
+from blockzoo.engines.tensorrt import kernels, packed_kernels, row_kernels, score_kernels
 
 LEAST_SHARED_MEMORY = 99 << 10  # of the GPUs that are served: RTX cards, L4, L40S
 UNALIGNED = {*kernels.POINTERS, "windows"}
@@ -32,6 +32,19 @@ PREFILL = ATTEND | {"BLOCK_Q": 16, "BLOCK_M": 64, "SPLITS": 1}
 EXACT = {"BLOCK_N": 32, "PRECISION": "ieee"}
 SCORES = SHAPE | {"BLOCK_D": 128, "BLOCK_M": 16, "BLOCK_N": 64, "WINDOW": 0, "PRECISION": "tf32"}
 TILES = {"WIDTH": 4096, "BLOCK_T": 16, "BLOCK_R": 16, "PRECISION": "tf32"}
+PACKED = {"x": "*bf16", "data": "*i8", "scales": "*fp32", "offsets": "*fp32", "added": "*bf16", "y": "*bf16"}
+PACKED |= {"num_rows": "i32"}
+PRODUCT = {
+    "WIDTH": 4096,
+    "OUT": 14336,
+    "GROUP": 128,
+    "STRIDE": 28672,
+    "FOUR_BITS": False,
+    "PRECISION": "tf32",
+}
+PRODUCT |= {"HAS_OFFSETS": False, "HAS_ADDED": False, "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128}
+MANY = {"BLOCK_T": 64, "BLOCK_O": 64}
+FOUR = {"GROUP": 32, "FOUR_BITS": True, "HAS_OFFSETS": True, "HAS_ADDED": True, "BLOCK_K": 32}
 SHRINK, EXPAND = TILES | {"BLOCK_K": 128}, TILES | {"STRIDE": 6144, "BLOCK_O": 128}
 
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
@@ -68,6 +81,10 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"num_warps": 8},
     ),
     (row_kernels.silu_times, {"gate_up": "*bf16", "out": "*bf16"}, {"WIDTH": 14336, "BLOCK": 1024}, {}),
+    (packed_kernels.packed_product, PACKED, PRODUCT, {}),
+    (packed_kernels.packed_product, PACKED, PRODUCT | MANY, {}),
+    (packed_kernels.packed_product, PACKED | {"data": "*u8"}, PRODUCT | FOUR, {}),
+    (packed_kernels.packed_product, PACKED | {"data": "*u8"}, PRODUCT | FOUR | MANY, {}),
     (row_kernels.lora_shrink, LORA, SHRINK, {}),
     (row_kernels.lora_shrink, LORA, SHRINK | {"BLOCK_T": 64}, {}),
     (row_kernels.lora_expand, LORA, EXPAND, {}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from blockzoo.build.rounding import rounded  # noqa: E402
 from blockzoo.engines.reference import ReferenceEngines  # noqa: E402
+from blockzoo.engines.reference.arrays import PackedMatrices, PackedMatrix  # noqa: E402
 from blockzoo.engines.reference.blocks import Operators, Weights  # noqa: E402
 from blockzoo.engines.tensorrt.attention import PagedAttention  # noqa: E402
 from blockzoo.engines.tensorrt.operators import FusedOperators  # noqa: E402
@@ -32,6 +36,53 @@ def test_fused_operators() -> None:
     torch.testing.assert_close(fused.norm(x, weight, 1e-5), plain.norm(x, weight, 1e-5), atol=4e-3, rtol=4e-3)
     gate_up = torch.randn(5, 2 * 1100).half()
     torch.testing.assert_close(fused.gated(gate_up), plain.gated(gate_up), atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize(
+    ("dtype", "width", "group", "rotate"),
+    [
+        ("i8", 96, 32, True),
+        ("i8", 128, 64, True),
+        ("i8", 256, 128, False),
+        ("i8", 96, 96, True),  # one scale a row
+        ("i8", 72, 72, False),  # no tile divides it
+        ("i4", 96, 32, True),
+        ("i4", 64, 32, False),
+    ],
+)
+def test_products_with_packed_matrices(dtype: str, width: int, group: int, rotate: bool, rows: int) -> None:
+    rng = np.random.default_rng(width)
+    tensor = rounded(rng.standard_normal((40, width)).astype(np.float32), dtype, group, rotate=rotate)  # type: ignore[arg-type]
+    assert tensor.rotated == rotate
+    offsets = rng.standard_normal(tensor.scales.shape).astype(np.float32)
+    x = torch.from_numpy(rng.standard_normal((rows, width))).half()
+    to, bias = torch.randn(rows, 40).half(), torch.randn(40).half()
+    fused = FusedOperators()
+    for each in (tensor, replace(tensor, offsets=offsets, rotated=False)):
+        packed = PackedMatrix(each, torch.float16, torch.device("cpu"))
+        expected = x.float() @ torch.from_numpy(each.to_f32()).T
+        size = {"atol": 2e-3 * float(expected.abs().max()), "rtol": 4e-3}
+        packed.dense = None  # type: ignore[assignment, method-assign]  # it stays packed
+        torch.testing.assert_close(fused.product(x, packed).float(), expected, **size)
+        torch.testing.assert_close(fused.product(x, packed, bias).float(), expected + bias.float(), **size)
+        torch.testing.assert_close(fused.product_added(to, x, packed).float(), expected + to.float(), **size)
+
+
+def test_large_batches_unpack_a_matrix_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).standard_normal((24, 64)).astype(np.float32)
+    parts = [
+        PackedMatrix(rounded(values, dtype, 32), torch.float32, torch.device("cpu")) for dtype in ("i4", "i8")
+    ]
+    both, x = PackedMatrices(parts), torch.randn(256, 64)
+    fused, plain = FusedOperators(), Operators()
+    expected = plain.product(x, both)
+    torch.testing.assert_close(fused.product(x, both), expected)
+    torch.testing.assert_close(fused.product(x[:255], both), expected[:255], atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(PackedMatrix, "dense", None)
+    with pytest.raises(TypeError):
+        fused.product(x, both)
+    assert fused.product(x[:0].new_ones(3, 64), both).shape == (3, 48)
 
 
 def masked(owners: list[int], ranks: list[int]) -> torch.Tensor:
@@ -82,11 +133,28 @@ def layer(dtype: str) -> list[Block]:
     ]
 
 
-def run_layer(engines: ReferenceEngines, dtype: torch.dtype, *, adapted: bool = True) -> torch.Tensor:
+def quantized(blocks: list[Block]) -> list[Block]:
+    """In 4 bits, but k and v in 8."""
+
+    def packed(block: Block) -> Block:
+        bits = {name: "i8" if name in ("k", "v") else "i4" for name in PROJECTIONS[block.spec.kind]}
+        made = {name: rounded(block.tensors[name].to_f32(), dtype, 32) for name, dtype in bits.items()}
+        return replace(block, id=f"{block.id}-packed", tensors=block.tensors | made)
+
+    return [packed(block) for block in blocks]
+
+
+def run_layer(
+    engines: ReferenceEngines,
+    dtype: torch.dtype,
+    *,
+    adapted: bool = True,
+    make: Callable[[list[Block]], list[Block]] = list,
+) -> torch.Tensor:
     """A batch of prefills and decode steps of four adapters of different ranks and of bare rows."""
     torch.manual_seed(2)
     engines.weights = Weights(dtype, torch.device("cpu"))
-    blocks = layer("f16")
+    blocks = make(layer("f16"))
     lora = {index: PROJECTIONS[block.spec.kind] for index, block in enumerate(blocks)} if adapted else {}
     engine = engines.span(blocks, lora=lora)
     news, pasts = [3, 1, 12, 1, 1, 2], [0, 40, 0, 7, 31, 33]
@@ -119,12 +187,26 @@ def run_layer(engines: ReferenceEngines, dtype: torch.dtype, *, adapted: bool = 
     return result.float()
 
 
-def test_engines_on_kernels_add_adapters_as_torch_does() -> None:
-    """All seven projections, as on a GPU: what `ReferenceEngines` takes there in the place of torch."""
+def on_kernels() -> ReferenceEngines:
+    """What `ReferenceEngines` takes on a GPU in the place of torch."""
     kernels = ReferenceEngines("f32", "cpu")
-    kernels._ops, kernels._attention = FusedOperators(), PagedAttention(1)
+    kernels.operators, kernels._attention = FusedOperators(), PagedAttention(1)
+    return kernels
+
+
+def test_engines_on_kernels_run_packed_blocks_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_layer(ReferenceEngines("f32", "cpu"), torch.float32, make=quantized)
+    plain = run_layer(ReferenceEngines("f32", "cpu"), torch.float32)
+    monkeypatch.setattr(PackedMatrix, "dense", None)  # they stay packed
+    ours = run_layer(on_kernels(), torch.float16, make=quantized)
+    torch.testing.assert_close(ours, expected, atol=1.5e-2, rtol=1e-2)
+    assert (expected - plain).abs().max() > 0.05
+
+
+def test_engines_on_kernels_add_adapters_as_torch_does() -> None:
+    """All seven projections, as on a GPU."""
     ours, expected = (
-        run_layer(kernels, torch.float16),
+        run_layer(on_kernels(), torch.float16),
         run_layer(ReferenceEngines("f32", "cpu"), torch.float32),
     )
     torch.testing.assert_close(ours, expected, atol=1.5e-2, rtol=1e-2)

@@ -151,6 +151,21 @@ def test_operators() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 70, 700])
+@pytest.mark.parametrize(("dtype", "group"), [("i8", 32), ("i8", 128), ("i8", 4096), ("i4", 32)])
+def test_products_with_packed_matrices(dtype: str, group: int, rows: int) -> None:
+    from blockzoo.build.rounding import rounded
+    from blockzoo.engines.reference.arrays import PackedMatrix
+    from blockzoo.engines.tensorrt.operators import FusedOperators
+
+    values = np.random.default_rng(0).standard_normal((1000, 4096)).astype(np.float32) / 64
+    packed = PackedMatrix(rounded(values, dtype, group), torch.bfloat16, torch.device("cuda"))  # type: ignore[arg-type]
+    x, to = (torch.randn(rows, width, device="cuda").bfloat16() for width in (4096, 1000))
+    expected = x.float() @ packed.dense().float().T
+    assert relative_error(FusedOperators().product(x, packed), expected) < 1e-2
+    assert relative_error(FusedOperators().product_added(to, x, packed), expected + to.float()) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 8, 70, 700])
 def test_adapters_of_different_ranks(rows: int) -> None:
     """On the columns of a wider matrix, some rows without an adapter."""
     from blockzoo.engines.tensorrt.operators import FusedOperators
@@ -187,7 +202,7 @@ def test_recorded_steps_give_what_direct_ones_give() -> None:
 
 def test_kernels_in_a_chain_give_what_plain_torch_gives() -> None:
     def plain(engines: ReferenceEngines) -> None:
-        engines._ops, engines._attention = Operators(), DenseAttention()
+        engines.operators, engines._attention = Operators(), DenseAttention()
 
     for ours, theirs in zip(run_steps(zoo_on_gpu(True)), run_steps(zoo_on_gpu(False, plain)), strict=True):
         assert relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 3e-2

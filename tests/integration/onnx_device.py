@@ -141,7 +141,7 @@ class OnnxRuntime:
 
 def onnx_engines(zoo: Zoo) -> TensorRTEngines:
     """The tensorrt backend as on a GPU of the zoo's plans; `engines.onnx` is its runtime."""
-    version = next(iter(zoo.manifest.tensorrt_plans.values())).library_version
+    version = next((plan.library_version for plan in zoo.manifest.tensorrt_plans.values()), "none is needed")
     runtime = OnnxRuntime(zoo)
     module = SimpleNamespace(
         ILogger=trt.ILogger,

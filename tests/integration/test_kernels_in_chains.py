@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {"max_tokens": 128, "max_seqs": 8, "context": 96}
 def test_kernels_in_a_chain_give_what_torch_gives() -> None:
     """Three models that part after two layers, two with adapters; decode steps padded as for CUDA graphs."""
     kernels = ReferenceEngines("f32", "cpu")
-    kernels._ops, kernels._attention = FusedOperators(), PagedAttention(16)
+    kernels.operators, kernels._attention = FusedOperators(), PagedAttention(16)
     kernels.arrays.records = True
     kernels.arrays.recorded = lambda run: run  # type: ignore[method-assign]
     sides = [

@@ -118,28 +118,28 @@ def test_served_tokens_are_those_of_the_values_that_blocks_stand_for(
 
 
 @pytest.mark.parametrize("weights", BASES)
-def test_tensorrt_plans_take_their_values(
-    weights: str, zoos: Any, oracles: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_beside_tensorrt_plans_they_stay_packed(
+    weights: str, zoos: Any, oracles: Any, tmp_path: Path
 ) -> None:
-    """With onnxruntime in the place of the GPU; weights as inputs of the plans, and as their constants."""
+    """With onnxruntime in the place of the GPU: a LoRA on quantized blocks, and the base as it was given."""
     pytest.importorskip("tensorrt_rtx")
     from onnx_device import onnx_engines
 
-    for baked in (False, True):
-        zoo = Path(shutil.copytree(zoos[weights], tmp_path / str(baked)))
-        plans = TensorRTOptions(targets=("sm89",), precision="f32", bake_weights=baked)
-        compile_models(
-            {},
-            zoo,
-            CompileOptions(
-                verify=False,
-                profile=False,
-                tensorrt=plans,
-            ),
-            remove=["given"],
-        )
-        found = probe(zoo, "lora", onnx_engines(Zoo.open(zoo)))
-        np.testing.assert_allclose(found, logits_of(oracles[weights]["lora"], IDS), atol=2e-4, rtol=1e-4)
+    zoo = Path(shutil.copytree(zoos[weights], tmp_path / "zoo"))
+    given = probe(zoo, "given", OpenVINOEngines("f32"))
+    plans = TensorRTOptions(targets=("sm89",), precision="f32")
+    options = CompileOptions(verify=False, profile=False, tensorrt=plans)
+    compile_models({}, zoo, options)
+    engines = onnx_engines(Zoo.open(zoo))
+    found = probe(zoo, "lora", engines)
+    np.testing.assert_allclose(found, logits_of(oracles[weights]["lora"], IDS), atol=2e-4, rtol=1e-4)
+    assert not engines.onnx.engines  # type: ignore[attr-defined]
+    np.testing.assert_allclose(probe(zoo, "given", engines), given, atol=2e-4, rtol=1e-4)
+    assert engines.onnx.engines  # type: ignore[attr-defined]
+    compile_models({}, zoo, options, remove=["given"])
+    left = Zoo.open(zoo)
+    assert not left.manifest.tensorrt_plans
+    np.testing.assert_allclose(probe(zoo, "lora", onnx_engines(left)), found, atol=1e-5, rtol=1e-5)
 
 
 def test_reference_weights_stay_packed(zoos: Any) -> None:
