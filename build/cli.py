@@ -302,6 +302,7 @@ def _print_report(report: "CompileReport") -> None:
         print(
             f"TensorRT plans: {report.plans.built} {would}, {report.plans.reused} reused"
             + ("" if report.dry_run else f"; {human_bytes(report.plans.num_bytes)}")
+            + (f" ({packed} quantized blocks have none)" if (packed := report.plans.num_packed) else "")
         )
     if report.dry_run:
         print("dry run: nothing was written")

@@ -44,6 +44,8 @@ class PlanReport:
     reused: int
     num_bytes: int
     """Of all plans of the targets."""
+    num_packed: int
+    """Blocks that have none, as they are quantized."""
 
 
 def build_plans(
@@ -70,7 +72,8 @@ def build_plans(
         if missing and writer is not None:
             _build(zoo, writer, library, target, missing, progress)
         num_bytes += sum(plan.num_bytes for key, plan in zoo.manifest.tensorrt_plans.items() if key in wanted)
-    return PlanReport(built, reused, num_bytes)
+    num_packed = len(zoo.manifest.blocks) - len(blocks_with_plans(zoo.manifest))
+    return PlanReport(built, reused, num_bytes, num_packed)
 
 
 def _targets(names: tuple[str, ...]) -> dict[str, TensorRT]:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
 
+from blockzoo.build import calibration
 from blockzoo.build.cli import main
 from blockzoo.build.inspect import main as inspect
 from blockzoo.build.pipeline import CompileOptions, compile_models
@@ -99,6 +100,21 @@ def test_plans_go_with_the_last_block_of_their_shape(checkpoints: dict[str, Path
     files = {file.name for file in (path / "plans" / "tensorrt").iterdir()}
     assert len(Zoo.open(path).manifest.tensorrt_plans) == 10
     assert Zoo.open(path).manifest.tensorrt_plans.keys() == {f for f in files if not f.startswith("timing")}
+
+
+def test_quantized_blocks_have_none(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "NUM_TOKENS", 16)
+    command = [f"m={checkpoints['llama']}", "-o", str(tmp_path / "z"), *FAST, "--weights", "int8"]
+    assert main([*command, "--backend", "tensorrt", "--target", "sm89"]) == 0
+    manifest = Zoo.open(tmp_path / "z").manifest
+    said = f"TensorRT plans: 0 built, 0 reused; 0 B ({len(manifest.blocks)} quantized blocks have none)"
+    assert said in capsys.readouterr().out
+    assert not manifest.tensorrt_plans
 
 
 def test_a_damaged_plan_is_found(zoo: Path, tmp_path: Path) -> None:
