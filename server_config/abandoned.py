@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from blockzoo.runtime.workers.socket_names import short_name
+
 _NAME = "abandoned"
 _ID_BYTES = 64
 
@@ -27,7 +29,8 @@ class AbandonedListener:
         path = control_dir / _NAME
         path.unlink(missing_ok=True)  # of a process that died
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        with short_name(path) as name:
+            self._socket.bind(name)
         self._on_abandoned = on_abandoned
         threading.Thread(target=self._run, name="blockzoo-abandoned", daemon=True).start()
 
@@ -44,12 +47,14 @@ class AbandonedTeller:
     """
 
     def __init__(self, control_dir: str | None) -> None:
-        self._path = None if control_dir is None else str(Path(control_dir) / _NAME)
+        self._path = None if control_dir is None else Path(control_dir) / _NAME
 
     def tell(self, request_id: str) -> None:
         """The client of this request has gone."""
         if self._path is None:
             return
+        told = request_id.encode("ascii", "replace")[:_ID_BYTES]
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
             own.setblocking(False)
-            own.sendto(request_id.encode("ascii", "replace")[:_ID_BYTES], self._path)
+            with short_name(self._path) as name:
+                own.sendto(told, name)

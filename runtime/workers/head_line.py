@@ -15,8 +15,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
@@ -24,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from blockzoo.runtime.exec.topology import Span
 from blockzoo.runtime.workers.pairs import Pair
 from blockzoo.runtime.workers.settings import EngineKind
+from blockzoo.runtime.workers.socket_names import short_name
 
 WAIT_S = 120.0
 """That a worker without a head waits for another one."""
@@ -140,7 +139,7 @@ def _taken(connection: socket.socket, held: Held) -> tuple[HeadLine, Pair, Path]
 
 def bind(listener: socket.socket, path: Path) -> None:
     """Listen at a path of any length."""
-    with _short(path) as name:
+    with short_name(path) as name:
         listener.bind(name)
     listener.listen(1)
 
@@ -150,19 +149,9 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
     try:
-        with _short(path) as name:
+        with short_name(path) as name:
             connection.connect(name)
     except OSError:
         connection.close()
         raise
     return connection
-
-
-@contextmanager
-def _short(path: Path) -> Iterator[str]:
-    """A name of the path that is as short as those of sockets have to be."""
-    folder = os.open(path.parent, os.O_PATH)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)

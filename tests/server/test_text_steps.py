@@ -163,8 +163,10 @@ def test_tokens_become_text_within_bounds(tokenizers, triton, monkeypatch):
 
 def test_streams_whose_client_has_gone_are_told(tokenizers, triton, tmp_path):
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    AbandonedListener(tmp_path, told.put)
-    step = Postprocessor(tokenizers, triton, AbandonedTeller(str(tmp_path)).tell)
+    folder = tmp_path / ("x" * 100)  # longer than names of sockets may be
+    folder.mkdir()
+    AbandonedListener(folder, told.put)
+    step = Postprocessor(tokenizers, triton, AbandonedTeller(str(folder)).tell)
 
     def token(request_id: str, cancelled: bool = False) -> None:
         request = Request(text="a", engine_request_id=request_id)
