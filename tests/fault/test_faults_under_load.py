@@ -259,8 +259,9 @@ def test_damaged_blocks_while_serving_and_reloading(
     (zoo / "blocks" / "new").rename(zoo / "blocks" / files[0].name)
     mend(served)
     os.utime(zoo / "manifest.json")
-    for model in ("blockzoo", "guest"):  # the engine has it before Triton has its ensemble
-        server.wait_for(lambda model=model: server.post(model, probe)[0] == 200, 30)
+    server.wait_for(lambda: server.post("blockzoo", probe)[0] == 200, 30)
+    # Triton has its ensemble a moment later
+    server.wait_for(lambda: server.post("guest", {"text_input": "x", "max_tokens": 1})[0] == 200, 30)
     once = Traffic(server, answers, [], guests={"guest": Guest("variant1", True)}, seed=3)
     for i in range(8):
         once.burst(1, i)
