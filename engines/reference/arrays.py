@@ -179,9 +179,8 @@ class _Recorded:
 
 
 def weight_tensor(tensor: BlockTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A block's tensor, copied out of its mapped file, in `dtype` on `device`."""
-    if tensor.scales is not None:
-        return torch.from_numpy(tensor.to_f32()).to(device=device, dtype=dtype)
+    """A block's tensor that is not quantized, copied out of its mapped file, in `dtype` on `device`."""
+    assert tensor.scales is None, "quantized"
     bits = _copied(tensor.data.view(np.int16) if tensor.dtype == "bf16" else tensor.data)
     typed = bits.view(torch.bfloat16) if tensor.dtype == "bf16" else bits
     return typed.to(device=device, dtype=dtype)

@@ -62,8 +62,9 @@ class Weights:
         self._loaded: WeakValueDictionary[tuple[str, ...], Matrix] = WeakValueDictionary()
 
     def load(self, block: Block, *names: str) -> torch.Tensor:
-        """The block's tensors of these names on top of each other (one product instead of three)."""
-        return self._kept(block, names, lambda: self._dense(block, names), "dense")
+        """The block's tensors of these names, none of them quantized, on top of each other (one product
+        instead of three)."""
+        return self._kept(block, names, lambda: self._dense(block, names))
 
     def matrix(self, block: Block, *names: str) -> Matrix:
         """The same of matrices, which stay packed where they are quantized."""
@@ -78,11 +79,10 @@ class Weights:
         """Device memory of all that was loaded."""
         return sum(tensor.nbytes for tensor in self._loaded.values())
 
-    def _kept(self, block: Block, names: tuple[str, ...], make: Callable[[], Any], how: str = "") -> Any:
+    def _kept(self, block: Block, names: tuple[str, ...], make: Callable[[], Any]) -> Any:
         # the tied matrix of a head is keyed by its file, which is the embed block's
         owner = str(block.files[-1].path) if names == ("weight",) and block.files else block.id
-        quantized = block.tensors[names[0]].scales is not None
-        key = (owner, *names, how if quantized else "")
+        key = (owner, *names)
         found = self._loaded.get(key)
         if found is None:
             found = self._loaded[key] = make()

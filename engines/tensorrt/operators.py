@@ -3,12 +3,14 @@ matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from blockzoo.engines.reference.arrays import PackedMatrices, PackedMatrix
 from blockzoo.engines.reference.blocks import Matrix, Operators
 from blockzoo.engines.tensorrt import packed_kernels, row_kernels
-from blockzoo.zoo.packing import ROTATED
+from blockzoo.zoo.packing import GROUP, ROTATED, groups_dividing
 
 _RANKS = 16  # of adapters, in a tile
 _MANY_ROWS = 256  # from here on tiles of rows are large, and packed matrices are unpacked as a whole
@@ -25,11 +27,9 @@ class FusedOperators(Operators):
         parts = _packed_parts(weight, len(x))
         if not parts:
             return super().product(x, weight, bias)
-        y, begin = x.new_empty(len(x), weight.shape[0]), 0
-        for part in parts:
-            end = begin + part.shape[0]
-            _multiply(x, part, y[:, begin:end])
-            begin = end
+        y, turned = x.new_empty(len(x), weight.shape[0]), _rotated(x, parts)
+        for part, columns in zip(parts, y.split([part.shape[0] for part in parts], 1), strict=True):
+            _multiply(x if part.rotation is None else turned, part, columns)
         return y if bias is None else y + bias
 
     def product_added(self, to: torch.Tensor, x: torch.Tensor, weight: Matrix) -> torch.Tensor:
@@ -38,7 +38,7 @@ class FusedOperators(Operators):
         if len(parts) != 1:
             return super().product_added(to, x, weight)
         y = torch.empty_like(to, memory_format=torch.contiguous_format)
-        _multiply(x, parts[0], y, to.contiguous())
+        _multiply(_rotated(x, parts), parts[0], y, to.contiguous())
         return y
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -91,17 +91,21 @@ def _packed_parts(weight: Matrix, rows: int) -> tuple[PackedMatrix, ...]:
 def _block_k(matrix: PackedMatrix) -> int:
     """Columns of a tile, which divide a group, or all of a row less than one tile at its end; 0: none do."""
     width, groups = matrix.shape[1], matrix.scales.shape[1]
-    sizes = [size for size in (128, 64, 32) if (width // groups) % size == 0]
-    return sizes[0] if sizes else 32 * (groups == 1)
+    sizes = groups_dividing([width // groups])
+    return sizes[0] if sizes else GROUP * (groups == 1)
+
+
+def _rotated(x: torch.Tensor, matrices: Sequence[PackedMatrix]) -> torch.Tensor:
+    """x as those of the matrices that are rotated are multiplied with it; as it is, where none is."""
+    rotation = next((each.rotation for each in matrices if each.rotation is not None), None)
+    return x if rotation is None else (x.reshape(-1, ROTATED) @ rotation.to(x.dtype)).view(x.shape)
 
 
 def _multiply(
     x: torch.Tensor, matrix: PackedMatrix, y: torch.Tensor, added: torch.Tensor | None = None
 ) -> None:
-    """y = x W^T (+ added); y may be some columns of a matrix."""
+    """y = x W^T (+ added), of x rotated where the matrix is; y may be some columns of a matrix."""
     (rows, width), out = x.shape, matrix.shape[0]
-    if matrix.rotation is not None:
-        x = (x.reshape(-1, ROTATED) @ matrix.rotation.to(x.dtype)).view(rows, width)
     block_t, block_o = (16, 32) if rows <= 16 else (64, 64)
     packed_kernels.packed_product[(-(-rows // block_t), -(-out // block_o))](
         x.contiguous(),

@@ -238,16 +238,21 @@ def decoded(maker: EngineMaker, blocks: list[Block], record: ModelRecord) -> np.
     return np.concatenate(rows)
 
 
+def compiled(given: Path, options: CompileOptions) -> tuple[Zoo, ModelRecord, list[Block]]:
+    """A zoo of a model alone, beside its folder; the model and its blocks."""
+    compile_models({"x": given}, given.parent / "z", options)
+    zoo = Zoo.open(given.parent / "z")
+    record = zoo.manifest.models["x"]
+    return zoo, record, [zoo.read_block(key) for key in record.chain]
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 20, 100])
 def test_kv_in_8_bits_is_for_heads_of_which_it_is_computed_rightly(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
 ) -> None:
     """Of others the operator gives other logits without a word: they are neither judged nor served so."""
     given = save(make_model("llama", 5, head_dim=head_dim), tmp_path / "x")
-    compile_models({"x": given}, tmp_path / "z", CompileOptions(judge_kv=True, profile=False))
-    zoo = Zoo.open(tmp_path / "z")
-    record = zoo.manifest.models["x"]
-    blocks = [zoo.read_block(key) for key in record.chain]
+    zoo, record, blocks = compiled(given, CompileOptions(judge_kv=True, profile=False))
     assert record.verification is not None
     packed = OpenVINOEngines("f32", 1, kv_precision="u8")
     if head_dim % 16:
@@ -267,10 +272,7 @@ def test_kv_in_f16_is_for_heads_of_any_size(
     make_model: Callable[..., Any], save: Callable[..., Path], tmp_path: Path, head_dim: int
 ) -> None:
     given = save(make_model("llama", 5, head_dim=head_dim), tmp_path / "x")
-    compile_models({"x": given}, tmp_path / "z", CompileOptions(verify=False, profile=False))
-    zoo = Zoo.open(tmp_path / "z")
-    record = zoo.manifest.models["x"]
-    blocks = [zoo.read_block(key) for key in record.chain]
+    _, record, blocks = compiled(given, CompileOptions(verify=False, profile=False))
     makers = OpenVINOEngines("f32", 1, kv_precision="f16"), OpenVINOEngines("f32", 1)
     said = [decoded(maker, blocks, record) for maker in makers]
     np.testing.assert_allclose(said[0], said[1], atol=1e-3 * np.abs(said[1]).max())
