@@ -143,7 +143,7 @@ def make_finetunes(path: Path, steps_scale: float = 1.0) -> FineTunes:
             make: Callable[[Path], None] = partial(_write_sharded, source)
         else:
             batches = batches or _Batches(base)
-            steps = max(1, round(tuned.steps * steps_scale))
+            steps = max(2, round(tuned.steps * steps_scale))  # the rate of the first is next to none
             make = partial(_train, base, tuned, steps, batches)
         made_once(made.folder(name), make)
     return made

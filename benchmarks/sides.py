@@ -305,13 +305,19 @@ class EngineSide:
         self._run(0, self._prompt(num_tokens))
 
     def start(self, batch: int) -> None:
-        """Sends the prompts, each of which runs alone when it is new, and makes the first step."""
+        """Sends the prompts, each of which runs alone when it is new, and steps until each has a token: one
+        step, or a few where those are too small for all tenants."""
         for i in range(self._num_cached, batch):
             self._run(i, self._prompts[i])
         self._num_cached = max(batch, self._num_cached)
         self._stop()
-        self._running = [self._add(i, self._prompts[i], MAX_STEPS + 2) for i in range(batch)]
-        self.step()
+        self._running = [self._add(i, self._prompts[i], MAX_STEPS + batch + 1) for i in range(batch)]
+        without = set(self._running)
+        for _ in range(batch):
+            without -= {output.request_id for output in self._engine.step()}
+            if not without:
+                return
+        raise RuntimeError(f"{len(without)} of {batch} sequences got no token in {batch} steps")
 
     def step(self) -> None:
         """See Side. Raises RuntimeError when a sequence got no token."""

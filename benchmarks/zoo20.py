@@ -139,10 +139,7 @@ def _serve(zoo: Path, models: Sequence[str], settings: Settings) -> None:
 
 def _agreement(zoos: Zoos) -> dict[str, Any]:
     """By model, the share of our greedy tokens in f32 that transformers and PEFT would have chosen."""
-    models, rng = zoos.models, random.Random(0)
-    tokenizer = Tokenizer.from_file(str(models.folder(BASE) / "tokenizer.json"))
-    prompts = [tokenizer.encode(text).ids for text in tasks.sample_texts(rng, _ANSWERS)]
-    prompts = [ids[: max(4, len(ids) // 2)] for ids in prompts]
+    models, prompts = zoos.models, _prompts(zoos.models)
     greedy = SamplingParams(max_tokens=_TOKENS, temperature=0.0, ignore_eos=True)
     llm = LLM(zoos.all, precision="f32", kv_cache_bytes=64 << 20)
     jobs = {}
@@ -160,6 +157,13 @@ def _agreement(zoos: Zoos) -> dict[str, Any]:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: found[name] | {"kind": MODELS[name].kind} for name in models.names}
+
+
+def _prompts(models: FineTunes) -> list[list[int]]:
+    """The beginnings of some samples of the demo's tasks."""
+    tokenizer = Tokenizer.from_file(str(models.folder(BASE) / "tokenizer.json"))
+    texts = (tokenizer.encode(text).ids for text in tasks.sample_texts(random.Random(0), _ANSWERS))
+    return [ids[: max(4, len(ids) // 2)] for ids in texts]
 
 
 # ---- decode
@@ -238,28 +242,33 @@ def _against_genai(zoos: Zoos, settings: Settings, rounds: int) -> dict[str, Any
         **{name: _rates(taken, count) for name, taken in samples.items()},
         "rate to genai": samples["genai"].ratio_to(samples["blockzoo"]),
         "pipelines": 1 + len(pipelines),
-        "adapters_in_one_batch": _mixes_adapters(folders[BASE], files[-2:], settings),
+        "adapters_in_one_batch": _mixes_adapters(folders[BASE], files[-2:], settings, _prompts(models)),
     }
 
 
-def _mixes_adapters(folder: Path, files: Sequence[Path], settings: Settings) -> str:
-    """What becomes of two requests with an adapter each in one GenAI batch; a new pipeline for each batch,
-    as its prefix cache does not tell adapters apart."""
+def _mixes_adapters(
+    folder: Path, files: Sequence[Path], settings: Settings, prompts: Sequence[Sequence[int]]
+) -> str:
+    """What becomes of two requests with an adapter each in one GenAI batch, by prompts to which the two
+    adapters answer otherwise; a new pipeline for each batch, as its prefix cache does not tell them apart."""
     from benchmarks.peers.genai import GenAISide
 
-    def batch(*adapters: int) -> list[list[int]]:
-        return GenAISide(folder, replace(settings, max_seqs=2), files).decode_batch(16, adapters)
+    def batch(asked: Sequence[Sequence[int]], adapters: Sequence[int]) -> list[list[int]]:
+        side = GenAISide(folder, replace(settings, max_seqs=len(asked)), files)
+        return side.decode_batch(_TOKENS, asked, adapters)
 
-    first, second = batch(0, 0), batch(1, 1)
-    if first[1] == second[1]:
+    answers = [batch(prompts, len(prompts) * [adapter]) for adapter in (0, 1)]
+    telling = [at for at, (first, last) in enumerate(zip(*answers, strict=True)) if first != last][:2]
+    if len(telling) < 2:
         raise RuntimeError("two adapters give the same tokens: GenAI does not apply them")
+    first, last = ([alone[at] for at in telling] for alone in answers)
     try:
-        mixed = batch(0, 1)
+        mixed = batch([prompts[at] for at in telling], (0, 1))
     except RuntimeError as error:
         return f"refused: {error}"
-    if mixed == [first[0], second[1]]:
+    if mixed == [first[0], last[1]]:
         return "each request gets its own"
-    both = {"first": first, "last": second}
+    both = {"first": first, "last": last}
     return next((f"all get the {name} one's" for name, alone in both.items() if mixed == alone), "neither")
 
 

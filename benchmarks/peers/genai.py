@@ -103,15 +103,17 @@ class GenAISide:
             [_tensor(self._prompts[prompt])], [self._with_adapter(_greedy(num_tokens), adapter)]
         )
 
-    def decode_batch(self, num_tokens: int, adapters: Sequence[int]) -> list[list[int]]:
-        """Tokens of the first sequences in one batch, each with the adapter given for it.
+    def decode_batch(
+        self, num_tokens: int, prompts: Sequence[Sequence[int]], adapters: Sequence[int]
+    ) -> list[list[int]]:
+        """Tokens behind prompts (token ids) in one batch, each with the adapter given for it.
 
         Raises RuntimeError where the pipeline does not take them.
         """
         self._stop()
-        prompts = [_tensor(prompt) for prompt in self._prompts[: len(adapters)]]
+        asked = [_tensor(np.asarray(prompt)) for prompt in prompts]
         configs = [self._with_adapter(_greedy(num_tokens), adapter) for adapter in adapters]
-        return [list(found.m_generation_ids[0]) for found in self._pipeline.generate(prompts, configs)]
+        return [list(found.m_generation_ids[0]) for found in self._pipeline.generate(asked, configs)]
 
     def _with_adapter(self, config: GenerationConfig, adapter: int | None) -> GenerationConfig:
         if self._adapters:
