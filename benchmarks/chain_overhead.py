@@ -47,6 +47,7 @@ from benchmarks.sides import (
     served_in,
 )
 from blockzoo.engines.openvino import OpenVINOEngines
+from blockzoo.zoo.packing import GROUPS
 
 BATCHES = (1, 8, 32)
 CONTEXT = 512
@@ -61,6 +62,9 @@ def main() -> None:
     )
     parser.add_argument("--skip", nargs="*", default=[], help="sides to leave out")
     add_bits(parser)
+    parser.add_argument(
+        "--group-size", type=int, choices=sorted(GROUPS), help="of ours (as zoo-compile has it)"
+    )
     args = parser.parse_args()
     machine = machine_facts()
     missing = {"genai": genai_missing(), "llama": _llama_missing(args.llama)}
@@ -92,7 +96,7 @@ def _one_step(family: Family, settings: Settings, args: argparse.Namespace) -> d
     """A long prompt in one step. One sequence only, so that pools and scratch stay small."""
     length = settings.longest_prompt
     settings = replace(settings, max_seqs=1, max_tokens=length)
-    zoo, model = family.zoo(args.weights), family.tenants[0]
+    zoo, model = family.zoo(args.weights, args.group_size), family.tenants[0]
     makers: dict[str, Callable[[], Side]] = {
         "fused": lambda: ExecutorSide(zoo, [model], settings),
         "layers": lambda: ExecutorSide(zoo, [model], settings, max_span_layers=1),
@@ -113,7 +117,7 @@ def _one_step(family: Family, settings: Settings, args: argparse.Namespace) -> d
 def _chunks_and_decode(
     family: Family, settings: Settings, given: Settings, args: argparse.Namespace
 ) -> dict[str, Any]:
-    zoo, model = family.zoo(args.weights), family.tenants[0]
+    zoo, model = family.zoo(args.weights, args.group_size), family.tenants[0]
     makers: dict[str, Callable[[], Side]] = {
         "fused": lambda: ExecutorSide(zoo, [model], settings),
         "layers": lambda: ExecutorSide(zoo, [model], settings, max_span_layers=1),

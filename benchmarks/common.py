@@ -159,11 +159,13 @@ def _version(package: str) -> str | None:
 
 
 def save_report(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any) -> Path:
-    """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json` (with KV in 8 bits
-    `<name>_int8_kv_u8.json`, where oneDNN may not use all of the CPU `..._held.json`); those of other shapes
-    there stay."""
+    """Put the results of a shape into `<out>/<name>.json`, of int8 into `<name>_int8.json` (with a group size
+    `<name>_int8_64.json`, with KV in 8 bits `<name>_int8_kv_u8.json`, where oneDNN may not use all of the CPU
+    `..._held.json`); those of other shapes there stay."""
     if getattr(args, "weights", None) in ("int8", "int4", "auto"):
         name = f"{name}_{args.weights}"
+        if getattr(args, "group_size", None) is not None:
+            name = f"{name}_{args.group_size}"
     if getattr(args, "kv_precision", None) == "u8":
         name = f"{name}_kv_u8"
     if machine.get("held_to"):

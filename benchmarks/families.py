@@ -105,14 +105,18 @@ class Family:
         """A tenant's HF folder."""
         return self.path / tenant
 
-    def zoo(self, weights: Weights | None = None) -> Zoo:
-        """A zoo of all tenants, compiled on first use; `weights` are rounded to nearest: they are random."""
+    def zoo(self, weights: Weights | None = None, group_size: int | None = None) -> Zoo:
+        """A zoo of all tenants, compiled on first use; `weights` are rounded to nearest: they are random.
+        `group_size`: of `CompileOptions`."""
 
         def compile_all(folder: Path) -> None:
-            options = CompileOptions(profile=False, verify=False, weights=weights, calibration_texts=0)
+            options = CompileOptions(
+                profile=False, verify=False, weights=weights, calibration_texts=0, group_size=group_size
+            )
             compile_models({name: self.checkpoint(name) for name in self.tenants}, folder, options)
 
         name = f"zoo-{self.num_tenants}{f'-{weights}' if weights else ''}"
+        name += "" if group_size is None else f"-{group_size}"
         return Zoo.open(made_once(self.path / name, compile_all))
 
 

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--texts", type=int, default=NUM_TEXTS, help=f"of its own that rounding looks at ({NUM_TEXTS})"
     )
     parser.add_argument(
-        "--group-size", type=int, choices=(WHOLE_ROW, *sorted(GROUPS)), help="of int8; 0: a row (as it bears)"
+        "--group-size", type=int, choices=(WHOLE_ROW, *sorted(GROUPS)), help="0: a row (default: as it bears)"
     )
     parser.add_argument("--dtype", choices=("bf16",), help="that weights are converted to first (none)")
     parser.add_argument("--max-tokens", type=int, default=NUM_TOKENS, help=f"of an answer ({NUM_TOKENS})")
@@ -120,7 +120,8 @@ def _report(args: argparse.Namespace) -> str:
     bounds = (args.max_kl, args.min_top1)
     bound = _bounds(args) if "auto" in args.weights and bounds != (MAX_KL["auto"], MIN_TOP1) else ""
     length = "" if args.max_tokens == NUM_TOKENS else f"-{args.max_tokens}-tokens"
-    return f"quantization{_how(args)}{bound}{length}"
+    alone = "-auto" if args.weights == ["auto"] and not bound else ""
+    return f"quantization{_how(args)}{alone}{bound}{length}"
 
 
 def _bounds(args: argparse.Namespace) -> str:
@@ -141,7 +142,7 @@ def _zoo(args: argparse.Namespace, file: Path, weights: str) -> Zoo:
         profile=False,
         threads=args.threads,
         calibration_texts=args.texts,
-        group_size=args.group_size if weights == "int8" else None,
+        group_size=args.group_size if weights != "auto" else None,
     )
     compile_models({MODEL: file}, path, options)
     return Zoo.open(path)

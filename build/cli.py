@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error("--probe is text for --weights, --surrogate and --share equivalent or delta")
     if arguments.min_top1 is not None and arguments.weights != "auto":
         _parser().error("--min-top1 is a bound of --weights auto")
-    if arguments.group_size is not None and arguments.weights != "int8":
-        _parser().error("--group-size is a setting of --weights int8")
+    if arguments.group_size is not None and arguments.weights not in ("int8", "int4"):
+        _parser().error("--group-size is a setting of --weights int8 and int4")
     if not arguments.models and not arguments.remove and arguments.backend != "tensorrt":
         _parser().error("give at least one [NAME=]PATH to compile, or --remove NAME")
     from blockzoo.build.progress import ProgressPrinter
@@ -123,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         "--group-size",
         type=_group_size,
         metavar="32|64|128|row",
-        help="for --weights int8: columns that share a scale, where they divide a matrix, or all of a row: "
-        "more are faster on CPUs with VNNI, and lose more (default: as many as the model bears)",
+        help="for --weights int8 and int4: columns that share a scale, where they divide a matrix, or all of "
+        "a row (in 4 bits 128): more are faster on CPUs with VNNI, and lose more (default: int8 as many as "
+        "the model bears, int4 32)",
     )
     parser.add_argument(
         "--max-kl",

@@ -88,17 +88,17 @@ class _Family:
         raise AssertionError("the last start changes nothing")
 
     def _group(self) -> int:
-        """Columns that share a scale in 8 bits: as in what is stored, or as many as the first model bears."""
+        """Columns that share a scale: as in what is stored, or as many as the first model bears."""
         chains = {key for model in self._models for key in model.record.chain}
-        stored = groups.in_use(self._draft.manifest, chains)
+        stored = groups.in_use(self._draft.manifest, chains, _BITS)
         return self._models[0].group() if stored is None else stored
 
     def _stored_before(self, group: int) -> Iterator[tuple[str, QuantizedDtype]]:
-        """What blocks that other models have are made of; in 8 bits in such groups."""
+        """What blocks that other models have are made of, in such groups."""
         blocks, names = self._draft.manifest.blocks, {model.name for model in self._models}
         others = [record.chain for name, record in self._draft.manifest.models.items() if name not in names]
         for made in (blocks[key].quantized for chain in others for key in chain):
-            if made is not None and (made.dtype == "i4" or made.group == group):
+            if made is not None and made.group == group:
                 yield made.source, made.dtype
 
     def _make(self, model: GivenModel) -> None:

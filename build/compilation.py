@@ -87,7 +87,7 @@ class Compilation:
         asked = options.weights if name not in self.given or self.can_be_quantized(name) else None
         if found is None or asked is None:
             return found is None and asked is None
-        same_group = asked != "int8" or options.group_size in (None, found.group)
+        same_group = asked == "auto" or options.group_size in (None, found.group)
         bounds = (found.max_kl, found.min_top1) == (self.max_kl(asked), self.min_top1(asked))
         return (found.weights, found.probe) == (asked, self.probe_name) and bounds and same_group
 

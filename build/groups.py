@@ -1,4 +1,4 @@
-"""How many columns of a matrix share a scale in 8 bits: as many as a model bears.
+"""How many columns of a matrix share a scale: as many as a model bears.
 
 OpenVINO rounds activations too, in groups that divide those of the weights. Larger ones are multiplied
 faster, and weights with one scale a row, beside activations in the largest groups, faster still
@@ -14,7 +14,7 @@ from blockzoo.build.rounding import rounded_in_haste
 from blockzoo.engines.base import EngineMaker
 from blockzoo.zoo.blocks import Block, matrix_names
 from blockzoo.zoo.manifest import Manifest
-from blockzoo.zoo.packing import GROUP, WHOLE_ROW, groups_dividing
+from blockzoo.zoo.packing import GROUP, WHOLE_ROW, QuantizedDtype, groups_dividing
 
 SHARE = 0.05
 """Of the bound on what quantization may lose: what rounded activations may, and scales of whole rows."""
@@ -26,12 +26,13 @@ def larger(blocks: Sequence[Block]) -> list[int]:
     return [group for group in groups_dividing(widths) if group != GROUP]
 
 
-def in_use(manifest: Manifest, given: Collection[str]) -> int | None:
-    """The groups of a model that has blocks in 8 bits made of some of those already; None where none has."""
+def in_use(manifest: Manifest, given: Collection[str], dtypes: Collection[QuantizedDtype]) -> int | None:
+    """The groups of a model that has blocks in one of these dtypes made of some of those given already; None
+    where none has."""
     for model in manifest.models.values():
         made = [manifest.blocks[key].quantized for key in model.chain]
         if model.quantization is not None and any(
-            each is not None and each.dtype == "i8" and each.source in given for each in made
+            each is not None and each.dtype in dtypes and each.source in given for each in made
         ):
             return model.quantization.group
     return None

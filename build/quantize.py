@@ -20,7 +20,7 @@ from blockzoo.build.rounding import corrected, on_its_grid, rounded
 from blockzoo.zoo.blocks import PROJECTIONS, BlockSpec, BlockTensor, HeadSpec, matrix_names, tensor_shapes
 from blockzoo.zoo.fingerprint import block_id
 from blockzoo.zoo.manifest import ModelRecord, QuantizedRecord
-from blockzoo.zoo.packing import GROUP, WHOLE_ROW, QuantizedDtype
+from blockzoo.zoo.packing import GROUP, WHOLE_ROW, QuantizedDtype, groups_dividing
 
 _IN_EIGHT = ("k", "v")
 """Matrices that keep 8 bits in a block of 4: small ones where heads share K and V, whose errors go into every
@@ -61,7 +61,7 @@ class Quantizer:
     """
 
     group = GROUP
-    """Columns that share a scale in blocks of 8 bits, or `WHOLE_ROW`."""
+    """Columns that share a scale, or `WHOLE_ROW`."""
 
     def __init__(
         self, draft: Draft, name: str, record: ModelRecord, calibration: Calibration, progress: Progress
@@ -136,7 +136,7 @@ class Quantizer:
         return None
 
     def _made_of(self, position: int, dtype: QuantizedDtype) -> QuantizedRecord:
-        return QuantizedRecord(self._record.chain[position], dtype, self.group if dtype == "i8" else GROUP)
+        return QuantizedRecord(self._record.chain[position], dtype, self.group)
 
     def _tied_to(self, position: int) -> str | None:
         """The quantized embedding that a tied head takes its matrix from."""
@@ -177,7 +177,7 @@ def quantized_tensors(
         dtype: of the integers.
         names: its tensors' names -> HF names.
         met: what its matrices are multiplied with; None: they are rounded to nearest.
-        group: columns that share a scale in 8 bits, or `WHOLE_ROW`.
+        group: columns that share a scale, or `WHOLE_ROW`.
     """
     made = {name: tensors[name] for name in tensor_shapes(spec)}
     changes: dict[str, np.ndarray] = {}
@@ -218,12 +218,13 @@ def quantized_bytes(
 
 
 def _grid(dtype: QuantizedDtype, name: str, columns: int, group: int) -> tuple[QuantizedDtype, int]:
-    """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups, and small ones."""
-    if columns % GROUP or (dtype == "i8" and group == WHOLE_ROW):
-        return "i8", columns
-    if dtype == "i8":
-        return "i8", GROUP if columns % group else group
-    return "i8" if name in _IN_EIGHT else dtype, GROUP
+    """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
+    kind: QuantizedDtype = "i8" if columns % GROUP or name in _IN_EIGHT else dtype
+    if columns % GROUP or (kind == "i8" and group == WHOLE_ROW):
+        return kind, columns
+    if group == WHOLE_ROW:
+        return kind, groups_dividing([columns])[0]
+    return kind, GROUP if columns % group else group
 
 
 def _kept(tensor: BlockTensor, *dtypes: QuantizedDtype) -> BlockTensor | None:

@@ -19,7 +19,7 @@ from blockzoo.build.sources import Source
 from blockzoo.build.verify import VerificationError, check_memory
 from blockzoo.zoo.blocks import Dtype
 from blockzoo.zoo.manifest import ModelRecord, QuantizationFigures, QuantizationRecord
-from blockzoo.zoo.packing import GROUP
+from blockzoo.zoo.packing import GROUP, QuantizedDtype
 
 Weights = Literal["int8", "int4", "auto"]
 
@@ -44,7 +44,7 @@ class Asked:
         judge: whether it is judged at all; "auto" is in any case.
         threads: of engines.
         num_texts: of its own that rounding looks at; 0: rounds to nearest.
-        group: columns that share a scale in "int8", or `WHOLE_ROW`; None: as many as the model bears.
+        group: columns that share a scale, or `WHOLE_ROW`; None: as many as the model bears.
         min_top1: "auto": share of positions with the same likeliest token at least.
     """
 
@@ -133,10 +133,11 @@ class GivenModel:
         """How many columns share a scale: as in a block of another model, so that it is shared, or as many as
         the model bears. Raises VerificationError for too little memory."""
         record, draft = self.record, self._draft
-        stored = groups.in_use(draft.manifest, record.chain)
+        dtype: QuantizedDtype = "i4" if self._asked.weights == "int4" else "i8"
+        stored = groups.in_use(draft.manifest, record.chain, [dtype])
         if stored is not None:
             return stored
-        if draft.writer is None:  # there is nothing to try
+        if dtype == "i4" or draft.writer is None:  # 4 bits lose enough; nothing to try
             return GROUP
         blocks = [draft.zoo.read_block(key) for key in record.chain]
         keeps_some = (self.quantizer.keeps_some(at, "i8") for at in range(len(blocks)))
@@ -160,7 +161,7 @@ class GivenModel:
         Raises VerificationError: it is further from what was given than it may be.
         """
         asked = self._asked
-        if asked.weights == "int8":
+        if asked.weights != "auto":  # which has chosen before
             self.quantizer.group = self.group() if asked.group is None else asked.group
         chain, group = self.made(choice), self.quantizer.group
         found = QuantizationRecord(
@@ -168,8 +169,7 @@ class GivenModel:
         )
         if self._draft.writer is not None:
             zoo = self._draft.zoo
-            in_eight = [key for key in chain if zoo.manifest.blocks[key].dtype == "i8"]
-            in_matrices = groups.in_matrices([zoo.read_block(key) for key in in_eight])
+            in_matrices = groups.in_matrices([zoo.read_block(key) for key in chain])
             found = replace(found, group_made=in_matrices)
             found = self._judged(chain, found) if asked.judge else found
         return replace(self.record, chain=chain, quantization=found)

@@ -111,7 +111,7 @@ class QuantizedRecord:
     dtype: QuantizedDtype
     """What was asked for: a matrix that no group of 4 bits divides has 8."""
     group: int = field(default=GROUP, metadata={"added": True})
-    """Columns that share a scale, in 8 bits; 0: all of a row."""
+    """Columns that share a scale; 0: all of a row, in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +285,7 @@ class QuantizationRecord:
     probe: str
     """Name of the probe file; "built-in" without one."""
     group: int = field(default=GROUP, metadata={"added": True})
-    """Columns that share a scale in blocks of 8 bits, where that can be; 0: all of a row."""
+    """Columns that share a scale, where that can be; 0: all of a row, in 8 bits."""
     group_made: int | None = field(default=None, metadata={"added": True})
     """The most that do in matrices of several groups a row; 0: there are none. None: not noted."""
     min_top1: float = field(default=0.0, metadata={"added": True})

@@ -26,7 +26,7 @@ ROTATED = GROUP
 """Columns of a rotated matrix that are mixed with each other."""
 
 GROUPS = (128, 64, GROUP)
-"""What 8 bits are made with, beside one group a row."""
+"""What is made, beside 8 bits with one scale a row."""
 
 WHOLE_ROW = 0
 """In the place of a number of columns: all of a row."""

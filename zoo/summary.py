@@ -13,7 +13,7 @@ from blockzoo.zoo.manifest import (
     ReuseSettings,
     VerificationRecord,
 )
-from blockzoo.zoo.packing import WHOLE_ROW
+from blockzoo.zoo.packing import GROUPS, WHOLE_ROW
 
 
 def model_bytes(manifest: Manifest, model: ModelRecord) -> int:
@@ -88,7 +88,7 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     )
     shapes = [shape for key in model.chain for shape in tensor_shapes(manifest.blocks[key].spec).values()]
     bits = 8 * sum(map(sum, sizes.values())) / sum(map(prod, shapes))
-    groups = f" {_in_groups(found)}" if found.weights != "int4" and "i8" in sizes else ""
+    groups = f" {_in_groups(found, 'i4' in sizes)}" if "i8" in sizes else ""
     lines = [f"weights {found.weights}{groups}: {blocks}, {bits:.1f} bits a value"]
     if found.figures:
         lines[0] += (
@@ -102,10 +102,12 @@ def quantization_texts(manifest: Manifest, model: ModelRecord) -> list[str]:
     return lines
 
 
-def _in_groups(record: QuantizationRecord) -> str:
+def _in_groups(record: QuantizationRecord, has_four: bool) -> str:
     made = record.group if record.group_made is None else record.group_made
     said = {group: f"groups of {group}" if group else "one scale a row" for group in (record.group, made)}
     how = f"with {said[made]}" if made == WHOLE_ROW else f"in {said[made]}"
+    if made == WHOLE_ROW and has_four:
+        how += f", 4 bits in groups of {max(GROUPS)} at most"
     return how if made == record.group else f"{how} (which is what {said[record.group]} come to here)"
 
 

@@ -1,4 +1,4 @@
-"""In which groups 8 bits are stored: as large as a model bears, or as those of blocks that are there."""
+"""In which groups matrices are stored: as large as a model bears, or as those of blocks that are there."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ def test_auto_has_them_too_where_it_keeps_8_bits(models: dict[str, Path], tmp_pa
     table = opened.read_block(even.chain[0]).tensors["weight"]
     assert table.scales is not None
     assert table.scales.shape[1] == SETTINGS["hidden_size"] // 128
+    assert groups(zoo, "even") == {128}  # of 4 bits too: activations are rounded beside both
     compiled(zoo, replace(auto, max_kl=50.0), tuned=models["tuned"])  # which bears one scale a row
     assert Zoo.open(zoo).manifest.models["tuned"].chain[0] == even.chain[0]
 
@@ -130,8 +131,30 @@ def test_another_number_needs_replace(
         main([*given, "--group-size", "96"])
     assert "'96' is none of 32, 64, 128, row" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*given[:-1], "int4", "--group-size", "64"])
-    assert "--group-size is a setting of --weights int8" in capsys.readouterr().err
+        main([*given[:-1], "auto", "--group-size", "64"])
+    assert "--group-size is a setting of --weights int8 and int4" in capsys.readouterr().err
+
+
+def test_4_bits_have_small_ones_unless_others_are_asked_for(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = tmp_path / "z"
+    given = [f"even={models['even']}", "-o", str(zoo), "--no-verify", "--no-profile", "--weights", "int4"]
+    assert main(given) == 0
+    assert groups(zoo, "even") == {32}
+    assert main([*given, "--group-size", "64"]) == 2
+    assert "--replace" in capsys.readouterr().err
+    assert main([*given, "--group-size", "64", "--replace"]) == 0
+    assert "weights int4 in groups of 64: " in capsys.readouterr().out
+    assert groups(zoo, "even") == {64}
+    compiled(zoo, replace(INT8, weights="int4"), tuned=models["tuned"])
+    assert groups(zoo, "tuned") == {64}
+    even, tuned = (Zoo.open(zoo).manifest.models[name].chain for name in ("even", "tuned"))
+    assert len({*even} & {*tuned}) == len(even) - 1
+    assert main([*given, "--group-size", "row", "--replace"]) == 0
+    said = "weights int4 with one scale a row, 4 bits in groups of 128 at most: "
+    assert said in capsys.readouterr().out
+    assert groups(zoo, "even") == {128, SETTINGS["hidden_size"]}
 
 
 SAID = {
