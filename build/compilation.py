@@ -94,7 +94,7 @@ class Compilation:
     def can_be_quantized(self, name: str) -> bool:
         """Whether the blocks of a model are there as they were given."""
         chain = self.given[name].chain
-        return not any(self.manifest.blocks[key].dtype in ("i8", "i4") for key in chain)
+        return not any(self.manifest.blocks[key].is_quantized for key in chain)
 
     def max_kl(self, asked: Weights) -> float:
         """The bound on what quantization may lose, in nats."""

@@ -36,7 +36,7 @@ def uniform(draft: Draft, chain: Sequence[str], dtype: QuantizedDtype) -> dict[i
     return {
         position: dtype if block.spec.kind in PROJECTIONS else "i8"
         for position, block in enumerate(blocks)
-        if block.dtype not in ("i8", "i4")  # another model's that stands for its own
+        if not block.is_quantized  # another model's that stands for its own
     }
 
 

@@ -78,7 +78,7 @@ def nearest_block(
         if name not in besides
         and position < len(model.chain) - 1
         and manifest.blocks[model.chain[position]].spec == spec
-        and manifest.blocks[model.chain[position]].dtype not in ("i8", "i4")
+        and not manifest.blocks[model.chain[position]].is_quantized
     }
     return min(sorted(candidates), key=lambda other: distance(tensors, read(other)), default=None)
 

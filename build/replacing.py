@@ -60,7 +60,7 @@ def substitute(job: Compilation, source: Source, encoded: list[list[int]], besid
 
 def _not_compared(job: Compilation) -> str:
     """What to say of quantized blocks where nothing was found."""
-    quantized = any(block.dtype in ("i8", "i4") for block in job.manifest.blocks.values())
+    quantized = any(block.is_quantized for block in job.manifest.blocks.values())
     return " (those in 8 or 4 bits are not compared: compile both models together)" if quantized else ""
 
 

@@ -119,7 +119,7 @@ def blocks_with_plans(manifest: Manifest) -> dict[str, BlockRecord]:
 
     def is_quantized(record: BlockRecord) -> bool:
         tied_to = None if record.tied_to is None else blocks[record.tied_to]
-        return record.dtype in ("i8", "i4") or (tied_to is not None and is_quantized(tied_to))
+        return record.is_quantized or (tied_to is not None and is_quantized(tied_to))
 
     return {block_id: record for block_id, record in blocks.items() if not is_quantized(record)}
 

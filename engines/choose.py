@@ -104,5 +104,5 @@ def _against_u8(backend: Backend, zoo: Zoo | None) -> str | None:
 def _is_quantized(zoo: Zoo) -> bool:
     """Whether quantized blocks are most of a zoo, by their bytes."""
     blocks = zoo.manifest.blocks.values()
-    plain = sum(block.num_bytes for block in blocks if block.dtype not in ("i8", "i4"))
+    plain = sum(block.num_bytes for block in blocks if not block.is_quantized)
     return plain < sum(block.num_bytes for block in blocks) / 4

@@ -20,7 +20,7 @@ from blockzoo.zoo.errors import CheckpointError, ManifestError
 from blockzoo.zoo.generation_defaults import generation_defaults
 from blockzoo.zoo.model_config import ModelConfig
 from blockzoo.zoo.names import is_name
-from blockzoo.zoo.packing import GROUP, QuantizedDtype
+from blockzoo.zoo.packing import GROUP, LIMITS, QuantizedDtype
 from blockzoo.zoo.strict_json import decode, encode
 
 SCHEMA_VERSION = 2
@@ -132,6 +132,11 @@ class BlockRecord:
     """The block of the same plan that was measured."""
     quantized: QuantizedRecord | None = field(default=None, metadata={"added": True})
     """Of a block that was quantized as a whole."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its matrices are in 8 or 4 bits."""
+        return self.dtype in LIMITS
 
     def with_latency(self, block: str | None, latency_us: dict[int, float] | None) -> "BlockRecord":
         """The record with measured times, of itself or of another block of its plan."""
