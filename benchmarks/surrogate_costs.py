@@ -28,6 +28,7 @@ from blockzoo.runtime.exec.rows import Rows
 from blockzoo.runtime.serve.config import EngineConfig
 from blockzoo.runtime.serve.loading import load_zoo, making
 from blockzoo.zoo.manifest import Manifest, ModelRecord, SurrogateRecord
+from blockzoo.zoo.packing import groups_dividing
 from blockzoo.zoo.store import Zoo
 
 DRAFTED = 3
@@ -40,10 +41,12 @@ def surrogate_zoo(workdir: Path, shape: str) -> Zoo:
     family = make_family(workdir, shape, 1)
     folder = family.checkpoint(family.tenants[0])
     given = CompileOptions(profile=False, verify=False)
+    group, *_ = groups_dividing({family.shape.hidden_size, family.shape.intermediate_size})  # as theirs are
+    four = replace(given, weights="int4", calibration_texts=0, group_size=group)
 
     def write(zoo: Path) -> None:
         compile_models(dict.fromkeys(NAMES, folder), zoo, given)
-        compile_models({"small": folder}, zoo, replace(given, weights="int4", calibration_texts=0))
+        compile_models({"small": folder}, zoo, four)
 
     path = made_once(family.path / "zoo-surrogates", write)
     models = Manifest.load(path / "manifest.json").models
