@@ -108,6 +108,8 @@ def test_what_pays_is_kept_and_shared_and_shown(
     if kind == "int4":
         assert found["notes"] is not None
         assert found["notes"].blocks == base.blocks, "fine-tunes share the blocks of their base's"
+        made = [manifest.blocks[key].quantized for key in others]
+        assert {each.group for each in made if each is not None} == {64}, "128 do not divide 704"
         assert len(base.acceptance) == 4
         assert base.acceptance[0] > 0.5
     assert {path.stem for path in (zoo / "blocks").iterdir()} == {*manifest.blocks, *manifest.adapters}
