@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,8 +230,12 @@ def quantized(bench: Bench, shape: str, facts: Facts) -> None:
     engines = bench.engines()
     dtype, plain, kernels = TORCH_DTYPES[engines.precision], Operators(), engines.operators
     matrices: dict[str, Matrix] = {"given": torch.from_numpy(values).to(bench.device, dtype)}
-    for name, bits, group in (("8 bits", "i8", min(width, 128)), ("4 bits", "i4", GROUP)):
-        tensor = rounded_in_haste(values, cast(QuantizedDtype, bits), group)
+    kinds: dict[str, tuple[QuantizedDtype, int]] = {
+        "8 bits": ("i8", min(width, 128)),
+        "4 bits": ("i4", GROUP),
+    }
+    for name, (bits, group) in kinds.items():
+        tensor = rounded_in_haste(values, bits, group)
         matrices[name] = PackedMatrix(tensor, dtype, engines.device)
     for rows in (1, 8, 64):
         x = torch.randn(rows, width, device=bench.device).to(dtype)

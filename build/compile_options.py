@@ -39,7 +39,8 @@ class CompileOptions:
     """weights auto: bound on the share of positions with the same likeliest token as with the weights as they
     were given; None: 0.95, or none with `max_kl`."""
     group_size: int | None = None
-    """weights int8, int4: columns that share a scale, or `WHOLE_ROW`; None: as many as a model bears."""
+    """weights int8, int4: columns that share a scale, or `WHOLE_ROW`; None: as many as a model bears, in int4
+    32."""
     calibration_texts: int = NUM_TEXTS
     """weights: texts that a model writes for its rounding to look at; 0 rounds to nearest."""
     surrogate: str | None = None

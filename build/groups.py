@@ -6,13 +6,13 @@ faster, and weights with one scale a row, beside activations in the largest grou
 coarse. How large they are differs from model to model, so it is tried.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from blockzoo.build.likeness import Judged, divergence
 from blockzoo.build.rounding import rounded_in_haste
 from blockzoo.engines.base import EngineMaker
-from blockzoo.zoo.blocks import Block, matrix_names
+from blockzoo.zoo.blocks import Block, BlockSpec, matrix_names, tensor_shapes
 from blockzoo.zoo.manifest import Manifest
 from blockzoo.zoo.packing import GROUP, WHOLE_ROW, QuantizedDtype, groups_dividing
 
@@ -20,9 +20,9 @@ SHARE = 0.05
 """Of the bound on what quantization may lose: what rounded activations may, and scales of whole rows."""
 
 
-def larger(blocks: Sequence[Block]) -> list[int]:
+def larger(specs: Iterable[BlockSpec]) -> list[int]:
     """Numbers of columns that divide all matrices, the largest first; without the smallest one."""
-    widths = {block.tensors[name].shape[1] for block in blocks for name in matrix_names(block.spec)}
+    widths = {tensor_shapes(spec)[name][1] for spec in specs for name in matrix_names(spec)}
     return [group for group in groups_dividing(widths) if group != GROUP]
 
 

@@ -219,11 +219,11 @@ def quantized_bytes(
 
 def _grid(dtype: QuantizedDtype, name: str, columns: int, group: int) -> tuple[QuantizedDtype, int]:
     """Of a matrix: its integers, and how many columns share a scale. 4 bits need groups."""
-    kind: QuantizedDtype = "i8" if columns % GROUP or name in _IN_EIGHT else dtype
-    if columns % GROUP or (kind == "i8" and group == WHOLE_ROW):
-        return kind, columns
+    if columns % GROUP:
+        return "i8", columns
+    kind: QuantizedDtype = "i8" if name in _IN_EIGHT else dtype
     if group == WHOLE_ROW:
-        return kind, groups_dividing([columns])[0]
+        return kind, columns if kind == "i8" else groups_dividing([columns])[0]
     return kind, GROUP if columns % group else group
 
 

@@ -44,7 +44,7 @@ class Asked:
         judge: whether it is judged at all; "auto" is in any case.
         threads: of engines.
         num_texts: of its own that rounding looks at; 0: rounds to nearest.
-        group: columns that share a scale, or `WHOLE_ROW`; None: as many as the model bears.
+        group: columns that share a scale, or `WHOLE_ROW`; None: as many as the model bears, of "int4" 32.
         min_top1: "auto": share of positions with the same likeliest token at least.
     """
 
@@ -76,8 +76,8 @@ def in_four_bits(
     """
     asked = Asked("int4", MAX_KL["int4"], "", (), False, None, num_texts)
     model = GivenModel(source, draft, record, asked, dtype, maker, progress)
-    stored = groups.in_use(draft.manifest, record.chain, ["i4"])
-    largest, *_ = groups.larger([draft.zoo.read_block(key) for key in record.chain]) or [GROUP]
+    stored = model.stored_group()
+    largest, *_ = groups.larger(draft.manifest.blocks[key].spec for key in record.chain) or [GROUP]
     model.quantizer.group = largest if stored is None else stored
     return model.made(model.uniform())
 
@@ -114,9 +114,14 @@ class GivenModel:
         calibration = Calibration(lambda: oracle_for(source, True, dtype), self._text.calibration)
         self.quantizer = Quantizer(draft, source.name, record, calibration, progress)
 
+    @property
+    def _dtype(self) -> QuantizedDtype:
+        """What blocks are put in before any choice."""
+        return "i4" if self._asked.weights == "int4" else "i8"
+
     def uniform(self) -> Choice:
         """As much as is asked for, of every block."""
-        return uniform(self._draft, self.record.chain, "i4" if self._asked.weights == "int4" else "i8")
+        return uniform(self._draft, self.record.chain, self._dtype)
 
     def bears(self, strayed: Strayed) -> bool:
         """Whether it may be so far from what was given."""
@@ -134,19 +139,22 @@ class GivenModel:
         lengths = accumulate(len(text.tokens) for text in self._text.judged())
         return 1 + sum(total < _WEIGHED_BY for total in lengths)
 
+    def stored_group(self) -> int | None:
+        """How many columns share a scale in a block of another model that it may share; None: it has none."""
+        return groups.in_use(self._draft.manifest, self.record.chain, [self._dtype])
+
     def group(self) -> int:
         """How many columns share a scale: as in a block of another model, so that it is shared, or as many as
         the model bears. Raises VerificationError for too little memory."""
         record, draft = self.record, self._draft
-        dtype: QuantizedDtype = "i4" if self._asked.weights == "int4" else "i8"
-        stored = groups.in_use(draft.manifest, record.chain, [dtype])
+        stored = self.stored_group()
         if stored is not None:
             return stored
-        if dtype == "i4" or draft.writer is None:  # 4 bits lose enough; nothing to try
+        if self._dtype == "i4" or draft.writer is None:  # 4 bits lose enough; nothing to try
             return GROUP
         blocks = [draft.zoo.read_block(key) for key in record.chain]
         keeps_some = (self.quantizer.keeps_some(at, "i8") for at in range(len(blocks)))
-        larger = groups.larger(blocks)
+        larger = groups.larger(block.spec for block in blocks)
         if not larger or any(keeps_some):  # what is kept has these groups in any case
             return GROUP
         from blockzoo.engines.openvino.engine import RoundedActivations  # heavy

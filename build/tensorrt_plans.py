@@ -116,12 +116,11 @@ def _requests(zoo: Zoo, target: str, library: TensorRT, options: TensorRTOptions
 def blocks_with_plans(manifest: Manifest) -> dict[str, BlockRecord]:
     """All but those with quantized matrices, and the heads that are tied to one."""
     blocks = manifest.blocks
-
-    def is_quantized(record: BlockRecord) -> bool:
-        tied_to = None if record.tied_to is None else blocks[record.tied_to]
-        return record.is_quantized or (tied_to is not None and is_quantized(tied_to))
-
-    return {block_id: record for block_id, record in blocks.items() if not is_quantized(record)}
+    return {
+        block_id: record
+        for block_id, record in blocks.items()
+        if not (record.is_quantized or (record.tied_to is not None and blocks[record.tied_to].is_quantized))
+    }
 
 
 def adapted_projections(manifest: Manifest) -> tuple[dict[str, tuple[str, ...]], int]:
